@@ -1,6 +1,6 @@
 """Pretrains the small ViT that ships with san_bench, on procedural images alone: `python scripts/pretrain_vit.py`.
 
-Every label of `san_bench.data.procedural` is a task on the class token, and every patch predicts its own foreground mask.
+Every label of `san_bench.data.procedural` is a task on the class token, and every patch predicts its own foreground.
 In the first steps half of the patches are dropped, which nearly doubles the images seen in the same time; the
 last steps see all. The folder is written next to its final place and moved there when complete.
 """
@@ -54,12 +54,17 @@ class Pretraining(torch.nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor, keep: int | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Logits of each label, and of the mask of each patch seen; `keep` random patches are, or all."""
         patches = (procedural.SIZE // PATCH) ** 2
         self.kept = None if keep is None else F.pad(torch.randperm(patches)[:keep].sort().values + 1, (1, 0))
         tokens = self.vit(pixel_values=pixels).last_hidden_state
-        return {name: head(tokens[:, 0]).float() for name, head in self.heads.items()}, self.mask_head(tokens[:, 1:]).float()
+        return {name: head(tokens[:, 0]).float() for name, head in self.heads.items()}, self.mask_head(
+            tokens[:, 1:]
+        ).float()
 
-    def loss(self, pixels: torch.Tensor, labels: dict[str, torch.Tensor], masks: torch.Tensor, keep: int | None) -> torch.Tensor:
+    def loss(
+        self, pixels: torch.Tensor, labels: dict[str, torch.Tensor], masks: torch.Tensor, keep: int | None
+    ) -> torch.Tensor:
         logits, mask_logits = self(pixels, keep)
         if self.kept is not None:
             masks = masks[:, self.kept[1:] - 1]
@@ -75,11 +80,14 @@ class Pretraining(torch.nn.Module):
         logits, mask_logits = self(pixels)
         self.train()
         right = {n: (logits[n].argmax(1) == labels[n])[labels[n] >= 0].float().mean().item() for n in logits}
-        return {n: round(a, 4) for n, a in (right | {"mask": ((mask_logits > 0) == (masks > 0.5)).float().mean().item()}).items()}
+        return {
+            n: round(a, 4)
+            for n, a in (right | {"mask": ((mask_logits > 0) == (masks > 0.5)).float().mean().item()}).items()
+        }
 
 
 def save(model: Pretraining, folder: Path, log: list[dict], provenance: dict) -> None:
-    """Writes the ViT in half precision, its processor, the log and the provenance, then moves them into place at once."""
+    """Writes the ViT in half precision, its processor, log and provenance, then moves them into place at once."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.vit.half().save_pretrained(part)
@@ -96,6 +104,7 @@ def save(model: Pretraining, folder: Path, log: list[dict], provenance: dict) ->
 
 
 def main() -> None:
+    """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=1100, help="optimiser steps")
     parser.add_argument("--full-steps", type=int, default=200, help="last steps, which see every patch")

@@ -34,7 +34,8 @@ GLYPHS = 128
 
 _STROKES, _POINTS = 3, 12
 _PALETTE = np.array(
-    [(230, 40, 40), (240, 140, 30), (235, 225, 50), (50, 200, 60), (50, 210, 220), (60, 80, 235), (200, 60, 210), (235, 235, 235)],
+    [(230, 40, 40), (240, 140, 30), (235, 225, 50), (50, 200, 60),
+     (50, 210, 220), (60, 80, 235), (200, 60, 210), (235, 235, 235)],
     dtype=np.float32,
 )  # fmt: skip
 _TEXTURES = ("plain", "stripes", "checker", "dots", "gradient", "clouds")
@@ -78,7 +79,7 @@ class Batch:
         labels: For every name in `FACTORS`, the class of each image; -1 where it does not apply. In a scene they
             describe the largest object.
         mask: How much of each pixel the foreground covers, 0 to 255, before blur and noise.
-        objects: Centre x, centre y and radius in pixels of each object, the largest first; radius 0 where there is none.
+        objects: Centre x, centre y and radius in pixels of each object, the largest first; radius 0 where none is.
     """
 
     images: UInt8[np.ndarray, "n 32 32 3"]
@@ -145,7 +146,9 @@ class _Dice:
         self.state = _mix(_mix(np.full(1, seed, dtype=np.uint64) * golden + np.uint64(1)) + index * golden)
 
     def bits(self, name: str, *shape: int) -> UInt64[np.ndarray, "n ..."]:
-        stream = np.arange(int(np.prod(shape)), dtype=np.uint64) + (np.uint64(zlib.crc32(name.encode())) << np.uint64(32))
+        stream = np.arange(int(np.prod(shape)), dtype=np.uint64) + (
+            np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
+        )
         return _mix(self.state[:, None] ^ _mix(stream)).reshape(self.n, *shape)
 
     def pick(self, name: str, classes: int) -> Int64[np.ndarray, " n"]:
@@ -201,7 +204,8 @@ def _draw_objects(
     """Draws the small companions, then the main object, in place."""
     main_radius = np.float32(4.5) + np.float32(1.7) * (labels["size"].astype(np.float32) + dice.unit("radius", 0, 0.8))
     main_x, main_y = (
-        np.float32(7) + np.float32(4.5) * (labels[axis].astype(np.float32) + dice.unit(f"{axis} offset", 0.1, 0.9)) for axis in "xy"
+        np.float32(7) + np.float32(4.5) * (labels[axis].astype(np.float32) + dice.unit(f"{axis} offset", 0.1, 0.9))
+        for axis in "xy"
     )
     # Companions sit in the cells of a 4 x 4 grid that the main object does not reach, in hashed order.
     cell = np.arange(16)
@@ -299,7 +303,7 @@ def _textured(dice: _Dice, name: str, texture: NDArray[Any], u: Plane, v: Plane,
 
 
 def _prototypes() -> Float[np.ndarray, "glyph 3 3 2"]:
-    """Control points of each glyph's quadratic curves, in [-1, 1]; half of the curves start where the last one ended."""
+    """Control points of each glyph's quadratic curves, in [-1, 1]; most curves start where the last one ended."""
     dice = _Dice(20_409, np.arange(GLYPHS, dtype=np.uint64), {})
     points = np.clip(dice.unit("points", -1.5, 1.5, _STROKES, 3, 2), _f(-1), _f(1))
     joined = dice.bits("joined", _STROKES) % np.uint64(4) > 0
