@@ -112,7 +112,9 @@ def draw(
     if kind not in ("mixed", "scene", "glyph"):
         raise SanError(f"kind {kind!r} does not exist. Choose from mixed, scene, glyph.")
     if "objects" in fixed:
-        fixed = {**fixed, "count": fixed.pop("objects") - 1}
+        if not 1 <= fixed["objects"] <= MAX_OBJECTS:
+            raise SanError(f"objects must be 1 to {MAX_OBJECTS}, but it is {fixed['objects']}.")
+        fixed["count"] = fixed.pop("objects") - 1
     for name, value in fixed.items():
         if name not in FACTORS:
             raise SanError(f"Factor {name!r} does not exist. Choose from {', '.join(sorted(FACTORS))}.")

@@ -9,7 +9,7 @@ Example:
     {'train800': 800, 'val200': 200, 'train800val200': 1000, 'test': 797}
     >>> item = task["val200"][0]
     >>> tuple(item["pixel_values"].shape), item["labels"].dtype
-    (torch.Size([3, 32, 32]), torch.int64)
+    ((3, 32, 32), torch.int64)
 """
 
 from __future__ import annotations
