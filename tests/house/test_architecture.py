@@ -1,0 +1,198 @@
+"""The rules of CONTRIBUTING.md that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+CODE = [
+    *SOURCES,
+    *(p for d in ("tests", "examples", "scripts", "benchmarks") for p in sorted((ROOT / d).rglob("*.py"))),
+]
+ROOMS = ["errors", "functional", "propagation", "tuner", "export", "__init__"]
+DOOR = ROOT / "src/san_peft/tuner/_peft.py"
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(nodes: Iterator[ast.AST]) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of every imported module or object."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def at_top(path: Path) -> Iterator[ast.AST]:
+    """Nodes that run on import, so nothing inside functions or `if TYPE_CHECKING`."""
+    todo: list[ast.AST] = [tree_of(path)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            todo.extend(node.orelse)
+            continue
+        yield node
+        todo.extend(ast.iter_child_nodes(node))
+
+
+def where(path: Path, line: int, what: str) -> str:
+    return f"{path.relative_to(ROOT)}:{line}: {what}"
+
+
+def test_the_method_never_imports_the_runner():
+    found = [
+        where(path, line, name)
+        for path in SOURCES
+        if "san_peft" in path.parts
+        for line, name in imports(ast.walk(tree_of(path)))
+        if name.split(".")[0] == "san_bench"
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_imports_point_downwards():
+    """Rooms of san_peft, from the ground up; a room imports from those below it, and from itself."""
+    package = ROOT / "src/san_peft"
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        assert room in ROOMS, (
+            f"{path.relative_to(ROOT)} stands in no known room: give it one in CONTRIBUTING.md and here."
+        )
+        for line, name in imports(ast.walk(tree_of(path))):
+            parts = name.split(".")
+            if parts[0] == "san_peft" and len(parts) > 1:
+                target = parts[1] if parts[1] in ROOMS else "__init__"
+                if target != room and ROOMS.index(target) > ROOMS.index(room):
+                    found.append(where(path, line, f"{room} imports {name}, which is above it"))
+    assert not found, "\n".join(found)
+
+
+def test_propagation_knows_torch_only():
+    heavy = {"peft", "transformers", "timm", "accelerate", "diffusers"}
+    found = [
+        where(path, line, name)
+        for path in sorted((ROOT / "src/san_peft/propagation").rglob("*.py"))
+        for line, name in imports(at_top(path))
+        if name.split(".")[0] in heavy
+    ]
+    assert not found, "\n".join(found)
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def test_one_door_to_the_internals_of_peft():
+    found = []
+    for path in SOURCES:
+        if path == DOOR:
+            continue
+        for line, name in imports(ast.walk(tree_of(path))):
+            if name.split(".")[0] == "peft" and any(map(private, name.split("."))):
+                found.append(where(path, line, name))
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Attribute):
+                chain = ast.unparse(node)
+                if re.fullmatch(r"peft(\.\w+)+", chain) and any(map(private, chain.split("."))):
+                    found.append(where(path, node.lineno, chain))
+    assert not found, "Only tuner/_peft.py names an underscore of PEFT:\n" + "\n".join(found)
+
+
+def test_nothing_unpickles():
+    found = []
+    for path in SOURCES:
+        for line, name in imports(ast.walk(tree_of(path))):
+            if name.split(".")[0] in {"pickle", "dill", "cloudpickle", "joblib", "shelve"} or name == "torch.load":
+                found.append(where(path, line, name))
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+                found.append(where(path, node.lineno, "torch.load"))
+    assert not found, "\n".join(found)
+
+
+def test_no_error_is_swallowed():
+    def empty(statement: ast.stmt) -> bool:
+        return isinstance(statement, ast.Pass) or (
+            isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        )
+
+    found = [
+        where(path, node.lineno, "an except that does nothing")
+        for path in SOURCES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ExceptHandler) and (node.type is None or all(map(empty, node.body)))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_nothing_is_left_unfinished():
+    words = re.compile("TO" + "DO|FIX" + "ME|XX" + "X")
+    found = [
+        where(path, number, line.strip())
+        for path in SOURCES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if words.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_one_room(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines < 450, f"{path.relative_to(ROOT)} has {lines} lines: perhaps it is two rooms in one."
+
+
+def test_help_is_light_at_the_door():
+    """`san --help`, and importing the command, bring in neither torch nor what needs it."""
+    program = """
+import contextlib, io, sys
+import san_bench.cli
+sys.argv = ["san", "--help"]
+printed = io.StringIO()
+with contextlib.redirect_stdout(printed):
+    try:
+        san_bench.cli.main()
+    except SystemExit as stop:
+        assert stop.code in (0, None), stop.code
+assert "demo" in printed.getvalue(), printed.getvalue()
+heavy = {"torch", "peft", "transformers", "timm", "sklearn", "datasets", "matplotlib", "pandas"} & set(sys.modules)
+assert not heavy, f"`san --help` imports {', '.join(sorted(heavy))}"
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def tracked() -> list[Path]:
+    """Files under version control, or all that could be where there is none (a source archive)."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode == 0 and listing.stdout:
+        return [ROOT / name for name in listing.stdout.split("\0") if name]
+    return [p for p in ROOT.rglob("*") if p.is_file() and not {".venv", ".git", "runs"} & set(p.parts)]
+
+
+def test_no_file_names_a_machine():
+    """No path of a developer's machine, and no address of a package registry's files."""
+    traces = re.compile(r"(?<![\w./])/(?:home|root|work|Users|tmp)/\w|index[-]url|://\S+\.(?:whl|tgz)\b|pythonhosted")
+    found = []
+    for path in tracked():
+        if path.exists() and path.suffix not in {".png", ".safetensors", ".ico"}:
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if traces.search(line):
+                    found.append(where(path, number, line.strip()[:120]))
+    assert not found, "\n".join(found)
