@@ -1,0 +1,47 @@
+"""How Sphinx builds these pages: `make docs`."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version as version_of
+from typing import Any
+
+project = "san-peft"
+author = "The san-peft contributors"
+copyright = "2026, the san-peft contributors; Apache-2.0"
+release = version = version_of("san-peft")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+default_role = "code"  # docstrings write `None`, as Markdown does
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Example", "Examples")]
+
+html_theme = "furo"
+html_title = "san-peft"
+
+
+def dollars_to_math(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Lets docstrings write their equations as `$...$` and `$$...$$`, as the pages do."""
+
+    def block(match: re.Match[str]) -> str:
+        indent = match["indent"]
+        body = "\n".join(f"{indent}   {line.strip()}" for line in match["body"].strip().splitlines())
+        return f"\n{indent}.. math::\n\n{body}\n{indent}"
+
+    text = re.sub(r"^(?P<indent> *)\$\$(?P<body>.+?)\$\$", block, "\n".join(lines), flags=re.M | re.S)
+    text = re.sub(r"(?<![\\$`\w])\$([^$\n`]+)\$(?![\w$])", r":math:`\1`", text)
+    text = re.sub(r"(?<=, )\*(?=\w)", r"\\*", text)  # shapes such as (out, in, *kernel)
+    lines[:] = text.split("\n")
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", dollars_to_math, priority=400)
