@@ -1,0 +1,1 @@
+"""Running recipes: models, training, evaluation, the demo."""

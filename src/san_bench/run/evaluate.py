@@ -1,0 +1,157 @@
+"""Scoring: of a model in memory, and of a run that was saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from san_bench.data.vision import ImageSplit, load_task
+from san_bench.recipe import Recipe, load_recipe
+from san_bench.run.build import base_model, model_path
+from san_bench.run.provenance import write_atomically
+from san_peft.errors import SanError
+
+
+def predict(model: Any, split: ImageSplit, recipe: Recipe) -> Float[Tensor, "n classes"]:
+    """Returns the logits of a split, on the CPU in float32."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=64,
+            bf16_full_eval=False,
+            bf16=recipe.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            label_names=["labels"],
+            report_to=[],
+        )
+        output = Trainer(model=model, args=arguments).predict(split)  # type: ignore[arg-type]
+    return torch.as_tensor(output.predictions).float()
+
+
+def score(logits: Float[Tensor, "n classes"], split: ImageSplit) -> dict[str, Any]:
+    """Returns accuracy, how many were right of how many, and a hash of the predicted classes."""
+    predicted = logits.argmax(-1)
+    correct = int((predicted == torch.from_numpy(split.labels)).sum())
+    digest = hashlib.sha256(predicted.numpy().astype("<i8").tobytes()).hexdigest()
+    return {"accuracy": correct / len(split), "correct": correct, "n_test": len(split), "predictions_sha256": digest}
+
+
+def save_predictions(path: Path, logits: Float[Tensor, "n classes"]) -> None:
+    """Writes logits as safetensors, atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({"logits": logits.contiguous()}, temporary)
+    temporary.replace(path)
+
+
+def load_predictions(run: Path) -> Float[Tensor, "n classes"]:
+    """Reads the logits that a run saved."""
+    return load_file(Path(run) / "predictions.safetensors")["logits"]
+
+
+def run_recipe(run: str | Path) -> Recipe:
+    """Reads the recipe of a run that has finished.
+
+    Raises:
+        SanError: If the folder holds no finished run.
+    """
+    folder = Path(run)
+    if not (folder / "recipe.yaml").is_file():
+        raise SanError(f"{folder} is no run: it has no recipe.yaml. `san train RECIPE` makes one.")
+    if not (folder / "adapter").is_dir():
+        raise SanError(f"The run {folder} has not finished. `san train {folder / 'recipe.yaml'}` resumes it.")
+    return load_recipe(folder / "recipe.yaml")
+
+
+def load_model(run: str | Path) -> tuple[Any, Recipe]:
+    """Loads the trained model of a run, through nothing but `from_pretrained`.
+
+    Returns:
+        The model in eval mode (a `PeftModel` for an adapter), and the run's recipe.
+    """
+    recipe = run_recipe(run)
+    saved = Path(run) / "adapter"
+    if recipe.method.kind in {"linear", "full"}:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification.from_pretrained(saved).eval(), recipe
+    import peft
+
+    if recipe.method.kind in {"san", "ssf"}:
+        import san_peft  # noqa: F401 - registers SAN with PEFT
+    model = base_model(recipe, load_task(recipe.task))
+    return peft.PeftModel.from_pretrained(model, saved).eval(), recipe  # type: ignore[arg-type]
+
+
+def evaluate(run: str | Path, split: str | None = None) -> dict[str, Any]:
+    """Loads a run and scores it.
+
+    Args:
+        run: Folder of the run.
+        split: Name of a split; the recipe's `eval_split` by default.
+
+    Returns:
+        Accuracy, n, and the hash of the predictions.
+    """
+    model, recipe = load_model(run)
+    chosen = load_task(recipe.task)[split or recipe.eval_split]
+    result = {"run": str(run), "split": split or recipe.eval_split, **score(predict(model, chosen, recipe), chosen)}
+    write_atomically(Path(run) / f"eval-{result['split']}.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def export(run: str | Path, out: str | Path) -> dict[str, Any]:
+    """Merges a run's adapter into its model and writes a plain transformers folder.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write; it must not exist, or be empty.
+
+    Returns:
+        The largest difference of the outputs before and after, and the folder.
+
+    Raises:
+        SanError: If the folder is in use, or merging changes the outputs.
+    """
+    model, recipe = load_model(run)
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise SanError(f"{folder} is not empty. Choose another folder with --out.")
+    split = load_task(recipe.task)[recipe.eval_split]
+    probe = {"pixel_values": split.pixel_values[:32]}
+    plain, difference = merged(model, recipe, probe)
+    plain.save_pretrained(folder)
+    settings = Path(model_path(recipe)) / "preprocessor_config.json"
+    if settings.is_file():
+        shutil.copyfile(settings, folder / settings.name)
+    return {"folder": str(folder), "max_abs_difference": difference}
+
+
+def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, float]:
+    """Merges an adapter and compares the outputs before and after.
+
+    Returns:
+        The plain model, and the largest difference of its logits on the probe.
+    """
+    if recipe.method.kind in {"linear", "full"}:
+        return model, 0.0
+    if recipe.method.kind in {"san", "ssf"}:
+        from san_peft import merge_and_verify
+
+        report = merge_and_verify(model, probe)
+        return report.model, float(report.max_abs_difference)
+    with torch.inference_mode():
+        before = model(**probe).logits
+        plain = model.merge_and_unload(safe_merge=True).eval()
+        return plain, float((plain(**probe).logits - before).abs().max())

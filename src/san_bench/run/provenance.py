@@ -1,0 +1,65 @@
+"""Where a number comes from: versions, commit and machine; and files that are never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance() -> dict[str, Any]:
+    """Returns versions, git commit (`None` outside a checkout), processor and threads."""
+    import torch
+
+    names = ("san-peft", "torch", "transformers", "peft", "accelerate", "numpy")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: torch.__version__ if name == "torch" else version(name) for name in names},
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader, or a killed process, sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as JSON lines, atomically."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this file is tracked in, marked where tracked files differ from it."""
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
+        return None
+    head = _git("rev-parse", "HEAD")
+    return f"{head}+changes" if head and _git("status", "--porcelain", "--untracked-files=no", ".") else head
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
