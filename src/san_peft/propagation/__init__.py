@@ -1,0 +1,17 @@
+"""The propagation graph: which layer's output channels are which other layer's input channels."""
+
+from san_peft.propagation.channels import ChannelMap
+from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
+from san_peft.propagation.schemes import ABLATIONS, SCHEMES, ablate, select
+
+__all__ = [
+    "ABLATIONS",
+    "SCHEMES",
+    "Barrier",
+    "ChannelMap",
+    "Edge",
+    "Layer",
+    "PropagationGraph",
+    "ablate",
+    "select",
+]

@@ -1,0 +1,340 @@
+"""The propagation graph as a value: layers, edges and barriers; frozen, printable, JSON both ways.
+
+Nothing here holds a module or a tensor, so a graph can be compared, stored in a configuration and sent by mail.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from san_peft.errors import GraphError
+from san_peft.propagation.channels import ChannelMap
+from san_peft.propagation.rules import kind_of
+
+__all__ = ["Barrier", "ChannelMap", "Edge", "Layer", "PropagationGraph"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A traced layer that SAN could adapt: its name, its class and the sizes of its two channel axes."""
+
+    fqn: str
+    type: str
+    in_channels: int
+    out_channels: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the layer as plain data."""
+        return {"fqn": self.fqn, "type": self.type, "in": self.in_channels, "out": self.out_channels}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layer:
+        """Returns the layer that `to_json` wrote; raises `GraphError` where it is malformed."""
+        fields = _fields(data, "layer", {"fqn": str, "type": str, "in": int, "out": int})
+        return cls(fields["fqn"], fields["type"], fields["in"], fields["out"])
+
+    def __str__(self) -> str:
+        return f"{self.fqn} ({self.type} {self.in_channels} -> {self.out_channels})"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Scale carried from the outputs of one layer to the inputs of another.
+
+    Args:
+        anterior: Name of the layer whose scale is propagated.
+        posterior: Name of the layer whose input channels are scaled.
+        channels: Where each input channel of the posterior comes from.
+        via: The operations on the way that are more than a movement of channels, in order, each named once.
+
+    Raises:
+        GraphError: If a name is empty or the two ends are the same layer.
+
+    Example:
+        >>> edge = Edge("fc1", "fc2", ChannelMap.identity(64), via=("gelu",))
+        >>> edge.kind, str(edge)
+        ('activation', 'fc1 -> fc2 [identity] (through gelu)')
+    """
+
+    anterior: str
+    posterior: str
+    channels: ChannelMap
+    via: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.anterior, self.posterior):
+            if not isinstance(name, str) or not name:
+                raise GraphError(f"an edge needs the names of two layers, got {self.anterior!r} -> {self.posterior!r}.")
+        if self.anterior == self.posterior:
+            raise GraphError(f"{self.anterior} -> {self.posterior}: a layer cannot feed its own input scale.")
+        if not isinstance(self.channels, ChannelMap):
+            raise GraphError(f"{self.anterior} -> {self.posterior}: channels must be a ChannelMap.")
+        if isinstance(self.via, str) or not all(isinstance(name, str) for name in self.via):
+            raise GraphError(f"{self.anterior} -> {self.posterior}: via is a tuple of operation names.")
+        object.__setattr__(self, "via", tuple(self.via))
+
+    @property
+    def kind(self) -> str:
+        """How the scale passes: `exact` (commutes), `activation`, `norm` or `residual`, the strongest on the way."""
+        return kind_of(self.via)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the edge as plain data."""
+        return {
+            "anterior": self.anterior,
+            "posterior": self.posterior,
+            "channels": self.channels.to_json(),
+            "via": list(self.via),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Edge:
+        """Returns the edge that `to_json` wrote; raises `GraphError` where it is malformed."""
+        needed = {"anterior": str, "posterior": str, "channels": Mapping}
+        fields = _fields(data, "edge", needed, {"via": list | tuple})
+        name = f"edge {fields['anterior']} -> {fields['posterior']}"
+        try:
+            channels = ChannelMap.from_json(fields["channels"])
+        except GraphError as error:
+            raise GraphError(f"{name}: {error}") from error
+        return cls(fields["anterior"], fields["posterior"], channels, tuple(fields.get("via", ())))
+
+    def __str__(self) -> str:
+        path = f" (through {', '.join(self.via)})" if self.via else ""
+        return f"{self.anterior} -> {self.posterior} [{self.channels}]{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """A place where a channel axis was lost: the operation, the layer concerned, and why."""
+
+    operation: str
+    layer: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the barrier as plain data."""
+        return {"operation": self.operation, "layer": self.layer, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Barrier:
+        """Returns the barrier that `to_json` wrote; raises `GraphError` where it is malformed."""
+        return cls(**_fields(data, "barrier", {"operation": str, "layer": str, "reason": str}))
+
+    def __str__(self) -> str:
+        return f"{self.operation} at {self.layer}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class PropagationGraph:
+    """Which layer's scale is propagated to which layer's inputs.
+
+    Args:
+        edges: The edges; a pair of layers may appear once.
+        barriers: Where a channel axis was lost.
+        layers: All layers that were traced, in the order in which they first ran.
+        heads: Layers that write the model's output directly. `select("all")` leaves out the edges into them.
+
+    Raises:
+        GraphError: If an edge appears twice, names a layer that was not traced, or has lengths that do not fit.
+
+    Example:
+        >>> graph = PropagationGraph([Edge("fc1", "fc2", ChannelMap.identity(64), via=("gelu",))])
+        >>> print(graph)
+        1 edge, 0 barriers
+          fc1 -> fc2 [identity] (through gelu)
+        >>> PropagationGraph.from_json(graph.to_json()) == graph
+        True
+    """
+
+    edges: tuple[Edge, ...] = ()
+    barriers: tuple[Barrier, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("edges", "barriers", "layers", "heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check()
+
+    def _check(self) -> None:
+        known = {layer.fqn: layer for layer in self.layers}
+        pairs: set[tuple[str, str]] = set()
+        in_channels = {layer.fqn: layer.in_channels for layer in self.layers}
+        out_channels = {layer.fqn: layer.out_channels for layer in self.layers}
+        for edge in self.edges:
+            pair = (edge.anterior, edge.posterior)
+            if pair in pairs:
+                raise GraphError(f"edge {edge.anterior} -> {edge.posterior} appears twice; merge its channel maps.")
+            pairs.add(pair)
+            for fqn in pair:
+                if known and fqn not in known:
+                    raise GraphError(f"edge {edge} names {fqn}, which was not traced.{_suggest(fqn, known)}")
+            out = out_channels.setdefault(edge.anterior, edge.channels.source_size)
+            if out != edge.channels.source_size:
+                raise GraphError(
+                    f"edge {edge}: the map reads {edge.channels.source_size} source channels, "
+                    f"but {edge.anterior} writes {out}."
+                )
+            size = in_channels.setdefault(edge.posterior, edge.channels.size)
+            if size != edge.channels.size:
+                raise GraphError(
+                    f"edge {edge}: the map covers {edge.channels.size} input channels, "
+                    f"but {edge.posterior} reads {size}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Edge]:
+        return iter(self.edges)
+
+    def layer(self, fqn: str) -> Layer:
+        """Returns the record of a traced layer; raises `GraphError` for an unknown name."""
+        for layer in self.layers:
+            if layer.fqn == fqn:
+                return layer
+        raise GraphError(f"{fqn} is not a layer of this graph.{_suggest(fqn, [x.fqn for x in self.layers])}")
+
+    def incoming(self, fqn: str) -> tuple[Edge, ...]:
+        """Returns the edges that scale the inputs of `fqn`; empty for a layer without any."""
+        return tuple(edge for edge in self.edges if edge.posterior == fqn)
+
+    def outgoing(self, fqn: str) -> tuple[Edge, ...]:
+        """Returns the edges that carry the scale of `fqn`; empty for a layer without any."""
+        return tuple(edge for edge in self.edges if edge.anterior == fqn)
+
+    def names(self) -> tuple[str, ...]:
+        """Returns every layer named in the graph: traced layers first, then those only edges name."""
+        ends = (fqn for edge in self.edges for fqn in (edge.anterior, edge.posterior))
+        return tuple(dict.fromkeys((*(layer.fqn for layer in self.layers), *ends)))
+
+    def with_edges(self, edges: Iterable[Edge]) -> PropagationGraph:
+        """Returns the graph with other edges and everything else as it is."""
+        return PropagationGraph(tuple(edges), self.barriers, self.layers, self.heads)
+
+    def select(self, scheme: str) -> PropagationGraph:
+        """Returns the graph that a scheme keeps: `all`, `exact`, `feedforward`, `reference` or `none`.
+
+        Raises:
+            GraphError: For an unknown scheme, or `reference` where no patch embedding starts the stream.
+        """
+        from san_peft.propagation.schemes import select
+
+        return select(self, scheme)
+
+    def without(self, *drop: str | Edge) -> PropagationGraph:
+        """Returns the graph without some edges, or without all edges that touch a named layer.
+
+        Args:
+            drop: Names of layers and edges.
+
+        Raises:
+            GraphError: If a name or an edge is not in the graph.
+        """
+        names, known = {item for item in drop if isinstance(item, str)}, self.names()
+        for item in drop:
+            if isinstance(item, str) and item not in known:
+                raise GraphError(f"cannot leave out {item}: no such layer in the graph.{_suggest(item, known)}")
+            if not isinstance(item, str) and item not in self.edges:
+                shown = _suggest(str(item), [str(edge) for edge in self.edges])
+                raise GraphError(f"cannot leave out {item}: no such edge in the graph.{shown}")
+        dropped = {item for item in drop if isinstance(item, Edge)}
+        return self.with_edges(
+            e for e in self.edges if e not in dropped and e.anterior not in names and e.posterior not in names
+        )
+
+    def reversed(self) -> PropagationGraph:
+        """Returns the graph read backwards: every edge turned round, its channel map inverted.
+
+        Read backwards, a layer's outputs are what it reads, so the records of the layers swap their two sizes. Where
+        one source channel feeds several input channels (repeat, tile) the first of them is kept, see
+        `ChannelMap.inverse`; reversing twice gives the graph back where no channel feeds two. For the ablation that
+        trains with reversed propagation, where lengths must fit the real layers, see
+        `san_peft.propagation.schemes.ablate`.
+        """
+        edges = [Edge(e.posterior, e.anterior, e.channels.inverse(), e.via[::-1]) for e in self.edges[::-1]]
+        layers = [Layer(x.fqn, x.type, x.out_channels, x.in_channels) for x in self.layers[::-1]]
+        return PropagationGraph(tuple(edges), self.barriers, tuple(layers), self.heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the graph as plain data."""
+        return {
+            "format": FORMAT,
+            "edges": [edge.to_json() for edge in self.edges],
+            "barriers": [barrier.to_json() for barrier in self.barriers],
+            "layers": [layer.to_json() for layer in self.layers],
+            "heads": list(self.heads),
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Returns the graph as a JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, data: str | Mapping[str, Any]) -> PropagationGraph:
+        """Returns the graph from a JSON text or from the plain data of `to_dict`.
+
+        Raises:
+            GraphError: If the text is not JSON, or a part of it is malformed; the message names the part.
+        """
+        if isinstance(data, str):
+            try:
+                data = json.loads(data)
+            except json.JSONDecodeError as error:
+                raise GraphError(f"the propagation graph is not valid JSON: {error}.") from error
+        optional = {"barriers": list, "layers": list, "heads": list, "format": int}
+        fields = _fields(data, "propagation graph", {"edges": list}, optional)
+        if fields.get("format", FORMAT) > FORMAT:
+            raise GraphError(f"the propagation graph has format {fields['format']}; this version reads up to {FORMAT}.")
+        heads = fields.get("heads", [])
+        if not all(isinstance(head, str) for head in heads):
+            raise GraphError(f"propagation graph: heads is a list of layer names, got {heads!r}.")
+        return cls(
+            tuple(Edge.from_json(item) for item in fields["edges"]),
+            tuple(Barrier.from_json(item) for item in fields.get("barriers", [])),
+            tuple(Layer.from_json(item) for item in fields.get("layers", [])),
+            tuple(heads),
+        )
+
+    def __str__(self) -> str:
+        def count(number: int, word: str) -> str:
+            return f"{number} {word}{'' if number == 1 else 's'}"
+
+        lines = [f"{count(len(self.edges), 'edge')}, {count(len(self.barriers), 'barrier')}"]
+        lines += [f"  {edge}" for edge in self.edges]
+        lines += [f"  barrier: {barrier}" for barrier in self.barriers]
+        if self.heads:
+            lines.append(f"  heads: {', '.join(self.heads)}")
+        return "\n".join(lines)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else ""
+
+
+def _fields(
+    data: Any, what: str, needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise GraphError(f"a {what} is a JSON object, got {data!r}.")
+    types = {**needed, **(optional or {})}
+    for name in needed:
+        if name not in data:
+            raise GraphError(f"{what} {dict(data)!r:.200}: the field {name!r} is missing.")
+    for name, value in data.items():
+        if name not in types:
+            raise GraphError(f"{what}: unknown field {name!r}.{_suggest(str(name), types)}")
+        if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is int):
+            raise GraphError(f"{what}: the field {name!r} has the wrong type, got {value!r:.100}.")
+    return dict(data)
