@@ -166,9 +166,13 @@ def _permuted(edges: tuple[Edge, ...], rng: random.Random) -> list[Edge]:
     result = list(edges)
     for places in groups.values():
         anteriors = [edges[place].anterior for place in places]
-        fits: Callable[[list[str]], bool] = lambda names, places=places: len(  # noqa: E731
-            {(name, edges[place].posterior) for name, place in zip(names, places, strict=True)}
-        ) == len(places) and all(name != edges[place].posterior for name, place in zip(names, places, strict=True))
+        fits: Callable[[list[str]], bool] = lambda names, places=places: (
+            len(  # noqa: E731
+                {(name, edges[place].posterior) for name, place in zip(names, places, strict=True)}
+            )
+            == len(places)
+            and all(name != edges[place].posterior for name, place in zip(names, places, strict=True))
+        )
         for _ in range(100):
             names = rng.sample(anteriors, len(anteriors))
             if fits(names):

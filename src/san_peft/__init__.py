@@ -1,0 +1,33 @@
+"""SAN, Synapse And Neuron: fine-tuning with small scales that are propagated to the layers they feed.
+
+Importing this package registers the method with PEFT.
+"""
+
+from san_peft.errors import AdapterError, GraphError, MergeError, SanError, TargetError, TraceError
+from san_peft.export import MergeReport, hotswap, merge_and_verify
+from san_peft.propagation.graph import Barrier, ChannelMap, Edge, PropagationGraph
+from san_peft.tuner import _peft
+from san_peft.tuner.config import SanConfig
+from san_peft.tuner.layer import SanLayer
+from san_peft.tuner.model import SanModel
+
+__all__ = [
+    "AdapterError",
+    "Barrier",
+    "ChannelMap",
+    "Edge",
+    "GraphError",
+    "MergeError",
+    "MergeReport",
+    "PropagationGraph",
+    "SanConfig",
+    "SanError",
+    "SanLayer",
+    "SanModel",
+    "TargetError",
+    "TraceError",
+    "hotswap",
+    "merge_and_verify",
+]
+
+_peft.register(SanConfig, SanModel)

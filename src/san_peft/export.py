@@ -1,0 +1,180 @@
+"""Merging with proof, and swapping one trained adapter for another in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from san_peft.errors import AdapterError, MergeError
+from san_peft.tuner.layer import SanLayer
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest accepted difference, relative to the largest output (1 at least), by the type of the output."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging changed in the outputs.
+
+    Attributes:
+        max_abs_difference: Largest difference between the outputs before and after.
+        where: Name and index of the output with the largest difference.
+        tolerance: Largest difference that was accepted.
+        layers: How many layers were folded.
+        made_biases: Layers that got a bias because a shift had none to go into.
+        model: The merged model, without SAN or PEFT.
+    """
+
+    max_abs_difference: float
+    where: str
+    tolerance: float
+    layers: int
+    made_biases: tuple[str, ...]
+    model: nn.Module = field(repr=False, compare=False)
+
+
+def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | None = None) -> MergeReport:
+    """Merges the active adapters, compares the outputs before and after, and returns the plain model with the proof.
+
+    Folding is computed in float32 at least and cast to the weight's type last.
+
+    Args:
+        model: A `PeftModel` with SAN adapters.
+        probe: Inputs to compare on: a dict of keyword arguments, a tuple of arguments, or a tensor. `None` derives
+            them from the model's configuration.
+        tolerance: Largest accepted difference; `None` takes `TOLERANCE` of the outputs' type times the largest output.
+
+    Returns:
+        The report, which holds the merged model.
+
+    Raises:
+        MergeError: If the outputs differ by more, or are not finite. The model is then as it was, bit for bit.
+        TraceError: If no probe is given and none can be derived.
+    """
+    tuner = model.base_model
+    layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
+    if not layers:
+        raise MergeError("The model has no SAN layer to merge.")
+    if any(layer.merged for layer in layers.values()):
+        raise MergeError("The model is merged already; unmerge it first, so that there is something to compare with.")
+    if probe is None:
+        from san_peft.propagation.inputs import derive_inputs
+
+        probe = derive_inputs(tuner.model)
+    training = {module: module.training for module in model.modules()}
+    kept = {name: _copy(layer.get_base_layer()) for name, layer in layers.items()}
+    try:
+        model.eval()
+        before = _outputs(model, probe)
+        tuner.merge_adapter(safe_merge=True)
+        after = _outputs(model, probe)
+        difference, where = _compare(before, after)
+        accepted = tolerance if tolerance is not None else _tolerance(before)
+        if not difference <= accepted:
+            raise MergeError(
+                f"Merging changes {where} by {difference:.3g}, more than the tolerance of {accepted:.3g}. The model "
+                "was left as it was. Merge a float32 copy, or pass a larger tolerance if you accept this."
+            )
+    except BaseException as error:
+        for name, layer in layers.items():
+            if layer.merged:
+                layer.unmerge()
+            _restore(layer.get_base_layer(), kept[name])
+        if isinstance(error, ValueError) and not isinstance(error, MergeError) and "NaN" in str(error):
+            raise MergeError(f"{error}. The model was left as it was.") from error
+        raise
+    finally:
+        for module, state in training.items():
+            module.training = state
+    made = tuple(
+        name for name, layer in layers.items() if kept[name][1] is None and layer.get_base_layer().bias is not None
+    )
+    plain = tuner.merge_and_unload()
+    return MergeReport(difference, where, accepted, len(layers), made, plain)
+
+
+def hotswap(model: PeftModel, path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+    """Replaces a loaded adapter's vectors by those of a saved one, in place: nothing is rebuilt, compiled code stays.
+
+    Args:
+        model: The model with the adapter to replace.
+        path: Folder or hub name of the saved adapter; it must have the same targets, edges and exponent.
+        adapter_name: Name of the adapter to replace.
+        kwargs: Passed to PEFT's `load_peft_weights`, such as `device` or `revision`.
+
+    Raises:
+        AdapterError: If the saved adapter does not fit; nothing was changed then.
+    """
+    here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(path)
+    for name in ("peft_type", "edges", "exponent", "shift", "gate"):
+        if getattr(here, name) != getattr(there, name, None):
+            raise AdapterError(f"The adapter in {path} differs from {adapter_name!r} in {name}; load it instead.")
+    old = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    new = load_peft_weights(path, **kwargs)
+    if old.keys() != new.keys():
+        odd = sorted(old.keys() ^ new.keys())
+        raise AdapterError(
+            f"The adapter in {path} differs from {adapter_name!r} in {len(odd)} tensors, such as {odd[0]}."
+        )
+    for name, value in new.items():
+        if value.shape != old[name].shape:
+            raise AdapterError(f"{name} has shape {tuple(value.shape)} in {path}, {tuple(old[name].shape)} here.")
+    if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
+        raise AdapterError("The model is merged; unmerge it before swapping its adapter.")
+    with torch.no_grad():
+        for name, value in new.items():
+            old[name].copy_(value)
+
+
+def _copy(base: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return base.weight.detach().clone(), None if base.bias is None else base.bias.detach().clone()
+
+
+def _restore(base: nn.Module, kept: tuple[Tensor, Tensor | None]) -> None:
+    base.weight.data = kept[0]
+    if kept[1] is not None:
+        base.bias.data = kept[1]
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, probe: Any) -> dict[str, Tensor]:
+    if isinstance(probe, Mapping):
+        out = model(**probe)
+    else:
+        out = model(*probe) if isinstance(probe, tuple) else model(probe)
+    return {name: value.detach().clone() for name, value in _tensors(out, "output") if value.is_floating_point()}
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _tensors(item, f"{name}[{position}]")
+
+
+def _compare(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[float, str]:
+    worst, where = 0.0, next(iter(before), "no output")
+    for name, old in before.items():
+        gap = (old.double() - after[name].double()).abs()
+        if not torch.isfinite(gap).all():
+            return math.inf, f"{name} (not finite)"
+        if gap.numel() and gap.max().item() > worst:
+            worst = gap.max().item()
+            place = torch.unravel_index(gap.argmax(), gap.shape)
+            where = f"{name}[{', '.join(str(int(i)) for i in place)}]"
+    return worst, where
+
+
+def _tolerance(outputs: dict[str, Tensor]) -> float:
+    return max(TOLERANCE[v.dtype] * max(1.0, v.abs().max().item()) for v in outputs.values())

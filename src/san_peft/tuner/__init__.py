@@ -1,0 +1,1 @@
+"""SAN as a PEFT method: configuration, layer and model."""

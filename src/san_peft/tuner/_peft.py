@@ -1,0 +1,145 @@
+"""The one door to PEFT's internals: the method's type, its registration, and all names with an underscore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import peft
+from packaging.version import Version
+from peft import PeftType
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from san_peft.errors import MergeError
+
+PREFIX = "san_"
+
+
+class SanPeftType(StrEnum):
+    """The type of the method, standing beside PEFT's own closed enumeration."""
+
+    SAN = "SAN"
+
+
+def _member() -> Any:
+    """Returns what stands for SAN in PEFT's mappings.
+
+    From 0.21 on nothing looks a type up in `PeftType`, so a foreign enumeration will do. Before, it must be a member.
+    """
+    if "SAN" in PeftType.__members__:
+        return PeftType["SAN"]
+    if Version(peft.__version__).release >= (0, 21):
+        return SanPeftType.SAN
+    member = str.__new__(PeftType, "SAN")
+    member._name_, member._value_ = "SAN", "SAN"
+    PeftType._member_map_["SAN"] = member
+    PeftType._member_names_.append("SAN")
+    PeftType._value2member_map_["SAN"] = member
+    return member
+
+
+SAN = _member()
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Enters the method into PEFT's mappings; doing it again changes nothing.
+
+    Raises:
+        RuntimeError: If another package has registered a method of that name.
+    """
+    for mapping, value in (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
+        (PEFT_TYPE_TO_TUNER_MAPPING, model_cls),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+    ):
+        if mapping.setdefault(SAN, value) != value:
+            raise RuntimeError(f"Another method named SAN is registered with PEFT: {mapping[SAN]!r}. Uninstall one.")
+
+
+def matches(tuner: BaseTuner, config: Any, name: str) -> bool:
+    """Whether the configuration's targets, exclusions and layer numbers select a module name, as PEFT decides it."""
+    return bool(tuner._check_target_module_exists(config, name))
+
+
+def replace(tuner: BaseTuner, parent: Any, name: str, new: Any, old: Any) -> None:
+    """Puts a tuner layer in the place of a module, on its device."""
+    tuner._replace_module(parent, name, new, old)
+
+
+def set_disabled(module: Any, disabled: bool) -> None:
+    """Switches one tuner layer or wrapper without touching what requires gradients."""
+    module._disable_adapters = disabled
+
+
+def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
+    """Forward pre-hook that hands the adapter of every sample to a layer."""
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+class Tuner(BaseTuner):
+    """`BaseTuner` with its private hooks under public names, for `SanModel` to fill in."""
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return self.prepare_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        self.create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        for name, layer in layers.items():
+            base = layer.get_base_layer()
+            shared = owners.get(id(base.weight), [])
+            if len(shared) > 1:
+                raise MergeError(
+                    f"{name} cannot be merged: its weight is shared under the names {', '.join(shared)}, so folding "
+                    "it once would change both. Leave it out of target_modules, or serve the adapter unmerged."
+                )
+            if getattr(getattr(base, "_hf_hook", None), "offload", False):
+                raise MergeError(f"{name} cannot be merged: its weight is offloaded. Load the model onto one device.")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - {"__base__", *self.peft_config}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        hook = partial(put_names, adapter_names=adapter_names)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

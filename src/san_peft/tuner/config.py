@@ -1,0 +1,152 @@
+"""The configuration of SAN."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from san_peft.errors import AdapterError, GraphError, SanError
+from san_peft.propagation.graph import Edge, PropagationGraph
+from san_peft.propagation.schemes import SCHEMES
+from san_peft.tuner._peft import SAN
+
+FORMAT = 1
+CARD = """
+## Loading this adapter
+
+The adapter was trained with [SAN](https://arxiv.org/abs/2409.06706). Import `san_peft` before loading it, so that PEFT
+knows the method:
+
+```python
+import san_peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/of/this/adapter")
+```
+"""
+
+
+@dataclass
+class SanConfig(PeftConfig):
+    """Configuration of a SAN adapter: which layers carry a scale, and where the scales are propagated.
+
+    Args:
+        target_modules: Layers that get a scale of their own. `None` takes every traced layer but the heads; a list is
+            matched at the end of module names; a string is a regular expression, or `"all-linear"`.
+        exclude_modules: Layers to leave out, as a list or a regular expression.
+        modules_to_save: Modules trained and saved as a whole, such as the task's head.
+        layers_to_transform: Numbers of the blocks to adapt; `None` is all.
+        layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
+        train_norms: Whether to train the affine parameters of all normalisation layers. They join `modules_to_save`.
+        shift: Whether a layer also learns a shift, which is never propagated.
+        propagation: A scheme (`"all"`, `"exact"`, `"feedforward"`, `"reference"`, `"none"`), a `PropagationGraph`, or
+            one as plain data or JSON text.
+        exponent: Exponent of a propagated scale. 0 switches propagation off; -1 undoes an exact edge's scale.
+        detach: Whether gradients reach a scale through its own layer alone, not through the layers it is propagated to.
+        gate: Whether each posterior layer learns a vector, initially one, multiplied onto what is propagated to it.
+            This adds parameters; an ablation.
+        init_weights: `True` starts at the identity. `False` draws small random offsets, for tests.
+        edges: The resolved edges, filled in when the adapter is injected and saved with it: loading never traces.
+        format: Version of the adapter's format.
+
+    Raises:
+        SanError: For an unknown scheme, a malformed graph, or a value out of its range.
+
+    Example:
+        >>> SanConfig(target_modules=["query", "value"], propagation="exact").shift
+        False
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers that get a scale; None takes every traced layer but the heads."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave out, as a list of names or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved as a whole, such as the head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Numbers of the blocks to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks that layers_to_transform counts in."}
+    )
+    train_norms: bool = field(default=False, metadata={"help": "Train all normalisation layers."})
+    shift: bool = field(default=False, metadata={"help": "Learn a shift beside each scale."})
+    propagation: Any = field(default="all", metadata={"help": "A scheme, a PropagationGraph, plain data or JSON."})
+    exponent: float = field(default=1.0, metadata={"help": "Exponent of a propagated scale."})
+    detach: bool = field(default=False, metadata={"help": "Stop gradients through propagated scales."})
+    gate: bool = field(default=False, metadata={"help": "Learn a vector multiplied onto each propagated scale."})
+    init_weights: bool | Literal["random"] = field(
+        default=True, metadata={"help": "Start at the identity; False draws small random offsets."}
+    )
+    edges: list[dict] | None = field(
+        default=None, metadata={"help": "The resolved edges; filled in when the adapter is injected."}
+    )
+    format: int = field(default=FORMAT, metadata={"help": "Version of the adapter's format."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SAN
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
+        if self.format > FORMAT:
+            raise AdapterError(
+                f"The adapter has format {self.format}, this version reads up to {FORMAT}. Upgrade san-peft."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise SanError("layers_pattern says where to count blocks; give layers_to_transform as well.")
+        if isinstance(self.exponent, bool) or not isinstance(self.exponent, int | float):
+            raise SanError(f"exponent must be a number, got {self.exponent!r}.")
+        if not math.isfinite(self.exponent):
+            raise SanError(f"exponent must be finite, got {self.exponent}.")
+        self.propagation = _propagation(self.propagation)
+        if self.edges is not None:
+            self.resolved_edges()
+
+    def resolved_edges(self) -> tuple[Edge, ...]:
+        """Returns the edges in use; empty before injection.
+
+        Raises:
+            GraphError: If a stored edge is malformed.
+        """
+        if not isinstance(self.edges or [], list):
+            raise GraphError(f"edges is a list of edges, got {type(self.edges).__name__}.")
+        return PropagationGraph(tuple(Edge.from_json(edge) for edge in self.edges or [])).edges
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves as PEFT does, and tells the model card beside it that loading needs `import san_peft`."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+            if "import san_peft" not in text:
+                draft = card.with_suffix(".tmp")
+                draft.write_text(text.rstrip() + "\n" + CARD, encoding="utf-8")
+                draft.replace(card)
+
+
+def _propagation(value: Any) -> str | dict[str, Any]:
+    """Returns a scheme's name, or a graph as plain data that JSON and `dataclasses.asdict` leave alone."""
+    if isinstance(value, PropagationGraph):
+        return value.to_dict()
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        if value not in SCHEMES:
+            close = difflib.get_close_matches(value, SCHEMES, n=1)
+            raise SanError(
+                f"Unknown propagation scheme {value!r}.{f' Did you mean {close[0]!r}?' if close else ''} "
+                f"Choose from {', '.join(SCHEMES)}, or give a PropagationGraph."
+            )
+        return value
+    if isinstance(value, str | dict):
+        return json.loads(PropagationGraph.from_json(value).to_json())
+    raise SanError(f"propagation is a scheme, a PropagationGraph, or one as JSON; got {type(value).__name__}.")

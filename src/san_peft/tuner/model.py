@@ -1,0 +1,367 @@
+"""The tuner: puts SAN layers into a model and wires the edges of the propagation graph to them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from san_peft.errors import AdapterError, GraphError, SanError, TargetError, TraceError
+from san_peft.propagation.graph import Edge, PropagationGraph
+from san_peft.tuner import _peft
+from san_peft.tuner.config import SanConfig
+from san_peft.tuner.layer import LAYER_TYPES, MODES, Incoming, SanLayer, index_of
+
+
+class SanModel(_peft.Tuner):
+    """A model under SAN: small trained scales on frozen layers, propagated along the traced graph.
+
+    Args:
+        model: The model to adapt.
+        peft_config: Its `SanConfig`, or a dict of them by adapter name.
+        adapter_name: Name of the adapter.
+
+    Raises:
+        SanError: If targets, edges or lengths do not fit the model; the model stays as it was.
+    """
+
+    prefix = _peft.PREFIX
+    tuner_layer_cls = SanLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
+        config = self.peft_config[adapter_name]
+        edges = self._resolve(model, config)
+        super().inject_adapter(
+            model,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            state_dict=state_dict,
+            **kwargs,
+        )
+        self._wire(model, adapter_name, config, edges, low_cpu_mem_usage)
+
+    @property
+    def propagation_graph(self) -> PropagationGraph:
+        """The edges in use by the active adapters."""
+        edges = {(e.anterior, e.posterior): e for a in self.active_adapters for e in self._edges_of(a)}
+        return PropagationGraph(tuple(edges.values()))
+
+    def _edges_of(self, adapter_name: str) -> tuple[Edge, ...]:
+        return self.peft_config[adapter_name].resolved_edges()
+
+    # ------------------------------------------------------------------ resolving: nothing is changed in the model
+
+    def _resolve(self, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
+        """Fills in the configuration's targets, norms and edges, and returns the edges."""
+        names = {_plain(name): module for name, module in model.named_modules() if _is_layer(module)}
+        graph = self._graph(model, config) if config.edges is None or config.target_modules is None else None
+        targets, norms = config.target_modules, config.modules_to_save
+        if targets is None:
+            saved = config.modules_to_save or []
+            chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else list(names)
+            heads = set(graph.heads) if graph else set()
+            targets = {n for n in chosen if n not in heads and not any(n.endswith(s) for s in saved)}
+        if config.train_norms:
+            norms = sorted({*(norms or []), *_norms(model)})
+        draft = dataclasses.replace(config, target_modules=targets, edges=None)
+        if config.edges is not None:
+            edges = config.resolved_edges()
+            _check_edges(edges, names)
+        else:
+            edges = self._select(model, draft, graph, names) if graph else ()
+        config.target_modules, config.modules_to_save = targets, norms
+        config.edges = [edge.to_json() for edge in edges]
+        return edges
+
+    def _graph(self, model: nn.Module, config: SanConfig) -> PropagationGraph | None:
+        """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed."""
+        if not isinstance(config.propagation, str):
+            return PropagationGraph.from_json(config.propagation)
+        if config.propagation == "none" and config.target_modules is not None:
+            return None
+        from san_peft.propagation.trace import trace
+
+        adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        try:
+            with _disabled(adapted):
+                return _plain_graph(trace(model))
+        except TraceError:
+            if config.propagation == "none":
+                return None
+            raise
+
+    def _select(
+        self, model: nn.Module, config: SanConfig, graph: PropagationGraph, names: dict[str, nn.Module]
+    ) -> tuple[Edge, ...]:
+        explicit = not isinstance(config.propagation, str)
+        edges = graph.edges if explicit else graph.select(config.propagation).edges
+        _check_edges(edges, names)
+        wide = config.target_modules == "all-linear"
+        linear = {n for n, m in names.items() if not isinstance(m, nn.Conv1d | nn.Conv2d) and n not in graph.heads}
+        carried = linear if wide else {n for n in names if _peft.matches(self, config, n)}
+        saved = tuple(config.modules_to_save or ())
+        kept, cut = [], []
+        for edge in edges:
+            whole = bool(saved) and edge.posterior.endswith(saved)
+            (kept if edge.anterior in carried and not whole else cut).append(edge)
+        limited = config.exclude_modules or config.layers_to_transform is not None
+        if cut and (explicit or limited):
+            shown = "; ".join(f"{e.anterior} -> {e.posterior}" for e in cut[:3])
+            warnings.warn(
+                f"{len(cut)} of {len(edges)} edges fall away because their anterior layer carries no scale or their "
+                f"posterior layer is trained as a whole: {shown}{' ...' if len(cut) > 3 else ''}.",
+                stacklevel=4,
+            )
+        return tuple(kept)
+
+    # ------------------------------------------------------------------ injecting and wiring
+
+    def prepare_config(self, config: SanConfig, model_config: dict[str, Any]) -> SanConfig:
+        """Returns the configuration as it is: `_resolve` has filled in the targets."""
+        return config
+
+    def create_and_replace(
+        self, config: SanConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, fqn: str
+    ) -> None:
+        """Gives a module a scale of its own."""
+        layer = target
+        if not isinstance(target, SanLayer):
+            if isinstance(target, BaseTunerLayer):
+                raise TargetError(f"{fqn} already is a layer of another tuner ({type(target).__name__}).")
+            if not isinstance(target, LAYER_TYPES):
+                raise TargetError(
+                    f"{fqn} is a {type(target).__name__}, which SAN cannot adapt; it adapts "
+                    f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
+                )
+            layer = SanLayer(target)
+        layer.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            _peft.replace(self, parent, target_name, layer, target)
+
+    def _wire(self, model: nn.Module, adapter_name: str, config: SanConfig, edges: Iterable[Edge], empty: bool) -> None:
+        by_posterior: dict[str, list[Edge]] = {}
+        for edge in edges:
+            by_posterior.setdefault(edge.posterior, []).append(edge)
+        for fqn, group in by_posterior.items():
+            posterior = model.get_submodule(fqn)
+            if not isinstance(posterior, SanLayer):
+                parent, _, name = fqn.rpartition(".")
+                layer = SanLayer(posterior)
+                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+                layer.train(posterior.training)
+                _peft.replace(self, model.get_submodule(parent), name, layer, posterior)
+                posterior = layer
+            incoming = []
+            for edge in group:
+                source = model.get_submodule(edge.anterior)
+                if not isinstance(source, SanLayer) or adapter_name not in source.san_scale:
+                    raise GraphError(f"edge {edge}: {edge.anterior} carries no scale of adapter {adapter_name!r}.")
+                index = index_of(edge.channels)
+                incoming.append(Incoming(edge.anterior, source.san_scale, index, config.exponent, config.detach))
+            with torch.device("meta") if empty else _nothing():
+                posterior.connect(adapter_name, incoming, config.gate)
+            if config.gate:
+                trainable = adapter_name in self.active_adapters and not config.inference_mode
+                posterior.san_gate[adapter_name].requires_grad_(trainable)
+
+    # ------------------------------------------------------------------ modes
+
+    def set_mode(self, mode: str) -> _Mode:
+        """Chooses what of the trained adapter acts, for analysis.
+
+        Args:
+            mode: `both`; `neuron`, the own scale and shift without propagation; `synapse`, the propagated input scale
+                alone; `off`, the frozen layers with the trained head and norms.
+
+        Returns:
+            A handle that puts the earlier mode back when used as a context manager.
+
+        Raises:
+            SanError: For an unknown mode, or while an adapter is merged.
+        """
+        if mode not in MODES:
+            raise SanError(f"Unknown mode {mode!r}; choose from {', '.join(MODES)}.")
+        layers = [module for module in self.modules() if isinstance(module, SanLayer)]
+        merged = sum(layer.merged for layer in layers)
+        if merged:
+            raise SanError(f"{merged} of {len(layers)} layers are merged, which fixes the mode; unmerge first.")
+        before = layers[0].san_mode if layers else "both"
+        for layer in layers:
+            layer.san_mode = mode
+        return _Mode(self, before)
+
+    # ------------------------------------------------------------------ merging and combining
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raises what a safe merge of any layer would raise, before any weight is touched."""
+        for module in self.modules():
+            if isinstance(module, SanLayer):
+                module.check_merge(adapter_names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges as PEFT does; with `safe_merge`, all layers are checked before the first is touched."""
+        if safe_merge:
+            self.check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merges and returns the plain model; with `safe_merge`, all layers are checked before one is touched."""
+        if safe_merge:
+            self.check_merge(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Makes a new adapter out of several.
+
+        Args:
+            adapters: Names of the adapters; they must have the same targets, edges and exponent.
+            weights: Weight of each.
+            adapter_name: Name of the new one.
+            combination_type: `linear` adds the weighted offsets from one; `product` multiplies the scales, each raised
+                to its weight (positive scales only). Shifts are added with their weights either way.
+
+        Raises:
+            AdapterError: If the adapters do not exist, do not match, or cannot be combined that way.
+        """
+        if adapter_name in self.peft_config:
+            raise AdapterError(f"There already is an adapter {adapter_name!r}.")
+        if len(adapters) != len(weights) or not adapters:
+            raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}.")
+        if combination_type not in ("linear", "product"):
+            raise AdapterError(f"Unknown combination_type {combination_type!r}; choose linear or product.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.peft_config)}.")
+        first = self.peft_config[adapters[0]]
+        for name in adapters[1:]:
+            for field in ("target_modules", "edges", "exponent", "shift", "gate"):
+                if getattr(self.peft_config[name], field) != getattr(first, field):
+                    raise AdapterError(f"Adapters {adapters[0]!r} and {name!r} differ in {field}.")
+        layers = [m for m in self.modules() if isinstance(m, SanLayer)]
+        if combination_type == "product":
+            for layer in layers:
+                for name in adapters:
+                    if name in layer.san_scale and bool((layer.get_scale(name) <= 0).any()):
+                        raise AdapterError(f"A scale of adapter {name!r} is not positive; combine with 'linear'.")
+        self.peft_config[adapter_name] = copy.deepcopy(first)
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in layers:
+                for kind in layer.adapter_layer_names:
+                    bank = getattr(layer, kind)
+                    if adapter_name not in bank:
+                        continue
+                    offsets = [bank[name].weight for name in adapters]
+                    if combination_type == "product" and kind != "san_shift":
+                        total = sum(w * torch.log1p(o.float()) for w, o in zip(weights, offsets, strict=True))
+                        bank[adapter_name].weight.copy_(torch.expm1(total))
+                    else:
+                        bank[adapter_name].weight.copy_(sum(w * o for w, o in zip(weights, offsets, strict=True)))
+
+
+class _Mode:
+    """Handle of `SanModel.set_mode`: leaving the context puts the earlier mode back."""
+
+    def __init__(self, tuner: SanModel, before: str) -> None:
+        self._tuner, self._before = tuner, before
+
+    def __enter__(self) -> SanModel:
+        return self._tuner
+
+    def __exit__(self, *_: object) -> None:
+        self._tuner.set_mode(self._before)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _disabled(modules: list[Any]) -> Iterator[None]:
+    """Runs tuner layers as their frozen layers, and puts every one's own state back."""
+    before = [(m, m.disable_adapters) for m in modules]
+    try:
+        for module, _ in before:
+            _peft.set_disabled(module, True)
+        yield
+    finally:
+        for module, state in before:
+            _peft.set_disabled(module, state)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (*LAYER_TYPES, SanLayer))
+
+
+def _plain(name: str) -> str:
+    """Returns a module's name as it was before any adapter was put in."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def _plain_graph(graph: PropagationGraph) -> PropagationGraph:
+    edges = [dataclasses.replace(e, anterior=_plain(e.anterior), posterior=_plain(e.posterior)) for e in graph.edges]
+    layers = [dataclasses.replace(layer, fqn=_plain(layer.fqn)) for layer in graph.layers]
+    return PropagationGraph(tuple(edges), graph.barriers, tuple(layers), tuple(_plain(h) for h in graph.heads))
+
+
+def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
+    """Raises `GraphError` where an edge names a layer the model lacks, or its lengths do not fit."""
+    for edge in edges:
+        for fqn in (edge.anterior, edge.posterior):
+            if fqn not in names:
+                close = difflib.get_close_matches(fqn, names, n=3)
+                raise GraphError(
+                    f"edge {edge}: the model has no layer {fqn} that SAN can adapt."
+                    f"{' Did you mean ' + ', '.join(close) + '?' if close else ''}"
+                    " Edges belong to one architecture: set edges=None to resolve them anew."
+                )
+        out, size = _sizes(names[edge.anterior])[0], _sizes(names[edge.posterior])[1]
+        if (edge.channels.source_size, edge.channels.size) != (out, size):
+            raise GraphError(
+                f"edge {edge}: its map leads from {edge.channels.source_size} to {edge.channels.size} channels, but "
+                f"{edge.anterior} writes {out} and {edge.posterior} reads {size}."
+            )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    layer = module if isinstance(module, SanLayer) else SanLayer(module)
+    return layer.out_features, layer.in_features
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Names of the modules that normalise: no children, a class named so, nothing but vectors to train."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        params = list(module.parameters(recurse=False))
+        if "norm" in type(module).__name__.lower() and params and all(p.dim() == 1 for p in params):
+            found.append(_plain(name))
+    return [name for name in dict.fromkeys(found) if ".modules_to_save" not in name]
