@@ -205,7 +205,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise _error(f"--set {text}: write key=value, such as optimizer.lr=1e-3.")
     try:
-        return key, yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
+        return key, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise _error(f"--set {text}: {value!r} is not YAML.") from error
 

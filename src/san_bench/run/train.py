@@ -80,7 +80,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     seconds, after = time.perf_counter() - start, _peak_rss()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if not all(math.isfinite(float(loss)) for loss in losses):
-        raise SanError(f"The loss of {recipe.output} is not finite. Try a smaller optimizer.lr than {recipe.optimizer.lr}.")
+        raise SanError(
+            f"The loss of {recipe.output} is not finite. Try a smaller optimizer.lr than {recipe.optimizer.lr}."
+        )
     _save(model, folder / "adapter")
     write_rows(folder / "log.jsonl", trainer.state.log_history)
     logits = predict(model, task[recipe.eval_split], recipe)

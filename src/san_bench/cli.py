@@ -1,0 +1,222 @@
+"""The `san` command: a thin layer of verbs, each of which imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fine-tune the embedded ViT on handwritten digits with SAN and its peers, and compare them."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the runs, table, plots and rows."""
+    methods: tuple[str, ...] = ("san", "linear", "ssf", "lora-equal", "lora-r8", "full")
+    """Names of recipes under demo/, in the order to run them; with fewer, the demo is shorter."""
+
+    def run(self) -> None:
+        """Runs the demo and prints its table."""
+        from san_bench.run.demo import demo
+
+        demo(self.out, self.methods)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Run a recipe, or resume the run that was interrupted."""
+
+    recipe: Positional[str]
+    """A YAML file, or the name of a shipped recipe such as demo/san."""
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """Values in place of the file's, such as optimizer.lr=1e-3 seed=1."""
+
+    def run(self) -> None:
+        """Trains, scores once, and prints the result."""
+        from san_bench.recipe import load_recipe
+
+        recipe = load_recipe(self.recipe, self.set)
+        from san_bench.run.train import train
+
+        result = train(recipe)
+        keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
+        _table({key: result[key] for key in keys})
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Load a run that has finished, and score it."""
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run."""
+    split: str | None = None
+    """Name of a split; the recipe's eval_split by default."""
+
+    def run(self) -> None:
+        """Scores and prints."""
+        from san_bench.run.evaluate import evaluate
+
+        _table(evaluate(self.folder, self.split))
+
+
+@dataclass(frozen=True)
+class Check:
+    """Check a recipe: all errors at once, each with its line and place."""
+
+    recipe: Positional[str]
+    """A YAML file, or the name of a shipped recipe."""
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """Values in place of the file's."""
+
+    def run(self) -> None:
+        """Checks and prints the fingerprint."""
+        from san_bench.recipe import load_recipe
+
+        print(f"{self.recipe} is fine. Fingerprint {load_recipe(self.recipe, self.set).fingerprint}")
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes that come with the package, or copy one."""
+
+    copy: str | None = None
+    """Name of a recipe to copy."""
+    out: Path | None = None
+    """File to copy it to; the recipe's own name in this folder by default."""
+
+    def run(self) -> None:
+        """Lists or copies."""
+        from san_bench.recipe import find_recipe, shipped_recipes
+
+        if self.copy is None:
+            for name, path in shipped_recipes().items():
+                print(f"{name:<18} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            return
+        source = find_recipe(self.copy)
+        target = self.out or Path(source.name)
+        if target.exists():
+            raise FileExistsError(f"{target} is there already. Choose another file with --out.")
+        target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        print(target)
+
+
+@dataclass(frozen=True)
+class Env:
+    """Print versions, commit and machine, as they are written beside every result."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        """Prints."""
+        from san_bench.run.provenance import provenance
+
+        facts = provenance()
+        print(json.dumps(facts, indent=2)) if self.json else _table({**facts.pop("versions"), **facts})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Show which layer of a model feeds which."""
+
+    name: Positional[str]
+    """Name of a timm or transformers model, or a folder."""
+    scheme: Literal["all", "exact", "feedforward", "reference", "none"] = "all"
+    """Which of the edges to show."""
+    json: bool = False
+    """Print the graph as JSON."""
+    dot: bool = False
+    """Print it for Graphviz."""
+    svg: bool = False
+    """Draw it."""
+    html: bool = False
+    """Draw it as a page."""
+    out: Path | None = None
+    """File to write to."""
+
+    def run(self) -> None:
+        """Traces and shows."""
+        from san_bench.report.graph import trace_command  # type: ignore[import-not-found, unused-ignore]
+        from san_peft.errors import SanError
+
+        chosen = [name for name in ("json", "dot", "svg", "html") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise SanError(f"Choose one of --json, --dot, --svg and --html, not {len(chosen)} of them.")
+        trace_command(self.name, self.scheme, chosen[0] if chosen else "tree", self.out)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's model with its adapter merged: a plain transformers folder that needs no san_peft."""
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of the run."""
+    out: Path
+    """Folder to write."""
+    merged: bool = field(default=False)
+    """Merge the adapter into the weights; the only form of export so far, so it must be asked for."""
+
+    def run(self) -> None:
+        """Merges, compares outputs and writes."""
+        from san_bench.run.evaluate import export
+        from san_peft.errors import SanError
+
+        if not self.merged:
+            raise SanError(f"Add --merged. The adapter alone is already in {self.folder / 'adapter'}.")
+        _table(export(self.folder, self.out))
+
+
+VERBS = (Demo, Train, Eval, Check, Recipes, Env, Trace, Export)
+
+Verb = Demo | Train | Eval | Check | Recipes | Env | Trace | Export
+
+
+def parse(words: Sequence[str] | None = None) -> Verb:
+    """Reads the words of a command line into the verb they call, without running it."""
+    verbs: Any = None
+    for verb in VERBS:
+        named = Annotated[verb, subcommand(verb.__name__.lower(), prefix_name=False)]  # type: ignore[valid-type]
+        verbs = named if verbs is None else verbs | named
+    return tyro.cli(
+        verbs, prog="san", args=words, config=(OmitArgPrefixes,), description="Fine-tune with SAN, and compare."
+    )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs the command; a mistake of the user's is one message and exit code 2."""
+    verb = parse(words)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        verb.run()
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        from san_peft.errors import SanError
+
+        if not isinstance(error, SanError | FileExistsError):
+            raise
+        print(f"san: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _table(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for key, value in facts.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console(soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    main()
