@@ -6,6 +6,7 @@ Importing this package registers the method with PEFT.
 from san_peft.errors import AdapterError, GraphError, MergeError, SanError, TargetError, TraceError
 from san_peft.export import MergeReport, hotswap, merge_and_verify
 from san_peft.propagation.graph import Barrier, ChannelMap, Edge, PropagationGraph
+from san_peft.propagation.trace import trace
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.layer import SanLayer
@@ -28,6 +29,7 @@ __all__ = [
     "TraceError",
     "hotswap",
     "merge_and_verify",
+    "trace",
 ]
 
 _peft.register(SanConfig, SanModel)

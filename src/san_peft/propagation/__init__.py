@@ -3,6 +3,7 @@
 from san_peft.propagation.channels import ChannelMap
 from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 from san_peft.propagation.schemes import ABLATIONS, SCHEMES, ablate, select
+from san_peft.propagation.trace import trace
 
 __all__ = [
     "ABLATIONS",
@@ -14,4 +15,5 @@ __all__ = [
     "PropagationGraph",
     "ablate",
     "select",
+    "trace",
 ]

@@ -43,3 +43,55 @@ def kind_of(via: Iterable[str]) -> str:
 def join(path: tuple[str, ...], *names: str) -> tuple[str, ...]:
     """Returns a path with further operations at its end, every operation named once."""
     return tuple(dict.fromkeys((*path, *names)))
+
+
+def is_activation(path: Iterable[str]) -> bool:
+    """Whether a path passed an activation."""
+    return any(name not in _RESIDUAL | _EXACT | _NORMS for name in path)
+
+
+MOVES = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unsqueeze squeeze cat stack split "
+    "split_with_sizes unsafe_split chunk unbind roll constant_pad_nd repeat flip index index_select gather unfold "
+    "im2col pixel_shuffle pixel_unshuffle native_channel_shuffle narrow diagonal movedim swapaxes "
+    "repeat_interleave lift_fresh".split()
+)
+"""Operations that move channels and change none: they are run on the channels' codes themselves."""
+
+KEEPS = frozenset("clone detach alias _to_copy to contiguous neg native_dropout dropout view_as lift".split())
+"""Operations that leave every entry at its place and commute with a scale."""
+
+ACTIVATIONS = {
+    name: name.lstrip("_")
+    for name in (
+        "gelu relu silu sigmoid tanh elu leaky_relu hardswish hardsigmoid hardtanh mish softplus celu selu prelu "
+        "_prelu_kernel relu6 exp log sqrt rsqrt pow square erf abs clamp clamp_min clamp_max reciprocal cos sin "
+        "log_sigmoid_forward threshold round floor sgn sign log1p expm1"
+    ).split()
+}
+"""Element-wise functions that do not commute with a scale."""
+
+NORM_OPS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
+"""Normalisations, recognised in an operation's name (`native_layer_norm`, `_fused_rms_norm`, ...)."""
+
+REDUCTIONS = frozenset("mean sum var std var_mean amax amin max min linalg_vector_norm norm prod logsumexp".split())
+"""Reductions: over tokens they keep the channels, over channels they give a statistic."""
+
+POOLS = {
+    "avg_pool1d": 1,
+    "avg_pool2d": 2,
+    "_adaptive_avg_pool2d": 2,
+    "max_pool2d_with_indices": 2,
+    "adaptive_max_pool2d": 2,
+    "upsample_nearest2d": 2,
+    "upsample_bilinear2d": 2,
+    "upsample_bicubic2d": 2,
+}
+"""Operations over the last axes (how many), which mix pixels and no channels."""
+
+COMPARISONS = frozenset(
+    "eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or argmax argmin any all item "
+    "_local_scalar_dense sym_size zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+    "is_nonzero equal rand_like randn_like bernoulli new_empty_strided".split()
+)
+"""Operations whose results carry no channel."""

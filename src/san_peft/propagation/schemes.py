@@ -167,10 +167,7 @@ def _permuted(edges: tuple[Edge, ...], rng: random.Random) -> list[Edge]:
     for places in groups.values():
         anteriors = [edges[place].anterior for place in places]
         fits: Callable[[list[str]], bool] = lambda names, places=places: (
-            len(  # noqa: E731
-                {(name, edges[place].posterior) for name, place in zip(names, places, strict=True)}
-            )
-            == len(places)
+            len({(name, edges[place].posterior) for name, place in zip(names, places, strict=True)}) == len(places)
             and all(name != edges[place].posterior for name, place in zip(names, places, strict=True))
         )
         for _ in range(100):

@@ -1,0 +1,340 @@
+"""Follows channels through the operations that really run: a dispatch mode that carries their origin beside tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from san_peft.propagation import rules
+
+STRIDE = 1 << 32
+"""Codes of one writer: code = writer * STRIDE + channel; -1 is no writer."""
+
+
+@dataclass
+class State:
+    """Where a tensor's entries come from.
+
+    Attributes:
+        codes: For every entry the code of its writer's channel, of the tensor's shape.
+        via: For every writer in `codes` the operations passed since.
+        statistic: Whether it was reduced from channels, as the denominator of a norm or attention scores.
+    """
+
+    codes: Int64[Tensor, "*shape"]
+    via: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    statistic: bool = False
+
+    def passed(self, *names: str) -> dict[int, tuple[str, ...]]:
+        """Returns the paths with further operations at their end."""
+        return {writer: rules.join(path, *names) for writer, path in self.via.items()}
+
+
+class Lost(Exception):
+    """The channel axis ends in an operation; the message says why."""
+
+
+class Follow(TorchDispatchMode):
+    """Carries `State` beside every tensor while a model runs.
+
+    Attributes:
+        writers: By number, the layer that wrote, or (operation, reason) where an axis was lost.
+        paused: Above zero while a layer, whose inside is not followed, runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: Any = WeakTensorKeyDictionary()
+        self.storages: dict[int, list[Any]] = {}
+        self.writers: list[str | tuple[str, str]] = []
+        self.paused = 0
+
+    def write(self, tensor: Tensor, layer: str, dim: int) -> None:
+        """Marks a tensor as freshly written by a layer, channels along `dim`."""
+        self.writers.append(layer)
+        writer, shape = len(self.writers) - 1, [1] * tensor.dim()
+        shape[dim] = tensor.shape[dim]
+        codes = writer * STRIDE + torch.arange(tensor.shape[dim]).view(shape)
+        self.states[tensor] = State(codes.expand(tensor.shape), {writer: ()})
+
+    def lose(self, tensor: Tensor, operation: str, reason: str) -> None:
+        """Marks a tensor as one whose channels cannot be followed."""
+        self.writers.append((operation, reason))
+        writer = len(self.writers) - 1
+        self.states[tensor] = State(torch.full((), writer * STRIDE).expand(tensor.shape), {writer: ()})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        flat = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        known = [leaf for leaf in flat if leaf in self.states]
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1]
+        outs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        if not known:
+            return out
+        inplace = name.endswith("_") and bool(args) and isinstance(args[0], Tensor)
+        plain = name.rstrip("_") if inplace else name
+        try:
+            states = self._apply(plain, func, args, kwargs, out)
+        except Lost as lost:
+            for tensor in outs:
+                self.lose(tensor, plain, str(lost))
+            if inplace:
+                self._spread(args[0], plain)
+            return out
+        for tensor, state in zip(outs, states, strict=False):
+            if state is not None:
+                if state.codes.shape != tensor.shape:
+                    self.lose(tensor, plain, "its rule gave another shape; please report this")
+                else:
+                    self.states[tensor] = state
+        if inplace:
+            self._spread(args[0], plain)
+        for tensor in outs:
+            self._remember(tensor)
+        return out
+
+    def _remember(self, tensor: Tensor) -> None:
+        if tensor in self.states:
+            key = tensor.untyped_storage()._cdata
+            self.storages.setdefault(key, []).append(torch.utils.weak.WeakIdRef(tensor))
+
+    def _spread(self, target: Tensor, operation: str) -> None:
+        """After writing into a tensor, other views of its storage no longer hold what they held."""
+        for reference in self.storages.get(target.untyped_storage()._cdata, []):
+            view = reference()
+            if isinstance(view, Tensor) and view is not target and view in self.states:
+                self.lose(view, operation, "another view of the same memory was written in place")
+
+    # ---------------------------------------------------------------- rules
+
+    def _state(self, value: Any, shape: Any = None) -> State:
+        state = self.states.get(value) if isinstance(value, Tensor) else None
+        if state is None:
+            size = value.shape if isinstance(value, Tensor) else ()
+            state = State(torch.full((), -1).expand(size))
+        return state
+
+    def _apply(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State | None]:
+        if name in rules.MOVES:
+            return self._move(name, func, args, kwargs)
+        first = self._state(args[0]) if args and isinstance(args[0], Tensor) else None
+        if name in rules.KEEPS:
+            return [first]
+        if name == "as_strided" and tuple(args[1]) == tuple(first.codes.shape):
+            return [first]
+        if name in rules.ACTIVATIONS:
+            return [State(first.codes, first.passed(rules.ACTIVATIONS[name]), first.statistic)]
+        if name in rules.COMPARISONS:
+            return []
+        for norm in rules.NORM_OPS:
+            if norm in name:
+                return [State(first.codes, first.passed(norm))]
+        if name in ("add", "sub", "rsub"):
+            return [self._sum(*args[:2])]
+        if name in ("mul", "div"):
+            return [self._product(name, *args[:2])]
+        if name in rules.REDUCTIONS:
+            return self._reduce(name, first, out)
+        if name in ("_softmax", "_log_softmax", "_safe_softmax"):
+            return [State(torch.full((), -1).expand(out.shape), {}, True)]
+        if name.startswith("_scaled_dot_product"):
+            return [self._attention(args, out[0])]
+        if name in ("mm", "bmm"):
+            return [self._matmul(*args[:2])]
+        if name in ("addmm", "baddbmm"):
+            return [self._matmul(*args[1:3])]
+        if name in rules.POOLS:
+            return [self._pool(name, first, out if isinstance(out, Tensor) else out[0])]
+        if name in ("masked_fill", "copy", "where", "masked_scatter", "index_put"):
+            return [self._choose(name, args)]
+        raise Lost(f"there is no rule for {name}")
+
+    def _move(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State | None]:
+        """Runs the operation on the codes themselves."""
+        via: dict[int, tuple[str, ...]] = {}
+        statistic = False
+        seen: set[int] = set()
+
+        def codes(tensor: Tensor) -> Tensor:
+            nonlocal statistic
+            if tensor in self.states:
+                state = self.states[tensor]
+                seen.add(id(tensor))
+                for writer, path in state.via.items():
+                    via[writer] = rules.join(via.get(writer, ()), *path)
+                statistic = statistic or state.statistic
+                return state.codes
+            if tensor.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
+                if tensor.is_meta:
+                    raise Lost(f"{name} has an index on the meta device")
+                return tensor.cpu()
+            return torch.full((), -1).expand(tensor.shape)
+
+        args, kwargs = tree_map_only(Tensor, codes, (args, kwargs))
+        for key in ("dtype", "layout", "device", "memory_format", "pin_memory"):
+            kwargs.pop(key, None)
+        if name == "constant_pad_nd":
+            args = (args[0], args[1], -1)
+        if name in ("view", "_unsafe_view"):
+            moved = args[0].reshape(args[1])
+        else:
+            moved = func(*args, **kwargs)
+        moved = moved if isinstance(moved, list | tuple) else [moved]
+        return [State(m, via, statistic) for m in moved]
+
+    def _sum(self, a: Any, b: Any) -> State:
+        left, right = self._state(a), self._state(b)
+        if left.statistic or right.statistic:
+            kept = right if left.statistic else left
+            other = left if left.statistic else right
+            if not (kept.codes >= 0).any():
+                return State(self._broadcast(left, right)[0], {}, True)
+            return State(torch.broadcast_to(kept.codes, _shape(kept, other)), kept.passed("norm"))
+        x, y = self._broadcast(left, right)
+        via: dict[int, tuple[str, ...]] = {}
+        both = (x >= 0) & (y >= 0)
+        differ = both & (x != y)
+        if bool((differ & (x // STRIDE == y // STRIDE)).any()):
+            raise Lost("it adds different channels of one layer")
+        only = not bool(both.any())
+        name = (rules.OFFSET,) if only else (rules.RESIDUAL,) if bool(differ.any()) else ()
+        codes = torch.maximum(x, y)
+        present = set((codes[codes >= 0] // STRIDE).unique().tolist())
+        for writer, path in itertools.chain(left.via.items(), right.via.items()):
+            if writer in present:
+                via[writer] = rules.join(via.get(writer, ()), *path, *name)
+        return State(codes, via)
+
+    def _product(self, name: str, a: Any, b: Any) -> State:
+        left, right = self._state(a), self._state(b)
+        x, y = self._broadcast(left, right)
+        tracked_left, tracked_right = bool((x >= 0).any()), bool((y >= 0).any())
+        if not tracked_left and not tracked_right:
+            return State(x, {}, left.statistic or right.statistic)
+        if tracked_left and not tracked_right:
+            return State(x, left.passed("norm") if right.statistic else left.via)
+        if tracked_right and not tracked_left:
+            if name == "div":
+                return State(y, right.passed("reciprocal"))
+            return State(y, right.passed("norm") if left.statistic else right.via)
+        if torch.equal(x, y):
+            return State(x, {**right.passed(rules.SELF_GATE), **left.passed(rules.SELF_GATE)})
+        if name == "mul":
+            bent_left, bent_right = (any(rules.is_activation(p) for p in s.via.values()) for s in (left, right))
+            if bent_left != bent_right:
+                codes, state = (y, right) if bent_left else (x, left)
+                return State(codes, state.passed(rules.GATED))
+        raise Lost("it combines two branches of which neither or both pass an activation")
+
+    def _reduce(self, name: str, state: State, out: Any) -> list[State | None]:
+        outs = [out] if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)]
+        shape, size = outs[0].shape, state.codes.shape
+        if len(shape) == len(size):
+            dims = [d for d in range(len(size)) if shape[d] != size[d]]
+            keep = True
+        else:
+            dims, keep = _reduced(size, shape), False
+        if dims is not None and dims and not state.statistic:
+            collapsed = _collapse(state.codes, dims)
+            if collapsed is not None:
+                codes = collapsed if keep else collapsed.reshape(shape)
+                label = rules.POOL if name in ("mean", "sum") else name
+                return [State(codes, state.passed(label)) for _ in outs]
+        if not dims and keep:
+            return [State(state.codes, state.passed(name)) for _ in outs]
+        return [State(torch.full((), -1).expand(o.shape), {}, True) for o in outs]
+
+    def _attention(self, args: Any, out: Tensor) -> State:
+        query, value = args[0], self._state(args[2])
+        if not (value.codes >= 0).any():
+            return State(torch.full((), -1).expand(out.shape))
+        collapsed = _collapse(value.codes, [value.codes.dim() - 2])
+        if collapsed is None:
+            raise Lost("the values of different tokens come from different channels")
+        if collapsed.shape[-3] != out.shape[-3]:
+            collapsed = collapsed.repeat_interleave(query.shape[-3] // collapsed.shape[-3], -3)
+        return State(collapsed.expand(out.shape), value.passed(rules.ATTENTION))
+
+    def _matmul(self, a: Tensor, b: Tensor) -> State:
+        left, right = self._state(a), self._state(b)
+        shape = (*a.shape[:-1], b.shape[-1])
+        tracked = [bool((s.codes >= 0).any()) for s in (left, right)]
+        if not any(tracked):
+            return State(torch.full((), -1).expand(shape), {}, left.statistic or right.statistic)
+        carried = [
+            _collapse(s.codes, [dim]) if t else None
+            for s, t, dim in ((left, tracked[0], left.codes.dim() - 1), (right, tracked[1], right.codes.dim() - 2))
+        ]
+        found = [c is not None for c in carried]
+        if found == [False, False]:
+            if all(tracked):
+                return State(torch.full((), -1).expand(shape), {}, True)
+            raise Lost("it contracts the channel axis with a tensor that is no adaptable layer's weight")
+        if found == [True, True]:
+            raise Lost("both factors could carry the channels")
+        state, codes, other = (left, carried[0], right) if found[0] else (right, carried[1], left)
+        scores = other.statistic or all(tracked)
+        return State(codes.expand(shape), state.passed(rules.ATTENTION if scores else rules.MIX))
+
+    def _pool(self, name: str, state: State, out: Tensor) -> State:
+        spatial = list(range(state.codes.dim() - rules.POOLS[name], state.codes.dim()))
+        collapsed = _collapse(state.codes, spatial)
+        if collapsed is None:
+            raise Lost("pixels of one channel come from different channels")
+        label = rules.POOL if "max" not in name else name
+        return State(collapsed.expand(out.shape), state.passed(label))
+
+    def _choose(self, name: str, args: Any) -> State:
+        if name == "masked_fill":
+            return self._state(args[0])
+        if name == "copy":
+            state = self._state(args[1])
+            return State(torch.broadcast_to(state.codes, args[0].shape), state.via, state.statistic)
+        if name != "where":
+            raise Lost("it writes some entries of one stream into another")
+        left, right = self._state(args[1]), self._state(args[2])
+        x, y = self._broadcast(left, right)
+        x = torch.broadcast_to(x, torch.broadcast_shapes(x.shape, args[0].shape))
+        y = torch.broadcast_to(y, x.shape)
+        if bool(((x >= 0) & (y >= 0) & (x != y)).any()):
+            raise Lost("it chooses between two streams")
+        return State(torch.maximum(x, y), {**left.via, **right.via}, left.statistic or right.statistic)
+
+    def _broadcast(self, left: State, right: State) -> tuple[Tensor, Tensor]:
+        shape = _shape(left, right)
+        return torch.broadcast_to(left.codes, shape), torch.broadcast_to(right.codes, shape)
+
+
+def _shape(left: State, right: State) -> torch.Size:
+    return torch.broadcast_shapes(left.codes.shape, right.codes.shape)
+
+
+def _collapse(codes: Tensor, dims: Iterable[int]) -> Tensor | None:
+    """Reduces axes along which every entry has one writer's channel; `None` where two differ. Entries of -1 give way."""
+    dims = list(dims)
+    high = codes.amax(dims, keepdim=True)
+    return high if bool(((codes == high) | (codes < 0)).all()) else None
+
+
+def _reduced(size: Iterable[int], shape: Iterable[int]) -> list[int] | None:
+    """Returns which axes a reduction removed, where sizes tell; `None` where they do not."""
+    size, shape = list(size), list(shape)
+    gone, position = [], 0
+    for dim, length in enumerate(size):
+        if position < len(shape) and shape[position] == length:
+            position += 1
+        else:
+            gone.append(dim)
+    return gone if position == len(shape) else None

@@ -1,0 +1,80 @@
+"""Example inputs for a model, derived from what it says of itself: transformers' configuration or timm's."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from san_peft.errors import TraceError
+
+TOKENS = 6
+
+
+def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
+    """Returns one small example input on the model's device: keyword arguments, or a tuple of arguments.
+
+    A sequence has `TOKENS` tokens; an image has the size that the model was made for.
+
+    Args:
+        model: A model of transformers or timm.
+
+    Raises:
+        TraceError: If the model says nothing of its inputs.
+    """
+    config = getattr(model, "config", None)
+    if hasattr(config, "model_type") and hasattr(model, "main_input_name"):
+        return _transformers(model, config)
+    timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = timm.get("input_size") if isinstance(timm, dict) else getattr(timm, "input_size", None)
+    patch = getattr(model, "patch_embed", None)
+    if size is not None:
+        image = getattr(patch, "img_size", None) or size[-2:]
+        channels = getattr(patch, "proj", None)
+        return (_image(model, getattr(channels, "in_channels", size[0]), image),)
+    raise TraceError(
+        f"The inputs of a {type(model).__name__} cannot be derived. Two ways out: "
+        "SanConfig(propagation=san_peft.trace(model, example_inputs)), or SanConfig(propagation='none')."
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _image(model: nn.Module, channels: int, size: Any) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros(1, channels, height, width, device=_device(model), dtype=dtype)
+
+
+def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
+    accepted = inspect.signature(model.forward).parameters
+    device = _device(model)
+    vision = getattr(config, "vision_config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inputs: dict[str, Any] = {}
+    ids = torch.arange(1, TOKENS + 1)[None] % max(getattr(text, "vocab_size", None) or 2, 2)
+    if "pixel_values" in accepted:
+        source = vision or config
+        size = getattr(source, "image_size", None) or 224
+        inputs["pixel_values"] = _image(model, getattr(source, "num_channels", 3), size)
+        token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        if vision is not None and token is not None:
+            patches = (size // vision.patch_size) ** 2
+            patches += getattr(config, "vision_feature_select_strategy", "default") == "full"
+            ids = torch.tensor([[1, *[token] * patches, 2, 3]])
+    if "input_ids" in accepted:
+        inputs["input_ids"] = ids.to(device)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = torch.arange(2, TOKENS + 1)[None].to(device)
+    if not inputs:
+        raise TraceError(
+            f"{type(model).__name__} takes {model.main_input_name}, for which no example can be derived. Two ways out: "
+            "SanConfig(propagation=san_peft.trace(model, example_inputs)), or SanConfig(propagation='none')."
+        )
+    if getattr(config, "use_cache", False) and ("use_cache" in accepted or "kwargs" in accepted):
+        inputs["use_cache"] = False
+    return inputs

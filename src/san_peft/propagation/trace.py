@@ -1,0 +1,219 @@
+"""Traces the propagation graph: runs the model once and notes which layer wrote what each layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from san_peft.errors import TraceError
+from san_peft.propagation import rules
+from san_peft.propagation.channels import ChannelMap
+from san_peft.propagation.follow import STRIDE, Follow
+from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
+from san_peft.propagation.inputs import derive_inputs
+
+
+@dataclass
+class _Reads:
+    """What a layer read in all its calls: for every input channel (layer, channel), or why it is lost."""
+
+    sources: list[tuple[str, int] | None] | None = None
+    via: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    barriers: dict[tuple[str, str], None] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
+    """Finds out which layer last wrote each input channel of which other layer.
+
+    The model runs once in eval mode without gradients, on whatever device it is, `meta` included. A mode below
+    autograd carries beside every tensor where its entries come from; see the guide to the propagation graph. The
+    model's modes, hooks, buffers and the random state are as before, also when the model raises.
+
+    Args:
+        model: Any model. Adaptable layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D`.
+        example_inputs: Keyword arguments as a dict, arguments as a tuple, or one tensor. `None` derives them for models
+            of transformers and timm.
+
+    Returns:
+        The graph among all adaptable layers, with its barriers and heads.
+
+    Raises:
+        TraceError: If inputs cannot be derived, or the model raises on them.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> print(trace(net, torch.zeros(3, 4)))
+        1 edge, 0 barriers
+          0 -> 2 [identity] (through gelu)
+          heads: 2
+    """
+    inputs = derive_inputs(model) if example_inputs is None else example_inputs
+    layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
+    follow, reads = Follow(), dict.fromkeys(layers)
+    order: list[str] = []
+    with _as_it_was(model), ExitStack() as stack:
+        for name, module in layers.items():
+            before, after = _hooks(follow, name, module, reads, order)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        try:
+            with torch.no_grad(), follow:
+                if isinstance(inputs, Mapping):
+                    out = model(**inputs)
+                else:
+                    out = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} raised {type(error).__name__} while it was traced: {error}. Pass inputs that "
+                "it accepts: san_peft.trace(model, example_inputs)."
+            ) from error
+        heads = _heads(follow, out)
+    return _graph(layers, reads, order, heads)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether SAN can adapt a module: a dense or convolutional layer, or GPT-2's `Conv1D`."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or _is_gpt2(module)
+
+
+def _is_gpt2(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
+def _record(name: str, module: nn.Module) -> Layer:
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return Layer(name, kind, module.in_features, module.out_features)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return Layer(name, kind, module.in_channels, module.out_channels)
+    return Layer(name, kind, module.weight.shape[0], module.weight.shape[1])
+
+
+def _channel_dim(module: nn.Module) -> int:
+    return -1 - len(module.kernel_size) if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
+
+
+def _hooks(follow: Follow, name: str, module: nn.Module, reads: dict[str, Any], order: list[str]) -> tuple[Any, Any]:
+    dim = _channel_dim(module)
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if not follow.paused and x is not None:
+            if reads[name] is None:
+                reads[name] = _Reads()
+                order.append(name)
+            _read(follow, reads[name], x, dim)
+        follow.paused += 1
+
+    def after(_: nn.Module, __: Any, out: Any) -> None:
+        follow.paused -= 1
+        if not follow.paused and isinstance(out, Tensor):
+            follow.write(out, name, dim)
+
+    return before, after
+
+
+def _read(follow: Follow, reads: _Reads, x: Tensor, dim: int) -> None:
+    """Notes the source of every input channel of one call, and compares it with the calls before."""
+    state = follow.states.get(x)
+    size = x.shape[dim]
+    sources: list[tuple[str, int] | None] = [None] * size
+    if state is not None:
+        rows = state.codes.movedim(dim, -1).reshape(-1, size)
+        high = rows.amax(0)
+        differ = ((rows != high) & (rows >= 0)).any(0)
+        for position, (code, bad) in enumerate(zip(high.tolist(), differ.tolist(), strict=True)):
+            if code < 0:
+                continue
+            writer = follow.writers[code // STRIDE]
+            if isinstance(writer, tuple):
+                reads.barriers[writer] = None
+            elif bad:
+                reads.barriers["input", "tokens or pixels of one channel were written by different layers"] = None
+            else:
+                sources[position] = (writer, code % STRIDE)
+        for writer, path in state.via.items():
+            layer = follow.writers[writer]
+            if isinstance(layer, str):
+                reads.via[layer] = rules.join(reads.via.get(layer, ()), *path)
+    if reads.sources is None:
+        reads.sources = sources
+    elif reads.sources != sources:
+        reads.barriers["call", "its calls read from different layers"] = None
+        reads.sources = [a if a == b else None for a, b in zip(reads.sources, sources, strict=True)]
+
+
+def _heads(follow: Follow, out: Any) -> tuple[str, ...]:
+    """Layers that write the output directly: of outputs with names, the logits, else the first."""
+    if isinstance(out, Mapping):
+        named = [value for key, value in out.items() if "logits" in key]
+        out = named or next(iter(out.values()), None)
+    heads: dict[str, None] = {}
+    for tensor in tree_flatten(out)[0]:
+        state = follow.states.get(tensor) if isinstance(tensor, Tensor) else None
+        if state is None:
+            continue
+        for writer in (state.codes[state.codes >= 0] // STRIDE).unique().tolist():
+            layer = follow.writers[writer]
+            if isinstance(layer, str) and rules.kind_of(state.via.get(writer, ())) == "exact":
+                heads[layer] = None
+    return tuple(heads)
+
+
+def _graph(
+    layers: dict[str, nn.Module], reads: dict[str, _Reads | None], order: list[str], heads: tuple[str, ...]
+) -> PropagationGraph:
+    records = {name: _record(name, layers[name]) for name in order}
+    edges, barriers = [], []
+    for name in order:
+        read = reads[name]
+        assert read is not None
+        groups: dict[str, list[int]] = {}
+        for position, source in enumerate(read.sources or []):
+            if source is not None:
+                groups.setdefault(source[0], [-1] * len(read.sources))[position] = source[1]
+        for anterior, index in groups.items():
+            if anterior == name:
+                barriers.append(Barrier("call", name, "it reads its own output in a later call"))
+                continue
+            channels = ChannelMap.from_index(index, records[anterior].out_channels)
+            edges.append(Edge(anterior, name, channels, read.via.get(anterior, ())))
+        barriers += [Barrier(operation, name, reason) for operation, reason in read.barriers]
+    barriers += [Barrier("call", name, "it never ran") for name in layers if name not in records]
+    return PropagationGraph(tuple(edges), tuple(barriers), tuple(records.values()), heads)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and everything back at the end: modes, buffers, random state."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    values = {b: b.clone() for held in buffers for b in held.values() if b is not None and not b.is_meta}
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with torch.random.fork_rng(sorted(devices)):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module in modules:
+                module.training = False
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, state, held in zip(modules, training, buffers, strict=True):
+                module.training = state
+                module._buffers.clear()
+                module._buffers.update(held)
+            with torch.no_grad():
+                for buffer, value in values.items():
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
