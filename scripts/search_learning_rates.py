@@ -4,8 +4,8 @@
     python scripts/search_learning_rates.py san ssf    # the same for some methods only
     python scripts/search_learning_rates.py --restart  # forget all trials first
 
-Every method gets the same grid, seeds and epochs; trained on `train800`, scored on `val200`, the test split is not looked at.
-The best mean accuracy wins, the smaller rate where means are equal. Trials go to `learning_rates.jsonl` beside this
+Every method gets the same grid, seeds and epochs; trained on `train800`, scored on `val200`, the test split is not
+looked at. The best mean accuracy wins, the smaller rate where means are equal. Trials go to `learning_rates.jsonl` beside this
 script, choices into the recipes. About a quarter of an hour on two cores.
 """
 

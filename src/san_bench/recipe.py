@@ -1,7 +1,7 @@
 """Recipes: everything that decides a run, in one strict and frozen YAML file.
 
-Every key must be there, no other key may be, and nothing outside the file decides the result. All errors of a file come at
-once, each with its line, the place in the recipe, and the likely word where one was mistyped.
+Every key must be there, no other key may be, and nothing outside the file decides the result. All errors of a file come
+at once, each with its line, the place in the recipe, and the likely word where one was mistyped.
 
 Example:
     >>> recipe = load_recipe("demo/san")

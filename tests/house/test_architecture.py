@@ -188,7 +188,8 @@ def tracked() -> list[Path]:
 
 def test_no_file_names_a_machine():
     """No path of a developer's machine, and no address of a package registry's files."""
-    traces = re.compile(r"(?<![\w./])/(?:home|root|work|Users|tmp)/\w|index[-]url|:[/]/\S+\.(?:whl|tgz)\b|python[h]osted")
+    folders = r"(?<![\w./])/(?:home|root|work|Users|tmp)/\w"
+    traces = re.compile(folders + r"|index[-]url|:[/]/\S+\.(?:whl|tgz)\b|python[h]osted")
     found = []
     for path in tracked():
         if path.exists() and path.suffix not in {".png", ".safetensors", ".ico"}:

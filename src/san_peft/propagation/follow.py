@@ -48,6 +48,7 @@ class Follow(TorchDispatchMode):
 
     Attributes:
         writers: By number, the layer that wrote, or (operation, reason) where an axis was lost.
+        joined: Pairs of writers whose outputs were added to each other with nothing in between, as two heads are.
         paused: Above zero while a layer, whose inside is not followed, runs.
     """
 
@@ -56,6 +57,7 @@ class Follow(TorchDispatchMode):
         self.states: Any = WeakTensorKeyDictionary()
         self.storages: dict[int, list[Any]] = {}
         self.writers: list[str | tuple[str, str]] = []
+        self.joined: set[tuple[int, int]] = set()
         self.paused = 0
 
     def write(self, tensor: Tensor, layer: str, dim: int) -> None:
@@ -81,20 +83,20 @@ class Follow(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
         outs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-        if not known:
+        if not known or not any(map(_carries, outs)):
             return out
         inplace = name.endswith("_") and bool(args) and isinstance(args[0], Tensor)
         plain = name.rstrip("_") if inplace else name
         try:
             states = self._apply(plain, func, args, kwargs, out)
         except Lost as lost:
-            for tensor in outs:
+            for tensor in filter(_carries, outs):
                 self.lose(tensor, plain, str(lost))
             if inplace:
                 self._spread(args[0], plain)
             return out
         for tensor, state in zip(outs, states, strict=False):
-            if state is not None:
+            if state is not None and _carries(tensor):
                 if state.codes.shape != tensor.shape:
                     self.lose(tensor, plain, "its rule gave another shape; please report this")
                 else:
@@ -119,7 +121,9 @@ class Follow(TorchDispatchMode):
 
     # ---------------------------------------------------------------- rules
 
-    def _state(self, value: Any, shape: Any = None) -> State:
+    def _state(self, value: Any) -> State:
+        if isinstance(value, State):
+            return value
         state = self.states.get(value) if isinstance(value, Tensor) else None
         if state is None:
             size = value.shape if isinstance(value, Tensor) else ()
@@ -143,6 +147,8 @@ class Follow(TorchDispatchMode):
                 return [State(first.codes, first.passed(norm))]
         if name in ("add", "sub", "rsub"):
             return [self._sum(*args[:2])]
+        if name == "addcmul":
+            return [self._sum(args[0], self._product("mul", *args[1:3]))]
         if name in ("mul", "div"):
             return [self._product(name, *args[:2])]
         if name in rules.REDUCTIONS:
@@ -209,8 +215,13 @@ class Follow(TorchDispatchMode):
         if bool((differ & (x // STRIDE == y // STRIDE)).any()):
             raise Lost("it adds different channels of one layer")
         only = not bool(both.any())
-        name = (rules.OFFSET,) if only else (rules.RESIDUAL,) if bool(differ.any()) else ()
+        added = b if left.via else a
+        vector = isinstance(added, Tensor) and added.numel() == max(added.shape, default=1)
+        name = (rules.BIAS if vector else rules.OFFSET,) if only else (rules.RESIDUAL,) if bool(differ.any()) else ()
         codes = torch.maximum(x, y)
+        if name == (rules.RESIDUAL,) and len(left.via) == len(right.via) == 1:
+            if all(rules.kind_of(path) == "exact" for state in (left, right) for path in state.via.values()):
+                self.joined.add((max(*left.via, *right.via), min(*left.via, *right.via)))
         present = set((codes[codes >= 0] // STRIDE).unique().tolist())
         for writer, path in itertools.chain(left.via.items(), right.via.items()):
             if writer in present:
@@ -317,12 +328,17 @@ class Follow(TorchDispatchMode):
         return torch.broadcast_to(left.codes, shape), torch.broadcast_to(right.codes, shape)
 
 
+def _carries(tensor: Tensor) -> bool:
+    """Whether a tensor can hold features; indices and masks cannot."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _shape(left: State, right: State) -> torch.Size:
     return torch.broadcast_shapes(left.codes.shape, right.codes.shape)
 
 
 def _collapse(codes: Tensor, dims: Iterable[int]) -> Tensor | None:
-    """Reduces axes along which every entry has one writer's channel; `None` where two differ. Entries of -1 give way."""
+    """Reduces axes along which all entries have one writer's channel, -1 aside; `None` where two differ."""
     dims = list(dims)
     high = codes.amax(dims, keepdim=True)
     return high if bool(((codes == high) | (codes < 0)).all()) else None

@@ -29,11 +29,10 @@ def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
         return _transformers(model, config)
     timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = timm.get("input_size") if isinstance(timm, dict) else getattr(timm, "input_size", None)
-    patch = getattr(model, "patch_embed", None)
-    if size is not None:
-        image = getattr(patch, "img_size", None) or size[-2:]
-        channels = getattr(patch, "proj", None)
-        return (_image(model, getattr(channels, "in_channels", size[0]), image),)
+    image = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), size[-2:] if size else None)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if image is not None and first is not None:
+        return (_image(model, first.in_channels, image),)
     raise TraceError(
         f"The inputs of a {type(model).__name__} cannot be derived. Two ways out: "
         "SanConfig(propagation=san_peft.trace(model, example_inputs)), or SanConfig(propagation='none')."
@@ -66,6 +65,9 @@ def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
             patches = (size // vision.patch_size) ** 2
             patches += getattr(config, "vision_feature_select_strategy", "default") == "full"
             ids = torch.tensor([[1, *[token] * patches, 2, 3]])
+    if "input_features" in accepted and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = _image(model, 1, (config.num_mel_bins, frames))[:, 0]
     if "input_ids" in accepted:
         inputs["input_ids"] = ids.to(device)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:

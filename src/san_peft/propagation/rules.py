@@ -8,6 +8,7 @@ KINDS = ("exact", "activation", "norm", "residual")
 
 RESIDUAL = "residual"
 OFFSET = "offset"
+BIAS = "bias"
 ATTENTION = "attention"
 MIX = "mix"
 POOL = "pool"
@@ -16,13 +17,14 @@ SELF_GATE = "self_gate"
 
 _RESIDUAL = frozenset({RESIDUAL, OFFSET})
 _EXACT = frozenset({ATTENTION, MIX, POOL, GATED})
-_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "norm"})
+_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "norm", BIAS})
 
 
 def kind_of(via: Iterable[str]) -> str:
     """Returns the kind of an edge from the operations it passed, the strongest of them.
 
-    `residual` (a sum with another stream, or with a constant) is stronger than `norm`, that than `activation`.
+    `residual` (a sum with another stream, or with a constant per position) is stronger than `norm` (a normalisation, or
+    a constant per channel added outside a layer), that than `activation`.
     A name that is neither a norm, a sum nor a linear operation counts as an activation, ReLU included: ReLU commutes
     with a positive scale only, and a trained scale may turn negative.
 
@@ -51,10 +53,12 @@ def is_activation(path: Iterable[str]) -> bool:
 
 
 MOVES = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unsqueeze squeeze cat stack split "
-    "split_with_sizes unsafe_split chunk unbind roll constant_pad_nd repeat flip index index_select gather unfold "
-    "im2col pixel_shuffle pixel_unshuffle native_channel_shuffle narrow diagonal movedim swapaxes "
-    "repeat_interleave lift_fresh".split()
+    (
+        "view _unsafe_view reshape _reshape_alias permute transpose t expand slice select unsqueeze squeeze cat stack "
+        "split split_with_sizes unsafe_split chunk unbind roll constant_pad_nd repeat flip index index_select gather "
+        "unfold im2col pixel_shuffle pixel_unshuffle native_channel_shuffle narrow diagonal movedim swapaxes "
+        "repeat_interleave lift_fresh"
+    ).split()
 )
 """Operations that move channels and change none: they are run on the channels' codes themselves."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import torch
 
 from san_peft.errors import GraphError
 from san_peft.propagation.channels import ChannelMap
 from san_peft.propagation.graph import Edge, PropagationGraph
-from san_peft.propagation.rules import ATTENTION
+from san_peft.propagation.rules import ATTENTION, GATED, is_activation
 
 SCHEMES = ("all", "exact", "feedforward", "reference", "none")
 ABLATIONS = ("reversed", "skip-one", "permuted", "shuffled")
@@ -23,7 +22,7 @@ def select(graph: PropagationGraph, scheme: str) -> PropagationGraph:
     |---|---|
     | all | every edge but those into a head |
     | exact | of those, the ones that commute with the scale |
-    | feedforward | of those, the ones inside a feed-forward: no sum, no norm, no attention on the way |
+    | feedforward | of those, the ones inside a feed-forward: an activation or a gate on the way, no sum, no attention |
     | reference | patch embedding to the queries, keys and values of every block; attention output to the first
       feed-forward layer; first to second feed-forward layer |
     | none | no edge |
@@ -100,7 +99,8 @@ def ablate(graph: PropagationGraph, kind: str, seed: int = 0) -> PropagationGrap
 
 
 def _is_feedforward(edge: Edge) -> bool:
-    return edge.kind in ("exact", "activation") and ATTENTION not in edge.via
+    bends = is_activation(edge.via) or GATED in edge.via
+    return bends and edge.kind != "residual" and ATTENTION not in edge.via
 
 
 def _reference(graph: PropagationGraph, body: list[Edge]) -> list[Edge]:
@@ -166,13 +166,10 @@ def _permuted(edges: tuple[Edge, ...], rng: random.Random) -> list[Edge]:
     result = list(edges)
     for places in groups.values():
         anteriors = [edges[place].anterior for place in places]
-        fits: Callable[[list[str]], bool] = lambda names, places=places: (
-            len({(name, edges[place].posterior) for name, place in zip(names, places, strict=True)}) == len(places)
-            and all(name != edges[place].posterior for name, place in zip(names, places, strict=True))
-        )
         for _ in range(100):
             names = rng.sample(anteriors, len(anteriors))
-            if fits(names):
+            pairs = {(name, edges[place].posterior) for name, place in zip(names, places, strict=True)}
+            if len(pairs) == len(places) and all(a != b for a, b in pairs):
                 for name, place in zip(names, places, strict=True):
                     result[place] = Edge(name, edges[place].posterior, edges[place].channels, edges[place].via)
                 break

@@ -76,7 +76,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
                 f"{type(model).__name__} raised {type(error).__name__} while it was traced: {error}. Pass inputs that "
                 "it accepts: san_peft.trace(model, example_inputs)."
             ) from error
-        heads = _heads(follow, out)
+        heads = _heads(follow, out, reads)
     return _graph(layers, reads, order, heads)
 
 
@@ -138,7 +138,7 @@ def _read(follow: Follow, reads: _Reads, x: Tensor, dim: int) -> None:
             if isinstance(writer, tuple):
                 reads.barriers[writer] = None
             elif bad:
-                reads.barriers["input", "tokens or pixels of one channel were written by different layers"] = None
+                reads.barriers["input", "one input channel holds different channels, or layers, at different positions"] = None
             else:
                 sources[position] = (writer, code % STRIDE)
         for writer, path in state.via.items():
@@ -152,21 +152,29 @@ def _read(follow: Follow, reads: _Reads, x: Tensor, dim: int) -> None:
         reads.sources = [a if a == b else None for a, b in zip(reads.sources, sources, strict=True)]
 
 
-def _heads(follow: Follow, out: Any) -> tuple[str, ...]:
-    """Layers that write the output directly: of outputs with names, the logits, else the first."""
+def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tuple[str, ...]:
+    """Layers that write the output directly: of outputs with names, the logits, else the first.
+
+    Two layers that nothing reads and whose sum is the output are two heads.
+    """
     if isinstance(out, Mapping):
         named = [value for key, value in out.items() if "logits" in key]
         out = named or next(iter(out.values()), None)
+    read = {source[0] for r in reads.values() if r is not None for source in r.sources or [] if source is not None}
     heads: dict[str, None] = {}
     for tensor in tree_flatten(out)[0]:
         state = follow.states.get(tensor) if isinstance(tensor, Tensor) else None
         if state is None:
             continue
         for writer in (state.codes[state.codes >= 0] // STRIDE).unique().tolist():
-            layer = follow.writers[writer]
-            if isinstance(layer, str) and rules.kind_of(state.via.get(writer, ())) == "exact":
-                heads[layer] = None
-    return tuple(heads)
+            path = state.via.get(writer, ())
+            pair = next((pair for pair in follow.joined if pair[0] == writer), (writer,))
+            names = [follow.writers[w] for w in pair]
+            if len(pair) == 2 and not read & set(names):
+                path = tuple(name for name in path if name != rules.RESIDUAL)
+            if rules.kind_of(path) == "exact":
+                heads |= {layer: None for layer in names if isinstance(layer, str)}
+    return tuple(name for name in reads if name in heads)
 
 
 def _graph(
@@ -188,7 +196,11 @@ def _graph(
             channels = ChannelMap.from_index(index, records[anterior].out_channels)
             edges.append(Edge(anterior, name, channels, read.via.get(anterior, ())))
         barriers += [Barrier(operation, name, reason) for operation, reason in read.barriers]
-    barriers += [Barrier("call", name, "it never ran") for name in layers if name not in records]
+    barriers += [
+        Barrier("call", name, "it was never called; what reads its weight directly goes past SAN")
+        for name in layers
+        if name not in records
+    ]
     return PropagationGraph(tuple(edges), tuple(barriers), tuple(records.values()), heads)
 
 
