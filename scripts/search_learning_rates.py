@@ -28,7 +28,7 @@ from rich.progress import track
 from san_bench.recipe import load_recipe, shipped_recipes
 
 TRIALS = Path(__file__).with_name("learning_rates.jsonl")
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (100, 101)
 KEEP = ("lr", "seed", "accuracy", "correct", "n_test", "final_loss", "train_seconds", "recipe_fingerprint", "versions")
 KEEP += ("task_fingerprint", "commit", "cpu", "finished")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.golden.models import MODELS
 
 from san_peft import PropagationGraph, trace
-from tests.golden.models import MODELS
 
 HERE = Path(__file__).parent
 

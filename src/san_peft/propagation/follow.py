@@ -67,6 +67,7 @@ class Follow(TorchDispatchMode):
         shape[dim] = tensor.shape[dim]
         codes = writer * STRIDE + torch.arange(tensor.shape[dim]).view(shape)
         self.states[tensor] = State(codes.expand(tensor.shape), {writer: ()})
+        self._remember(tensor)
 
     def lose(self, tensor: Tensor, operation: str, reason: str) -> None:
         """Marks a tensor as one whose channels cannot be followed."""
@@ -76,11 +77,12 @@ class Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        there = _on_one_device(func, args, kwargs)
         if self.paused:
-            return func(*args, **kwargs)
+            return func(*there[0], **there[1])
         flat = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         known = [leaf for leaf in flat if leaf in self.states]
-        out = func(*args, **kwargs)
+        out = func(*there[0], **there[1])
         name = func._schema.name.split("::")[-1]
         outs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
         if not known or not any(map(_carries, outs)):
@@ -326,6 +328,24 @@ class Follow(TorchDispatchMode):
     def _broadcast(self, left: State, right: State) -> tuple[Tensor, Tensor]:
         shape = _shape(left, right)
         return torch.broadcast_to(left.codes, shape), torch.broadcast_to(right.codes, shape)
+
+
+def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Lets a model with weights on the meta device compute real positions and masks, which decide where it goes.
+
+    What the model makes out of nothing on the meta device is made on the CPU instead, and moves to meta where
+    it meets weights. Masks that select entries become their positions first, since these give a shape.
+    """
+    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    on_meta = [leaf.is_meta for leaf in leaves]
+    if kwargs.get("device") is not None and (any(on_meta) or torch.device(kwargs["device"]).type == "meta"):
+        kwargs = {**kwargs, "device": torch.device("meta" if any(on_meta) else "cpu")}
+    if all(on_meta) or not any(on_meta):
+        return args, kwargs
+    if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default):
+        where = [[i] if i is None or i.dtype != torch.bool else list(i.nonzero().unbind(1)) for i in args[1]]
+        args = (args[0], list(itertools.chain(*where)), *args[2:])
+    return tree_map_only(Tensor, lambda leaf: leaf.to("meta"), (args, kwargs))
 
 
 def _carries(tensor: Tensor) -> bool:

@@ -14,9 +14,10 @@ TOKENS = 6
 
 
 def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
-    """Returns one small example input on the model's device: keyword arguments, or a tuple of arguments.
+    """Returns one small example input: keyword arguments, or a tuple of arguments.
 
-    A sequence has `TOKENS` tokens; an image has the size that the model was made for.
+    It is on the model's device, or on the CPU for a model on the meta device. A sequence has `TOKENS` tokens; an image
+    has the size that the model was made for.
 
     Args:
         model: A model of transformers or timm.
@@ -40,7 +41,8 @@ def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _image(model: nn.Module, channels: int, size: Any) -> Tensor:

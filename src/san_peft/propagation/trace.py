@@ -138,7 +138,9 @@ def _read(follow: Follow, reads: _Reads, x: Tensor, dim: int) -> None:
             if isinstance(writer, tuple):
                 reads.barriers[writer] = None
             elif bad:
-                reads.barriers["input", "one input channel holds different channels, or layers, at different positions"] = None
+                reads.barriers[
+                    "input", "one input channel holds different channels, or layers, at different positions"
+                ] = None
             else:
                 sources[position] = (writer, code % STRIDE)
         for writer, path in state.via.items():
@@ -185,10 +187,13 @@ def _graph(
     for name in order:
         read = reads[name]
         assert read is not None
+        assert read.sources is not None
         groups: dict[str, list[int]] = {}
-        for position, source in enumerate(read.sources or []):
+        for position, source in enumerate(read.sources):
             if source is not None:
-                groups.setdefault(source[0], [-1] * len(read.sources))[position] = source[1]
+                if source[0] not in groups:
+                    groups[source[0]] = [-1] * len(read.sources)
+                groups[source[0]][position] = source[1]
         for anterior, index in groups.items():
             if anterior == name:
                 barriers.append(Barrier("call", name, "it reads its own output in a later call"))
