@@ -5,8 +5,8 @@
     python scripts/search_learning_rates.py --restart  # forget all trials first
 
 Every method gets the same grid, seeds and epochs; trained on `train800`, scored on `val200`, the test split is not
-looked at. The best mean accuracy wins, the smaller rate where means are equal. Trials go to `learning_rates.jsonl` beside this
-script, choices into the recipes. About a quarter of an hour on two cores.
+looked at. The best mean accuracy wins, the smaller rate where means are equal. Trials go to
+`learning_rates.jsonl` beside this script, choices into the recipes. About twenty minutes on two cores.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,7 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         MergeError: If the outputs differ by more, or are not finite. The model is then as it was, bit for bit.
         TraceError: If no probe is given and none can be derived.
     """
-    tuner = model.base_model
+    tuner: Any = model.base_model
     layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
     if not layers:
         raise MergeError("The model has no SAN layer to merge.")
@@ -96,7 +97,9 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
     made = tuple(
         name for name, layer in layers.items() if kept[name][1] is None and layer.get_base_layer().bias is not None
     )
-    plain = tuner.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        plain = tuner.merge_and_unload()  # merges nothing more: unwraps, and keeps the trained heads and norms
     return MergeReport(difference, where, accepted, len(layers), made, plain)
 
 
@@ -133,11 +136,11 @@ def hotswap(model: PeftModel, path: str, adapter_name: str = "default", **kwargs
             old[name].copy_(value)
 
 
-def _copy(base: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _copy(base: Any) -> tuple[Tensor, Tensor | None]:
     return base.weight.detach().clone(), None if base.bias is None else base.bias.detach().clone()
 
 
-def _restore(base: nn.Module, kept: tuple[Tensor, Tensor | None]) -> None:
+def _restore(base: Any, kept: tuple[Tensor, Tensor | None]) -> None:
     base.weight.data = kept[0]
     if kept[1] is not None:
         base.bias.data = kept[1]

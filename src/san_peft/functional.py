@@ -144,7 +144,7 @@ class _ScaleOutput(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
         (grad,) = grads
         y, factor, shift, near_zero, kept = ctx.saved_tensors
         dims = [d for d in range(y.dim()) if d != ctx.dim]
@@ -216,9 +216,12 @@ def fold(
             grouped = folded.view(_grouped_shape(weight, groups))
             grouped.mul_(factor)
     _check_lengths(weight, bias, shift, groups, transposed)
-    if bias is None and shift is None:
+    if bias is not None:
+        out = bias.to(wide, copy=True)
+    elif shift is not None:
+        out = torch.zeros_like(shift, dtype=wide)
+    else:
         return folded.to(weight.dtype), None
-    out = torch.zeros_like(shift, dtype=wide) if bias is None else bias.to(wide, copy=True)
     if scale is not None:
         out *= scale.to(wide)
     if shift is not None:

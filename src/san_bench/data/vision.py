@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def load_digits_task() -> VisionTask:
     """
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     grey = enlarge(digits.images.astype(np.float32)[..., None] * np.float32(255 / 16), 4)
     images = np.repeat(np.floor(grey + np.float32(0.5)).astype(np.uint8), 3, axis=-1)
     labels = digits.target.astype(np.int64)

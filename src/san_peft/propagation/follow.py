@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from san_peft.propagation import rules
 
@@ -98,7 +98,7 @@ class Follow(TorchDispatchMode):
                 self._spread(args[0], plain)
             return out
         for tensor, state in zip(outs, states, strict=False):
-            if state is not None and _carries(tensor):
+            if _carries(tensor):
                 if state.codes.shape != tensor.shape:
                     self.lose(tensor, plain, "its rule gave another shape; please report this")
                 else:
@@ -112,7 +112,7 @@ class Follow(TorchDispatchMode):
     def _remember(self, tensor: Tensor) -> None:
         if tensor in self.states:
             key = tensor.untyped_storage()._cdata
-            self.storages.setdefault(key, []).append(torch.utils.weak.WeakIdRef(tensor))
+            self.storages.setdefault(key, []).append(WeakIdRef(tensor))
 
     def _spread(self, target: Tensor, operation: str) -> None:
         """After writing into a tensor, other views of its storage no longer hold what they held."""
@@ -132,10 +132,10 @@ class Follow(TorchDispatchMode):
             state = State(torch.full((), -1).expand(size))
         return state
 
-    def _apply(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State | None]:
+    def _apply(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
         if name in rules.MOVES:
             return self._move(name, func, args, kwargs)
-        first = self._state(args[0]) if args and isinstance(args[0], Tensor) else None
+        first = self._state(args[0] if args else None)
         if name in rules.KEEPS:
             return [first]
         if name == "as_strided" and tuple(args[1]) == tuple(first.codes.shape):
@@ -169,7 +169,7 @@ class Follow(TorchDispatchMode):
             return [self._choose(name, args)]
         raise Lost(f"there is no rule for {name}")
 
-    def _move(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State | None]:
+    def _move(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State]:
         """Runs the operation on the codes themselves."""
         via: dict[int, tuple[str, ...]] = {}
         statistic = False
@@ -251,7 +251,7 @@ class Follow(TorchDispatchMode):
                 return State(codes, state.passed(rules.GATED))
         raise Lost("it combines two branches of which neither or both pass an activation")
 
-    def _reduce(self, name: str, state: State, out: Any) -> list[State | None]:
+    def _reduce(self, name: str, state: State, out: Any) -> list[State]:
         outs = [out] if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)]
         shape, size = outs[0].shape, state.codes.shape
         if len(shape) == len(size):
@@ -299,6 +299,7 @@ class Follow(TorchDispatchMode):
             raise Lost("both factors could carry the channels")
         state, codes, other = (left, carried[0], right) if found[0] else (right, carried[1], left)
         scores = other.statistic or all(tracked)
+        assert codes is not None
         return State(codes.expand(shape), state.passed(rules.ATTENTION if scores else rules.MIX))
 
     def _pool(self, name: str, state: State, out: Tensor) -> State:

@@ -95,7 +95,8 @@ def _record(name: str, module: nn.Module) -> Layer:
         return Layer(name, kind, module.in_features, module.out_features)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return Layer(name, kind, module.in_channels, module.out_channels)
-    return Layer(name, kind, module.weight.shape[0], module.weight.shape[1])
+    weight = module.get_parameter("weight")
+    return Layer(name, kind, weight.shape[0], weight.shape[1])
 
 
 def _channel_dim(module: nn.Module) -> int:

@@ -57,11 +57,12 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises:
         RuntimeError: If another package has registered a method of that name.
     """
-    for mapping, value in (
+    entries: list[tuple[dict[Any, Any], Any]] = [
         (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
         (PEFT_TYPE_TO_TUNER_MAPPING, model_cls),
         (PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
-    ):
+    ]
+    for mapping, value in entries:
         if mapping.setdefault(SAN, value) != value:
             raise RuntimeError(f"Another method named SAN is registered with PEFT: {mapping[SAN]!r}. Uninstall one.")
 
@@ -100,6 +101,7 @@ class Tuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
         self.create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
@@ -123,6 +126,20 @@ class SanConfig(PeftConfig):
             raise GraphError(f"edges is a list of edges, got {type(self.edges).__name__}.")
         return PropagationGraph(tuple(Edge.from_json(edge) for edge in self.edges or [])).edges
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Loads as PEFT does; of a local folder the tensors are checked too, before a model is touched.
+
+        Raises:
+            AdapterError: If the adapter's file is truncated, lacks a scale, or holds one that is not finite or has a
+                length that does not fit its edges.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, cls) and file.is_file():
+            _check_file(file, config.resolved_edges())
+        return config
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves as PEFT does, and tells the model card beside it that loading needs `import san_peft`."""
         super().save_pretrained(str(save_directory), **kwargs)
@@ -133,6 +150,29 @@ class SanConfig(PeftConfig):
                 draft = card.with_suffix(".tmp")
                 draft.write_text(text.rstrip() + "\n" + CARD, encoding="utf-8")
                 draft.replace(card)
+
+
+def _check_file(file: Path, edges: tuple[Edge, ...]) -> None:
+    lengths = {edge.anterior: edge.channels.source_size for edge in edges}
+    found: dict[str, int] = {}
+    try:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():
+                if ".san_" not in key:
+                    continue
+                vector = tensors.get_tensor(key)
+                if not torch.isfinite(vector).all():
+                    bad = int((~torch.isfinite(vector)).sum())
+                    raise AdapterError(f"{file}: {bad} of {vector.numel()} entries of {key} are not finite.")
+                if key.endswith(".san_scale.weight"):
+                    found[key.removeprefix("base_model.model.").removesuffix(".san_scale.weight")] = vector.numel()
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is damaged ({error}). Download or save the adapter again.") from error
+    for fqn, length in lengths.items():
+        if fqn not in found:
+            raise AdapterError(f"{file} has no scale for {fqn}, which the adapter's configuration propagates.")
+        if found[fqn] != length:
+            raise AdapterError(f"{file}: the scale of {fqn} has {found[fqn]} entries, its edges need {length}.")
 
 
 def _propagation(value: Any) -> str | dict[str, Any]:

@@ -249,7 +249,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _fold_step(self, name: str) -> tuple[_Folded, Tensor, Tensor | None]:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         scale, input_scale, shift = (v if v is None else v.clone() for v in self._vectors([name]))
         merged = self._merged_shift()
         if merged is not None and scale is not None:
@@ -290,7 +290,7 @@ class SanLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         while self._folded:
             step = self._folded.pop()
             if step.kept is not None:

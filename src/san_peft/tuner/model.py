@@ -36,7 +36,7 @@ class SanModel(_peft.Tuner):
 
     prefix = _peft.PREFIX
     tuner_layer_cls = SanLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
     def inject_adapter(
         self,
@@ -48,7 +48,7 @@ class SanModel(_peft.Tuner):
         **kwargs: Any,
     ) -> None:
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         edges = self._resolve(model, config)
         super().inject_adapter(
             model,
@@ -67,31 +67,69 @@ class SanModel(_peft.Tuner):
         return PropagationGraph(tuple(edges.values()))
 
     def _edges_of(self, adapter_name: str) -> tuple[Edge, ...]:
-        return self.peft_config[adapter_name].resolved_edges()
+        config: Any = self.peft_config[adapter_name]
+        return config.resolved_edges()
 
     # ------------------------------------------------------------------ resolving: nothing is changed in the model
 
     def _resolve(self, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
         """Fills in the configuration's targets, norms and edges, and returns the edges."""
-        names = {_plain(name): module for name, module in model.named_modules() if _is_layer(module)}
+        modules: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            modules.setdefault(_plain(name), module)
+        names = {name: module for name, module in modules.items() if _is_layer(module)}
         graph = self._graph(model, config) if config.edges is None or config.target_modules is None else None
-        targets, norms = config.target_modules, config.modules_to_save
+        targets: Any = config.target_modules
+        norms: Any = config.modules_to_save
         if targets is None:
-            saved = config.modules_to_save or []
             chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else list(names)
             heads = set(graph.heads) if graph else set()
-            targets = {n for n in chosen if n not in heads and not any(n.endswith(s) for s in saved)}
+            targets = {n for n in chosen if n not in heads and not any(n.endswith(s) for s in norms or [])}
         if config.train_norms:
             norms = sorted({*(norms or []), *_norms(model)})
         draft = dataclasses.replace(config, target_modules=targets, edges=None)
+        self._check_targets(draft, modules, graph)
         if config.edges is not None:
             edges = config.resolved_edges()
             _check_edges(edges, names)
         else:
-            edges = self._select(model, draft, graph, names) if graph else ()
+            edges = self._select(draft, graph, names) if graph else ()
         config.target_modules, config.modules_to_save = targets, norms
         config.edges = [edge.to_json() for edge in edges]
         return edges
+
+    def _check_targets(self, config: SanConfig, modules: dict[str, nn.Module], graph: PropagationGraph | None) -> None:
+        """Raises where a target is no layer that SAN can adapt, or a listed name matches nothing at all."""
+        targets: Any = config.target_modules
+        for target in sorted(targets) if isinstance(targets, set | list) else ():
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                last = dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if _is_layer(m))
+                close = difflib.get_close_matches(target, last, n=3)
+                raise TargetError(
+                    f"target_modules names {target!r}, but no module of the {type(self.model).__name__} ends in it."
+                    f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
+                )
+        idle = []
+        traced = {layer.fqn for layer in graph.layers} if graph is not None else set()
+        for name, module in modules.items():
+            if targets == "all-linear" or not _peft.matches(self, config, name):
+                continue
+            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if not isinstance(module, SanLayer) and isinstance(module, BaseTunerLayer):
+                raise TargetError(f"{name} already is a layer of another tuner ({type(module).__name__}).")
+            if not isinstance(inner, LAYER_TYPES):
+                raise TargetError(
+                    f"{name} is a {type(inner).__name__}, which SAN cannot adapt; it adapts "
+                    f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
+                )
+            if traced and name not in traced:
+                idle.append(name)
+        if idle:
+            warnings.warn(
+                f"{len(idle)} target layers were not called when the model was traced, so their scales may do nothing "
+                f"(a model may read a weight directly): {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
+                stacklevel=4,
+            )
 
     def _graph(self, model: nn.Module, config: SanConfig) -> PropagationGraph | None:
         """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed."""
@@ -110,9 +148,7 @@ class SanModel(_peft.Tuner):
                 return None
             raise
 
-    def _select(
-        self, model: nn.Module, config: SanConfig, graph: PropagationGraph, names: dict[str, nn.Module]
-    ) -> tuple[Edge, ...]:
+    def _select(self, config: SanConfig, graph: PropagationGraph, names: dict[str, nn.Module]) -> tuple[Edge, ...]:
         explicit = not isinstance(config.propagation, str)
         edges = graph.edges if explicit else graph.select(config.propagation).edges
         _check_edges(edges, names)
@@ -144,16 +180,7 @@ class SanModel(_peft.Tuner):
         self, config: SanConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, fqn: str
     ) -> None:
         """Gives a module a scale of its own."""
-        layer = target
-        if not isinstance(target, SanLayer):
-            if isinstance(target, BaseTunerLayer):
-                raise TargetError(f"{fqn} already is a layer of another tuner ({type(target).__name__}).")
-            if not isinstance(target, LAYER_TYPES):
-                raise TargetError(
-                    f"{fqn} is a {type(target).__name__}, which SAN cannot adapt; it adapts "
-                    f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
-                )
-            layer = SanLayer(target)
+        layer = target if isinstance(target, SanLayer) else SanLayer(target)
         layer.update_layer(adapter_name, config, inference_mode=config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -267,7 +294,8 @@ class SanModel(_peft.Tuner):
         if combination_type == "product":
             for layer in layers:
                 for name in adapters:
-                    if name in layer.san_scale and bool((layer.get_scale(name) <= 0).any()):
+                    scale = layer.get_scale(name)
+                    if scale is not None and bool((scale <= 0).any()):
                         raise AdapterError(f"A scale of adapter {name!r} is not positive; combine with 'linear'.")
         self.peft_config[adapter_name] = copy.deepcopy(first)
         self.inject_adapter(self.model, adapter_name)
@@ -279,10 +307,10 @@ class SanModel(_peft.Tuner):
                         continue
                     offsets = [bank[name].weight for name in adapters]
                     if combination_type == "product" and kind != "san_shift":
-                        total = sum(w * torch.log1p(o.float()) for w, o in zip(weights, offsets, strict=True))
-                        bank[adapter_name].weight.copy_(torch.expm1(total))
-                    else:
-                        bank[adapter_name].weight.copy_(sum(w * o for w, o in zip(weights, offsets, strict=True)))
+                        offsets = [torch.log1p(offset.float()) for offset in offsets]
+                    total = torch.stack([w * o for w, o in zip(weights, offsets, strict=True)]).sum(0)
+                    product = combination_type == "product" and kind != "san_shift"
+                    bank[adapter_name].weight.copy_(torch.expm1(total) if product else total)
 
 
 class _Mode:
