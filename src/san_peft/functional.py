@@ -286,7 +286,7 @@ def _along(vector: Tensor, x: Tensor, channel_dim: int, name: str) -> Tensor:
             f"{tuple(x.shape)} has {x.shape[channel_dim]} channels."
         )
     dim = channel_dim % x.dim()
-    return vector.to(x.dtype).view([-1 if d == dim else 1 for d in range(x.dim())])
+    return vector.to(x.device, x.dtype).view([-1 if d == dim else 1 for d in range(x.dim())])
 
 
 def _grouped_shape(weight: Tensor, groups: int) -> list[int]:

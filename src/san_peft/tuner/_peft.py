@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import peft
+import torch
 from packaging.version import Version
 from peft import PeftType
 from peft.mapping import (
@@ -25,7 +26,7 @@ from san_peft.errors import MergeError
 PREFIX = "san_"
 
 
-class SanPeftType(StrEnum):
+class SanPeftType(str, Enum):  # noqa: UP042 - PEFT's reports cut str() at the point, which StrEnum has not
     """The type of the method, standing beside PEFT's own closed enumeration."""
 
     SAN = "SAN"
@@ -85,6 +86,24 @@ def set_disabled(module: Any, disabled: bool) -> None:
 def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
     """Forward pre-hook that hands the adapter of every sample to a layer."""
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+class TunerLayer(BaseTunerLayer):
+    """`BaseTunerLayer` whose adapters keep their own floating type when they follow the frozen layer to a device.
+
+    PEFT's version casts them to the frozen layer's type and back, which would round saved float32 vectors to bfloat16.
+    """
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        weight: Any = self.get_base_layer().weight
+        self.move_adapter(adapter_name, weight.device if device is None else device)
+
+    def move_adapter(self, adapter_name: str, device: torch.device) -> None:
+        """Moves an adapter's vectors to a device; what is or would be on the meta device stays."""
+        for bank in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in bank and device.type != "meta":
+                if not any(parameter.is_meta for parameter in bank[adapter_name].parameters()):
+                    bank[adapter_name].to(device)
 
 
 class Tuner(BaseTuner):

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float32, Int
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from san_peft.errors import AdapterError, MergeError, TargetError
 from san_peft.functional import channels_of, fold, propagate, scale_input, scale_output, unfold
+from san_peft.tuner._peft import TunerLayer
 from san_peft.tuner.config import SanConfig
 
 MODES = ("both", "neuron", "synapse", "off")
@@ -67,7 +68,7 @@ class _Folded(NamedTuple):
     kept: tuple[Tensor, Tensor | None] | None
 
 
-class SanLayer(nn.Module, BaseTunerLayer):
+class SanLayer(nn.Module, TunerLayer):
     r"""A frozen dense or convolutional layer under SAN.
 
     $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k $$
@@ -112,19 +113,24 @@ class SanLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: SanConfig, inference_mode: bool = False) -> None:
         """Adds an adapter's own vectors to this layer."""
-        self.san_scale[adapter_name] = ScaleVector(self.out_features)
+        self.san_scale[adapter_name] = ScaleVector(self.out_features, **self._factory())
         if config.shift:
-            self.san_shift[adapter_name] = ScaleVector(self.out_features, 0.0)
+            self.san_shift[adapter_name] = ScaleVector(self.out_features, 0.0, **self._factory())
         self.reset_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def connect(self, adapter_name: str, incoming: list[Incoming], gate: bool = False) -> None:
         """Lets scales propagate to this layer's input, replacing what the adapter propagated before."""
         self.san_incoming[adapter_name] = incoming
         if gate and incoming and adapter_name not in self.san_gate:
-            self.san_gate[adapter_name] = ScaleVector(self.in_features)
-            self._move_adapter_to_device_of_base_layer(adapter_name)
+            self.san_gate[adapter_name] = ScaleVector(self.in_features, **self._factory())
+
+    def _factory(self) -> dict[str, Any]:
+        """Type and device of new vectors: the frozen layer's, or float32 over a quantised one."""
+        weight: Any = self.get_base_layer().weight
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        device = torch.get_default_device()
+        return {"dtype": dtype, "device": device if device.type == "meta" else weight.device}
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Sets an adapter's vectors to the identity, or to small random offsets."""

@@ -75,28 +75,36 @@ class SanModel(_peft.Tuner):
     def _resolve(self, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
         """Fills in the configuration's targets, norms and edges, and returns the edges."""
         modules: dict[str, nn.Module] = {}
+        names: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
             modules.setdefault(_plain(name), module)
-        names = {name: module for name, module in modules.items() if _is_layer(module)}
-        graph = self._graph(model, config) if config.edges is None or config.target_modules is None else None
+            if _is_layer(module):
+                names.setdefault(_plain(name), module)
         targets: Any = config.target_modules
         norms: Any = config.modules_to_save
-        if targets is None:
+        wide = isinstance(targets, str) and targets.lower() == "all-linear"
+        graph = self._graph(model, config) if config.edges is None or targets is None or wide else None
+        if targets is None or (wide and graph):
             chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else list(names)
             heads = set(graph.heads) if graph else set()
-            targets = {n for n in chosen if n not in heads and not any(n.endswith(s) for s in norms or [])}
+            targets = {
+                n
+                for n in chosen
+                if n not in heads
+                and not any(n.endswith(s) for s in norms or [])
+                and not (wide and _is_convolution(names[n]))
+            }
         if config.train_norms:
             norms = sorted({*(norms or []), *_norms(model)})
         draft = dataclasses.replace(config, target_modules=targets, edges=None)
+        stored = None if config.edges is None else config.resolved_edges()
+        _check_edges(stored or (), names)
         self._check_targets(draft, modules, graph)
-        if config.edges is not None:
-            edges = config.resolved_edges()
-            _check_edges(edges, names)
-        else:
-            edges = self._select(draft, graph, names) if graph else ()
+        if stored is None:
+            stored = self._select(draft, graph, names) if graph else ()
         config.target_modules, config.modules_to_save = targets, norms
-        config.edges = [edge.to_json() for edge in edges]
-        return edges
+        config.edges = [edge.to_json() for edge in stored]
+        return stored
 
     def _check_targets(self, config: SanConfig, modules: dict[str, nn.Module], graph: PropagationGraph | None) -> None:
         """Raises where a target is no layer that SAN can adapt, or a listed name matches nothing at all."""
@@ -112,7 +120,9 @@ class SanModel(_peft.Tuner):
         idle = []
         traced = {layer.fqn for layer in graph.layers} if graph is not None else set()
         for name, module in modules.items():
-            if targets == "all-linear" or not _peft.matches(self, config, name):
+            if isinstance(module, AuxiliaryTrainingWrapper) or targets == "all-linear":
+                continue
+            if not _peft.matches(self, config, name):
                 continue
             inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if not isinstance(module, SanLayer) and isinstance(module, BaseTunerLayer):
@@ -135,7 +145,7 @@ class SanModel(_peft.Tuner):
         """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed."""
         if not isinstance(config.propagation, str):
             return PropagationGraph.from_json(config.propagation)
-        if config.propagation == "none" and config.target_modules is not None:
+        if config.propagation == "none" and config.target_modules not in (None, "all-linear"):
             return None
         from san_peft.propagation.trace import trace
 
@@ -150,22 +160,20 @@ class SanModel(_peft.Tuner):
 
     def _select(self, config: SanConfig, graph: PropagationGraph, names: dict[str, nn.Module]) -> tuple[Edge, ...]:
         explicit = not isinstance(config.propagation, str)
-        edges = graph.edges if explicit else graph.select(config.propagation).edges
+        edges = graph.select("all" if explicit else config.propagation).edges
         _check_edges(edges, names)
-        wide = config.target_modules == "all-linear"
-        linear = {n for n, m in names.items() if not isinstance(m, nn.Conv1d | nn.Conv2d) and n not in graph.heads}
-        carried = linear if wide else {n for n in names if _peft.matches(self, config, n)}
+        carried = {n for n in names if _peft.matches(self, config, n)}
         saved = tuple(config.modules_to_save or ())
+        edges = [edge for edge in edges if not (saved and edge.posterior.endswith(saved))]
         kept, cut = [], []
         for edge in edges:
-            whole = bool(saved) and edge.posterior.endswith(saved)
-            (kept if edge.anterior in carried and not whole else cut).append(edge)
+            (kept if edge.anterior in carried else cut).append(edge)
         limited = config.exclude_modules or config.layers_to_transform is not None
         if cut and (explicit or limited):
             shown = "; ".join(f"{e.anterior} -> {e.posterior}" for e in cut[:3])
             warnings.warn(
-                f"{len(cut)} of {len(edges)} edges fall away because their anterior layer carries no scale or their "
-                f"posterior layer is trained as a whole: {shown}{' ...' if len(cut) > 3 else ''}.",
+                f"{len(cut)} of {len(edges)} edges fall away because their anterior layer carries no scale: "
+                f"{shown}{' ...' if len(cut) > 3 else ''}.",
                 stacklevel=4,
             )
         return tuple(kept)
@@ -346,6 +354,11 @@ def _disabled(modules: list[Any]) -> Iterator[None]:
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (*LAYER_TYPES, SanLayer))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.Conv1d | nn.Conv2d)
 
 
 def _plain(name: str) -> str:
