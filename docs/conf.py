@@ -29,19 +29,28 @@ html_theme = "furo"
 html_title = "san-peft"
 
 
-def dollars_to_math(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Lets docstrings write their equations as `$...$` and `$$...$$`, as the pages do."""
+def markdown_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Lets docstrings write equations as `$...$` and `$$...$$`, and tables with bars, as the pages do."""
 
     def block(match: re.Match[str]) -> str:
         indent = match["indent"]
         body = "\n".join(f"{indent}   {line.strip()}" for line in match["body"].strip().splitlines())
         return f"\n{indent}.. math::\n\n{body}\n{indent}"
 
+    def table(match: re.Match[str]) -> str:
+        indent, (head, _, *rows) = match["indent"], match[0].strip().splitlines()
+        lines = [f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
+        for row in (head, *rows):
+            cells = [cell.strip() for cell in row.strip().strip("|").split(" | ")]
+            lines += [f"{indent}   {'*' if first else ' '} - {cell}" for first, cell in zip([1] + [0] * 9, cells)]
+        return "\n".join([*lines, "", ""])
+
     text = re.sub(r"^(?P<indent> *)\$\$(?P<body>.+?)\$\$", block, "\n".join(lines), flags=re.M | re.S)
     text = re.sub(r"(?<![\\$`\w])\$([^$\n`]+)\$(?![\w$])", r":math:`\1`", text)
     text = re.sub(r"(?<=, )\*(?=\w)", r"\\*", text)  # shapes such as (out, in, *kernel)
+    text = re.sub(r"(?m)^(?P<indent> *)\|.*\|\n(?P=indent)\|[-:| ]+\|\n(?:(?P=indent)\|.*\|(?:\n|$))+", table, text)
     lines[:] = text.split("\n")
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", dollars_to_math, priority=400)
+    app.connect("autodoc-process-docstring", markdown_to_rst, priority=400)

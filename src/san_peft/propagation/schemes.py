@@ -23,8 +23,7 @@ def select(graph: PropagationGraph, scheme: str) -> PropagationGraph:
     | all | every edge but those into a head |
     | exact | of those, the ones that commute with the scale |
     | feedforward | of those, the ones inside a feed-forward: an activation or a gate on the way, no sum, no attention |
-    | reference | patch embedding to the queries, keys and values of every block; attention output to the first
-      feed-forward layer; first to second feed-forward layer |
+    | reference | patch embedding to every block's queries, keys and values; attention output to fc1; fc1 to fc2 |
     | none | no edge |
 
     Args:
