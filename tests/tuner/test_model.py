@@ -109,6 +109,21 @@ def test_trained_norms_and_head():
     assert {n.removeprefix("base_model.model.") for n in trained} == expected
 
 
+def test_what_is_inside_a_module_to_save_is_left_to_it():
+    """A head of several layers, as RoBERTa's, and one with a norm, as ConvNeXt's in timm, are trained as a whole."""
+    import timm
+
+    config = tf.RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    roberta = get_peft_model(tf.RobertaForSequenceClassification(config), SanConfig(task_type="SEQ_CLS"))
+    assert not any("classifier" in name for name in layers_of(roberta))
+    convnext = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=5)
+    model = get_peft_model(convnext, SanConfig(train_norms=True, modules_to_save=["head"]))
+    assert not any("head" in name for name in layers_of(model))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and ".head." in n]
+    assert len(trained) == len(list(timm.create_model("convnext_atto").head.parameters())) == 4
+    assert all(n.startswith("base_model.model.head.modules_to_save.default.") for n in trained)
+
+
 def test_norms_of_a_language_model_are_found_too():
     model = get_peft_model(llama(), SanConfig(train_norms=True))
     assert sum("norm" in n and p.requires_grad for n, p in model.named_parameters()) == 5

@@ -1,0 +1,209 @@
+"""Resolving: which layers a configuration means and which edges connect them. Nothing is changed in the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from san_peft.errors import GraphError, TargetError, TraceError
+from san_peft.propagation.graph import Edge, PropagationGraph
+from san_peft.tuner import _peft
+from san_peft.tuner.config import SanConfig
+from san_peft.tuner.layer import LAYER_TYPES, SanLayer
+
+
+def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
+    """Fills in the configuration's targets, norms and edges, and returns the edges."""
+    modules: dict[str, nn.Module] = {}
+    names: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        modules.setdefault(_plain(name), module)
+        if _is_layer(module):
+            names.setdefault(_plain(name), module)
+    targets: Any = config.target_modules
+    norms: Any = config.modules_to_save
+    wide = isinstance(targets, str) and targets.lower() == "all-linear"
+    graph = _graph(model, config) if config.edges is None or targets is None or wide else None
+    if targets is None or (wide and graph):
+        chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else list(names)
+        heads = set(graph.heads) if graph else set()
+        targets = {
+            n for n in chosen if n not in heads and not _inside(n, norms) and not (wide and _is_convolution(names[n]))
+        }
+    if config.train_norms:
+        norms = sorted({*(norms or []), *(n for n in _norms(model) if not _inside(n, norms))})
+    draft = dataclasses.replace(config, target_modules=targets, edges=None)
+    stored = None if config.edges is None else config.resolved_edges()
+    _check_edges(stored or (), names)
+    _check_targets(tuner, model, draft, modules, graph)
+    if stored is None:
+        stored = _select(tuner, draft, graph, names) if graph else ()
+    config.target_modules, config.modules_to_save = targets, norms
+    config.edges = [edge.to_json() for edge in stored]
+    return stored
+
+
+def _check_targets(
+    tuner: _peft.Tuner,
+    model: nn.Module,
+    config: SanConfig,
+    modules: dict[str, nn.Module],
+    graph: PropagationGraph | None,
+) -> None:
+    """Raises where a target is no layer that SAN can adapt, or a listed name matches nothing at all."""
+    targets: Any = config.target_modules
+    for target in sorted(targets) if isinstance(targets, set | list) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            last = dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if _is_layer(m))
+            close = difflib.get_close_matches(target, last, n=3)
+            raise TargetError(
+                f"target_modules names {target!r}, but no module of the {type(model).__name__} ends in it."
+                f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
+            )
+    idle = []
+    traced = {layer.fqn for layer in graph.layers} if graph is not None else set()
+    for name, module in modules.items():
+        if isinstance(module, AuxiliaryTrainingWrapper) or targets == "all-linear":
+            continue
+        if not _peft.matches(tuner, config, name):
+            continue
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(module, SanLayer) and isinstance(module, BaseTunerLayer):
+            raise TargetError(f"{name} already is a layer of another tuner ({type(module).__name__}).")
+        if not isinstance(inner, LAYER_TYPES):
+            raise TargetError(
+                f"{name} is a {type(inner).__name__}, which SAN cannot adapt; it adapts "
+                f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
+            )
+        if traced and name not in traced:
+            idle.append(name)
+    if idle:
+        warnings.warn(
+            f"{len(idle)} target layers were not called when the model was traced, so their scales may do nothing "
+            f"(a model may read a weight directly): {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
+            stacklevel=4,
+        )
+
+
+def _graph(model: nn.Module, config: SanConfig) -> PropagationGraph | None:
+    """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed."""
+    if not isinstance(config.propagation, str):
+        return PropagationGraph.from_json(config.propagation)
+    if config.propagation == "none" and config.target_modules not in (None, "all-linear"):
+        return None
+    from san_peft.propagation.trace import trace
+
+    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    try:
+        with _disabled(adapted):
+            return _plain_graph(trace(model))
+    except TraceError:
+        if config.propagation == "none":
+            return None
+        raise
+
+
+def _select(
+    tuner: _peft.Tuner, config: SanConfig, graph: PropagationGraph, names: dict[str, nn.Module]
+) -> tuple[Edge, ...]:
+    explicit = not isinstance(config.propagation, str)
+    edges = graph.select("all" if explicit else config.propagation).edges
+    _check_edges(edges, names)
+    carried = {n for n in names if _peft.matches(tuner, config, n)}
+    edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
+    kept, cut = [], []
+    for edge in edges:
+        (kept if edge.anterior in carried else cut).append(edge)
+    limited = config.exclude_modules or config.layers_to_transform is not None
+    if cut and (explicit or limited):
+        shown = "; ".join(f"{e.anterior} -> {e.posterior}" for e in cut[:3])
+        warnings.warn(
+            f"{len(cut)} of {len(edges)} edges fall away because their anterior layer carries no scale: "
+            f"{shown}{' ...' if len(cut) > 3 else ''}.",
+            stacklevel=4,
+        )
+    return tuple(kept)
+
+
+@contextmanager
+def _disabled(modules: list[Any]) -> Iterator[None]:
+    """Runs tuner layers as their frozen layers, and puts every one's own state back."""
+    before = [(m, m.disable_adapters) for m in modules]
+    try:
+        for module, _ in before:
+            _peft.set_disabled(module, True)
+        yield
+    finally:
+        for module, state in before:
+            _peft.set_disabled(module, state)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (*LAYER_TYPES, SanLayer))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.Conv1d | nn.Conv2d)
+
+
+def _inside(fqn: str, saved: Iterable[str] | None) -> bool:
+    """Whether a module is one of `modules_to_save`, or part of one; PEFT matches these at the end of names."""
+    parts = fqn.split(".")
+    ends = tuple(saved or ())
+    return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts) + 1))
+
+
+def _plain(name: str) -> str:
+    """Returns a module's name as it was before any adapter was put in."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def _plain_graph(graph: PropagationGraph) -> PropagationGraph:
+    edges = [dataclasses.replace(e, anterior=_plain(e.anterior), posterior=_plain(e.posterior)) for e in graph.edges]
+    layers = [dataclasses.replace(layer, fqn=_plain(layer.fqn)) for layer in graph.layers]
+    return PropagationGraph(tuple(edges), graph.barriers, tuple(layers), tuple(_plain(h) for h in graph.heads))
+
+
+def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
+    """Raises `GraphError` where an edge names a layer the model lacks, or its lengths do not fit."""
+    for edge in edges:
+        for fqn in (edge.anterior, edge.posterior):
+            if fqn not in names:
+                close = difflib.get_close_matches(fqn, names, n=3)
+                raise GraphError(
+                    f"edge {edge}: the model has no layer {fqn} that SAN can adapt."
+                    f"{' Did you mean ' + ', '.join(close) + '?' if close else ''}"
+                    " Edges belong to one architecture: set edges=None to resolve them anew."
+                )
+        out, size = _sizes(names[edge.anterior])[0], _sizes(names[edge.posterior])[1]
+        if (edge.channels.source_size, edge.channels.size) != (out, size):
+            raise GraphError(
+                f"edge {edge}: its map leads from {edge.channels.source_size} to {edge.channels.size} channels, but "
+                f"{edge.anterior} writes {out} and {edge.posterior} reads {size}."
+            )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    layer = module if isinstance(module, SanLayer) else SanLayer(module)
+    return layer.out_features, layer.in_features
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Names of the modules that normalise: no children, a class named so, nothing but vectors to train."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        params = list(module.parameters(recurse=False))
+        if "norm" in type(module).__name__.lower() and params and all(p.dim() == 1 for p in params):
+            found.append(_plain(name))
+    return [name for name in dict.fromkeys(found) if ".modules_to_save" not in name]
