@@ -104,6 +104,7 @@ class Recipes:
         target = self.out or Path(source.name)
         if target.exists():
             raise FileExistsError(f"{target} is there already. Choose another file with --out.")
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
         print(target)
 
@@ -174,6 +175,9 @@ class Export:
         _table(export(self.folder, self.out))
 
 
+EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "timm": "vision"}
+"""Which extra brings a module that a verb may need."""
+
 VERBS = (Demo, Train, Eval, Check, Recipes, Env, Trace, Export)
 
 Verb = Demo | Train | Eval | Check | Recipes | Env | Trace | Export
@@ -191,14 +195,24 @@ def parse(words: Sequence[str] | None = None) -> Verb:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs the command; a mistake of the user's is one message and exit code 2."""
+    """Runs the command; a mistake of the user's is one message and exit code 2, Ctrl-C is one and exit code 130."""
     verb = parse(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
     try:
         verb.run()
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("san: stopped. The same command goes on from what is finished.", file=sys.stderr)
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        print(f'san: {error.name} is missing: pip install "san-peft[{extra}]"', file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         from san_peft.errors import SanError
 

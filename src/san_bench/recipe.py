@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class San(_Strict):
@@ -113,6 +113,12 @@ class Recipe(_Strict):
     checkpoint_steps: int = Field(ge=0)
     output: str = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _scored_on_unseen_images(self) -> Recipe:
+        if (self.train_split, self.eval_split) == ("train800val200", "val200"):
+            raise ValueError("val200 is part of train800val200; train with train800, or score on test")
+        return self
+
     @property
     def fingerprint(self) -> str:
         """The sha256 of the recipe as canonical JSON, without `output`."""
@@ -160,16 +166,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
         SanError: If anything is wrong with it; the message lists every problem with its place.
     """
     path = find_recipe(name)
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise _error(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise _error(f"{path}: a recipe is a mapping of keys to values. `san recipes --copy demo/san` gives one.")
-    lines, problems = _lines(root)
-    data = _Loader("").construct_document(root)
+    data, lines, problems = _read(path)
     if not isinstance(overrides, Mapping):
         overrides = dict(_parse_override(text) for text in overrides)
     for key, value in overrides.items():
@@ -180,7 +177,9 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
             if not isinstance(place, dict):
                 raise _error(f"--set {key}: {parent!r} holds a value, no keys.")
         place[last] = value
-        lines[tuple(key.split("."))] = None
+        for depth in range(1, len(parents) + 1):
+            lines.setdefault(tuple(parents[:depth]), None)
+        lines[(*parents, last)] = None
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -200,20 +199,41 @@ _Loader.add_implicit_resolver(
 )
 
 
+_Lines = dict[tuple[str, ...], int | None]
+_Problems = list[tuple[tuple[str, ...], str]]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], _Lines, _Problems]:
+    """Content of a YAML file, the line of every key, and the problems that YAML itself lets pass."""
+    data, lines, problems = None, {}, []
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+        if isinstance(root, yaml.MappingNode):
+            lines, problems = _lines(root)
+            data = _Loader("").construct_document(root)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise _error(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if data is None:
+        raise _error(f"{path}: a recipe is a mapping of keys to values. `san recipes --copy demo/san` gives one.")
+    return data, lines, problems
+
+
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise _error(f"--set {text}: write key=value, such as optimizer.lr=1e-3.")
     try:
         return key, yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise _error(f"--set {text}: {value!r} is not YAML.") from error
 
 
-def _lines(root: yaml.MappingNode) -> tuple[dict[tuple[str, ...], int | None], list[tuple[tuple[str, ...], str]]]:
+def _lines(root: yaml.MappingNode) -> tuple[_Lines, _Problems]:
     """Line of every key, and the keys that are there twice (YAML would silently take the last)."""
-    lines: dict[tuple[str, ...], int | None] = {}
-    twice: list[tuple[tuple[str, ...], str]] = []
+    lines: _Lines = {}
+    twice: _Problems = []
 
     def walk(node: yaml.Node, loc: tuple[str, ...]) -> Iterator[None]:
         if isinstance(node, yaml.MappingNode):
@@ -228,9 +248,11 @@ def _lines(root: yaml.MappingNode) -> tuple[dict[tuple[str, ...], int | None], l
     return lines, twice
 
 
-def _place(path: Path, lines: Mapping[tuple[str, ...], int | None], loc: tuple[str, ...]) -> str:
+def _place(path: Path, lines: _Lines, loc: tuple[str, ...]) -> str:
     known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
     line = lines.get(known)
+    if known and line is None:
+        return f"--set {'.'.join(loc)}"
     return f"{path}{f':{line}' if line else ''}: {'.'.join(loc) or 'recipe'}"
 
 
@@ -244,6 +266,8 @@ def _describe(error: dict[str, Any], data: Any) -> tuple[tuple[str, ...], str]:
     elif raw[:1] == ["optimizer"] and len(raw) > 1:
         model = Optimizer
     loc, kind = tuple(raw), error["type"]
+    if kind == "value_error":
+        return ("eval_split",), f"{error['ctx']['error']}."
     given = error.get("input")
     if kind == "extra_forbidden":
         return loc, f"unknown key.{_suggest(loc[-1], model.model_fields)}"

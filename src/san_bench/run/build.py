@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,14 @@ def base_model(recipe: Recipe, task: VisionTask) -> nn.Module:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def calm() -> Iterator[None]:
+    """Hides a warning that PEFT causes in transformers and that nobody here can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        yield
+
+
 def build_model(recipe: Recipe, task: VisionTask) -> nn.Module:
     """Builds the model of a recipe, ready to be trained.
 
@@ -62,7 +73,8 @@ def build_model(recipe: Recipe, task: VisionTask) -> nn.Module:
     elif method.kind != "full":
         import peft
 
-        model = peft.get_peft_model(model, peft_config(recipe))  # type: ignore[arg-type]
+        with calm():
+            model = peft.get_peft_model(model, peft_config(recipe))  # type: ignore[arg-type]
     check_trainable(model, recipe)
     return model
 
@@ -99,11 +111,12 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         Numbers of trained values: `head`, and `rest`.
 
     Raises:
-        SanError: If a trained parameter is none of the method's, or the head is frozen.
+        SanError: If a trained parameter is not of the method, none of the method is trained, or the head is frozen.
     """
     method = recipe.method
     allowed = {"linear": [], "lora": ["lora_"], "dora": ["lora_"], "san": ["san_"], "ssf": ["san_"], "full": ["."]}
-    words = [*allowed[method.kind], *(["norm"] if getattr(method, "train_norms", False) else [])]
+    own = allowed[method.kind]
+    words = [*own, *(["norm"] if getattr(method, "train_norms", False) else [])]
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = {name for name in trained if re.search(rf"(^|\.){HEAD}\.", name)}
     strange = [name for name in trained if name not in head and not any(word in name for word in words)]
@@ -111,6 +124,9 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         raise SanError(f"{method.kind} would also train {', '.join(strange[:5])}; {len(strange)} parameters too many.")
     if not head:
         raise SanError(f"The head {HEAD!r} would not be trained, so {method.kind} could learn no task.")
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if (method.kind == "full" and frozen) or not all(any(word in name for name in trained) for word in own):
+        raise SanError(f"{method.kind} would train too little: {len(trained)} parameters, {len(frozen)} are frozen.")
     size = sum(trained[name] for name in head)
     return {"head": size, "rest": sum(trained.values()) - size}
 
@@ -118,20 +134,19 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
 def saved_activation_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
     """Counts the bytes that one forward pass keeps for the backward pass, parameters left out.
 
-    Each storage counts once, however many tensors share it. Neither gradients nor the random state change.
+    Each storage counts once, however many tensors share it. Neither gradients nor the random state change; the model is
+    left in training mode.
     """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[torch.Tensor] = []  # so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages, so that no address is used twice
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
+        """Returns nothing for the graph to hold: a tensor that leads back to the graph would never be freed."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            kept[storage.data_ptr()] = storage
 
     model.train()
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         model(**batch)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from san_bench.data.vision import ImageSplit, load_task
 from san_bench.recipe import Recipe, load_recipe
-from san_bench.run.build import base_model, model_path
+from san_bench.run.build import base_model, calm, model_path
 from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
@@ -69,7 +69,7 @@ def run_recipe(run: str | Path) -> Recipe:
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
         raise SanError(f"{folder} is no run: it has no recipe.yaml. `san train RECIPE` makes one.")
-    if not (folder / "adapter").is_dir():
+    if not (folder / "result.json").is_file():
         raise SanError(f"The run {folder} has not finished. `san train {folder / 'recipe.yaml'}` resumes it.")
     return load_recipe(folder / "recipe.yaml")
 
@@ -91,7 +91,8 @@ def load_model(run: str | Path) -> tuple[Any, Recipe]:
     if recipe.method.kind in {"san", "ssf"}:
         import san_peft  # noqa: F401 - registers SAN with PEFT
     model = base_model(recipe, load_task(recipe.task))
-    return peft.PeftModel.from_pretrained(model, saved).eval(), recipe  # type: ignore[arg-type]
+    with calm():
+        return peft.PeftModel.from_pretrained(model, saved).eval(), recipe  # type: ignore[arg-type]
 
 
 def evaluate(run: str | Path, split: str | None = None) -> dict[str, Any]:
@@ -124,17 +125,20 @@ def export(run: str | Path, out: str | Path) -> dict[str, Any]:
     Raises:
         SanError: If the folder is in use, or merging changes the outputs.
     """
-    model, recipe = load_model(run)
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise SanError(f"{folder} is not empty. Choose another folder with --out.")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise SanError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}. Choose another with --out.")
+    model, recipe = load_model(run)
     split = load_task(recipe.task)[recipe.eval_split]
-    probe = {"pixel_values": split.pixel_values[:32]}
-    plain, difference = merged(model, recipe, probe)
-    plain.save_pretrained(folder)
-    settings = Path(model_path(recipe)) / "preprocessor_config.json"
-    if settings.is_file():
-        shutil.copyfile(settings, folder / settings.name)
+    plain, difference = merged(model, recipe, {"pixel_values": split.pixel_values[:32]})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        complete = Path(scratch) / "model"
+        plain.save_pretrained(complete)
+        settings = Path(model_path(recipe)) / "preprocessor_config.json"
+        if settings.is_file():
+            shutil.copyfile(settings, complete / settings.name)
+        complete.replace(folder)
     return {"folder": str(folder), "max_abs_difference": difference}
 
 
@@ -143,6 +147,9 @@ def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, f
 
     Returns:
         The plain model, and the largest difference of its logits on the probe.
+
+    Raises:
+        SanError: If they differ by more than `san_peft.export.TOLERANCE` times the largest of them.
     """
     if recipe.method.kind in {"linear", "full"}:
         return model, 0.0
@@ -151,7 +158,13 @@ def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, f
 
         report = merge_and_verify(model, probe)
         return report.model, float(report.max_abs_difference)
-    with torch.inference_mode():
+    from san_peft.export import TOLERANCE
+
+    with torch.no_grad():
         before = model(**probe).logits
         plain = model.merge_and_unload(safe_merge=True).eval()
-        return plain, float((plain(**probe).logits - before).abs().max())
+        difference = float((plain(**probe).logits - before).abs().max())
+    accepted = TOLERANCE[before.dtype] * max(1.0, float(before.abs().max()))
+    if not difference <= accepted:
+        raise SanError(f"Merging changes the logits by {difference:.3g}, more than the tolerance of {accepted:.3g}.")
+    return plain, difference

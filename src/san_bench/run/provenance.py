@@ -26,12 +26,15 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, or a killed process, sees the old one or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a killed process, sees the old one or the new one; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -49,11 +52,12 @@ def _git(*words: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this file is tracked in, marked where tracked files differ from it."""
+    """Commit of the checkout that tracks this file, marked where anything under `src/` differs from it."""
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):
         return None
     head = _git("rev-parse", "HEAD")
-    return f"{head}+changes" if head and _git("status", "--porcelain", "--untracked-files=no", ".") else head
+    sources = Path(__file__).resolve().parents[2]  # both packages: the method decides a result as much as the runner
+    return f"{head}+changes" if head and _git("status", "--porcelain", "--", str(sources)) else head
 
 
 def _cpu() -> str:

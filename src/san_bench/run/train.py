@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from san_bench.data.vision import VisionTask, load_task
-from san_bench.recipe import Recipe, load_recipe
+from san_bench.recipe import Recipe
 from san_bench.run.build import build_model, check_trainable, saved_activation_bytes
 from san_bench.run.evaluate import predict, save_predictions, score
+from san_bench.run.folder import claim
 from san_bench.run.provenance import provenance, write_atomically, write_rows
 from san_peft.errors import SanError
 
 COMPLETE = "complete"
-"""Marker inside a checkpoint that was written to its end."""
+"""Marker inside a checkpoint that was written to its end; it holds the seconds of training so far."""
 
 
 class _Bar(ProgressCallback):
@@ -35,15 +36,44 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
 
+class _Trainer(Trainer):
+    """Trainer that resumes whole models too: transformers saves a ViT under older names, which its resuming skips."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        whole = model or self.model
+        if isinstance(whole, PreTrainedModel):
+            whole.load_state_dict(type(whole).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
 class _Journal(TrainerCallback):
-    """Writes `log.jsonl` and marks checkpoints as complete."""
+    """Writes `log.jsonl`, marks checkpoints as complete, and stops a training whose loss is not finite."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.earlier, self.start = folder, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Starts the clock, at the seconds that a checkpoint was written after."""
+        self.earlier = float((checkpoint / COMPLETE).read_text(encoding="utf-8")) if checkpoint else 0.0
+        self.start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and not math.isfinite(float(logs.get("loss", 0))):
+            raise SanError(
+                f"The loss of {self.folder} is not finite in step {state.global_step}. "
+                f"Try a smaller optimizer.lr than {args.learning_rate:g}, with another output."
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         write_rows(self.folder / "log.jsonl", state.log_history)
-        write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+        marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+        write_atomically(marker, f"{self.seconds:.3f}\n")
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -60,11 +90,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
         The result: accuracy with n, trained parameters, seconds, memory, and where all that comes from.
 
     Raises:
-        SanError: If the folder holds another recipe's run, or the loss is not finite.
+        SanError: If the folder holds another recipe's run, or the loss or a prediction is not finite.
     """
     folder = Path(recipe.output)
     result_file = folder / "result.json"
-    _claim(folder, recipe)
+    claim(folder, recipe)
     if result_file.exists():
         return json.loads(result_file.read_text(encoding="utf-8"))
     task = load_task(recipe.task)
@@ -72,20 +102,21 @@ def train(recipe: Recipe) -> dict[str, Any]:
     trained = check_trainable(model, recipe)
     print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters and {trained['head']:,} of the head.")
     split = task[recipe.train_split]
-    activations = saved_activation_bytes(model, _batch(split, recipe.optimizer.batch_size))
-    trainer = make_trainer(model, recipe, task, folder)
+    trainer, journal = make_trainer(model, recipe, task, folder)
     checkpoint = _last_checkpoint(folder / "checkpoints")
-    before, start = _peak_rss(), time.perf_counter()
+    before = _rss()
+    journal.begin(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds, after = time.perf_counter() - start, _peak_rss()
+    seconds, peak = journal.seconds, _peak_rss()
+    activations = saved_activation_bytes(model, _batch(split, recipe.optimizer.batch_size, trainer.args.device))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    if not all(math.isfinite(float(loss)) for loss in losses):
-        raise SanError(
-            f"The loss of {recipe.output} is not finite. Try a smaller optimizer.lr than {recipe.optimizer.lr}."
-        )
     _save(model, folder / "adapter")
     write_rows(folder / "log.jsonl", trainer.state.log_history)
     logits = predict(model, task[recipe.eval_split], recipe)
+    if not logits.isfinite().all():
+        raise SanError(
+            f"{folder} predicts values that are not finite. Try a smaller optimizer.lr, with another output."
+        )
     save_predictions(folder / "predictions.safetensors", logits)
     result = {
         "run": folder.name,
@@ -102,8 +133,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "final_loss": losses[-1],
         "saved_activation_mib": round(activations / 2**20, 2),
-        "peak_rss_mib": round(after, 1),
-        "peak_rss_growth_mib": round(after - before, 1),
+        "peak_rss_mib": round(peak, 1),
+        "peak_rss_growth_mib": round(peak - before, 1),
         "seed": recipe.seed,
         "lr": recipe.optimizer.lr,
         "recipe_fingerprint": recipe.fingerprint,
@@ -116,8 +147,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> Trainer:
-    """Builds the Trainer of a recipe; the order of the data follows from its seed alone."""
+def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> tuple[Trainer, _Journal]:
+    """Builds the Trainer of a recipe, and its journal; the order of the data follows from the recipe's seed alone."""
     optimizer, split = recipe.optimizer, task[recipe.train_split]
     steps = math.ceil(len(split) / optimizer.batch_size) * optimizer.epochs
     arguments = TrainingArguments(
@@ -142,23 +173,12 @@ def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> 
         label_names=["labels"],
         report_to=[],
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=split, callbacks=[_Journal(folder)])
+    journal = _Journal(folder)
+    trainer = _Trainer(model=model, args=arguments, train_dataset=split, callbacks=[journal])
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
-    return trainer
-
-
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Takes the folder for this recipe, or refuses it where it belongs to another."""
-    file = folder / "recipe.yaml"
-    if file.exists() and load_recipe(file).fingerprint != recipe.fingerprint:
-        raise SanError(
-            f"{folder} holds a run of another recipe ({load_recipe(file).fingerprint[:12]}, "
-            f"this one is {recipe.fingerprint[:12]}). Choose another output, or remove the folder."
-        )
-    if not file.exists():
-        write_atomically(file, recipe.to_yaml())
+    return trainer, journal
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -180,9 +200,17 @@ def _save(model: Any, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def _batch(split: Any, size: int) -> dict[str, torch.Tensor]:
+def _batch(split: Any, size: int, device: torch.device) -> dict[str, torch.Tensor]:
     items = [split[i] for i in range(min(size, len(split)))]
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    return {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
+
+
+def _rss() -> float:
+    """Resident memory of this process in MiB; where only the peak is known, that."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return _peak_rss()
+    return int(statm.read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 2**20
 
 
 def _peak_rss() -> float:

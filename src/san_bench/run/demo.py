@@ -1,0 +1,177 @@
+"""The demo: SAN and its peers on handwritten digits, trained, reloaded, merged and compared.
+
+Every method is trained in a process of its own, so that its peak of memory is its own. Only those processes import
+torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from san_bench.recipe import Recipe, load_recipe, shipped_recipes
+from san_bench.run.folder import check_free
+from san_bench.run.provenance import write_atomically, write_rows
+
+NEEDED = ("sklearn", "matplotlib")
+"""Modules of the extra `demo`."""
+
+
+def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Trains methods on one task from one seed, checks what was saved, and compares them.
+
+    The folder gets one run per method, `results.jsonl` (a row per run with all its provenance), `table.md`,
+    `curves.png` and, where there are scales, `scales.png`. Runs that have finished are not repeated; one that was
+    interrupted is done again.
+
+    Args:
+        out: Folder to write to.
+        methods: Names of recipes under demo/, in the order of the table.
+
+    Returns:
+        The rows.
+
+    Raises:
+        SanError: If a method is unknown, the extra `demo` is missing, the folder holds runs of other recipes, or an
+            adapter predicts other classes once it is loaded, or changes the outputs when it is merged.
+    """
+    recipes = chosen(out, methods)
+    console = Console()
+    rows, losses, scales = [], {}, {}
+    for place, (name, recipe) in enumerate(recipes.items(), 1):
+        console.rule(f"{place} of {len(recipes)}: {name}")
+        row = in_fresh_process(_train, recipe)
+        losses[name] = _losses(Path(recipe.output))
+        if recipe.method.kind in {"san", "ssf"}:
+            checks, scales[name] = in_fresh_process(_examine, recipe.output)
+            row.update(checks)
+            console.print(
+                f"{name}, loaded again: all {row['n_test']} predicted classes are the same, logits differ by "
+                f"{row['reload_max_abs_difference']:.2g} at most. Merged: {row['merge_changed_classes']} classes "
+                f"change, logits differ by {row['merge_max_abs_difference']:.2g} at most."
+            )
+        rows.append(row)
+    _report(out, rows, losses, scales)
+    return rows
+
+
+def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
+    """Returns the recipes by name, with their output under `out`, if nothing that they need is missing."""
+    known = [name.removeprefix("demo/") for name in shipped_recipes() if name.startswith("demo/")]
+    if not methods:
+        raise _error(f"Name one method at least: {', '.join(known)}.")
+    for name in methods:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise _error(f"The demo has no method {name!r}.{hint} Choose from {', '.join(known)}.")
+    missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
+    if missing:
+        raise _error(f'The demo needs {" and ".join(missing)}: pip install "san-peft[demo]"')
+    recipes = {name: load_recipe(f"demo/{name}", {"output": str(out / name)}) for name in dict.fromkeys(methods)}
+    strange = []
+    for name, recipe in recipes.items():
+        try:
+            check_free(out / name, recipe)
+        except ValueError:
+            strange.append(name)
+    if strange:
+        raise _error(
+            f"{out} holds runs of other recipes than today's, so they cannot be compared: {', '.join(strange)}. "
+            f"Keep them and pass another folder, such as --out {out}-2, or remove {out}."
+        )
+    return recipes
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a new process and returns what it returns, or raises what it raises.
+
+    On Linux the process is forked from a server that has imported torch and trained nothing, which saves seconds.
+    """
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["san_bench.run.train", "peft", "san_peft"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise _error(f"The process of {function.__name__.strip('_')} was killed; was memory short?") from error
+
+
+def _train(recipe: Recipe) -> dict[str, Any]:
+    from san_bench.run.train import train
+
+    return train(recipe)
+
+
+def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Loads a run's adapter, compares its predictions with the run's, merges it, and returns both and the scales."""
+    from san_bench.data.vision import load_task
+    from san_bench.run.evaluate import load_model, load_predictions, predict
+    from san_peft import SanLayer, merge_and_verify
+
+    model, recipe = load_model(run)
+    split, expected = load_task(recipe.task)[recipe.eval_split], load_predictions(Path(run))
+    loaded = predict(model, split, recipe)
+    wrong = int((loaded.argmax(-1) != expected.argmax(-1)).sum())
+    if wrong:
+        raise _error(
+            f"The adapter in {run} predicts another class than the run did for {wrong} of {len(split)} images. "
+            "Was it changed since? Remove the folder to train it again."
+        )
+    scales: dict[str, list[float]] = {}
+    for fqn, layer in model.named_modules():
+        if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None:
+            scales.setdefault(fqn.rpartition(".")[2], []).extend(scale.tolist())
+    report = merge_and_verify(model, {"pixel_values": split.pixel_values[:64]})
+    merged = predict(report.model, split, recipe)
+    checks = {
+        "reload_max_abs_difference": float((loaded - expected).abs().max()),
+        "merge_max_abs_difference": max(report.max_abs_difference, float((merged - expected).abs().max())),
+        "merge_changed_classes": int((merged.argmax(-1) != expected.argmax(-1)).sum()),
+    }
+    return checks, scales
+
+
+def _losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def _report(
+    out: Path, rows: list[dict[str, Any]], losses: dict[str, list[float]], scales: dict[str, dict[str, list[float]]]
+) -> None:
+    from san_bench.report.plots import loss_curves, scale_histograms
+    from san_bench.report.table import notes, origin, to_markdown, to_rich
+
+    complete = len(rows) == sum(name.startswith("demo/") for name in shipped_recipes())
+    command = "san demo" if complete else f"san demo --methods {' '.join(row['run'] for row in rows)}"
+    write_rows(out / "results.jsonl", rows)
+    write_atomically(out / "table.md", to_markdown(rows, command))
+    loss_curves(losses, out / "curves.png")
+    names = ["results.jsonl", "table.md", "curves.png"]
+    if scales:
+        scale_histograms(scales, out / "scales.png")
+        names.append("scales.png")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    console.print(to_rich(rows))
+    console.print(f"{notes(rows)}\n{origin(rows, command)}", markup=False, highlight=False)
+    console.print(f"Written to {out}: {', '.join(names)}, and a folder per run.", markup=False, highlight=False)
+
+
+def _error(message: str) -> Exception:
+    from san_peft.errors import SanError  # brings in torch, so only when it is needed
+
+    return SanError(message)

@@ -1,0 +1,150 @@
+"""The command `san`: words to verbs, and mistakes to one message and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from san_bench import cli
+from san_bench.recipe import load_recipe, shipped_recipes
+
+
+def run(capsys, *words):
+    """Exit code, standard output and standard error of a command."""
+    try:
+        cli.main(words)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "verb"),
+    [
+        ("demo", cli.Demo()),
+        ("demo --out there --methods san linear", cli.Demo(Path("there"), ("san", "linear"))),
+        ("train demo/san", cli.Train("demo/san")),
+        ("train mine.yaml --set seed=1 optimizer.lr=1e-3", cli.Train("mine.yaml", ("seed=1", "optimizer.lr=1e-3"))),
+        ("eval runs/demo/san", cli.Eval(Path("runs/demo/san"))),
+        ("eval runs/demo/san --split val200", cli.Eval(Path("runs/demo/san"), "val200")),
+        ("check demo/san --set seed=1", cli.Check("demo/san", ("seed=1",))),
+        ("recipes", cli.Recipes()),
+        ("recipes --copy demo/san --out mine.yaml", cli.Recipes("demo/san", Path("mine.yaml"))),
+        ("env --json", cli.Env(json=True)),
+        ("trace here --scheme exact --json", cli.Trace("here", "exact", json=True)),
+        ("export runs/demo/san --out there --merged", cli.Export(Path("runs/demo/san"), Path("there"), True)),
+    ],
+)
+def test_words_become_verbs(words, verb):
+    assert cli.parse(words.split()) == verb
+
+
+def test_every_verb_has_words_above():
+    said = {words.split()[0] for words, _ in test_words_become_verbs.pytestmark[0].args[1]}
+    assert said == {verb.__name__.lower() for verb in cli.VERBS}
+
+
+@pytest.mark.parametrize("words", [["dmeo"], ["train"], ["export", "run"], ["env", "--jsno"]])
+def test_words_that_mean_nothing_are_refused(capsys, words):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert err
+
+
+def test_check_prints_the_fingerprint(capsys):
+    code, out, err = run(capsys, "check", "demo/san", "--set", "seed=3")
+    assert (code, err) == (0, "")
+    assert out == f"demo/san is fine. Fingerprint {load_recipe('demo/san', {'seed': 3}).fingerprint}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "demo/sam"], "san: There is no recipe 'demo/sam'. Did you mean 'demo/san'?"),
+        (["train", "demo/sam"], "san: There is no recipe 'demo/sam'. Did you mean 'demo/san'?"),
+        (["check", "demo/san", "--set", "optimizer.lrr=1"], "optimizer.lrr: unknown key. Did you mean 'lr'?"),
+        (["demo", "--methods", "sann"], "san: The demo has no method 'sann'. Did you mean 'san'?"),
+        (["demo", "--methods"], "san: Name one method at least"),
+        (["eval", "nowhere"], "san: nowhere is no run: it has no recipe.yaml. `san train RECIPE` makes one."),
+        (["export", "nowhere", "--out", "there", "--merged"], "san: nowhere is no run"),
+        (["export", "run", "--out", "there"], "san: Add --merged."),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_file_is_answered_line_by_line(capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = shipped_recipes()["demo/san"].read_text(encoding="utf-8")
+    path.write_text(text.replace("seed:", "sede:"), encoding="utf-8")
+    code, out, err = run(capsys, "check", str(path))
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 2
+    assert "sede: unknown key. Did you mean 'seed'?" in err
+    assert "seed: is missing" in err
+
+
+def test_recipes_are_listed_with_what_they_are(capsys):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert list(listed) == list(shipped_recipes())
+    assert listed["demo/linear"] == "Linear probe: the frozen model with a trained head."
+
+
+def test_a_recipe_is_copied_and_nothing_overwritten(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "recipes", "--copy", "demo/san") == (0, "san.yaml\n", "")
+    assert load_recipe("san.yaml") == load_recipe("demo/san")
+    Path("san.yaml").write_text("mine", encoding="utf-8")
+    code, _, err = run(capsys, "recipes", "--copy", "demo/san")
+    assert (code, err) == (2, "san: san.yaml is there already. Choose another file with --out.\n")
+    assert Path("san.yaml").read_text(encoding="utf-8") == "mine"
+    assert run(capsys, "recipes", "--copy", "demo/ssf", "--out", "new/other.yaml")[0] == 0
+    assert load_recipe("new/other.yaml") == load_recipe("demo/ssf")
+
+
+def test_env_is_json_with_versions(capsys):
+    code, out, _ = run(capsys, "env", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert {"san-peft", "torch", "transformers", "peft", "accelerate", "numpy"} <= set(facts["versions"])
+    assert {"python", "commit", "cpu", "threads", "device"} <= set(facts)
+    code, out, _ = run(capsys, "env")
+    assert code == 0
+    assert f"torch         {facts['versions']['torch']}" in out
+
+
+def test_ctrl_c_is_one_message(capsys, monkeypatch):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Env, "run", stop)
+    assert run(capsys, "env") == (130, "", "san: stopped. The same command goes on from what is finished.\n")
+
+
+def test_a_missing_extra_says_how_to_install_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, out, err = run(capsys, "train", "demo/san", "--set", f"output={tmp_path}/run")
+    assert (code, out) == (2, "")
+    assert err == 'san: sklearn.datasets is missing: pip install "san-peft[demo]"\n'
+
+
+def test_an_error_that_is_no_mistake_keeps_its_traceback(monkeypatch):
+    def fail(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli.Env, "run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["env"])

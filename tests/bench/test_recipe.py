@@ -1,0 +1,259 @@
+"""Recipes: complete, strict, frozen; every error at once, each with its place."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from san_bench.recipe import find_recipe, load_recipe, shipped_recipes
+from san_peft.errors import SanError
+
+NAMES = sorted(shipped_recipes())
+TEXT = shipped_recipes()["demo/san"].read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def message(path, overrides=()):
+    with pytest.raises(SanError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def line_of(text, start):
+    return next(n for n, line in enumerate(text.splitlines(), 1) if line.strip().startswith(start))
+
+
+def test_the_demo_ships_its_six_methods():
+    assert {n for n in NAMES if n.startswith("demo/")} == {
+        f"demo/{n}" for n in ("full", "linear", "lora-equal", "lora-r8", "san", "ssf")
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_recipe_loads(name):
+    recipe = load_recipe(name)
+    assert shipped_recipes()[name].read_text(encoding="utf-8").startswith("# "), "its first line says what it is"
+    assert yaml.safe_load(recipe.to_yaml()) == recipe.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("demo/")])
+def test_recipes_of_the_demo_differ_in_method_and_learning_rate_alone(name):
+    def common(recipe):
+        return {
+            **recipe.model_dump(exclude={"method", "output"}),
+            "optimizer": recipe.optimizer.model_dump(exclude={"lr"}),
+        }
+
+    assert common(load_recipe(name)) == common(load_recipe("demo/san"))
+    assert load_recipe(name).output == f"runs/{name}"
+    assert load_recipe(name).eval_split == "test"
+    assert load_recipe(name).train_split == "train800val200"
+
+
+def test_what_it_writes_it_reads(file):
+    recipe = load_recipe("demo/lora-r8", {"seed": 7})
+    assert load_recipe(file(recipe.to_yaml())) == recipe
+
+
+def test_a_typo_is_an_error_with_line_place_and_suggestion(file):
+    text = TEXT.replace("  exponent:", "  expnent:")
+    path = file(text)
+    line = line_of(text, "expnent")
+    said = message(path)
+    assert f"{path}:{line}: method.expnent: unknown key. Did you mean 'exponent'?" in said
+    assert "method.exponent: is missing; a recipe leaves nothing to defaults." in said
+
+
+def test_several_errors_come_at_once(file):
+    text = (
+        TEXT.replace("task: digits", "task: digitz").replace("  epochs: 5", "  epochs: 0").replace("seed: 0", "seed: x")
+    )
+    path = file(text)
+    said = message(path).splitlines()
+    assert len(said) == 3
+    assert f"{path}:{line_of(text, 'task')}: task: 'digitz' is not a choice. Did you mean 'digits'?" in said[0]
+    assert f":{line_of(text, 'epochs')}: optimizer.epochs: input should be greater than or equal to 1" in said[1]
+    assert f":{line_of(text, 'seed')}: seed: input should be a valid integer, but it is 'x'." in said[2]
+
+
+@pytest.mark.parametrize(
+    "key", ["task", "model", "seed", "output", "optimizer.lr", "method.propagation", "method.kind"]
+)
+def test_a_missing_key_is_an_error(file, key):
+    data = yaml.safe_load(TEXT)
+    *parents, last = key.split(".")
+    del (data[parents[0]] if parents else data)[last]
+    assert f"{key}: is missing" in message(file(yaml.safe_dump(data)))
+
+
+def test_a_key_that_is_there_twice_is_an_error(file):
+    text = TEXT + "seed: 1\n"
+    path = file(text)
+    first, second = line_of(text, "seed"), len(text.splitlines())
+    assert message(path) == f"{path}:{second}: seed: is there twice, first in line {first}"
+    assert "optimizer.lr: is there twice" in message(file(TEXT.replace("  epochs:", "  lr: 1.0\n  epochs:")))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.epochs=5.0", "optimizer.epochs: input should be a valid integer, but it is 5.0."),
+        ("seed=true", "seed: input should be a valid integer, but it is True."),
+        ("optimizer.lr=fast", "optimizer.lr: input should be a valid number, but it is 'fast'."),
+        ("optimizer.lr=0", "optimizer.lr: input should be greater than 0, but it is 0."),
+        ("optimizer.lr=.inf", "optimizer.lr: input should be a finite number, but it is inf."),
+        ("optimizer.lr=.nan", "optimizer.lr: input should be a finite number, but it is nan."),
+        ("method.shift=1", "method.shift: input should be a valid boolean, but it is 1."),
+        ("model=", "model: input should be a valid string, but it is None."),
+        ("method=san", "method: input should be a valid dictionary"),
+        ("method.kind=sna", "method.kind: unknown method 'sna'. Did you mean 'san'?"),
+        ("method.propagation=al", "method.propagation: 'al' is not a choice. Did you mean 'all'?"),
+        ("nonsense.key=1", "nonsense: unknown key."),
+    ],
+)
+def test_wrong_values_are_errors(override, said):
+    assert f"--set {said}" in message("demo/san", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "--set seed: write key=value, such as optimizer.lr=1e-3."),
+        ("=1", "--set =1: write key=value"),
+        ("seed=[1", "--set seed=[1: '[1' is not YAML."),
+        ("seed=2020-13-45", "is not YAML."),
+        ("optimizer.lr.x=1", "--set optimizer.lr.x: 'lr' holds a value, no keys."),
+    ],
+)
+def test_bad_overrides_say_so(override, said):
+    assert said in message("demo/san", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a recipe is a mapping of keys to values."),
+        ("- task", "a recipe is a mapping of keys to values."),
+        ("task: [", ":1: not YAML:"),
+        ("task: digits\n---\ntask: digits", "not YAML:"),
+        ("? [a]: b", ":1: not YAML: found unhashable key"),
+        ("a: &x {b: *x}", "not YAML:"),
+        ("a: !!python/object/apply:os.getcwd []", ":1: not YAML: could not determine a constructor"),
+    ],
+)
+def test_files_that_hold_no_recipe_say_so(file, text, said):
+    path = file(text)
+    assert message(path).startswith(f"{path}")
+    assert said in message(path)
+
+
+def test_bytes_that_are_no_text_say_so(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not YAML" in message(path)
+
+
+def test_validation_images_are_not_trained_with_and_scored():
+    assert "eval_split: val200 is part of train800val200" in message("demo/san", ["eval_split=val200"])
+    load_recipe("demo/san", ["eval_split=val200", "train_split=train800"])
+
+
+def test_overrides_are_read_as_yaml():
+    recipe = load_recipe("demo/lora-r8", ["optimizer.lr=1e-3", "method.targets=[fc1]", "precision=bf16"])
+    assert recipe.optimizer.lr == 1e-3
+    assert recipe.method.targets == ("fc1",)
+    assert recipe.precision == "bf16"
+
+
+def leaves(data, place=()):
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*place, key))
+        else:
+            yield ".".join((*place, key)), value
+
+
+OTHER = {
+    "train_split": "train800",
+    "eval_split": "val200",
+    "model": "another",
+    "seed": 1,
+    "precision": "bf16",
+    "checkpoint_steps": 9,
+    "method.propagation": "exact",
+    "method.exponent": 0.5,
+    "optimizer.lr": 0.004,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.epochs": 6,
+    "optimizer.batch_size": 31,
+    "optimizer.warmup": 0.2,
+    "optimizer.schedule": "linear",
+    "optimizer.max_grad_norm": 2.0,
+}
+
+
+def test_the_fingerprint_changes_with_everything_but_the_output():
+    base = load_recipe("demo/san", {"train_split": "train800"})
+    assert load_recipe("demo/san", {"train_split": "train800", "output": "elsewhere"}).fingerprint == base.fingerprint
+    seen = {base.fingerprint}
+    for key, value in leaves(base.model_dump()):
+        if key in {"task", "method.kind", "output"}:  # one choice, another model, and the exception
+            continue
+        other = OTHER.get(key, not value if isinstance(value, bool) else None)
+        assert other is not None, f"OTHER needs a value for {key}"
+        change = {"train_split": "train800", key: other} if key != "train_split" else {}
+        fingerprint = load_recipe("demo/san", change).fingerprint
+        assert fingerprint not in seen, f"{key} does not change the fingerprint"
+        seen.add(fingerprint)
+    assert not {load_recipe(name).fingerprint for name in NAMES if name != "demo/san"} & seen
+
+
+def test_the_fingerprint_is_of_meaning_not_of_text(file):
+    data = yaml.safe_load(TEXT)
+    turned = yaml.safe_dump(dict(reversed(data.items())), sort_keys=False)
+    assert load_recipe(file(turned)).fingerprint == load_recipe("demo/san").fingerprint
+    assert load_recipe("demo/san", ["optimizer.max_grad_norm=1"]).fingerprint == load_recipe("demo/san").fingerprint
+
+
+def test_it_is_frozen():
+    recipe = load_recipe("demo/san")
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.optimizer.lr = 1.0
+
+
+def test_unknown_names_are_answered_with_known_ones():
+    with pytest.raises(
+        SanError, match=r"no recipe 'demo/sam'. Did you mean 'demo/san'\? Give a file, or one of demo/full"
+    ):
+        find_recipe("demo/sam")
+
+
+SEARCH = Path(__file__).parents[2] / "scripts" / "search_learning_rates.py"
+
+
+@pytest.mark.skipif(not SEARCH.exists(), reason="a source archive has no scripts")
+def test_learning_rates_are_those_that_the_search_chose():
+    search = runpy.run_path(str(SEARCH))
+    rows = [json.loads(line) for line in search["TRIALS"].read_text(encoding="utf-8").splitlines()]
+    assert search["current"](rows) == rows, "some trials were made with other recipes than today's"
+    best = search["choose"](rows)
+    for name in (n.removeprefix("demo/") for n in NAMES if n.startswith("demo/")):
+        assert sum(row["recipe"] == name for row in rows) == len(search["GRID"]) * len(search["SEEDS"])
+        assert load_recipe(f"demo/{name}").optimizer.lr == best[name]
+        assert min(search["GRID"]) < best[name] < max(search["GRID"]), f"{name}: the best rate lies on the grid's edge"
