@@ -1,0 +1,37 @@
+"""Sentences about a graph that its tree, its drawing and its page share."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from san_bench.report.fold import FoldedEdge
+from san_peft.propagation.graph import PropagationGraph
+from san_peft.propagation.rules import KINDS
+
+
+def many(number: int, word: str) -> str:
+    """Returns a count with its word, such as `1 edge` or `2 edges`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def summary(graph: PropagationGraph) -> str:
+    """Returns one line: edges by kind, layers, barriers, heads.
+
+    Example:
+        >>> summary(PropagationGraph())
+        '0 edges; 0 layers; 0 barriers; no head'
+    """
+    kinds = Counter(edge.kind for edge in graph.edges)
+    edges = many(len(graph.edges), "edge")
+    if kinds:
+        edges += f": {', '.join(f'{kinds[kind]:,} {kind}' for kind in KINDS if kinds[kind])}"
+    heads = f"head{'s' if len(graph.heads) > 1 else ''} {', '.join(graph.heads)}" if graph.heads else "no head"
+    return "; ".join([edges, many(len(graph.layers), "layer"), many(len(graph.barriers), "barrier"), heads])
+
+
+def path_words(edge: FoldedEdge, through: str = "through ") -> str:
+    """Returns the operations on an edge's way in words, with the blocks in which they are others; empty for none."""
+    first, *others = edge.paths
+    words = [f"{through}{', '.join(first[0])}" if first[0] else ""]
+    words += [f"({note}: {through}{', '.join(via) or 'nothing'})" for via, note in others]
+    return " ".join(word for word in words if word)

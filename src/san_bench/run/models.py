@@ -1,0 +1,235 @@
+"""From a name to a model without weights: enough to trace it, and no download but of a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from san_peft.errors import SanError
+
+TASKS = (
+    "IMAGE_TEXT_TO_TEXT",
+    "SPEECH_SEQ_2_SEQ",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "IMAGE_CLASSIFICATION",
+)
+"""Tasks of transformers in the order in which one is chosen for a configuration that names no class."""
+
+FEW_PATCHES = ("llava", "paligemma", "vipllava")
+"""Models of text and images in which the number of patches changes only how many tokens the language model reads."""
+
+NO_TIMM = 'timm is not installed, so none of its models is known. Install it: pip install "san-peft[vision]".'
+
+
+def empty_model(name: str) -> nn.Module:
+    """Builds a model by its name on the meta device, where parameters have shapes and no values.
+
+    Args:
+        name: `embedded` (the ViT that comes with the package), a folder with a `config.json` of transformers or timm,
+            a model of timm (`vit_base_patch16_224`, `timm/...`, with or without a tag), a model type of transformers
+            (`llama`: its default configuration), or a model on the hub (`org/name`), of which the configuration is
+            loaded where it is cached or the hub is reached.
+
+    Returns:
+        The model. In those of `FEW_PATCHES` the vision tower is built for two by two patches: that changes nothing but
+        its position embedding, and spares the language model hundreds of image tokens.
+
+    Raises:
+        SanError: If the name is unknown, or the model cannot be built; the message names what is close to it.
+
+    Example:
+        >>> type(empty_model("gpt2")).__name__
+        'GPT2LMHeadModel'
+    """
+    if name == "embedded":
+        from san_bench.data.vision import embedded_vit_path
+
+        return _from_folder(embedded_vit_path())
+    if name and (Path(name) / "config.json").is_file():
+        return _from_folder(Path(name))
+    if name in _types():
+        return _default_of_type(name)
+    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    if bare.split(".")[0] in _timm_names():
+        return _timm(bare)
+    if bare != name:
+        missing = NO_TIMM if not _timm_names() else f"timm has no model {bare!r}.{_close(bare)}"
+        raise SanError(f"{name}: {missing}")
+    if name and Path(name).is_dir():
+        raise SanError(f"The folder {name} has no config.json. Give the folder that a model was saved in.")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise SanError(_unknown(name))
+    return _from_hub(name)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps warnings, and what transformers logs short of an error, away from the terminal."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _timm_names() -> tuple[str, ...]:
+    if find_spec("timm") is None:
+        return ()
+    import timm
+
+    return tuple(timm.list_models())
+
+
+def _types() -> tuple[str, ...]:
+    from transformers import CONFIG_MAPPING
+
+    return tuple(CONFIG_MAPPING.keys())
+
+
+def _close(name: str) -> str:
+    known = (*_types(), *_timm_names(), "embedded")
+    found = difflib.get_close_matches(name.rsplit("/", 1)[-1], known, n=3, cutoff=0.6)
+    return f" Did you mean {', '.join(found)}?" if found else ""
+
+
+def _unknown(name: str) -> str:
+    timm = "" if _timm_names() else f" {NO_TIMM}"
+    return (
+        f"There is no model {name!r}: it is no folder with a config.json, no model of timm and no model type of "
+        f"transformers.{_close(name)}{timm} A model on the hub is written org/name."
+    )
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SanError(f"{folder / 'config.json'} cannot be read: {error}.") from error
+    if isinstance(facts, dict) and "architecture" in facts and "model_type" not in facts:
+        return _timm_folder(folder, facts)
+    return _from_config(_load_config(str(folder), f"{folder / 'config.json'} is no configuration of transformers"))
+
+
+def _timm_folder(folder: Path, facts: dict[str, Any]) -> nn.Module:
+    if not _timm_names():
+        raise SanError(f"{folder} holds a model of timm. {NO_TIMM}")
+    architecture, sizes = facts["architecture"], ("num_classes", "global_pool")
+    cfg = {**facts.get("pretrained_cfg", {}), **{key: facts[key] for key in sizes if key in facts}}
+    return _timm(architecture, pretrained_cfg=cfg, **facts.get("model_args", {}))
+
+
+def _timm(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    base, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise SanError(
+            f"timm has no weights {tag!r} of {base}. Choose from {', '.join(tags) or 'none'}, or leave it out."
+        )
+    return _build(name, lambda: timm.create_model(name, pretrained=False, **options))
+
+
+def _default_of_type(model_type: str) -> nn.Module:
+    from transformers import AutoConfig
+
+    try:
+        with quietly():
+            config = AutoConfig.for_model(model_type)
+    except Exception as error:
+        raise SanError(_no_default(model_type, error)) from error
+    return _from_config(config)
+
+
+def _no_default(model_type: str, error: Exception) -> str:
+    return (
+        f"The model type {model_type} has no default configuration ({type(error).__name__}: {_line(error)}). "
+        "Give a folder with a config.json, or a model on the hub."
+    )
+
+
+def _from_hub(name: str) -> nn.Module:
+    return _from_config(
+        _load_config(
+            name,
+            f"{name} is no folder and no model of timm, and its configuration came neither from the cache nor from the "
+            "hub",
+            f" Ways out: check the name and the connection (HF_HUB_OFFLINE forbids it), put its config.json into a "
+            f"folder and give the folder, or give a model type such as llama.{_close(name)}",
+        )
+    )
+
+
+def _load_config(name: str, trouble: str, ways_out: str = "") -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise SanError(f"{trouble} ({_line(error)}).{ways_out}") from error
+
+
+def _from_config(config: Any) -> nn.Module:
+    import transformers
+
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    model_class = next((found for found in named if found is not None), None) or _fitting_class(config)
+    _use_few_patches(config)
+    return _build(config.model_type, lambda: model_class(config))
+
+
+def _fitting_class(config: Any) -> Any:
+    """Returns the class that transformers would use for the first task in `TASKS` that has one, else the bare model."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in TASKS]
+    two_towers = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    for mapping in (mappings[0] if two_towers else {}, {} if two_towers else _merged(mappings), _base_classes()):
+        found = mapping.get(config.model_type)
+        if found is not None:
+            return getattr(transformers, found if isinstance(found, str) else found[0])
+    raise SanError(f"transformers has no model class for the type {config.model_type} that could be traced.")
+
+
+def _merged(mappings: list[Any]) -> dict[str, Any]:
+    return {key: value for mapping in reversed(mappings) for key, value in dict(mapping).items()}
+
+
+def _base_classes() -> dict[str, Any]:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    return dict(MODEL_MAPPING_NAMES)
+
+
+def _use_few_patches(config: Any) -> None:
+    if config.model_type in FEW_PATCHES:
+        config.vision_config.image_size = 2 * config.vision_config.patch_size
+
+
+def _build(name: str, build: Any) -> nn.Module:
+    try:
+        with quietly(), torch.device("meta"):
+            return build()
+    except Exception as error:
+        raise SanError(f"{name} cannot be built: {type(error).__name__}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
