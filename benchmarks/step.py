@@ -316,11 +316,8 @@ def main(options: Options) -> None:
             results.append(measure(shape, options.methods, options.rounds, compiled, options.seed))
             gc.collect()
             print("\n" + table(results[-1]))
-    settings = {**asdict(options), "out": str(options.out)}
-    write_atomically(
-        options.out / "step.json",
-        json.dumps({"options": settings, "results": results, **provenance()}, indent=2) + "\n",
-    )
+    facts = {"options": {**asdict(options), "out": str(options.out)}, "results": results, **provenance()}
+    write_atomically(options.out / "step.json", json.dumps(facts, indent=2) + "\n")
     write_atomically(options.out / "step.md", "\n".join(table(result) for result in results))
     print(options.out / "step.md")
 

@@ -42,7 +42,7 @@ def markdown_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, line
         lines = [f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
         for row in (head, *rows):
             cells = [cell.strip() for cell in row.strip().strip("|").split(" | ")]
-            lines += [f"{indent}   {'*' if first else ' '} - {cell}" for first, cell in zip([1] + [0] * 9, cells)]
+            lines += [f"{indent}   {' ' if place else '*'} - {cell}" for place, cell in enumerate(cells)]
         return "\n".join([*lines, "", ""])
 
     text = re.sub(r"^(?P<indent> *)\$\$(?P<body>.+?)\$\$", block, "\n".join(lines), flags=re.M | re.S)

@@ -82,11 +82,12 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "buffers": [id(b) for b in model.buffers()],
         "random": torch.get_rng_state(),
         "fastpath": torch.backends.mha.get_fastpath_enabled(),
+        "threads": torch.get_num_threads(),
     }
 
 
 def assert_unchanged(before, after):
-    for key in ("training", "hooks", "grads", "buffers", "fastpath"):
+    for key in ("training", "hooks", "grads", "buffers", "fastpath", "threads"):
         assert before[key] == after[key], key
     assert torch.equal(before["random"], after["random"])
     assert before["state"].keys() == after["state"].keys()
@@ -178,6 +179,13 @@ def test_meta_device_gives_the_same_graph(name):
         empty = MODELS[name]()
     assert trace(empty) == trace(MODELS[name]())
     assert all(p.is_meta for p in empty.parameters())
+
+
+def test_inside_a_context_of_the_meta_device():
+    """As `with torch.device("meta")` around both building and tracing has it."""
+    expected = trace(MODELS["vit"]())
+    with torch.device("meta"):
+        assert trace(MODELS["vit"]()) == expected
 
 
 def test_mixtral_on_meta_says_that_routing_needs_numbers():

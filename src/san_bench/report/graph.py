@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.text import Text
@@ -17,9 +16,6 @@ from san_bench.report.graph_page import to_html
 from san_bench.report.wording import path_words, summary
 from san_peft.errors import SanError
 from san_peft.propagation.graph import PropagationGraph
-
-if TYPE_CHECKING:
-    from torch import nn
 
 TERMINAL_STYLES = {"exact": "green", "activation": "yellow", "norm": "cyan", "residual": "magenta"}
 RED = COLOURS["barrier"][0]
@@ -37,13 +33,15 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
     Raises:
         SanError: If the name is unknown, the model cannot be traced, or the scheme does not fit it.
     """
-    from san_bench.run.models import empty_model
+    from san_bench.run.models import empty_model, quietly
     from san_bench.run.provenance import write_atomically
+    from san_peft import trace
 
     if out is not None and out.is_dir():
         raise SanError(f"{out} is a folder. Give --out the name of a file.")
     model = empty_model(name)
-    graph = _traced(model).select(scheme)
+    with quietly():
+        graph = trace(model).select(scheme)
     shown = Path(name).resolve().name if (Path(name) / "config.json").is_file() else name
     title = f"{shown} ({type(model).__name__}), scheme {scheme}"
     if form == "tree" and out is None:
@@ -58,22 +56,6 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
     except OSError as error:
         raise SanError(f"{out} cannot be written: {error.strerror}. Choose another file with --out.") from error
     print(out)
-
-
-def _traced(model: nn.Module) -> PropagationGraph:
-    """Traces quietly and in one thread: the many short steps gain nothing from more, which wait for each other."""
-    import torch
-
-    from san_bench.run.models import quietly
-    from san_peft import trace
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with quietly():
-            return trace(model)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def to_json(graph: PropagationGraph, title: str = "") -> str:

@@ -210,11 +210,11 @@ class Follow(TorchDispatchMode):
             if not (kept.codes >= 0).any():
                 return State(self._broadcast(left, right)[0], {}, True)
             return State(torch.broadcast_to(kept.codes, _shape(kept, other)), kept.passed("norm"))
-        x, y = self._broadcast(left, right)
+        x, y, size = *_thin(*self._broadcast(left, right)), _shape(left, right)
         via: dict[int, tuple[str, ...]] = {}
         both = (x >= 0) & (y >= 0)
         differ = both & (x != y)
-        if bool((differ & (x // STRIDE == y // STRIDE)).any()):
+        if bool((differ & ((x ^ y) < STRIDE)).any()):
             raise Lost("it adds different channels of one layer")
         only = not bool(both.any())
         added = b if left.via else a
@@ -224,11 +224,12 @@ class Follow(TorchDispatchMode):
         if name == (rules.RESIDUAL,) and len(left.via) == len(right.via) == 1:
             if all(rules.kind_of(path) == "exact" for state in (left, right) for path in state.via.values()):
                 self.joined.add((max(*left.via, *right.via), min(*left.via, *right.via)))
-        present = set((codes[codes >= 0] // STRIDE).unique().tolist())
+        writers = codes >> 32
+        present = {w for w in {**left.via, **right.via} if bool((writers == w).any())}
         for writer, path in itertools.chain(left.via.items(), right.via.items()):
             if writer in present:
                 via[writer] = rules.join(via.get(writer, ()), *path, *name)
-        return State(codes, via)
+        return State(codes.expand(size), via)
 
     def _product(self, name: str, a: Any, b: Any) -> State:
         left, right = self._state(a), self._state(b)
@@ -375,3 +376,11 @@ def _reduced(size: Iterable[int], shape: Iterable[int]) -> list[int] | None:
         else:
             gone.append(dim)
     return gone if position == len(shape) else None
+
+
+def _thin(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Keeps one entry of every axis along which all tensors of one shape repeat themselves."""
+    for dim in range(tensors[0].dim()):
+        if all(t.stride(dim) == 0 for t in tensors):
+            tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
+    return tensors

@@ -79,6 +79,8 @@ def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
             f"{type(model).__name__} takes {model.main_input_name}, for which no example can be derived. Two ways out: "
             "SanConfig(propagation=san_peft.trace(model, example_inputs)), or SanConfig(propagation='none')."
         )
-    if getattr(config, "use_cache", False) and ("use_cache" in accepted or "kwargs" in accepted):
+    if any(getattr(c, "use_cache", False) for c in (config, text)) and (
+        "use_cache" in accepted or "kwargs" in accepted
+    ):
         inputs["use_cache"] = False
     return inputs

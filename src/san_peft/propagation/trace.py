@@ -33,7 +33,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
 
     The model runs once in eval mode without gradients, on whatever device it is, `meta` included. A mode below
     autograd carries beside every tensor where its entries come from; see the guide to the propagation graph. The
-    model's modes, hooks, buffers and the random state are as before, also when the model raises.
+    model's modes, hooks, buffers, the random state and the number of threads are as before, also when the model raises.
 
     Args:
         model: Any model. Adaptable layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D`.
@@ -54,6 +54,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
           0 -> 2 [identity] (through gelu)
           heads: 2
     """
+    if torch.get_default_device().type == "meta":  # positions and channels are numbers, which meta has not
+        with torch.device("cpu"):
+            return trace(model, example_inputs)
     inputs = derive_inputs(model) if example_inputs is None else example_inputs
     layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
     follow, reads = Follow(), dict.fromkeys(layers)
@@ -218,15 +221,17 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     buffers = [dict(module._buffers) for module in modules]
     values = {b: b.clone() for held in buffers for b in held.values() if b is not None and not b.is_meta}
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fastpath, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     with torch.random.fork_rng(sorted(devices)):
         try:
+            torch.set_num_threads(1)  # many small operations, which threads that wait for each other only slow down
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
                 module.training = False
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.set_num_threads(threads)
             for module, state, held in zip(modules, training, buffers, strict=True):
                 module.training = state
                 module._buffers.clear()
