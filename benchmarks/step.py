@@ -1,6 +1,6 @@
 """Times a training step of SAN and its peers side by side, and measures what each keeps for the backward pass.
 
-    python benchmarks/step.py                                  # both shapes, eager: about ten minutes on two cores
+    python benchmarks/step.py                                  # both shapes, eager: about a quarter of an hour
     python benchmarks/step.py --compile                        # compiled as well
     python benchmarks/step.py --shapes vit --rounds 5 --out runs/benchmarks
 
@@ -30,13 +30,14 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler is talkative
 
 import peft
 import torch
@@ -45,6 +46,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from san_bench.report.table import origin
 from san_bench.run.build import saved_activation_bytes
 from san_bench.run.provenance import provenance, write_atomically
 from san_peft import SanConfig
@@ -216,7 +218,7 @@ class Stepper:
             self.step()
             return sum(own.values()) + torch.cuda.max_memory_allocated() - before
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             self.step()
         changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = highest = 0
@@ -224,6 +226,19 @@ class Stepper:
             live += event.nbytes()
             highest = max(highest, live)
         return sum(own.values()) + highest
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Hides what the profiler's own library writes past Python."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def synchronize() -> None:
@@ -315,10 +330,13 @@ def main(options: Options) -> None:
         for shape in options.shapes:
             results.append(measure(shape, options.methods, options.rounds, compiled, options.seed))
             gc.collect()
-            print("\n" + table(results[-1]))
-    facts = {"options": {**asdict(options), "out": str(options.out)}, "results": results, **provenance()}
+            print("\n" + table(results[-1]), flush=True)
+    command = " ".join(["python", *sys.argv])
+    now = {"run": "step", "finished": datetime.now(UTC).isoformat(timespec="seconds"), "resumed_from_step": 0}
+    facts = {"command": command, "results": results, **now, **provenance()}
     write_atomically(options.out / "step.json", json.dumps(facts, indent=2) + "\n")
-    write_atomically(options.out / "step.md", "\n".join(table(result) for result in results))
+    tables = "\n".join(table(result) for result in results)
+    write_atomically(options.out / "step.md", f"{tables}\n{origin([facts], command)}\n")
     print(options.out / "step.md")
 
 

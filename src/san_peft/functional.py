@@ -123,6 +123,8 @@ def scale_output(
     lean = torch.is_grad_enabled() and scale.requires_grad and not cancels and not torch.compiler.is_compiling()
     if lean:
         return _ScaleOutput.apply(z, factor, term, channel_dim % z.dim(), inplace)
+    if inplace and not (torch.is_grad_enabled() and scale.requires_grad):
+        return z.mul_(factor) if term is None else z.mul_(factor).add_(term)
     return z * factor if term is None else z * factor + term
 
 

@@ -59,6 +59,19 @@ def test_gradient_checkpointing(kind, reentrant):
         torch.testing.assert_close(saved[name], gradient)
 
 
+def test_a_hook_on_the_frozen_layer_sees_what_it_gave(kind):
+    """The frozen layer's output is overwritten only where nobody else holds it."""
+    model = adapted(kind, shift=True)
+    before = outputs(model, kind, torch.float32)
+    layer = next(m for m in model.modules() if isinstance(m, SanLayer))
+    seen = []
+    layer.get_base_layer().register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    assert torch.equal(outputs(model, kind, torch.float32), before)
+    ((x, out),) = seen
+    with torch.no_grad():
+        torch.testing.assert_close(out, type(layer.get_base_layer()).forward(layer.get_base_layer(), x))
+
+
 def test_gradients_are_those_of_autograd_through_folded_weights(kind):
     """The gradient of every vector equals the one autograd finds through the folded weights, in float64."""
     from san_peft.functional import fold

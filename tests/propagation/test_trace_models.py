@@ -163,6 +163,15 @@ def test_inputs_as_tensor_tuple_or_dict():
     assert trace(net, x) == trace(net, (x,)) == trace(net, {"input": x})
 
 
+def test_a_timm_model_inside_transformers_has_the_same_graph():
+    inner = MODELS["timm-vit"]()
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224")
+    wrapper = transformers.AutoModelForImageClassification.from_config(config)
+    wrapper.timm_model = inner
+    names = [(e.anterior.removeprefix("timm_model."), e.posterior.removeprefix("timm_model.")) for e in trace(wrapper)]
+    assert names == [(e.anterior, e.posterior) for e in trace(inner)]
+
+
 def test_inputs_that_cannot_be_derived():
     with pytest.raises(TraceError, match=r"cannot be derived.*trace\(model, example_inputs\).*propagation='none'"):
         trace(nn.Sequential(nn.Linear(4, 8)))

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
 from san_bench.data.vision import VisionTask, embedded_vit_path
 from san_bench.recipe import Lora, Recipe, San, Ssf
 from san_peft.errors import SanError
 
-HEAD = "classifier"
-"""Name of the task's head in transformers' image classifiers; it is trained by every method."""
+
+def head_of(model: Any) -> str:
+    """Returns the name of the task's head, which every method trains: transformers' `classifier`, or timm's own."""
+    inside = getattr(model, "timm_model", None)
+    return "classifier" if inside is None else f"timm_model.{inside.pretrained_cfg['classifier']}"
 
 
 def model_path(recipe: Recipe) -> str | Path:
@@ -28,20 +32,43 @@ def model_path(recipe: Recipe) -> str | Path:
 
 
 def base_model(recipe: Recipe, task: VisionTask) -> nn.Module:
-    """Loads the pretrained model in float32 with a fresh head, whose weights come from the recipe's seed."""
+    """Loads the pretrained model in float32 with a fresh head, whose weights come from the recipe's seed.
+
+    A folder or name of timm's loads as transformers' `TimmWrapperForImageClassification`.
+    """
     set_seed(recipe.seed)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the head is new on purpose
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForImageClassification.from_pretrained(
-            model_path(recipe), num_labels=task.num_classes, dtype=torch.float32
+        config = AutoConfig.from_pretrained(model_path(recipe), num_labels=task.num_classes)
+        if isinstance(options := getattr(config, "model_args", None), dict):
+            options.pop("num_classes", None)  # timm writes the old head's size here, which would stand twice
+        model, report = AutoModelForImageClassification.from_pretrained(
+            model_path(recipe),
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # of the head alone, see below
+            output_loading_info=True,
         )
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+    strange = [key for key in _keys(report, "missing", "mismatched") if not key.startswith(f"{head_of(model)}.")]
+    if strange:
+        raise SanError(
+            f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
+            f"such as {strange[0]}. Only the head may be new."
+        )
+    return model
+
+
+def _keys(report: dict[str, Any], *kinds: str) -> list[str]:
+    """Names of parameters in transformers' report of a loading, where a mismatch comes with its two sizes."""
+    found = [key for kind in kinds for key in report[f"{kind}_keys"]]
+    return sorted(key if isinstance(key, str) else key[0] for key in found)
 
 
 @contextmanager
@@ -69,18 +96,18 @@ def build_model(recipe: Recipe, task: VisionTask) -> nn.Module:
     method = recipe.method
     if method.kind == "linear":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(f"{HEAD}."))
+            parameter.requires_grad_(name.startswith(f"{head_of(model)}."))
     elif method.kind != "full":
         import peft
 
         with calm():
-            model = peft.get_peft_model(model, peft_config(recipe))  # type: ignore[arg-type]
+            model = peft.get_peft_model(model, peft_config(recipe, head_of(model)))  # type: ignore[arg-type]
     check_trainable(model, recipe)
     return model
 
 
-def peft_config(recipe: Recipe) -> Any:
-    """Returns PEFT's configuration of the recipe's adapter."""
+def peft_config(recipe: Recipe, head: str) -> Any:
+    """Returns PEFT's configuration of the recipe's adapter; the head is trained as a whole."""
     method = recipe.method
     if isinstance(method, Lora):
         import peft
@@ -90,7 +117,7 @@ def peft_config(recipe: Recipe) -> Any:
             lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
             lora_dropout=method.dropout,
             target_modules=list(method.targets),
-            modules_to_save=[HEAD],
+            modules_to_save=[head],
             use_dora=method.kind == "dora",
         )
     from san_peft import SanConfig
@@ -101,7 +128,7 @@ def peft_config(recipe: Recipe) -> Any:
         options = {"propagation": "none", "shift": True, "train_norms": method.train_norms}
     else:
         raise SanError(f"Method {method.kind!r} has no adapter.")
-    return SanConfig(modules_to_save=[HEAD], **options)
+    return SanConfig(modules_to_save=[head], **options)
 
 
 def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
@@ -118,12 +145,13 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
     own = allowed[method.kind]
     words = [*own, *(["norm"] if getattr(method, "train_norms", False) else [])]
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = {name for name in trained if re.search(rf"(^|\.){HEAD}\.", name)}
+    place = head_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    head = {name for name in trained if re.search(rf"(^|\.){re.escape(place)}\.", name)}
     strange = [name for name in trained if name not in head and not any(word in name for word in words)]
     if strange:
         raise SanError(f"{method.kind} would also train {', '.join(strange[:5])}; {len(strange)} parameters too many.")
     if not head:
-        raise SanError(f"The head {HEAD!r} would not be trained, so {method.kind} could learn no task.")
+        raise SanError(f"The head {place!r} would not be trained, so {method.kind} could learn no task.")
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     if (method.kind == "full" and frozen) or not all(any(word in name for name in trained) for word in own):
         raise SanError(f"{method.kind} would train too little: {len(trained)} parameters, {len(frozen)} are frozen.")

@@ -28,9 +28,7 @@ def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
     config = getattr(model, "config", None)
     if hasattr(config, "model_type") and hasattr(model, "main_input_name"):
         return _transformers(model, config)
-    timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = timm.get("input_size") if isinstance(timm, dict) else getattr(timm, "input_size", None)
-    image = next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), size[-2:] if size else None)
+    image = _timm_size(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if image is not None and first is not None:
         return (_image(model, first.in_channels, image),)
@@ -38,6 +36,13 @@ def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
         f"The inputs of a {type(model).__name__} cannot be derived. Two ways out: "
         "SanConfig(propagation=san_peft.trace(model, example_inputs)), or SanConfig(propagation='none')."
     )
+
+
+def _timm_size(model: nn.Module) -> Any:
+    """Size of the images that a timm model reads: of its patch embedding, else as its configuration says."""
+    timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = timm.get("input_size") if isinstance(timm, dict) else getattr(timm, "input_size", None)
+    return next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), size[-2:] if size else None)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -60,7 +65,8 @@ def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
     ids = torch.arange(1, TOKENS + 1)[None] % max(getattr(text, "vocab_size", None) or 2, 2)
     if "pixel_values" in accepted:
         source = vision or config
-        size = getattr(source, "image_size", None) or 224
+        inside = getattr(model, "timm_model", None)  # of transformers' wrapper around models of timm
+        size = getattr(source, "image_size", None) or (_timm_size(inside) if inside is not None else None) or 224
         inputs["pixel_values"] = _image(model, getattr(source, "num_channels", 3), size)
         token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         if vision is not None and token is not None:

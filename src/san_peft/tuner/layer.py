@@ -197,7 +197,13 @@ class SanLayer(nn.Module, TunerLayer):
         scale, input_scale, shift = self._vectors(self.active_adapters)
         if input_scale is not None:
             x = scale_input(x, input_scale, self.channel_dim)
-        return scale_output(self.base_layer(x, *args, **kwargs), scale, shift, self.channel_dim)
+        z = self.base_layer(x, *args, **kwargs)
+        return scale_output(z, scale, shift, self.channel_dim, inplace=self._output_is_fresh())
+
+    def _output_is_fresh(self) -> bool:
+        """Whether nobody but this layer holds the frozen layer's output, so that it may be overwritten."""
+        base = self.base_layer
+        return type(base) in (nn.Linear, nn.Conv1d, nn.Conv2d) and not base._forward_hooks
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Runs a batch in which every sample names its adapter; `"__base__"` is the frozen layer."""

@@ -1,0 +1,49 @@
+"""Fine-tune a small ViT on handwritten digits with SAN, save the adapter, load it again, and merge it with proof."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+
+from san_bench.data.vision import embedded_vit_path, load_task
+from san_peft import SanConfig, merge_and_verify
+
+STEPS = 20
+
+
+def pretrained() -> torch.nn.Module:
+    set_seed(0)
+    return AutoModelForImageClassification.from_pretrained(embedded_vit_path(), num_labels=10)
+
+
+def main() -> None:
+    task = load_task("digits")
+    model = get_peft_model(pretrained(), SanConfig(train_norms=True, modules_to_save=["classifier"]))
+    model.print_trainable_parameters()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=STEPS,
+            learning_rate=0.03,
+            per_device_train_batch_size=32,
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+        )
+        Trainer(model, arguments, train_dataset=task["train800"]).train()
+        model.cpu().save_pretrained(folder)
+        again = PeftModel.from_pretrained(pretrained(), folder).eval()
+    images, labels = task["val200"].pixel_values, torch.from_numpy(task["val200"].labels)
+    with torch.no_grad():
+        logits = again(images).logits
+        print("reloaded equals trained:", torch.equal(logits, model.eval()(images).logits))
+    report = merge_and_verify(again, {"pixel_values": images})
+    right = int((report.model(images).logits.argmax(-1) == labels).sum())
+    print(f"merged: {right} of {len(labels)} validation images right after {STEPS} steps")
+    print(f"merging changed the logits by {report.max_abs_difference:.1e} at most")
+
+
+if __name__ == "__main__":
+    main()

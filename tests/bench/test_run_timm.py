@@ -1,0 +1,43 @@
+"""Runs of a timm model in a local folder: trained, and exported as a folder that timm and transformers both load."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from tests.bench.small import short_recipe, small_scale, small_task
+from transformers import AutoModelForImageClassification
+
+from san_bench.run.evaluate import evaluate, export, load_predictions
+from san_bench.run.train import train
+
+ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("timm")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **ARGS)
+    timm.models.save_for_hf(model, path, model_args={**ARGS, "num_classes": 7}, safe_serialization=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ["san", "linear", "full"])
+def test_train_score_export(folder, name, tmp_path):
+    with small_scale():
+        recipe = short_recipe(name, tmp_path / name, model=str(folder))
+        result = train(recipe)
+        assert result["trainable_head"] == 24 * 10 + 10
+        if name == "san":
+            vectors = 24 + 2 * (72 + 24 + 96 + 24)
+            norms = 2 * 24 * (2 * 2 + 1)
+            assert result["trainable_parameters"] - result["trainable_head"] == vectors + norms
+        assert evaluate(recipe.output)["predictions_sha256"] == result["predictions_sha256"]
+        export(recipe.output, tmp_path / "plain")
+        images, expected = small_task()["test"].pixel_values, load_predictions(tmp_path / name)
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
+    own = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own(images), expected, rtol=1e-4, atol=1e-5)
