@@ -4,10 +4,10 @@
     python benchmarks/step.py --compile                        # compiled as well
     python benchmarks/step.py --shapes vit --rounds 5 --out runs/benchmarks
 
-In each round every method makes one step (forward, backward, AdamW) right beside one of LoRA on the same batch, now before
-it, now after it, in an order of methods that changes from round to round. What is reported is the median over the rounds
-of the ratio of these two, so that a busy moment of the machine touches both alike. LoRA stands beside itself too: its
-quartiles say how much of a difference is noise. All adapters sit on the same layers: every dense layer but the head.
+In each round every method makes one step (forward, backward, AdamW) right beside one of LoRA on the same batch, now
+before it, now after it, in an order of methods that changes from round to round. What is reported is the median over the
+rounds of the ratio of these two, so that a busy moment of the machine touches both alike. LoRA stands beside itself too:
+its quartiles say how much of a difference is noise. All adapters sit on the same layers: every dense layer but the head.
 
 | name | what is trained |
 |---|---|
