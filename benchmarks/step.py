@@ -5,9 +5,10 @@
     python benchmarks/step.py --shapes vit --rounds 5 --out runs/benchmarks
 
 In each round every method makes one step (forward, backward, AdamW) right beside one of LoRA on the same batch, now
-before it, now after it, in an order of methods that changes from round to round. What is reported is the median over the
-rounds of the ratio of these two, so that a busy moment of the machine touches both alike. LoRA stands beside itself too:
-its quartiles say how much of a difference is noise. All adapters sit on the same layers: every dense layer but the head.
+before it, now after it, in an order of methods that changes from round to round. What is reported is the median over
+the rounds of the ratio of these two, so that a busy moment of the machine touches both alike. LoRA stands beside itself
+too: its quartiles say how much of a difference is noise. All adapters sit on the same layers, every dense one but the
+head.
 
 | name | what is trained |
 |---|---|
@@ -315,8 +316,8 @@ class Options:
     """Of vit and llama."""
     methods: tuple[str, ...] = METHODS
     """Which methods; lora must be among them, it is what the others are compared with."""
-    rounds: int = 7
-    """Rounds of two steps per method: its own and one of LoRA."""
+    rounds: int = 8
+    """Rounds of two steps per method, its own and one of LoRA; an even number is fair to both orders."""
     compile: bool = False
     """Measure compiled models too."""
     seed: int = 0

@@ -42,6 +42,16 @@ def test_gradients_with_one_frozen_input(frozen):
     assert torch.autograd.gradcheck(lambda *x: scale_output(*x), tuple(inputs.values()))
 
 
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("frozen", [None, "x", "scale"])
+def test_gradients_of_a_scaled_input(dim, frozen):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 3, 3), "scale": torch.tensor([1.0, 0.0, -2.0])}
+    inputs = {name: value.double().requires_grad_(name != frozen) for name, value in inputs.items()}
+    assert torch.autograd.gradcheck(lambda *x: scale_input(*x, dim), tuple(inputs.values()))
+    torch.testing.assert_close(scale_input(*inputs.values(), dim), _naive(*inputs.values(), None, dim))
+
+
 def _saved_bytes(function) -> int:
     saved: dict[int, int] = {}
 

@@ -75,7 +75,36 @@ def scale_input(
         >>> scale_input(torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0])).tolist()
         [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
-    return x * _along(scale, x, channel_dim, "input scale")
+    factor = _along(scale, x, channel_dim, "input scale")
+    if torch.is_grad_enabled() and scale.requires_grad and not torch.compiler.is_compiling():
+        return _ScaleInput.apply(x, factor, channel_dim % x.dim())
+    return x * factor
+
+
+class _ScaleInput(torch.autograd.Function):
+    """`x * factor` whose backward pass makes one tensor of the size of `x`, where autograd's product makes two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(x, factor)
+        return x * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+        (grad,) = grads
+        x, factor = ctx.saved_tensors
+        product = grad * x
+        grad_factor = _sum_but(product, ctx.dim).to(factor.dtype)
+        grad_x = torch.mul(grad, factor, out=product) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_factor, None
+
+
+def _sum_but(x: Tensor, dim: int) -> Tensor:
+    """Sums over all axes but one, in float32 at least."""
+    dims = [d for d in range(x.dim()) if d != dim]
+    return x.sum(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def scale_output(
@@ -149,21 +178,19 @@ class _ScaleOutput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
         (grad,) = grads
         y, factor, shift, near_zero, kept = ctx.saved_tensors
-        dims = [d for d in range(y.dim()) if d != ctx.dim]
-        wide = torch.promote_types(y.dtype, torch.float32)
         grad_z = grad_factor = grad_shift = None
         product = None
         if shift is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[1]):
-            grad_shift = grad.sum(dims, keepdim=True, dtype=wide)
+            grad_shift = _sum_but(grad, ctx.dim)
         if ctx.needs_input_grad[1]:
             product = grad * y
-            total = product.sum(dims, keepdim=True, dtype=wide)
+            total = _sum_but(product, ctx.dim)
             if shift is not None:
                 total -= grad_shift * shift
             grad_factor = total / factor
             if kept is not None:
-                exact = (grad.index_select(ctx.dim, near_zero) * kept).sum(dims, dtype=wide)
-                grad_factor.view(-1)[near_zero] = exact
+                exact = _sum_but(grad.index_select(ctx.dim, near_zero) * kept, ctx.dim)
+                grad_factor.view(-1)[near_zero] = exact.view(-1)
             grad_factor = grad_factor.to(factor.dtype)
         if ctx.needs_input_grad[0]:
             grad_z = grad * factor if product is None else torch.mul(grad, factor, out=product)
