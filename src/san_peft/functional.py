@@ -6,7 +6,8 @@ $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^
 
 where edge $e$ carries the scale $g_e$ of an anterior layer through its channel map $P_e$. `scale_input` and
 `scale_output` are the two halves of that equation, `propagate` is one factor of $s$, and `fold` writes all of it into
-the weight. Source: arXiv 2409.06706; the equations are this library's reading of it, see the guide to the method.
+the weight. Over another adapter, such as LoRA, $g$ is no parameter but comes out of that adapter: see `decomposition`.
+Source: arXiv 2409.06706; the equations are this library's reading of it, see the guide to the method.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def propagate(
 
 
 def scale_input(
-    x: Float[Tensor, "*shape"], scale: Float[Tensor, " channels"], channel_dim: int = -1
+    x: Float[Tensor, "*shape"],
+    scale: Float[Tensor, " channels"],
+    channel_dim: int = -1,
+    *,
+    keep_output: bool = False,
 ) -> Float[Tensor, "*shape"]:
     r"""Scales the input channels of a layer: $s \odot x$, which equals scaling the columns of its weight.
 
@@ -64,6 +69,8 @@ def scale_input(
         x: Input of the layer.
         scale: Input scale $s$. It is cast to the type of `x`, never the other way round.
         channel_dim: Axis of the channels in `x`.
+        keep_output: Whether to keep the scaled input for the backward pass in place of `x`, as in `scale_output`. This
+            costs nothing where the layer keeps its input anyway: a trained layer, a LoRA adapter.
 
     Returns:
         The scaled input, of the type of `x`.
@@ -77,7 +84,7 @@ def scale_input(
     """
     factor = _along(scale, x, channel_dim, "input scale")
     if torch.is_grad_enabled() and scale.requires_grad and not torch.compiler.is_compiling():
-        return _ScaleInput.apply(x, factor, channel_dim % x.dim())
+        return _ScaleInput.apply(x, factor, channel_dim % x.dim(), keep_output)
     return x * factor
 
 
@@ -85,20 +92,41 @@ class _ScaleInput(torch.autograd.Function):
     """`x * factor` whose backward pass makes one tensor of the size of `x`, where autograd's product makes two."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
-        ctx.save_for_backward(x, factor)
-        return x * factor
+    def forward(ctx: Any, x: Tensor, factor: Tensor, dim: int, keep_output: bool) -> Tensor:
+        y = x * factor
+        ctx.dim, ctx.keep_output = dim, keep_output
+        near_zero = kept = None
+        if keep_output:
+            near_zero, kept = _near_zero(x, factor, dim)
+        ctx.save_for_backward(y if keep_output else x, factor, near_zero, kept)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
         (grad,) = grads
-        x, factor = ctx.saved_tensors
-        product = grad * x
-        grad_factor = _sum_but(product, ctx.dim).to(factor.dtype)
+        saved, factor, near_zero, kept = ctx.saved_tensors
+        product = grad * saved
+        grad_factor = _sum_but(product, ctx.dim)
+        if ctx.keep_output:
+            grad_factor = _divided(grad_factor, factor, grad, near_zero, kept, ctx.dim)
         grad_x = torch.mul(grad, factor, out=product) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_factor, None
+        return grad_x, grad_factor.to(factor.dtype), None, None
+
+
+def _near_zero(x: Tensor, factor: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Channels whose factor is too near zero to divide by, and a copy of them."""
+    channels = torch.nonzero(factor.flatten().abs() < NEAR_ZERO).flatten()
+    return channels, x.index_select(dim, channels) if channels.numel() else None
+
+
+def _divided(total: Tensor, factor: Tensor, grad: Tensor, near_zero: Tensor, kept: Tensor | None, dim: int) -> Tensor:
+    """The gradient of a factor from sums over the scaled tensor, and from the kept channels where it is near zero."""
+    out = total / factor
+    if kept is not None:
+        exact = _sum_but(grad.index_select(dim, near_zero) * kept, dim)
+        out.view(-1)[near_zero] = exact.view(-1)
+    return out
 
 
 def _sum_but(x: Tensor, dim: int) -> Tensor:
@@ -162,8 +190,7 @@ class _ScaleOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, factor: Tensor, shift: Tensor | None, dim: int, inplace: bool) -> Tensor:
-        near_zero = torch.nonzero(factor.flatten().abs() < NEAR_ZERO).flatten()
-        kept = z.index_select(dim, near_zero) if near_zero.numel() else None
+        near_zero, kept = _near_zero(z, factor, dim)
         y = z.mul_(factor) if inplace else z * factor
         if shift is not None:
             y += shift
@@ -187,11 +214,7 @@ class _ScaleOutput(torch.autograd.Function):
             total = _sum_but(product, ctx.dim)
             if shift is not None:
                 total -= grad_shift * shift
-            grad_factor = total / factor
-            if kept is not None:
-                exact = _sum_but(grad.index_select(ctx.dim, near_zero) * kept, ctx.dim)
-                grad_factor.view(-1)[near_zero] = exact.view(-1)
-            grad_factor = grad_factor.to(factor.dtype)
+            grad_factor = _divided(total, factor, grad, near_zero, kept, ctx.dim).to(factor.dtype)
         if ctx.needs_input_grad[0]:
             grad_z = grad * factor if product is None else torch.mul(grad, factor, out=product)
         if grad_shift is not None:

@@ -25,7 +25,8 @@ def test_deepcopy_and_pickle_are_independent_and_stay_wired(kind):
         for name, layer in other.named_modules():
             if isinstance(layer, SanLayer):
                 for edge in layer.san_incoming.get("default", []):
-                    assert edge.scales is other.get_submodule(f"base_model.model.{edge.anterior}").san_scale, name
+                    anterior = other.get_submodule(f"base_model.model.{edge.anterior}")
+                    assert edge.banks[0] is anterior.san_scale, name
 
 
 def test_state_dict_through_torch_save(kind, tmp_path):

@@ -18,7 +18,7 @@ CODE = [
     *SOURCES,
     *(p for d in ("tests", "examples", "scripts", "benchmarks") for p in sorted((ROOT / d).rglob("*.py"))),
 ]
-ROOMS = ["errors", "functional", "propagation", "tuner", "export", "__init__"]
+ROOMS = ["errors", "functional", "decomposition", "propagation", "tuner", "export", "__init__"]
 DOOR = ROOT / "src/san_peft/tuner/_peft.py"
 
 

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from san_peft.errors import MergeError
+from san_peft.errors import AdapterError, MergeError
 
 PREFIX = "san_"
 
@@ -76,6 +76,38 @@ def matches(tuner: BaseTuner, config: Any, name: str) -> bool:
 def replace(tuner: BaseTuner, parent: Any, name: str, new: Any, old: Any) -> None:
     """Puts a tuner layer in the place of a module, on its device."""
     tuner._replace_module(parent, name, new, old)
+
+
+def inject_host(
+    tuner: BaseTuner | None, model: nn.Module, config: Any, adapter_name: str, active: list[str], **options: Any
+) -> BaseTuner:
+    """Puts an adapter of another PEFT method into a model, and returns the tuner that holds it.
+
+    PEFT keeps the configuration of whatever was injected last on the model; here it stays the one that was there.
+
+    Args:
+        tuner: The tuner that holds the adapters of that method so far, or `None`.
+        model: The model, without SAN's layers.
+        config: Configuration of the host.
+        adapter_name: Name of the adapter.
+        active: Names of the adapters that are active.
+        options: `low_cpu_mem_usage`.
+    """
+    if Version(peft.__version__).release < (0, 21):
+        raise AdapterError(f"A host inside SAN needs peft 0.21 or newer; this is {peft.__version__}.")
+    kept = model.__dict__.pop("peft_config", None)
+    try:
+        if tuner is None:
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, {adapter_name: config}, adapter_name, **options)
+        else:
+            tuner.peft_config[adapter_name] = config
+            tuner.active_adapter = active
+            tuner.inject_adapter(model, adapter_name, **options)
+    finally:
+        model.__dict__.pop("peft_config", None)
+        if kept is not None:
+            model.peft_config = kept  # type: ignore[assignment]
+    return tuner
 
 
 def set_disabled(module: Any, disabled: bool) -> None:
@@ -154,10 +186,13 @@ class Tuner(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         hook = partial(put_names, adapter_names=adapter_names)
+        hosts = {
+            id(m.base_layer) for m in self.modules() if isinstance(m, self.tuner_layer_cls)
+        }  # these get them there
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True)
             for module in self.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts
         ]
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -19,8 +21,17 @@ from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.propagation.schemes import SCHEMES
 from san_peft.tuner._peft import SAN
+from san_peft.tuner.decompose import host_config, kind_of, moves_weight
 
 FORMAT = 1
+INNER_REFUSED = {
+    "bias": "SAN folds scales into the frozen biases; leave them frozen",
+    "layer_replication": "copied layers have one name in two places",
+    "target_parameters": "SAN adapts layers, not bare parameters",
+    "trainable_token_indices": "give these to a second adapter",
+    "megatron_config": "Megatron's parallel layers are none that SAN can trace",
+}
+"""Options of a host that do not go with SAN, with the reason."""
 CARD = """
 ## Loading this adapter
 
@@ -56,6 +67,11 @@ class SanConfig(PeftConfig):
         gate: Whether each posterior layer learns a vector, initially one, multiplied onto what is propagated to it.
             This adds parameters; an ablation.
         init_weights: `True` starts at the identity. `False` draws small random offsets, for tests.
+        inner: Configuration of the adapter that hosts SAN, such as `LoraConfig(r=8)`, or its dict. It sits on the same
+            layers; the scale is taken out of it, and no parameter is added.
+        decomposition: How the scale is taken out of the host: `"norm"`, the ratio of the norms of the adapted and the
+            frozen row, or `"projection"`, the least-squares scale of one on the other.
+        own_scale: Whether layers with a host get a scale of their own as well. Without a host they always do.
         edges: The resolved edges, filled in when the adapter is injected and saved with it: loading never traces.
         format: Version of the adapter's format.
 
@@ -91,6 +107,11 @@ class SanConfig(PeftConfig):
     init_weights: bool | Literal["random"] = field(
         default=True, metadata={"help": "Start at the identity; False draws small random offsets."}
     )
+    inner: Any = field(default=None, metadata={"help": "Configuration of the adapter that hosts SAN, or its dict."})
+    decomposition: Literal["norm", "projection"] = field(
+        default="norm", metadata={"help": "How the scale is taken out of the host."}
+    )
+    own_scale: bool = field(default=False, metadata={"help": "A scale of its own on a layer with a host."})
     edges: list[dict] | None = field(
         default=None, metadata={"help": "The resolved edges; filled in when the adapter is injected."}
     )
@@ -113,8 +134,58 @@ class SanConfig(PeftConfig):
         if not math.isfinite(self.exponent):
             raise SanError(f"exponent must be finite, got {self.exponent}.")
         self.propagation = _propagation(self.propagation)
+        if self.inner is not None:
+            self._take_inner()
         if self.edges is not None:
             self.resolved_edges()
+
+    def inner_config(self) -> PeftConfig:
+        """Returns the host's configuration, without targets: they are those of this one.
+
+        Raises:
+            SanError: If there is no host.
+        """
+        if self.inner is None:
+            raise SanError("This adapter has no host: its scales are its own.")
+        return host_config(dict(self.inner))
+
+    def _take_inner(self) -> None:
+        """Checks the host's configuration, and takes over what it says on targets and saved modules."""
+        inner = host_config(copy.deepcopy(self.inner))
+        kind_of(inner, self.decomposition)
+        if self.shift and not self.own_scale:
+            raise SanError("shift belongs to a scale of its own; set own_scale=True, or leave the shift to the host.")
+        for name, reason in INNER_REFUSED.items():
+            if getattr(inner, name, None) not in (None, "none", [], {}, False):
+                raise SanError(f"inner sets {name}={getattr(inner, name)!r}: {reason}.")
+        ranks = {"r": getattr(inner, "r", None), **(getattr(inner, "rank_pattern", None) or {})}
+        for name, rank in ranks.items() if inner.peft_type != "OFT" else ():
+            if rank is not None and rank < 1:
+                raise SanError(f"inner has rank {rank} ({name}); it must be at least 1.")
+        if moves_weight(inner) and self.decomposition == "projection":
+            raise SanError(
+                f"init_lora_weights={inner.init_lora_weights!r} moves a part of the frozen weight into the adapter, "  # type: ignore[attr-defined]
+                "so the projection on what remains says nothing. Use decomposition='norm'."
+            )
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+            theirs, ours = getattr(inner, name, None), getattr(self, name)
+            theirs = set(theirs) if isinstance(theirs, list | tuple) and "modules" in name else theirs
+            if theirs is not None and ours is not None and _as_set(theirs) != _as_set(ours):
+                raise SanError(
+                    f"SAN and its host disagree on {name}: {_shown(ours)} here, {_shown(theirs)} in inner. SAN sits on "
+                    "the layers of its host; say it once."
+                )
+            if ours is None and theirs is not None:
+                setattr(self, name, sorted(theirs) if name == "modules_to_save" else theirs)
+            if hasattr(inner, name):
+                setattr(inner, name, None)
+        self.task_type = self.task_type or inner.task_type
+        if hasattr(inner, "save_projection"):
+            inner.save_projection = False  # type: ignore[attr-defined]  # drawn again from its seed, not saved per layer
+        plain = json.loads(json.dumps(inner.to_dict(), default=_jsonable))
+        for name in ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"):
+            plain.pop(name, None)
+        self.inner = plain
 
     def resolved_edges(self) -> tuple[Edge, ...]:
         """Returns the edges in use; empty before injection.
@@ -137,7 +208,7 @@ class SanConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, cls) and file.is_file():
-            _check_file(file, config.resolved_edges())
+            _check_file(file, config)
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -152,27 +223,54 @@ class SanConfig(PeftConfig):
                 draft.replace(card)
 
 
-def _check_file(file: Path, edges: tuple[Edge, ...]) -> None:
-    lengths = {edge.anterior: edge.channels.source_size for edge in edges}
+def _as_set(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, list | tuple | set) else value
+
+
+def _shown(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    raise SanError(f"inner holds a {type(value).__name__}, which cannot be saved with the adapter.")
+
+
+def _check_file(file: Path, config: SanConfig) -> None:
+    """Raises `AdapterError` where the tensors of an adapter's file do not fit its configuration."""
+    lengths = {edge.anterior: edge.channels.source_size for edge in config.resolved_edges()}
+    own = config.inner is None or config.own_scale
+    prefix = None if config.inner is None else PEFT_TYPE_TO_PREFIX_MAPPING[config.inner["peft_type"]]
     found: dict[str, int] = {}
+    hosts = set()
     try:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
-                if ".san_" not in key:
+                name = key.removeprefix("base_model.model.")
+                fqn, nested, rest = name.partition(".base_layer.")
+                if ".san_" not in key and not nested:
                     continue
                 vector = tensors.get_tensor(key)
                 if not torch.isfinite(vector).all():
                     bad = int((~torch.isfinite(vector)).sum())
                     raise AdapterError(f"{file}: {bad} of {vector.numel()} entries of {key} are not finite.")
                 if key.endswith(".san_scale.weight"):
-                    found[key.removeprefix("base_model.model.").removesuffix(".san_scale.weight")] = vector.numel()
+                    found[name.removesuffix(".san_scale.weight")] = vector.numel()
+                if nested and prefix is not None and rest.startswith(prefix):
+                    hosts.add(fqn)
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged ({error}). Download or save the adapter again.") from error
     for fqn, length in lengths.items():
-        if fqn not in found:
+        if own and fqn not in found:
             raise AdapterError(f"{file} has no scale for {fqn}, which the adapter's configuration propagates.")
-        if found[fqn] != length:
+        if own and found[fqn] != length:
             raise AdapterError(f"{file}: the scale of {fqn} has {found[fqn]} entries, its edges need {length}.")
+        if prefix is not None and fqn not in hosts:
+            raise AdapterError(
+                f"{file} has no tensors {prefix}* for {fqn}, which hosts SAN by the adapter's "
+                "configuration. Was it saved over another host?"
+            )
 
 
 def _propagation(value: Any) -> str | dict[str, Any]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
+from san_peft.tuner.decompose import kind_of, moves_weight, squared_norms
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
-from san_peft.tuner.resolve import resolve
+from san_peft.tuner.resolve import layers_by_name, resolve
+from san_peft.tuner.shared import SharedInput
 
 
 class SanModel(_peft.Tuner):
@@ -46,6 +50,9 @@ class SanModel(_peft.Tuner):
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
         config: Any = self.peft_config[adapter_name]
         edges = resolve(self, model, config)
+        if config.inner is not None:
+            self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
+            state_dict = None  # it names the host's tensors, and would be read as targets
         super().inject_adapter(
             model,
             adapter_name,
@@ -66,6 +73,56 @@ class SanModel(_peft.Tuner):
         config: Any = self.peft_config[adapter_name]
         return config.resolved_edges()
 
+    # ------------------------------------------------------------------ hosts
+
+    @property
+    def hosts(self) -> dict[str, Any]:
+        """PEFT's tuners that hold the adapters hosting SAN, by type; no part of the model themselves."""
+        return vars(self).setdefault("_hosts", {})
+
+    def _inject_host(self, model: nn.Module, adapter_name: str, config: SanConfig, empty: bool) -> None:
+        """Puts the host's adapter on the targets, unless it is there; a failure leaves the layers as they were."""
+        inner: Any = config.inner_config()
+        kind = kind_of(inner, config.decomposition)
+        targets = {n: m for n, m in layers_by_name(model).items() if _peft.matches(self, config, n)}
+        if all(_has_adapter(m, adapter_name) for m in targets.values()):
+            return
+        if kind.forms_delta:
+            warnings.warn(
+                f"The scale of {kind.name} comes out of its whole delta weight, formed in every step for each of "
+                f"{len(targets)} layers; LoRA, DoRA and VeRA do without.",
+                stacklevel=4,
+            )
+        inner.target_modules = sorted(targets)
+        inner.inference_mode = config.inference_mode
+        with self.without_layers(model):
+            before = {name: model.get_submodule(name) for name in targets}
+            references = _references(before) if moves_weight(inner) else {}
+            try:
+                self.hosts[kind.name] = _peft.inject_host(
+                    self.hosts.get(kind.name), model, inner, adapter_name, self.active_adapters, low_cpu_mem_usage=empty
+                )
+            except BaseException:
+                for name, module in before.items():
+                    _set(model, name, module)
+                    if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
+                        module.delete_adapter(adapter_name)
+                raise
+        vars(self)["_references"] = references
+
+    @contextmanager
+    def without_layers(self, model: nn.Module) -> Iterator[None]:
+        """Takes SAN's layers off for as long as another tuner works on the model."""
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, SanLayer)}
+        for name, layer in layers.items():
+            _set(model, name, layer.base_layer)
+        try:
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.base_layer = model.get_submodule(name)
+                _set(model, name, layer)
+
     # ------------------------------------------------------------------ injecting and wiring
 
     def prepare_config(self, config: SanConfig, model_config: dict[str, Any]) -> SanConfig:
@@ -78,6 +135,8 @@ class SanModel(_peft.Tuner):
         """Gives a module a scale of its own."""
         layer = target if isinstance(target, SanLayer) else SanLayer(target)
         layer.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+        if adapter_name in layer.san_host:
+            layer.san_host[adapter_name].reference = vars(self).get("_references", {}).get(fqn)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -99,15 +158,18 @@ class SanModel(_peft.Tuner):
             incoming = []
             for edge in group:
                 source = model.get_submodule(edge.anterior)
-                if not isinstance(source, SanLayer) or adapter_name not in source.san_scale:
+                banks = (source.san_scale, source.san_host) if isinstance(source, SanLayer) else ()
+                if not any(adapter_name in bank for bank in banks):
                     raise GraphError(f"edge {edge}: {edge.anterior} carries no scale of adapter {adapter_name!r}.")
                 index = index_of(edge.channels)
-                incoming.append(Incoming(edge.anterior, source.san_scale, index, config.exponent, config.detach))
+                incoming.append(Incoming(edge.anterior, banks, index, config.exponent, config.detach))
             with torch.device("meta") if empty else _nothing():
                 posterior.connect(adapter_name, incoming, config.gate)
             if config.gate:
                 trainable = adapter_name in self.active_adapters and not config.inference_mode
                 posterior.san_gate[adapter_name].requires_grad_(trainable)
+        if not config.gate:
+            _share_inputs(model, adapter_name, by_posterior)
 
     # ------------------------------------------------------------------ modes
 
@@ -126,7 +188,7 @@ class SanModel(_peft.Tuner):
         """
         if mode not in MODES:
             raise SanError(f"Unknown mode {mode!r}; choose from {', '.join(MODES)}.")
-        layers = [module for module in self.modules() if isinstance(module, SanLayer)]
+        layers = self._san_layers()
         merged = sum(layer.merged for layer in layers)
         if merged:
             raise SanError(f"{merged} of {len(layers)} layers are merged, which fixes the mode; unmerge first.")
@@ -139,15 +201,26 @@ class SanModel(_peft.Tuner):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises what a safe merge of any layer would raise, before any weight is touched."""
-        for module in self.modules():
-            if isinstance(module, SanLayer):
-                module.check_merge(adapter_names)
+        for layer in self._san_layers():
+            layer.check_merge(adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges as PEFT does; with `safe_merge`, all layers are checked before the first is touched."""
+        """Merges as PEFT does, hosts included; with `safe_merge`, all are checked before one is touched."""
         if safe_merge:
             self.check_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed()
+        for layer in self._san_layers():
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Unmerges all merged adapters, hosts included: the frozen weights come back bit for bit."""
+        for layer in self._san_layers():
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def _san_layers(self) -> list[SanLayer]:
+        return [module for module in self.modules() if isinstance(module, SanLayer)]
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -155,6 +228,8 @@ class SanModel(_peft.Tuner):
         """Merges and returns the plain model; with `safe_merge`, all layers are checked before one is touched."""
         if safe_merge:
             self.check_merge(adapter_names)
+        for layer in self._san_layers():
+            layer.keeps_base = False  # nobody unmerges these
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
@@ -220,6 +295,42 @@ class _Mode:
 
     def __exit__(self, *_: object) -> None:
         self._tuner.set_mode(self._before)
+
+
+def _has_adapter(module: Any, adapter_name: str) -> bool:
+    host = module.host if isinstance(module, SanLayer) else module
+    if not isinstance(host, BaseTunerLayer):
+        return False
+    return any(adapter_name in getattr(host, bank) for bank in host.adapter_layer_names)
+
+
+def _set(model: nn.Module, fqn: str, module: nn.Module) -> None:
+    parent, _, name = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _references(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Squared row norms before an initialisation moves a part of the weight into the adapter."""
+    found = {}
+    for name, layer in layers.items():
+        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if not base.weight.is_meta:
+            found[name] = squared_norms(base)
+    return found
+
+
+def _share_inputs(model: nn.Module, adapter_name: str, by_posterior: dict[str, list[Edge]]) -> None:
+    """Lets posteriors that read the same channels of the same layers share one scaled input."""
+    groups: dict[Any, list[SanLayer]] = {}
+    for fqn, edges in by_posterior.items():
+        layer: Any = model.get_submodule(fqn)
+        key = (layer.host is None, layer.channel_dim, *((e.anterior, e.channels) for e in edges))
+        groups.setdefault(key, []).append(layer)
+    for layers in groups.values():
+        shared = SharedInput(len(layers))
+        for number, layer in enumerate(layers):
+            if len(layers) > 1:
+                layer.san_shared[adapter_name] = (shared, number)
 
 
 @contextmanager

@@ -17,17 +17,14 @@ from san_peft.errors import GraphError, TargetError, TraceError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
+from san_peft.tuner.decompose import is_feedforward
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer
 
 
 def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
     """Fills in the configuration's targets, norms and edges, and returns the edges."""
-    modules: dict[str, nn.Module] = {}
-    names: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        modules.setdefault(_plain(name), module)
-        if _is_layer(module):
-            names.setdefault(_plain(name), module)
+    modules = layers_by_name(model)
+    names = {name: module for name, module in modules.items() if _is_layer(module)}
     targets: Any = config.target_modules
     norms: Any = config.modules_to_save
     wide = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -76,12 +73,17 @@ def _check_targets(
         if not _peft.matches(tuner, config, name):
             continue
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not isinstance(module, SanLayer) and isinstance(module, BaseTunerLayer):
-            raise TargetError(f"{name} already is a layer of another tuner ({type(module).__name__}).")
+        if isinstance(module, BaseTunerLayer):
+            _check_host(name, module, config)
         if not isinstance(inner, LAYER_TYPES):
             raise TargetError(
                 f"{name} is a {type(inner).__name__}, which SAN cannot adapt; it adapts "
                 f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
+            )
+        if getattr(inner, "groups", 1) > 1 and config.inner is not None and config.inner["peft_type"] == "LORA":
+            raise TargetError(
+                f"{name} is a convolution in {inner.groups} groups, across which LoRA mixes channels: its update is no "
+                "change of that weight, and PEFT cannot merge it. Leave it out of target_modules."
             )
         if traced and name not in traced:
             idle.append(name)
@@ -90,6 +92,24 @@ def _check_targets(
             f"{len(idle)} target layers were not called when the model was traced, so their scales may do nothing "
             f"(a model may read a weight directly): {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
             stacklevel=4,
+        )
+
+
+def _check_host(fqn: str, layer: BaseTunerLayer, config: SanConfig) -> None:
+    """Raises where a layer is another tuner's, unless it is of the kind that hosts this adapter."""
+    host = layer.host if isinstance(layer, SanLayer) else layer
+    if host is None:
+        return
+    theirs = type(host).__module__.split(".")[-2].upper()
+    if config.inner is None and not isinstance(layer, SanLayer):
+        raise TargetError(
+            f"{fqn} already is a layer of another tuner ({theirs}). To propagate that adapter's own scale use "
+            "san_peft.propagate(model); to add SAN beside it, unload it first."
+        )
+    if config.inner is not None and theirs != config.inner["peft_type"]:
+        raise TargetError(
+            f"{fqn} hosts a {theirs} adapter, and inner asks for {config.inner['peft_type']}: two kinds of host cannot "
+            "share a layer. Load one of them, or merge the first."
         )
 
 
@@ -118,6 +138,9 @@ def _select(
     edges = graph.select("all" if explicit else config.propagation).edges
     _check_edges(edges, names)
     carried = {n for n in names if _peft.matches(tuner, config, n)}
+    if config.inner is not None and not config.own_scale:
+        inner = config.inner_config()
+        carried = {n for n in carried if not is_feedforward(inner, n)}
     edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
     kept, cut = [], []
     for edge in edges:
@@ -147,7 +170,8 @@ def _disabled(modules: list[Any]) -> Iterator[None]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (*LAYER_TYPES, SanLayer))
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, LAYER_TYPES)
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -162,15 +186,31 @@ def _inside(fqn: str, saved: Iterable[str] | None) -> bool:
     return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts) + 1))
 
 
-def _plain(name: str) -> str:
+def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the name they had before any adapter was put in; what a tuner layer keeps inside is left out."""
+    found: dict[str, Any] = {}
+    within = None
+    for full, module in model.named_modules():
+        name = plain_name(full)
+        if within is not None and name.startswith(within):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            within = f"{name}."
+        found.setdefault(name, module)
+    return found
+
+
+def plain_name(name: str) -> str:
     """Returns a module's name as it was before any adapter was put in."""
     return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def _plain_graph(graph: PropagationGraph) -> PropagationGraph:
-    edges = [dataclasses.replace(e, anterior=_plain(e.anterior), posterior=_plain(e.posterior)) for e in graph.edges]
-    layers = [dataclasses.replace(layer, fqn=_plain(layer.fqn)) for layer in graph.layers]
-    return PropagationGraph(tuple(edges), graph.barriers, tuple(layers), tuple(_plain(h) for h in graph.heads))
+    edges = [
+        dataclasses.replace(e, anterior=plain_name(e.anterior), posterior=plain_name(e.posterior)) for e in graph.edges
+    ]
+    layers = [dataclasses.replace(layer, fqn=plain_name(layer.fqn)) for layer in graph.layers]
+    return PropagationGraph(tuple(edges), graph.barriers, tuple(layers), tuple(plain_name(h) for h in graph.heads))
 
 
 def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
@@ -205,5 +245,5 @@ def _norms(model: nn.Module) -> list[str]:
             module = module.original_module
         params = list(module.parameters(recurse=False))
         if "norm" in type(module).__name__.lower() and params and all(p.dim() == 1 for p in params):
-            found.append(_plain(name))
+            found.append(plain_name(name))
     return [name for name in dict.fromkeys(found) if ".modules_to_save" not in name]

@@ -1,0 +1,284 @@
+"""Taking the scale out of the adapter that hosts SAN: LoRA, DoRA, (IA)3 and others of PEFT's tuners."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from san_peft.decomposition import dense_scale, low_rank_scale, weight_product
+from san_peft.errors import AdapterError, SanError
+from san_peft.tuner.sharded import is_sharded, whole
+
+MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that put a part of the frozen weight into the adapter."""
+REFUSED = {
+    "LN_TUNING": "it trains norms and no dense layer; set train_norms=True in place of it",
+    "TRAINABLE_TOKENS": "it trains rows of the embedding, no layer that propagates",
+    "ADALORA": "it changes its ranks while it trains, on a schedule that the training loop must drive",
+    "MIXED": "it is several tuners in one; name one of them",
+}
+
+
+def row_matrix(base: Any) -> Tensor:
+    """Returns a frozen layer's weight with one row per output channel, dequantised; a view where it can be."""
+    weight = dequantize_module_weight(base).detach()
+    return weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
+
+
+def is_quantized(base: Any) -> bool:
+    """Whether a frozen layer's weight is kept in a quantised form."""
+    weight = base.weight
+    packed = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
+    return packed or not weight.dtype.is_floating_point
+
+
+class RowNorms:
+    """Squared norms of the rows of a frozen weight, taken once for as long as that weight stays what it is."""
+
+    def __init__(self, host: BaseTunerLayer) -> None:
+        self.host = host
+        self.key: Any = None
+        self.value: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Returns them, in float32 at least, on the device of the weight."""
+        base: Any = self.host.get_base_layer()
+        weight = base.weight
+        if torch.compiler.is_compiling() and self.value is not None:
+            return self.value
+        key = (id(weight), weight.data_ptr() if not is_sharded(weight) else 0, _version(weight), weight.device)
+        if self.value is None or key != self.key:
+            self.value, self.key = squared_norms(base), key
+        return self.value
+
+
+@torch.no_grad()
+def squared_norms(base: Any) -> Tensor:
+    """Returns the squared norms of the rows of a frozen layer's weight, in float32 at least."""
+    rows = row_matrix(base)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return whole(torch.linalg.vector_norm(rows, dim=1, dtype=wide).square())
+
+
+class HostScale(nn.Module):
+    """The scale of one adapter of a host layer, as something to call; it has no parameter of its own.
+
+    Without gradients and in eval mode the scale is kept until a parameter changes or the mode is set anew, so that
+    generation does not compute it for every token. While the host is merged it is the scale from before.
+    """
+
+    reference: Tensor | None
+
+    def __init__(self, host: BaseTunerLayer, adapter_name: str, decomposition: str, norms: RowNorms) -> None:
+        super().__init__()
+        self._host = (host,)  # a tuple, so that the host is no child of two modules
+        self.adapter_name, self.decomposition, self.norms = adapter_name, decomposition, norms
+        self.register_buffer("reference", None, persistent=False)
+        self.frozen: Tensor | None = None
+        self._cached: tuple[Any, Tensor] | None = None
+
+    def forward(self) -> Float32[Tensor, " out"]:
+        """Returns the scale, in float32 at least."""
+        if self.frozen is not None:
+            return self.frozen
+        host = self._host[0]
+        keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+        if not keep:
+            return self._decompose(host)
+        key = _state_of(host, self.adapter_name)
+        if self._cached is None or key is None or self._cached[0] != key:
+            self._cached = (key, self._decompose(host))
+        return self._cached[1]
+
+    def _decompose(self, host: Any) -> Tensor:
+        # the parameters' own type decides: under autocast the products would round
+        with torch.autocast(_device_type(host), enabled=False):
+            return _kind(host).scale(host, self)
+
+    def train(self, mode: bool = True) -> HostScale:
+        """Forgets what was kept: some tools write parameters past their version counter between two modes."""
+        self._cached = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostScale:
+        kept = self.reference
+        super()._apply(fn, recurse)
+        if kept is not None and self.reference is not None and self.reference.dtype != kept.dtype:
+            self.reference = kept.to(self.reference.device)  # follows to a device, but is never rounded
+        return self
+
+    def extra_repr(self) -> str:
+        """Returns the kind of host and the decomposition for `print`."""
+        return f"{_kind(self._host[0]).name}, {self.decomposition}"
+
+
+# ---------------------------------------------------------------------- what each host gives
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of host: its name in PEFT, and how the scale comes out of one of its layers."""
+
+    name: str
+    scale: Callable[[Any, HostScale], Tensor]
+    decompositions: tuple[str, ...] = ("norm", "projection")
+    forms_delta: bool = False
+
+
+def _lora(host: Any, scale: HostScale) -> Tensor:
+    name = scale.adapter_name
+    if name in host.lora_magnitude_vector:
+        magnitude = whole(host.lora_magnitude_vector[name].weight)
+        return _over_norm(magnitude, scale.norms())
+    return _low_rank(host, scale, host.lora_A[name].weight, host.lora_B[name].weight, host.scaling[name])
+
+
+def _low_rank(host: Any, scale: HostScale, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    rows = row_matrix(host.get_base_layer())
+    down, up = whole(lora_A).flatten(1), whole(lora_B).flatten(1)
+    product = whole(weight_product(rows, down))
+    return low_rank_scale(product, down, up, scale.norms(), scaling, scale.decomposition, scale.reference)
+
+
+def _vera(host: Any, scale: HostScale) -> Tensor:
+    name = scale.adapter_name
+    down = host.vera_lambda_d[name][:, None] * host.vera_A[name][:, : host.in_features]
+    up = host.vera_lambda_b[name][:, None] * host.vera_B[name][: host.out_features]
+    return _low_rank(host, scale, down, up, 1.0)
+
+
+def _ia3(host: Any, scale: HostScale) -> Tensor:
+    vector = whole(host.ia3_l[scale.adapter_name]).flatten()
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def _delta(host: Any, scale: HostScale) -> Tensor:
+    delta = host.get_delta_weight(scale.adapter_name)
+    delta = delta.t() if isinstance(host.get_base_layer(), Conv1D) else delta.flatten(1)
+    return dense_scale(delta, row_matrix(host.get_base_layer()), scale.decomposition)
+
+
+def _rotation(host: Any, scale: HostScale) -> Tensor:
+    """Of a host that multiplies the frozen weight with an orthogonal matrix from the side of its input."""
+    rows = row_matrix(host.get_base_layer())
+    rotation = host.get_delta_weight(scale.adapter_name)
+    wide = torch.promote_types(rotation.dtype, torch.float32)
+    rows = rows.to(wide)
+    # OFT writes the transpose of its matrix into the weight, HRA the matrix itself: the projection is the same
+    return dense_scale(rows @ rotation.to(wide) - rows, rows, scale.decomposition)
+
+
+KINDS = {
+    "LORA": Kind("LORA", _lora),
+    "IA3": Kind("IA3", _ia3),
+    "VERA": Kind("VERA", _vera),
+    "LOHA": Kind("LOHA", _delta, forms_delta=True),
+    "LOKR": Kind("LOKR", _delta, forms_delta=True),
+    "RANDLORA": Kind("RANDLORA", _delta, forms_delta=True),
+    "OFT": Kind("OFT", _rotation, ("projection",), forms_delta=True),
+    "HRA": Kind("HRA", _rotation, ("projection",), forms_delta=True),
+}
+"""The hosts, by PEFT's name of their type."""
+
+
+def _kind(host: BaseTunerLayer) -> Kind:
+    return KINDS[type(host).__module__.split(".")[-2].upper()]
+
+
+def kind_of(config: PeftConfig, decomposition: str) -> Kind:
+    """Returns the kind of a host's configuration.
+
+    Raises:
+        AdapterError: If SAN cannot take a scale out of that kind, or not by that decomposition, with the reason.
+    """
+    name = str(getattr(config.peft_type, "value", config.peft_type))
+    if name not in KINDS:
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            reason = "it adds tokens or attention, and scales no layer"
+        else:
+            reason = REFUSED.get(name, "SAN does not know how to take a scale per channel out of it")
+        raise AdapterError(f"{name} cannot host SAN: {reason}. Hosts are {', '.join(KINDS)}.")
+    kind = KINDS[name]
+    if decomposition not in kind.decompositions:
+        raise AdapterError(
+            f"{name} rotates the frozen weight and leaves the norm of its rows as it is, so decomposition="
+            f"{decomposition!r} would give the scale one everywhere. Use decomposition={kind.decompositions[0]!r}."
+        )
+    return kind
+
+
+def moves_weight(config: Any) -> bool:
+    """Whether a host's initialisation puts a part of the frozen weight into the adapter."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(MOVES_WEIGHT)
+
+
+def is_feedforward(config: Any, fqn: str) -> bool:
+    """Whether (IA)3 scales a layer's input in place of its output: then there is no scale to propagate from it."""
+    targets = getattr(config, "feedforward_modules", None) or ()
+    if isinstance(targets, str):
+        return re.fullmatch(targets, fqn) is not None
+    return any(fqn == t or fqn.endswith(f".{t}") for t in targets)
+
+
+def host_config(value: PeftConfig | dict[str, Any]) -> PeftConfig:
+    """Returns a host's configuration from one, or from its dict.
+
+    Raises:
+        SanError: If it is neither, or its type is unknown.
+    """
+    if isinstance(value, PeftConfig):
+        return value
+    if not isinstance(value, dict):
+        raise SanError(f"inner is a configuration of PEFT, such as LoraConfig(r=8), or its dict; got {value!r}.")
+    name = value.get("peft_type")
+    if name is None or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SanError(f"inner has peft_type {name!r}, which this PEFT does not know. Hosts are {', '.join(KINDS)}.")
+    return PeftConfig.from_peft_type(**value)
+
+
+def _over_norm(magnitude: Tensor, squared: Tensor) -> Tensor:
+    """Magnitude over row norm; one, and no gradient, for a row of zeros."""
+    wide = torch.promote_types(magnitude.dtype, torch.float32)
+    norm = squared.to(wide).sqrt()
+    empty = norm == 0
+    scale = magnitude.flatten().to(wide) / torch.where(empty, torch.ones_like(norm), norm)
+    return torch.where(empty, torch.ones_like(scale), scale)
+
+
+def _device_type(host: BaseTunerLayer) -> str:
+    base: Any = host.get_base_layer()
+    return base.weight.device.type
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _state_of(host: BaseTunerLayer, adapter_name: str) -> Any:
+    """What identifies the values of an adapter's parameters, or `None` where nothing does."""
+    found: list[Any] = []
+    for bank in (getattr(host, name) for name in host.adapter_layer_names):
+        if adapter_name not in bank:
+            continue
+        item = bank[adapter_name]
+        for p in item.parameters() if isinstance(item, nn.Module) else (item,):
+            if p.is_inference() or is_sharded(p):
+                return None
+            found.append((id(p), p.data_ptr(), p._version, p.dtype))
+    base: Any = host.get_base_layer()
+    found.append((id(base.weight), base.weight.device, _version(base.weight)))
+    found.append(getattr(host, "scaling", {}).get(adapter_name))
+    return tuple(found)

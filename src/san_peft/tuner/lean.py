@@ -1,0 +1,147 @@
+"""Forward passes of LoRA and DoRA that give what PEFT's give, up to rounding, with fewer passes over the activations.
+
+PEFT's LoRA makes three tensors of the size of the output (the update, its product with the scaling, the sum) and one
+more in the backward pass; here the scaling meets the activation of rank r, and the update is added in place. PEFT's
+DoRA forms the whole of $B A$, and a copy of the weight, to take row norms; here they come from `low_rank_norm`, and the
+magnitude acts through `scale_output`, which keeps no activation of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Conv1d, Conv2d, Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraLinearVariant
+from torch import Tensor, nn
+
+from san_peft.decomposition import low_rank_norm, weight_product
+from san_peft.functional import scale_output
+from san_peft.tuner.decompose import RowNorms, row_matrix
+from san_peft.tuner.sharded import whole
+
+
+def output_is_fresh(base: nn.Module) -> bool:
+    """Whether nobody but the caller holds a frozen layer's output, so that it may be overwritten."""
+    return type(base) in (nn.Linear, nn.Conv1d, nn.Conv2d) and not base._forward_hooks
+
+
+def make_lean(host: Any, adapter_name: str, norms: RowNorms) -> None:
+    """Gives one adapter of a LoRA layer its lean forward pass; other variants of LoRA keep their own."""
+    if type(host) not in DORA:
+        return
+    present = host.lora_variant.get(adapter_name)
+    if present is None:
+        host.lora_variant[adapter_name] = LeanLora()
+    elif type(present) is DORA[type(host)][0]:
+        lean = DORA[type(host)][1]()
+        lean.norms = norms
+        host.lora_variant[adapter_name] = lean
+
+
+def make_plain(host: Any, adapter_name: str) -> None:
+    """Takes `make_lean` back."""
+    present = getattr(host, "lora_variant", {}).get(adapter_name)
+    if isinstance(present, LeanLora):
+        del host.lora_variant[adapter_name]
+    elif isinstance(present, _LeanDora):
+        host.lora_variant[adapter_name] = DORA[type(host)][0]()
+
+
+def _comes_first(module: Any, adapter_name: str) -> bool:
+    """Whether an adapter is the first of its layer to act: before it, the output is the frozen layer's own."""
+    return next((a for a in module.active_adapters if a in module.lora_A), None) == adapter_name
+
+
+def _update(module: Any, adapter_name: str, x: Tensor) -> Tensor:
+    """The low-rank update, the scaling included."""
+    lora_B, scaling = module.lora_B[adapter_name], module.scaling[adapter_name]
+    hidden = module.lora_A[adapter_name](x)
+    return lora_B(hidden) * scaling if module.lora_bias[adapter_name] else lora_B(hidden * scaling)
+
+
+class LeanLora(LoraVariant):
+    """LoRA whose update is added to the frozen layer's output in place."""
+
+    def forward(  # type: ignore[override]  # PEFT declares a static method and calls it on the instance
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Returns the layer's output with this adapter."""
+        update = _update(module, active_adapter, module.lora_dropout[active_adapter](x))
+        fresh = output_is_fresh(module.get_base_layer()) and _comes_first(module, active_adapter)
+        return result.add_(update) if fresh else result + update
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Returns the weight with this adapter."""
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Adds this adapter to the weight."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Returns the weight without this adapter."""
+        return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class _LeanDora:
+    """DoRA with factored row norms; mixed into PEFT's variant for the kind of layer."""
+
+    norms: RowNorms
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Returns the layer's output with this adapter."""
+        base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
+        magnitude = module.lora_magnitude_vector[active_adapter].weight.flatten() / self._norm(module, active_adapter)
+        channel_dim = -1 if base.weight.dim() == 2 else 1 - base.weight.dim()
+        if module.training and not isinstance(dropout, nn.Identity):
+            x = dropout(x)
+            frozen = _without_bias(module.base_layer(x), base.bias, channel_dim)
+            return (
+                result
+                + scale_output(frozen + _update(module, active_adapter, x), magnitude, None, channel_dim)
+                - frozen
+            )
+        update = _update(module, active_adapter, x)
+        if not _comes_first(module, active_adapter):
+            frozen = _without_bias(module.base_layer(x), base.bias, channel_dim)
+            return result + scale_output(frozen + update, magnitude, None, channel_dim) - frozen
+        fresh = output_is_fresh(base)
+        total = result.add_(update) if fresh else (result + update).to(result.dtype)
+        shift = None if base.bias is None else base.bias * (1 - magnitude)
+        return scale_output(total, magnitude, shift, channel_dim, inplace=fresh)
+
+    @torch.no_grad()
+    def _norm(self, module: Any, adapter_name: str) -> Tensor:
+        """Row norms of the adapted weight; DoRA takes no gradient through them."""
+        down = whole(module.lora_A[adapter_name].weight).flatten(1)
+        up = whole(module.lora_B[adapter_name].weight).flatten(1)
+        product = whole(weight_product(row_matrix(module.get_base_layer()), down))
+        return low_rank_norm(product, down, up, self.norms(), module.scaling[adapter_name])
+
+
+def _without_bias(output: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
+    return output if bias is None else output - bias.view(-1, *[1] * (-1 - channel_dim))
+
+
+class LeanDoraLinear(_LeanDora, DoraLinearVariant):  # type: ignore[misc]
+    """Of a dense layer."""
+
+
+class LeanDoraConv1d(_LeanDora, DoraConv1dVariant):  # type: ignore[misc]
+    """Of a one-dimensional convolution."""
+
+
+class LeanDoraConv2d(_LeanDora, DoraConv2dVariant):  # type: ignore[misc]
+    """Of a two-dimensional convolution."""
+
+
+DORA = {
+    Linear: (DoraLinearVariant, LeanDoraLinear),
+    Conv1d: (DoraConv1dVariant, LeanDoraConv1d),
+    Conv2d: (DoraConv2dVariant, LeanDoraConv2d),
+}
+"""PEFT's variant and the lean one, by kind of layer."""
