@@ -113,15 +113,15 @@ def test_an_adapter_that_was_changed_is_found_out(done, tmp_path):
 
 
 def test_a_merge_that_changes_outputs_is_found_out(done, monkeypatch):
-    from san_peft import SanLayer
+    from san_peft.tuner import merge
 
-    fold = SanLayer._fold_step
+    fold = merge.fold
 
-    def wrong(self, name):
-        step, weight, bias = fold(self, name)
-        return step, weight * 1.05, bias
+    def wrong(*tensors, **options):
+        weight, bias = fold(*tensors, **options)
+        return weight * 1.05, bias
 
-    monkeypatch.setattr(SanLayer, "_fold_step", wrong)
+    monkeypatch.setattr(merge, "fold", wrong)
     with pytest.raises(MergeError, match="more than the tolerance"):
         demo(done[0], ("san",))
 
