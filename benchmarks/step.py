@@ -53,7 +53,6 @@ from san_bench.run.build import saved_activation_bytes
 from san_bench.run.provenance import provenance, write_atomically
 from san_peft import SanConfig
 
-METHODS = ("floor", "san", "ssf", "lora", "dora", "ia3", "columns", "full")
 RANK = 16
 
 
@@ -165,31 +164,39 @@ class Floor(nn.Module):
         return self.model(**batch)
 
 
-def build(method: str, base: nn.Module, shape: Shape) -> nn.Module:
-    """Puts a method on the base model. Frozen weights are shared between the methods, not copied."""
-    if method == "full":
-        return copy.deepcopy(base).requires_grad_(True)
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    dense = list(shape.dense)
-    if method == "floor":
-        return Floor(model, shape.first)
-    if method == "columns":
-        return columns(model, shape.dense)
-    configs = {
-        "san": lambda: SanConfig(target_modules=dense),
-        "ssf": lambda: SanConfig(target_modules=dense, propagation="none", shift=True),
-        "lora": lambda: peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=dense),
-        "dora": lambda: peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=dense, use_dora=True),
-        "ia3": lambda: peft.IA3Config(target_modules=list(shape.ia3), feedforward_modules=list(shape.ia3_feedforward)),
-    }
-    return peft.get_peft_model(model, configs[method]())
+def on_dense(make: Callable[[list[str]], peft.PeftConfig]) -> Builder:
+    """Builds a PEFT method that sits on every dense layer but the head."""
+    return lambda model, shape: peft.get_peft_model(model, make(list(shape.dense)))
+
+
+def ia3(model: nn.Module, shape: Shape) -> nn.Module:
+    config = peft.IA3Config(target_modules=list(shape.ia3), feedforward_modules=list(shape.ia3_feedforward))
+    return peft.get_peft_model(model, config)
+
+
+def lora_config(dense: list[str], **options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=dense, **options)
+
+
+Builder = Callable[[nn.Module, Shape], nn.Module]
+METHODS: dict[str, Builder] = {
+    "floor": lambda model, shape: Floor(model, shape.first),
+    "san": on_dense(lambda dense: SanConfig(target_modules=dense)),
+    "ssf": on_dense(lambda dense: SanConfig(target_modules=dense, propagation="none", shift=True)),
+    "lora": on_dense(lora_config),
+    "dora": on_dense(lambda dense: lora_config(dense, use_dora=True)),
+    "ia3": ia3,
+    "columns": lambda model, shape: columns(model, shape.dense),
+    "full": lambda model, shape: copy.deepcopy(model).requires_grad_(True),
+}
 
 
 class Stepper:
     """One method's model, optimiser and batch."""
 
-    def __init__(self, method: str, base: nn.Module, shape: Shape, batch: dict[str, Tensor], compiled: bool) -> None:
-        self.model = build(method, base, shape).train()
+    def __init__(self, build: Builder, base: nn.Module, shape: Shape, batch: dict[str, Tensor], compiled: bool) -> None:
+        # frozen weights are shared between the methods, not copied
+        self.model = build(copy.deepcopy(base, {id(p): p for p in base.parameters()}), shape).train()
         self.batch = batch
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in trained)
@@ -248,14 +255,31 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, methods: tuple[str, ...], rounds: int, compiled: bool, seed: int) -> dict[str, Any]:
-    """Measures one shape; returns what was measured by method."""
+def measure(
+    name: str,
+    methods: dict[str, Builder],
+    rounds: int,
+    compiled: bool,
+    seed: int,
+    against: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Measures one shape; returns what was measured by method.
+
+    Args:
+        name: Of the shape.
+        methods: What to measure, with lora among it.
+        rounds: How often.
+        compiled: Whether the models are compiled.
+        seed: Of the weights, the batch and the order.
+        against: What a method is compared with where that is not lora.
+    """
+    against = {method: (against or {}).get(method, "lora") for method in methods}
     shape = SHAPES[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     base = shape.make().to(device)
     batch = {key: value.to(device) for key, value in shape.batch().items()}
-    steppers = {m: Stepper(m, base, shape, batch, compiled) for m in methods}
+    steppers = {m: Stepper(build, base, shape, batch, compiled) for m, build in methods.items()}
     saved = {m: saved_activation_bytes(s.model, batch) for m, s in steppers.items()}
     label = f"{name} {'compiled' if compiled else 'eager'}"
     for stepper in track(steppers.values(), description=f"{label}: warm-up"):
@@ -269,20 +293,21 @@ def measure(name: str, methods: tuple[str, ...], rounds: int, compiled: bool, se
     for number in track(range(rounds), description=f"{label}: rounds"):
         rng.shuffle(order)
         for method in order:
-            pair = [steppers[method], steppers["lora"]]
-            own, lora = (s.timed() for s in pair) if number % 2 else [s.timed() for s in pair[::-1]][::-1]
+            pair = [steppers[method], steppers[against[method]]]
+            own, other = (s.timed() for s in pair) if number % 2 else [s.timed() for s in pair[::-1]][::-1]
             seconds[method].append(own)
-            ratios[method].append(own / lora)
+            ratios[method].append(own / other)
     rows = {}
     for method in methods:
         low, _, high = statistics.quantiles(ratios[method], n=4)
         rows[method] = {
             "trained": steppers[method].trained,
+            "against": against[method],
             "ratio": statistics.median(ratios[method]),
             "ratio_quartiles": [low, high],
             "seconds": statistics.median(seconds[method]),
             "saved_activations": saved[method],
-            "saved_ratio": saved[method] / saved["lora"],
+            "saved_ratio": saved[method] / saved[against[method]],
             "peak": peaks.get(method),
         }
     facts = {"shape": name, "what": shape.what, "compiled": compiled, "rounds": rounds, "seed": seed}
@@ -295,15 +320,16 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         head,
         "",
-        "| method | trained | step / LoRA (quartiles) | step, s | saved activations, MiB | / LoRA | peak, MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| method | trained | against | step / its (quartiles) | step, s "
+        "| saved activations, MiB | / its | peak, MiB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for method, row in result["methods"].items():
         low, high = row["ratio_quartiles"]
         peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:,.0f}"
         lines.append(
-            f"| {method} | {row['trained']:,} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | {row['seconds']:.2f} "
-            f"| {row['saved_activations'] / 2**20:,.0f} | {row['saved_ratio']:.2f} | {peak} |"
+            f"| {method} | {row['trained']:,} | {row['against']} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {row['seconds']:.2f} | {row['saved_activations'] / 2**20:,.0f} | {row['saved_ratio']:.2f} | {peak} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -314,7 +340,7 @@ class Options:
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     """Of vit and llama."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     """Which methods; lora must be among them, it is what the others are compared with."""
     rounds: int = 8
     """Rounds of two steps per method, its own and one of LoRA; an even number is fair to both orders."""
@@ -326,24 +352,30 @@ class Options:
     """Folder of step.json and step.md."""
 
 
-def main(options: Options) -> None:
-    unknown = [m for m in options.methods if m not in METHODS] + [s for s in options.shapes if s not in SHAPES]
-    if unknown or "lora" not in options.methods:
-        raise SystemExit(f"Unknown: {unknown or 'nothing'}; methods are {METHODS}, with lora; shapes {tuple(SHAPES)}.")
+def run(options: Options, methods: dict[str, Builder], against: dict[str, str], name: str) -> None:
+    """Measures methods on all shapes, and writes JSON and tables to a folder."""
+    unknown = [m for m in options.methods if m not in methods] + [s for s in options.shapes if s not in SHAPES]
+    chosen = {m: methods[m] for m in methods if m in options.methods}
+    missing = {against.get(m, "lora") for m in chosen} - chosen.keys()
+    if unknown or missing:
+        raise SystemExit(
+            f"Unknown: {unknown or 'none'}; missing, because others are compared with them: {missing or 'none'}. "
+            f"Methods are {', '.join(methods)}; shapes {', '.join(SHAPES)}."
+        )
     results = []
     for compiled in (False, True) if options.compile else (False,):
         for shape in options.shapes:
-            results.append(measure(shape, options.methods, options.rounds, compiled, options.seed))
+            results.append(measure(shape, chosen, options.rounds, compiled, options.seed, against))
             gc.collect()
             print("\n" + table(results[-1]), flush=True)
     command = " ".join(["python", *sys.argv])
-    now = {"run": "step", "finished": datetime.now(UTC).isoformat(timespec="seconds"), "resumed_from_step": 0}
+    now = {"run": name, "finished": datetime.now(UTC).isoformat(timespec="seconds"), "resumed_from_step": 0}
     facts = {"command": command, "results": results, **now, **provenance()}
-    write_atomically(options.out / "step.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(options.out / f"{name}.json", json.dumps(facts, indent=2) + "\n")
     tables = "\n".join(table(result) for result in results)
-    write_atomically(options.out / "step.md", f"{tables}\n{origin([facts], command)}\n")
-    print(options.out / "step.md")
+    write_atomically(options.out / f"{name}.md", f"{tables}\n{origin([facts], command)}\n")
+    print(options.out / f"{name}.md")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(tyro.cli(Options), METHODS, {}, "step")

@@ -156,23 +156,29 @@ class Trace:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's model with its adapter merged: a plain transformers folder that needs no san_peft."""
+    """Write what needs no san_peft: a run's model with its adapter merged, or the closest LoRA adapter."""
 
     folder: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run."""
     out: Path
     """Folder to write."""
     merged: bool = field(default=False)
-    """Merge the adapter into the weights; the only form of export so far, so it must be asked for."""
+    """Merge the adapter into the weights: a plain transformers folder, which computes the same."""
+    as_lora: Annotated[int | None, arg(metavar="RANK")] = None
+    """Write the closest LoRA adapter of this rank, and say what it loses."""
 
     def run(self) -> None:
-        """Merges, compares outputs and writes."""
-        from san_bench.run.evaluate import export
+        """Merges or converts, compares outputs and writes."""
+        from san_bench.run.evaluate import export, export_lora
         from san_peft.errors import SanError
 
-        if not self.merged:
-            raise SanError(f"Add --merged. The adapter alone is already in {self.folder / 'adapter'}.")
-        _table(export(self.folder, self.out))
+        if self.merged == (self.as_lora is not None):
+            raise SanError(
+                f"Choose --merged or --as-lora RANK. The adapter as it is lies in {self.folder / 'adapter'} already."
+            )
+        _table(
+            export(self.folder, self.out) if self.merged else export_lora(self.folder, self.out, int(self.as_lora or 0))
+        )
 
 
 EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "timm": "vision"}

@@ -59,6 +59,21 @@ class Lora(_Strict):
     targets: tuple[str, ...] = Field(min_length=1, strict=False)
 
 
+class SanOver(_Strict):
+    """SAN over LoRA or DoRA: the scale is taken out of the host and propagated."""
+
+    kind: Literal["san-lora", "san-dora"]
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    targets: tuple[str, ...] = Field(min_length=1, strict=False)
+    propagation: Literal["all", "exact", "feedforward", "reference", "none"]
+    decomposition: Literal["norm", "projection"]
+    exponent: float
+    bound: float | None
+    detach: bool
+
+
 class Linear(_Strict):
     """Linear probe: the head alone."""
 
@@ -71,7 +86,7 @@ class Full(_Strict):
     kind: Literal["full"]
 
 
-Method = Annotated[San | Ssf | Lora | Linear | Full, Discriminator("kind")]
+Method = Annotated[San | Ssf | Lora | SanOver | Linear | Full, Discriminator("kind")]
 
 
 class Optimizer(_Strict):

@@ -4,10 +4,11 @@ Importing this package registers the method with PEFT.
 """
 
 from san_peft.errors import AdapterError, GraphError, MergeError, SanError, TargetError, TraceError
-from san_peft.export import MergeReport, hotswap, merge_and_verify
+from san_peft.export import LoraReport, MergeReport, dequantize, hotswap, merge_and_verify, save_as_lora
 from san_peft.propagation.graph import Barrier, ChannelMap, Edge, PropagationGraph
 from san_peft.propagation.trace import trace
 from san_peft.tuner import _peft
+from san_peft.tuner.attach import detach_san, propagate
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.model import SanModel
@@ -18,6 +19,7 @@ __all__ = [
     "ChannelMap",
     "Edge",
     "GraphError",
+    "LoraReport",
     "MergeError",
     "MergeReport",
     "PropagationGraph",
@@ -27,8 +29,12 @@ __all__ = [
     "SanModel",
     "TargetError",
     "TraceError",
+    "dequantize",
+    "detach_san",
     "hotswap",
     "merge_and_verify",
+    "propagate",
+    "save_as_lora",
     "trace",
 ]
 

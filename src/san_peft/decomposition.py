@@ -69,7 +69,7 @@ def low_rank_scale(
     product: Float[Tensor, "out r"],
     lora_A: Float[Tensor, "r in"],
     lora_B: Float[Tensor, "out r"],
-    squared_norm: Float[Tensor, " out"],
+    norm: Float[Tensor, " out"],
     scaling: float = 1.0,
     decomposition: str = "norm",
     reference: Float[Tensor, " out"] | None = None,
@@ -89,11 +89,11 @@ def low_rank_scale(
         product: $M$, the frozen weight times the rows of $A$.
         lora_A: Down-projection.
         lora_B: Up-projection.
-        squared_norm: Squared norms $n_j$ of the rows of the frozen weight.
+        norm: Norms of the rows of the frozen weight, $\sqrt{n_j}$.
         scaling: The factor $c$ on $B A$.
         decomposition: `norm` or `projection`.
-        reference: Squared norms that count as one, where an initialisation has moved a part of the weight into the
-            adapter (PiSSA, OLoRA); `None` is `squared_norm`. For `norm` only.
+        reference: Norms that count as one, where an initialisation has moved a part of the weight into the adapter
+            (PiSSA, OLoRA); `None` is `norm`. For `norm` only.
 
     Returns:
         The scale of every output channel, in float32 at least.
@@ -103,19 +103,20 @@ def low_rank_scale(
 
     Example:
         >>> weight, a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0]])
-        >>> low_rank_scale(weight_product(weight, a), a, b, torch.tensor([25.0])).tolist()
+        >>> low_rank_scale(weight_product(weight, a), a, b, torch.tensor([5.0])).tolist()
         [2.0]
     """
     _check_decomposition(decomposition)
     wide = product.dtype
-    rows, columns, total = lora_A.to(wide), lora_B.to(wide), squared_norm.to(wide)
+    rows, columns, total = lora_A.to(wide), lora_B.to(wide), norm.to(wide).square()
     if decomposition == "projection":
         if reference is not None:
             raise SanError("A reference norm goes with decomposition='norm'.")
         return 1 + _ratio(scaling * (columns * product).sum(1), total)
     gain = _gain(product, rows, columns, scaling)
     if reference is not None:
-        return _root(_ratio(total - reference.to(wide) + gain, reference.to(wide)))
+        start = reference.to(wide).square()
+        return _root(_ratio(total - start + gain, start))
     return _root(_ratio(gain, total))
 
 
@@ -123,7 +124,7 @@ def low_rank_norm(
     product: Float[Tensor, "out r"],
     lora_A: Float[Tensor, "r in"],
     lora_B: Float[Tensor, "out r"],
-    squared_norm: Float[Tensor, " out"],
+    norm: Float[Tensor, " out"],
     scaling: float = 1.0,
 ) -> Float[Tensor, " out"]:
     r"""Norms of the rows of an adapted weight, without forming $B A$: $\lVert w_j + c\, b_j A \rVert$.
@@ -135,12 +136,12 @@ def low_rank_norm(
 
     Example:
         >>> weight, a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0]])
-        >>> low_rank_norm(weight_product(weight, a), a, b, torch.tensor([9.0])).tolist()
+        >>> low_rank_norm(weight_product(weight, a), a, b, torch.tensor([3.0])).tolist()
         [5.0]
     """
     wide = product.dtype
-    gain = _gain(product, lora_A.to(wide), lora_B.to(wide), scaling)
-    return (squared_norm.to(wide) + gain).clamp_min(0).sqrt()
+    gain, norm = _gain(product, lora_A.to(wide), lora_B.to(wide), scaling), norm.to(wide)
+    return torch.where(norm > 0, norm * _root(_ratio(gain, norm.square())), gain.clamp_min(0).sqrt())
 
 
 def _gain(product: Tensor, rows: Tensor, columns: Tensor, scaling: float) -> Tensor:

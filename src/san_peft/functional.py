@@ -26,7 +26,10 @@ NEAR_ZERO = 1e-2
 
 
 def propagate(
-    scale: Float[Tensor, " source"], index: Int[Tensor, " size"] | None = None, exponent: float = 1.0
+    scale: Float[Tensor, " source"],
+    index: Int[Tensor, " size"] | None = None,
+    exponent: float = 1.0,
+    bound: float | None = None,
 ) -> Float[Tensor, " size"]:
     r"""Carries a scale to the input channels of a posterior layer.
 
@@ -36,6 +39,8 @@ def propagate(
         scale: Scale $g$ of the anterior layer.
         index: Source channel $P[j]$ of every input channel, -1 where there is none; `None` is the identity.
         exponent: The exponent $k$. A fraction keeps the sign of a negative scale: $\operatorname{sign}(g)|g|^k$.
+        bound: Largest distance $b$ of the factor from one, reached smoothly: $1 + b \tanh((g^k - 1) / b)$. Near one it
+            changes nothing. `None` is no bound.
 
     Returns:
         The factor that this edge multiplies onto the input scale.
@@ -43,6 +48,8 @@ def propagate(
     Example:
         >>> propagate(torch.tensor([2.0, 3.0]), torch.tensor([1, 1, -1, 0]), exponent=2.0).tolist()
         [9.0, 9.0, 1.0, 4.0]
+        >>> round(propagate(torch.tensor([100.0]), bound=0.5).item(), 4)
+        1.5
     """
     if exponent == 1.0:
         powered = scale
@@ -50,6 +57,8 @@ def propagate(
         powered = scale.pow(int(exponent))
     else:
         powered = scale.sign() * scale.abs().pow(exponent)
+    if bound is not None:
+        powered = 1 + bound * torch.tanh((powered - 1) / bound)
     if index is None:
         return powered
     gathered = powered[index.clamp(min=0)]

@@ -41,4 +41,4 @@ def small_scale() -> Iterator[pytest.MonkeyPatch]:
 
 def short_recipe(name: str, output: Path, **overrides: object) -> Recipe:
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_recipe(f"demo/{name}", {**SHORT, "output": str(output), **changes})
+    return load_recipe(name if "/" in name else f"demo/{name}", {**SHORT, "output": str(output), **changes})

@@ -72,7 +72,8 @@ def test_check_prints_the_fingerprint(capsys):
         (["demo", "--methods"], "san: Name one method at least"),
         (["eval", "nowhere"], "san: nowhere is no run: it has no recipe.yaml. `san train RECIPE` makes one."),
         (["export", "nowhere", "--out", "there", "--merged"], "san: nowhere is no run"),
-        (["export", "run", "--out", "there"], "san: Add --merged."),
+        (["export", "run", "--out", "there"], "san: Choose --merged or --as-lora RANK."),
+        (["export", "run", "--out", "there", "--merged", "--as-lora", "2"], "san: Choose --merged or --as-lora RANK."),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(capsys, tmp_path, monkeypatch, words, said):

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from san_bench import cli
 from san_bench.run import build
 from san_bench.run import train as training
-from san_bench.run.evaluate import evaluate, export, load_model, load_predictions
+from san_bench.run.evaluate import evaluate, export, export_lora, load_model, load_predictions
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
@@ -25,6 +25,8 @@ KINDS = {
     "ssf": ("ssf", {}),
     "lora": ("lora-equal", {}),
     "dora": ("lora-r8", {"method__kind": "dora", "method__rank": 2}),
+    "san-lora": ("hosts/san-lora", {"method__rank": 2}),
+    "san-dora": ("hosts/san-dora", {"method__rank": 2, "method__decomposition": "norm"}),
     "linear": ("linear", {}),
     "full": ("full", {}),
 }
@@ -191,6 +193,32 @@ def test_exported_models_need_nothing_of_ours(kind, runs, exported):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     plain = Path(runs["full"][0].output) / "adapter" / "model.safetensors"
     assert load_file(exported / kind / "model.safetensors").keys() == load_file(plain).keys()
+
+
+@pytest.mark.parametrize("kind", ["san", "san-lora"])
+def test_the_closest_lora_by_the_command(kind, runs, tmp_path, capsys):
+    from peft import PeftModel
+
+    recipe, _ = runs[kind]
+    lost = []
+    for rank in (1, 160):
+        cli.main(["export", recipe.output, "--out", str(tmp_path / str(rank)), "--as-lora", str(rank)])
+        lines = capsys.readouterr().out.splitlines()
+        shown = {first: rest.strip() for first, _, rest in (line.strip().partition(" ") for line in lines)}
+        lost.append(float(shown["lost_share_of_the_change"]))
+        assert shown["rank"] == str(rank)
+    assert lost[0] > lost[1]
+    assert lost[1] < 1e-4
+    lora = PeftModel.from_pretrained(build.base_model(recipe, small_task()), tmp_path / "160").eval()
+    with torch.no_grad():
+        logits = lora(pixel_values=small_task()["test"].pixel_values).logits
+    torch.testing.assert_close(logits, load_predictions(Path(recipe.output)), atol=1e-3, rtol=1e-3)
+
+
+def test_a_run_without_san_has_no_closest_lora(runs, tmp_path):
+    with pytest.raises(SanError, match="is a run of linear, not of SAN"):
+        export_lora(runs["linear"][0].output, tmp_path / "out", 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_overwrites_nothing(runs, exported, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -72,11 +72,12 @@ CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 5
 
 @dataclass(frozen=True)
 class Kind:
-    """A net, its input, and its targets."""
+    """A net, its input, its targets, and the adapter that hosts SAN if there is one."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     targets: tuple[str, ...]
+    inner: Callable[[], PeftConfig] | None = None
 
     def net(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
@@ -90,6 +91,8 @@ class Kind:
 
     def config(self, **options: object) -> SanConfig:
         options = {"propagation": self.graph(), "modules_to_save": ["head"], **options}
+        if self.inner is not None:
+            options = {"inner": self.inner(), "own_scale": bool(options.get("shift")), **options}
         return SanConfig(target_modules=list(self.targets), **options)
 
 
@@ -98,7 +101,16 @@ KINDS = {
     "conv1d": Kind(Sequence, (3, 9), ("conv1", "conv2")),
     "conv2d": Kind(Image, (3, 4, 4), ("stem", "depthwise", "grouped", "last", "flat")),
     "gpt2": Kind(Transposed, (6,), ("fc1", "fc2")),
+    "dense-lora": Kind(Dense, (6,), ("stem", "fc1", "fc2"), lambda: LoraConfig(r=2)),
+    "dense-dora": Kind(Dense, (6,), ("stem", "fc1", "fc2"), lambda: LoraConfig(r=2, use_dora=True)),
+    "conv2d-lora": Kind(Image, (3, 4, 4), ("stem", "last", "flat"), lambda: LoraConfig(r=2)),
+    "conv2d-dora": Kind(Image, (3, 4, 4), ("stem", "last", "flat"), lambda: LoraConfig(r=2, use_dora=True)),
 }
+
+
+def ours(name: str) -> bool:
+    """Whether a parameter is one of an adapter: of SAN, or of what hosts it."""
+    return "san_" in name or "lora_" in name
 
 
 def disturb(model: nn.Module, adapter_name: str = "default", seed: int = 0, size: float = 0.2) -> None:
@@ -106,7 +118,7 @@ def disturb(model: nn.Module, adapter_name: str = "default", seed: int = 0, size
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "san_" in name and f".{adapter_name}." in name:
+            if ours(name) and f".{adapter_name}." in name:
                 parameter.add_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * size)
 
 

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
-from tests.contract.nets import adapted, disturb, outputs
+from tests.contract.nets import adapted, disturb, ours, outputs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,7 +51,7 @@ def test_gradient_checkpointing(kind, reentrant):
         disturb(model)
         x = kind.input().requires_grad_()  # the reentrant kind needs an input with a gradient
         run(model, x).square().sum().backward()
-        return {n: p.grad for n, p in model.named_parameters() if "san_" in n}
+        return {n: p.grad for n, p in model.named_parameters() if ours(n)}
 
     plain = gradients(lambda model, x: model(x))
     saved = gradients(lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
@@ -77,10 +77,12 @@ def test_gradients_are_those_of_autograd_through_folded_weights(kind):
     """The gradient of every vector equals the one autograd finds through the folded weights, in float64."""
     from san_peft.functional import fold
 
+    if kind.inner is not None:
+        pytest.skip("hosts have a formula of their own: see tests/tuner/test_hosts.py")
     model = adapted(kind, shift=True).double().train()
     x = kind.input(torch.float64)
     model(x).square().sum().backward()
-    mine = {n: p.grad.clone() for n, p in model.named_parameters() if "san_" in n}
+    mine = {n: p.grad.clone() for n, p in model.named_parameters() if ours(n)}
     model.zero_grad()
     layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, SanLayer)}
     folded = {}
@@ -110,7 +112,7 @@ def test_gradients_are_those_of_autograd_through_folded_weights(kind):
         out = torch.func.functional_call(model.base_model.model, folded, (x,))
     out.square().sum().backward()
     for name, parameter in model.named_parameters():
-        if "san_" in name:
+        if ours(name):
             torch.testing.assert_close(parameter.grad, mine[name], rtol=1e-9, atol=1e-9)
 
 
@@ -134,6 +136,7 @@ def differentiable_fold(layer: SanLayer, base: nn.Module) -> tuple[Tensor, Tenso
 
 
 def test_compile(kind):
+    torch.compiler.reset()
     model = adapted(kind, shift=True)
     before = outputs(model, kind, torch.float32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -156,4 +159,4 @@ def test_autocast(kind):
         out.float().sum().backward()
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), model(kind.input()), rtol=0.1, atol=0.1)
-    assert all(p.grad.dtype == torch.float32 for n, p in model.named_parameters() if "san_" in n)
+    assert all(p.grad.dtype == torch.float32 for n, p in model.named_parameters() if ours(n))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
 from san_bench.data.vision import VisionTask, embedded_vit_path
-from san_bench.recipe import Lora, Recipe, San, Ssf
+from san_bench.recipe import Lora, Recipe, San, SanOver, Ssf
 from san_peft.errors import SanError
 
 
@@ -110,18 +110,12 @@ def peft_config(recipe: Recipe, head: str) -> Any:
     """Returns PEFT's configuration of the recipe's adapter; the head is trained as a whole."""
     method = recipe.method
     if isinstance(method, Lora):
-        import peft
-
-        return peft.LoraConfig(
-            r=method.rank,
-            lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
-            lora_dropout=method.dropout,
-            target_modules=list(method.targets),
-            modules_to_save=[head],
-            use_dora=method.kind == "dora",
-        )
+        return _lora(method, head)
     from san_peft import SanConfig
 
+    if isinstance(method, SanOver):
+        names = ("propagation", "decomposition", "exponent", "bound", "detach")
+        return SanConfig(inner=_lora(method, head), **{name: getattr(method, name) for name in names})
     if isinstance(method, San):
         options = method.model_dump(exclude={"kind"})
     elif isinstance(method, Ssf):
@@ -129,6 +123,19 @@ def peft_config(recipe: Recipe, head: str) -> Any:
     else:
         raise SanError(f"Method {method.kind!r} has no adapter.")
     return SanConfig(modules_to_save=[head], **options)
+
+
+def _lora(method: Lora | SanOver, head: str) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
+        lora_dropout=method.dropout,
+        target_modules=list(method.targets),
+        modules_to_save=[head],
+        use_dora=method.kind in ("dora", "san-dora"),
+    )
 
 
 def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
@@ -141,8 +148,8 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         SanError: If a trained parameter is not of the method, none of the method is trained, or the head is frozen.
     """
     method = recipe.method
-    allowed = {"linear": [], "lora": ["lora_"], "dora": ["lora_"], "san": ["san_"], "ssf": ["san_"], "full": ["."]}
-    own = allowed[method.kind]
+    allowed = {"linear": [], "san": ["san_"], "ssf": ["san_"], "full": ["."]}
+    own = allowed.get(method.kind, ["lora_"])
     words = [*own, *(["norm"] if getattr(method, "train_norms", False) else [])]
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     place = head_of(model.get_base_model() if isinstance(model, PeftModel) else model)

@@ -88,7 +88,7 @@ def load_model(run: str | Path) -> tuple[Any, Recipe]:
         return AutoModelForImageClassification.from_pretrained(saved).eval(), recipe
     import peft
 
-    if recipe.method.kind in {"san", "ssf"}:
+    if recipe.method.kind in {"san", "ssf", "san-lora", "san-dora"}:
         import san_peft  # noqa: F401 - registers SAN with PEFT
     model = base_model(recipe, load_task(recipe.task))
     with calm():
@@ -125,9 +125,7 @@ def export(run: str | Path, out: str | Path) -> dict[str, Any]:
     Raises:
         SanError: If the folder is in use, or merging changes the outputs.
     """
-    folder = Path(out)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise SanError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}. Choose another with --out.")
+    folder = _free(Path(out))
     model, recipe = load_model(run)
     split = load_task(recipe.task)[recipe.eval_split]
     plain, difference = merged(model, recipe, {"pixel_values": split.pixel_values[:32]})
@@ -142,6 +140,59 @@ def export(run: str | Path, out: str | Path) -> dict[str, Any]:
     return {"folder": str(folder), "max_abs_difference": difference}
 
 
+def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
+    """Writes the LoRA adapter of a rank that is closest to a run's adapter; see `san_peft.save_as_lora`.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write; it must not exist, or be empty.
+        rank: Rank of the LoRA adapter.
+
+    Returns:
+        What was lost: of the weights' change, and of the run's predictions; and the folder.
+
+    Raises:
+        SanError: If the folder is in use, or the run has no adapter of SAN.
+    """
+    from peft import PeftModel
+
+    from san_peft import save_as_lora
+
+    folder = _free(Path(out))
+    model, recipe = load_model(run)
+    if recipe.method.kind not in {"san", "ssf", "san-lora", "san-dora"}:
+        raise SanError(f"{run} is a run of {recipe.method.kind}, not of SAN: there is nothing to turn into LoRA.")
+    task = load_task(recipe.task)
+    images = task[recipe.eval_split].pixel_values[:256]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        complete = Path(scratch) / "adapter"
+        report = save_as_lora(model, complete, rank)
+        lora = PeftModel.from_pretrained(base_model(recipe, task), complete).eval()
+        with torch.no_grad():
+            before, after = model(pixel_values=images).logits, lora(pixel_values=images).logits
+        complete.replace(folder)
+    return {
+        "folder": str(folder),
+        "rank": rank,
+        "lost_share_of_the_change": report.error,
+        "worst_layer": f"{report.where} ({report.worst:.3f})",
+        "max_abs_difference": float((after - before).abs().max()),
+        "same_predictions": f"{int((after.argmax(-1) == before.argmax(-1)).sum())} of {len(images)}",
+    }
+
+
+def _free(folder: Path) -> Path:
+    """Returns a folder that may be written.
+
+    Raises:
+        SanError: If there is a file, or a folder that is not empty.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise SanError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}. Choose another with --out.")
+    return folder
+
+
 def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, float]:
     """Merges an adapter and compares the outputs before and after.
 
@@ -153,7 +204,7 @@ def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, f
     """
     if recipe.method.kind in {"linear", "full"}:
         return model, 0.0
-    if recipe.method.kind in {"san", "ssf"}:
+    if recipe.method.kind in {"san", "ssf", "san-lora", "san-dora"}:
         from san_peft import merge_and_verify
 
         report = merge_and_verify(model, probe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -108,6 +109,16 @@ def inject_host(
         if kept is not None:
             model.peft_config = kept  # type: ignore[assignment]
     return tuner
+
+
+def make_dense(host: Any, dense: nn.Linear) -> None:
+    """Gives a host of a quantised layer a dense one, and makes it the host that PEFT puts on dense layers."""
+    host.base_layer = dense
+    package = type(host).__module__.rpartition(".")[0]
+    host.__class__ = importlib.import_module(f"{package}.layer").Linear
+    host.fan_in_fan_out = host.is_target_conv_1d_layer = False
+    if hasattr(host, "quantization_backend"):
+        host.quantization_backend = None
 
 
 def set_disabled(module: Any, disabled: bool) -> None:

@@ -63,6 +63,7 @@ class SanConfig(PeftConfig):
         propagation: A scheme (`"all"`, `"exact"`, `"feedforward"`, `"reference"`, `"none"`), a `PropagationGraph`, or
             one as plain data or JSON text.
         exponent: Exponent of a propagated scale. 0 switches propagation off; -1 undoes an exact edge's scale.
+        bound: Largest distance of a propagated scale from one, reached smoothly; `None` is no bound.
         detach: Whether gradients reach a scale through its own layer alone, not through the layers it is propagated to.
         gate: Whether each posterior layer learns a vector, initially one, multiplied onto what is propagated to it.
             This adds parameters; an ablation.
@@ -102,6 +103,7 @@ class SanConfig(PeftConfig):
     shift: bool = field(default=False, metadata={"help": "Learn a shift beside each scale."})
     propagation: Any = field(default="all", metadata={"help": "A scheme, a PropagationGraph, plain data or JSON."})
     exponent: float = field(default=1.0, metadata={"help": "Exponent of a propagated scale."})
+    bound: float | None = field(default=None, metadata={"help": "Largest distance of a propagated scale from one."})
     detach: bool = field(default=False, metadata={"help": "Stop gradients through propagated scales."})
     gate: bool = field(default=False, metadata={"help": "Learn a vector multiplied onto each propagated scale."})
     init_weights: bool | Literal["random"] = field(
@@ -133,6 +135,8 @@ class SanConfig(PeftConfig):
             raise SanError(f"exponent must be a number, got {self.exponent!r}.")
         if not math.isfinite(self.exponent):
             raise SanError(f"exponent must be finite, got {self.exponent}.")
+        if self.bound is not None and not 0 < self.bound < math.inf:
+            raise SanError(f"bound must be positive and finite, or None; got {self.bound}.")
         self.propagation = _propagation(self.propagation)
         if self.inner is not None:
             self._take_inner()

@@ -16,9 +16,9 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from san_peft.decomposition import dense_scale, low_rank_scale, weight_product
+from san_peft.decomposition import dense_scale, low_rank_scale
 from san_peft.errors import AdapterError, SanError
-from san_peft.tuner.sharded import is_sharded, whole
+from san_peft.tuner.sharded import is_sharded, whole, whole_product
 
 MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that put a part of the frozen weight into the adapter."""
@@ -44,10 +44,15 @@ def is_quantized(base: Any) -> bool:
 
 
 class RowNorms:
-    """Squared norms of the rows of a frozen weight, taken once for as long as that weight stays what it is."""
+    """Norms of the rows of a frozen weight, taken once for as long as that weight stays what it is.
 
-    def __init__(self, host: BaseTunerLayer) -> None:
-        self.host = host
+    Args:
+        host: The layer that hosts SAN.
+        like_dora: Whether to round as PEFT's DoRA does, so that its magnitude over these starts at exactly one.
+    """
+
+    def __init__(self, host: BaseTunerLayer, like_dora: bool = False) -> None:
+        self.host, self.like_dora = host, like_dora
         self.key: Any = None
         self.value: Tensor | None = None
 
@@ -60,16 +65,20 @@ class RowNorms:
             return self.value
         key = (id(weight), weight.data_ptr() if not is_sharded(weight) else 0, _version(weight), weight.device)
         if self.value is None or key != self.key:
-            self.value, self.key = squared_norms(base), key
+            self.value, self.key = row_norms(base, self.like_dora), key
         return self.value
 
 
 @torch.no_grad()
-def squared_norms(base: Any) -> Tensor:
-    """Returns the squared norms of the rows of a frozen layer's weight, in float32 at least."""
-    rows = row_matrix(base)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return whole(torch.linalg.vector_norm(rows, dim=1, dtype=wide).square())
+def row_norms(base: Any, like_dora: bool = False) -> Tensor:
+    """Returns the norms of the rows of a frozen layer's weight, in float32 at least."""
+    weight = dequantize_module_weight(base).detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if not like_dora:
+        return whole(torch.linalg.vector_norm(row_matrix(base), dim=1, dtype=wide))
+    if weight.dim() == 2:
+        return whole(torch.linalg.norm(row_matrix(base), dim=1)).to(wide)
+    return whole(weight.norm(p=2, dim=tuple(range(1, weight.dim())))).to(wide)
 
 
 class HostScale(nn.Module):
@@ -148,7 +157,7 @@ def _lora(host: Any, scale: HostScale) -> Tensor:
 def _low_rank(host: Any, scale: HostScale, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     rows = row_matrix(host.get_base_layer())
     down, up = whole(lora_A).flatten(1), whole(lora_B).flatten(1)
-    product = whole(weight_product(rows, down))
+    product = whole_product(rows, down)
     return low_rank_scale(product, down, up, scale.norms(), scaling, scale.decomposition, scale.reference)
 
 
@@ -219,6 +228,15 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
     return kind
 
 
+def unfit(peft_type: str, base: Any) -> str | None:
+    """Says why what a host does to a convolution is no change of its weight, or returns `None` where it is one."""
+    if peft_type == "LORA" and getattr(base, "groups", 1) > 1:
+        return f"in {base.groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
+    if peft_type == "OFT" and max(getattr(base, "kernel_size", (1,))) > 1:
+        return f"of size {base.kernel_size}, where PEFT's OFT sums overlapping patches of its input"
+    return None
+
+
 def moves_weight(config: Any) -> bool:
     """Whether a host's initialisation puts a part of the frozen weight into the adapter."""
     init = getattr(config, "init_lora_weights", None)
@@ -249,10 +267,10 @@ def host_config(value: PeftConfig | dict[str, Any]) -> PeftConfig:
     return PeftConfig.from_peft_type(**value)
 
 
-def _over_norm(magnitude: Tensor, squared: Tensor) -> Tensor:
+def _over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Magnitude over row norm; one, and no gradient, for a row of zeros."""
     wide = torch.promote_types(magnitude.dtype, torch.float32)
-    norm = squared.to(wide).sqrt()
+    norm = norm.to(wide)
     empty = norm == 0
     scale = magnitude.flatten().to(wide) / torch.where(empty, torch.ones_like(norm), norm)
     return torch.where(empty, torch.ones_like(scale), scale)

@@ -54,18 +54,17 @@ class Incoming:
         anterior: str,
         banks: tuple[nn.ModuleDict, ...],
         index: Tensor | None,
-        exponent: float,
-        detach: bool,
+        config: SanConfig,
     ) -> None:
-        self.anterior, self.banks, self.exponent, self.detach = anterior, banks, exponent, detach
-        self.index = index
+        self.anterior, self.banks, self.index = anterior, banks, index
+        self.exponent, self.detach, self.bound = config.exponent, config.detach, config.bound
 
     def factor(self, adapter_name: str) -> Tensor:
         """Returns what this edge multiplies onto the input scale."""
         scale: Any = total_scale(self.banks, adapter_name)
         if self.index is not None and self.index.device != scale.device:
             self.index = self.index.to(scale.device)
-        return propagate(scale.detach() if self.detach else scale, self.index, self.exponent)
+        return propagate(scale.detach() if self.detach else scale, self.index, self.exponent, self.bound)
 
 
 def total_scale(banks: tuple[nn.ModuleDict, ...], adapter_name: str) -> Tensor | None:
@@ -136,7 +135,7 @@ class SanLayer(nn.Module, MergingLayer):
                 self.san_shift[adapter_name] = ScaleVector(self.out_features, 0.0, **self._factory())
             self.reset_parameters(adapter_name, config.init_weights)
         if config.inner is not None:
-            norms = RowNorms(self.host)
+            norms = RowNorms(self.host, adapter_name in getattr(self.host, "lora_magnitude_vector", ()))
             if not self.get_base_layer().weight.is_meta:
                 norms()
             make_lean(self.host, adapter_name, norms)

@@ -15,10 +15,10 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Linear, LoraLayer, LoraVarian
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
-from san_peft.decomposition import low_rank_norm, weight_product
+from san_peft.decomposition import low_rank_norm
 from san_peft.functional import scale_output
 from san_peft.tuner.decompose import RowNorms, row_matrix
-from san_peft.tuner.sharded import whole
+from san_peft.tuner.sharded import whole, whole_product
 
 
 def output_is_fresh(base: nn.Module) -> bool:
@@ -106,10 +106,7 @@ class _LeanDora:
                 - frozen
             )
         update = _update(module, active_adapter, x)
-        if not _comes_first(module, active_adapter):
-            frozen = _without_bias(module.base_layer(x), base.bias, channel_dim)
-            return result + scale_output(frozen + update, magnitude, None, channel_dim) - frozen
-        fresh = output_is_fresh(base)
+        fresh = output_is_fresh(base) and _comes_first(module, active_adapter)
         total = result.add_(update) if fresh else (result + update).to(result.dtype)
         shift = None if base.bias is None else base.bias * (1 - magnitude)
         return scale_output(total, magnitude, shift, channel_dim, inplace=fresh)
@@ -119,7 +116,7 @@ class _LeanDora:
         """Row norms of the adapted weight; DoRA takes no gradient through them."""
         down = whole(module.lora_A[adapter_name].weight).flatten(1)
         up = whole(module.lora_B[adapter_name].weight).flatten(1)
-        product = whole(weight_product(row_matrix(module.get_base_layer()), down))
+        product = whole_product(row_matrix(module.get_base_layer()), down)
         return low_rank_norm(product, down, up, self.norms(), module.scaling[adapter_name])
 
 

@@ -31,6 +31,7 @@ class MergingLayer(TunerLayer):
     host: Any
     groups: int
     transposed: bool
+    out_features: int
     san_host: nn.ModuleDict
 
     def init_merging(self) -> None:
@@ -87,17 +88,22 @@ class MergingLayer(TunerLayer):
             self._check_finite(names, *self._folded(self._kept or self._base_tensors(), merged))
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Returns what merging one adapter alone changes in the weight, in float32 at least.
+    def get_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Returns what merging one adapter alone changes in weight and bias, in float32 at least.
 
         Raises:
             MergeError: If adapters are merged, or the weight is quantised.
         """
         if self.merged:
             raise MergeError("Unmerge the model before asking for what an adapter changes.")
-        before = self._base_tensors()
-        wide = (before[0].to(torch.promote_types(before[0].dtype, torch.float32)), before[1])
-        return self._folded(wide, {adapter_name: self.factors(adapter_name)})[0] - wide[0]
+        weight, bias = self._base_tensors()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        zeros = torch.zeros(self.out_features, dtype=wide, device=weight.device)
+        start = zeros if bias is None else bias.to(wide)
+        after, end = self._folded(
+            (weight.to(wide), None if bias is None else start), {adapter_name: self.factors(adapter_name)}
+        )
+        return after - weight.to(wide), (zeros if end is None else end) - start
 
     def _base_tensors(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
@@ -112,19 +118,24 @@ class MergingLayer(TunerLayer):
                 f"A {type(self.get_base_layer()).__name__} holds a quantised weight, in which small scales would be "
                 "rounded away. Call san_peft.dequantize(model) first, which puts a dense layer in its place."
             )
-        if self.host is not None:
+        hosted = [name for name in merged if self._in_host(name)]
+        if hosted:
             wide = torch.promote_types(weight.dtype, torch.float32)
-            with self._borrowed(weight.to(wide, copy=True), None if bias is None else bias.to(wide, copy=True)) as base:
-                self.host.merge(adapter_names=[n for n in merged if n in self.san_host or self._in_host(n)])
-                weight, bias = base.weight.data, None if base.bias is None else base.bias.data
+            copies = weight.to(wide, copy=True), None if bias is None else bias.to(wide, copy=True)
+            with self._borrowed(*copies):
+                self.host.merge(adapter_names=hosted)
+                weight, bias = self._base_tensors()
         scale = _product([f.scale for f in merged.values()])
         input_scale = _product([f.input_scale for f in merged.values()])
         shifts = [f.shift for f in merged.values() if f.shift is not None]
         shift = torch.stack(shifts).sum(0) if shifts else None
         weight, bias = fold(weight, bias, scale, input_scale, shift, groups=self.groups, transposed=self.transposed)
-        return weight.to(before[0].dtype), bias if bias is None or before[1] is None else bias.to(before[1].dtype)
+        of_bias = before[0] if before[1] is None else before[1]
+        return weight.to(before[0].dtype), None if bias is None else bias.to(of_bias.dtype)
 
     def _in_host(self, adapter_name: str) -> bool:
+        if self.host is None:
+            return False
         return any(adapter_name in getattr(self.host, bank) for bank in self.host.adapter_layer_names)
 
     @contextmanager

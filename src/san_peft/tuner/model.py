@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import kind_of, moves_weight, squared_norms
+from san_peft.tuner.decompose import kind_of, moves_weight, row_norms
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
 from san_peft.tuner.resolve import layers_by_name, resolve
 from san_peft.tuner.shared import SharedInput
@@ -93,7 +94,7 @@ class SanModel(_peft.Tuner):
                 f"{len(targets)} layers; LoRA, DoRA and VeRA do without.",
                 stacklevel=4,
             )
-        inner.target_modules = sorted(targets)
+        inner.target_modules = set(targets)
         inner.inference_mode = config.inference_mode
         with self.without_layers(model):
             before = {name: model.get_submodule(name) for name in targets}
@@ -162,7 +163,7 @@ class SanModel(_peft.Tuner):
                 if not any(adapter_name in bank for bank in banks):
                     raise GraphError(f"edge {edge}: {edge.anterior} carries no scale of adapter {adapter_name!r}.")
                 index = index_of(edge.channels)
-                incoming.append(Incoming(edge.anterior, banks, index, config.exponent, config.detach))
+                incoming.append(Incoming(edge.anterior, banks, index, config))
             with torch.device("meta") if empty else _nothing():
                 posterior.connect(adapter_name, incoming, config.gate)
             if config.gate:
@@ -170,6 +171,12 @@ class SanModel(_peft.Tuner):
                 posterior.san_gate[adapter_name].requires_grad_(trainable)
         if not config.gate:
             _share_inputs(model, adapter_name, by_posterior)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, its host's part included."""
+        super().delete_adapter(adapter_name)
+        for host in self.hosts.values():
+            host.peft_config.pop(adapter_name, None)
 
     # ------------------------------------------------------------------ modes
 
@@ -233,7 +240,12 @@ class SanModel(_peft.Tuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
     ) -> None:
         """Makes a new adapter out of several.
 
@@ -242,7 +254,9 @@ class SanModel(_peft.Tuner):
             weights: Weight of each.
             adapter_name: Name of the new one.
             combination_type: `linear` adds the weighted offsets from one; `product` multiplies the scales, each raised
-                to its weight (positive scales only). Shifts are added with their weights either way.
+                to its weight (positive scales only). Shifts are added with their weights either way. Hosts are combined
+                by PEFT, which has other types for them, and the scale comes out of the result.
+            options: Passed to PEFT where hosts are combined, such as `svd_rank`.
 
         Raises:
             AdapterError: If the adapters do not exist, do not match, or cannot be combined that way.
@@ -251,16 +265,32 @@ class SanModel(_peft.Tuner):
             raise AdapterError(f"There already is an adapter {adapter_name!r}.")
         if len(adapters) != len(weights) or not adapters:
             raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}.")
-        if combination_type not in ("linear", "product"):
-            raise AdapterError(f"Unknown combination_type {combination_type!r}; choose linear or product.")
         for name in adapters:
             if name not in self.peft_config:
                 raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.peft_config)}.")
-        first = self.peft_config[adapters[0]]
+        first: Any = self.peft_config[adapters[0]]
         for name in adapters[1:]:
-            for field in ("target_modules", "edges", "exponent", "shift", "gate"):
+            for field in (
+                "target_modules",
+                "edges",
+                "exponent",
+                "bound",
+                "shift",
+                "gate",
+                "decomposition",
+                "own_scale",
+            ):
                 if getattr(self.peft_config[name], field) != getattr(first, field):
                     raise AdapterError(f"Adapters {adapters[0]!r} and {name!r} differ in {field}.")
+        configs: Any = self.peft_config
+        hosts = {(configs[name].inner or {}).get("peft_type") for name in adapters}
+        if hosts != {None}:
+            return self._combine_hosts(adapters, weights, adapter_name, combination_type, hosts, options)
+        if combination_type not in ("linear", "product") or options:
+            raise AdapterError(
+                f"Unknown combination_type {combination_type!r}, or options ({', '.join(options) or 'none'}); choose "
+                "linear or product, without options."
+            )
         layers = [m for m in self.modules() if isinstance(m, SanLayer)]
         if combination_type == "product":
             for layer in layers:
@@ -282,6 +312,30 @@ class SanModel(_peft.Tuner):
                     total = torch.stack([w * o for w, o in zip(weights, offsets, strict=True)]).sum(0)
                     product = combination_type == "product" and kind != "san_shift"
                     bank[adapter_name].weight.copy_(torch.expm1(total) if product else total)
+
+    def _combine_hosts(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str,
+        kinds: set[str | None],
+        options: dict[str, Any],
+    ) -> None:
+        first: Any = self.peft_config[adapters[0]]
+        host: Any = self.hosts.get(str(first.inner and first.inner["peft_type"]))
+        if len(kinds) > 1 or first.own_scale or not hasattr(host, "add_weighted_adapter"):
+            raise AdapterError(
+                "Adapters over hosts are combined by PEFT, where all have one kind of host that PEFT can combine, and "
+                f"no scales of their own; these have the hosts {', '.join(map(str, kinds))}."
+            )
+        with self.without_layers(self.model):
+            host.active_adapter = self.active_adapter
+            host.add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **options)
+        inner = copy.deepcopy(host.peft_config[adapter_name])
+        inner.target_modules = None
+        self.peft_config[adapter_name] = dataclasses.replace(first, inner=inner)
+        self.inject_adapter(self.model, adapter_name)
 
 
 class _Mode:
@@ -310,12 +364,12 @@ def _set(model: nn.Module, fqn: str, module: nn.Module) -> None:
 
 
 def _references(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Squared row norms before an initialisation moves a part of the weight into the adapter."""
+    """Row norms before an initialisation moves a part of the weight into the adapter."""
     found = {}
     for name, layer in layers.items():
         base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         if not base.weight.is_meta:
-            found[name] = squared_norms(base)
+            found[name] = row_norms(base)
     return found
 
 

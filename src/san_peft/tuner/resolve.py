@@ -17,7 +17,7 @@ from san_peft.errors import GraphError, TargetError, TraceError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import is_feedforward
+from san_peft.tuner.decompose import is_feedforward, unfit
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer
 
 
@@ -80,11 +80,8 @@ def _check_targets(
                 f"{name} is a {type(inner).__name__}, which SAN cannot adapt; it adapts "
                 f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
             )
-        if getattr(inner, "groups", 1) > 1 and config.inner is not None and config.inner["peft_type"] == "LORA":
-            raise TargetError(
-                f"{name} is a convolution in {inner.groups} groups, across which LoRA mixes channels: its update is no "
-                "change of that weight, and PEFT cannot merge it. Leave it out of target_modules."
-            )
+        if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
+            raise TargetError(f"{name} is a convolution {reason}. Leave it out of target_modules.")
         if traced and name not in traced:
             idle.append(name)
     if idle:

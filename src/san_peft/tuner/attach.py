@@ -1,0 +1,154 @@
+"""Attaching SAN to a model that already has an adapter, and taking it off again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+from san_peft.errors import AdapterError, SanError
+from san_peft.tuner._peft import SAN
+from san_peft.tuner.config import SanConfig
+from san_peft.tuner.decompose import moves_weight
+from san_peft.tuner.layer import SanLayer
+from san_peft.tuner.model import SanModel
+from san_peft.tuner.resolve import layers_by_name
+
+
+def propagate(model: PeftModel, **options: Any) -> PeftModel:
+    """Attaches SAN to a PEFT model in place: the scale inside each of its adapters is propagated from now on.
+
+    Nothing is trained and no parameter is added. An adapter that has been trained scales already, so attaching SAN
+    changes what the model computes; at the start of training it does not. Saving writes one folder with the host's
+    tensors and a `SanConfig`, which loads with `PeftModel.from_pretrained`.
+
+    Args:
+        model: A `PeftModel` with adapters of a kind that can host SAN, such as LoRA.
+        options: Fields of `SanConfig` on propagation: `propagation`, `decomposition`, `exponent`, `detach`, `gate`,
+            `own_scale`, `train_norms`. Targets are the layers that carry the adapter.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SanError: If its adapters cannot host SAN, are merged, or their initialisation has moved a part of the weight.
+            The model is then as it was.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from san_peft import trace
+        >>> dense = [torch.nn.Linear(4, 4) for _ in range(3)]
+        >>> net = torch.nn.Sequential(dense[0], torch.nn.ReLU(), dense[1], torch.nn.ReLU(), dense[2])
+        >>> graph = trace(net, torch.zeros(1, 4))
+        >>> model = propagate(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])), propagation=graph)
+        >>> [edge.posterior for edge in model.base_model.propagation_graph.edges]
+        ['2']
+    """
+    tuner: Any = model.base_model
+    if isinstance(tuner, SanModel):
+        raise SanError("SAN is attached already. Use detach_san(model) first to attach it with other options.")
+    if not isinstance(tuner, BaseTuner):
+        raise AdapterError(f"A {type(tuner).__name__} has no layers of an adapter that could host SAN.")
+    net = tuner.model
+    layers = {n: m for n, m in layers_by_name(net).items() if isinstance(m, BaseTunerLayer)}
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise AdapterError(f"{len(merged)} layers are merged, such as {merged[0]}; unmerge the adapter first.")
+    configs = {name: _config_over(name, inner, layers, options) for name, inner in tuner.peft_config.items()}
+    flags = {p: p.requires_grad for p in net.parameters()}
+    first, *others = configs
+    try:
+        net.__dict__.pop("peft_config", None)
+        san = SanModel(net, {first: configs[first]}, first)
+        for name in others:
+            san.peft_config[name] = configs[name]
+            san.inject_adapter(net, name)
+        san.hosts[str(configs[first].inner["peft_type"])] = tuner
+        san.set_adapter(tuner.active_adapters)
+    except BaseException:
+        _take_off(net)
+        net.peft_config = tuner.peft_config
+        raise
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    model.base_model = san
+    model.peft_type = SAN
+    return model
+
+
+def _config_over(name: str, inner: Any, layers: dict[str, Any], options: dict[str, Any]) -> SanConfig:
+    if moves_weight(inner):
+        raise AdapterError(
+            f"Adapter {name!r} was initialised with {inner.init_lora_weights!r}, which moved a part of the weight into "
+            "it, and the norms from before are gone. Give SanConfig(inner=...) to get_peft_model in place of this, or "
+            "convert the adapter first (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    plain = copy.deepcopy(inner)
+    targets = {
+        fqn for fqn, layer in layers.items() if any(name in getattr(layer, b) for b in layer.adapter_layer_names)
+    }
+    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(plain, field):
+            setattr(plain, field, None)
+    return SanConfig(
+        inner=plain,
+        target_modules=sorted(targets),
+        inference_mode=inner.inference_mode,
+        base_model_name_or_path=inner.base_model_name_or_path,
+        **options,
+    )
+
+
+def detach_san(model: PeftModel) -> PeftModel:
+    """Takes SAN off a model with hosts in place; what remains is PEFT's own model with the hosts as its adapters.
+
+    Saving it then writes a plain PEFT adapter, which loads without `san_peft`. Only propagation is lost, and scales of
+    their own if there are any.
+
+    Args:
+        model: A `PeftModel` whose SAN adapters all have a host of one kind.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: If SAN is not attached, an adapter has no host, hosts differ in kind, or adapters are merged.
+    """
+    san: Any = model.base_model
+    if not isinstance(san, SanModel):
+        raise AdapterError("SAN is not attached to this model.")
+    configs: dict[str, Any] = san.peft_config
+    bare = [name for name, config in configs.items() if config.inner is None]
+    if bare:
+        raise AdapterError(f"Adapters {', '.join(bare)} have no host and would be lost; delete them first.")
+    kinds = {config.inner["peft_type"] for config in configs.values()}
+    if len(kinds) > 1:
+        raise AdapterError(
+            f"The hosts are {', '.join(sorted(kinds))}; PEFT holds one kind at a time. Delete the others."
+        )
+    if any(layer.merged for layer in san.modules() if isinstance(layer, SanLayer)):
+        raise AdapterError("The model is merged; unmerge it first.")
+    own = [name for name, config in configs.items() if config.own_scale]
+    if own:
+        warnings.warn(f"The scales of their own of adapters {', '.join(own)} are dropped.", stacklevel=2)
+    host = san.hosts[kinds.pop()]
+    for name, config in configs.items():
+        for field in ("modules_to_save", "task_type", "base_model_name_or_path", "inference_mode"):
+            setattr(host.peft_config[name], field, getattr(config, field))
+    _take_off(san.model)
+    host.active_adapter = san.active_adapter
+    san.model.peft_config = host.peft_config
+    model.base_model = host
+    model.peft_type = next(iter(host.peft_config.values())).peft_type
+    return model
+
+
+def _take_off(net: Any) -> None:
+    """Puts the frozen layers, or the hosts, in the place of SAN's layers."""
+    for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, SanLayer)]:
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, layer.unwrap())

@@ -1,0 +1,164 @@
+"""The scale inside a low-rank or a dense change: against the plain formula, its gradients, and what it may allocate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from san_peft import SanError
+from san_peft.decomposition import CHUNK, dense_scale, low_rank_norm, low_rank_scale, weight_product
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**16))
+
+
+def parts(out: int, size: int, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return draw(out, size), draw(rank, size), draw(out, rank)
+
+
+def naive(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, decomposition: str) -> Tensor:
+    adapted = weight + scaling * lora_B @ lora_A
+    if decomposition == "norm":
+        return adapted.norm(dim=1) / weight.norm(dim=1)
+    return (adapted * weight).sum(1) / weight.square().sum(1)
+
+
+def factored(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, decomposition: str) -> Tensor:
+    norm = weight.norm(dim=1)
+    return low_rank_scale(weight_product(weight, lora_A), lora_A, lora_B, norm, scaling, decomposition)
+
+
+@pytest.mark.parametrize("decomposition", ["norm", "projection"])
+@settings(deadline=None)
+@given(SIZES, st.floats(-3, 3))
+def test_factored_equals_the_plain_formula(decomposition, sizes, scaling):
+    weight, a, b = parts(*sizes)
+    expected = naive(weight, a, b, scaling, decomposition)
+    torch.testing.assert_close(factored(weight, a, b, scaling, decomposition), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(dense_scale(scaling * b @ a, weight, decomposition), expected, rtol=1e-7, atol=1e-7)
+
+
+@settings(deadline=None)
+@given(SIZES, st.floats(-3, 3))
+def test_norm_of_the_adapted_rows(sizes, scaling):
+    weight, a, b = parts(*sizes)
+    got = low_rank_norm(weight_product(weight, a), a, b, weight.norm(dim=1), scaling)
+    torch.testing.assert_close(got, (weight + scaling * b @ a).norm(dim=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("decomposition", ["norm", "projection"])
+def test_gradients_are_those_of_finite_differences_and_of_the_plain_formula(decomposition):
+    weight, a, b = parts(5, 7, 3, 0)
+    a.requires_grad_()
+    b.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: factored(weight, a, b, 0.7, decomposition), (a, b))
+    upstream = torch.randn(5, dtype=torch.float64)
+    mine = torch.autograd.grad(factored(weight, a, b, 0.7, decomposition), (a, b), upstream)
+    plain = torch.autograd.grad(naive(weight, a, b, 0.7, decomposition), (a, b), upstream)
+    for one, other in zip(mine, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("decomposition", ["norm", "projection"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_starts_at_exactly_one_with_a_gradient(decomposition, dtype):
+    weight, a, _ = (t.to(dtype) for t in parts(6, 8, 2, 1))
+    b = torch.zeros(6, 2, requires_grad=True)
+    scale = low_rank_scale(weight_product(weight, a), a, b, weight.float().norm(dim=1), 2.0, decomposition)
+    assert torch.equal(scale, torch.ones(6))
+    scale.sum().backward()
+    assert (b.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("decomposition", ["norm", "projection"])
+def test_a_row_of_zeros_has_scale_one_and_no_gradient(decomposition):
+    weight, a, b = parts(4, 5, 2, 2)
+    weight[1] = 0
+    a.requires_grad_()
+    b.requires_grad_()
+    scale = factored(weight, a, b, 1.0, decomposition)
+    assert scale[1] == 1
+    assert dense_scale(b.detach() @ a.detach(), weight, decomposition)[1] == 1
+    scale.sum().backward()
+    assert torch.isfinite(a.grad).all()
+    assert torch.equal(b.grad[1], torch.zeros(2, dtype=torch.float64))
+
+
+def test_an_adapter_that_cancels_the_row_has_scale_zero_and_a_finite_gradient():
+    weight = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    a, b = weight.clone().requires_grad_(), torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    scale = factored(weight, a, b, 1.0, "norm")
+    assert scale.item() < 1e-6
+    scale.sum().backward()
+    assert torch.isfinite(a.grad).all()
+    assert torch.isfinite(b.grad).all()
+
+
+def test_a_reference_norm_counts_as_one():
+    """As after PiSSA: the adapter holds what the weight has lost, and the scale is that of their sum."""
+    whole, a, b = parts(5, 6, 2, 3)
+    rest = whole - b @ a
+    scale = low_rank_scale(weight_product(rest, a), a, b, rest.norm(dim=1), 1.0, reference=whole.norm(dim=1))
+    torch.testing.assert_close(scale, torch.ones(5, dtype=torch.float64))
+    with pytest.raises(SanError, match="decomposition='norm'"):
+        low_rank_scale(weight_product(rest, a), a, b, rest.norm(dim=1), 1.0, "projection", whole.norm(dim=1))
+
+
+def test_an_unknown_decomposition():
+    weight, a, b = parts(2, 3, 1, 0)
+    with pytest.raises(SanError, match="'angle'; choose norm or projection"):
+        factored(weight, a, b, 1.0, "angle")
+
+
+class Allocations(TorchDispatchMode):
+    """Records the sizes of all tensors that operations make; views of the inputs are none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("decomposition", ["norm", "projection"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_size_of_the_weight_is_made(decomposition, dtype):
+    out, size, rank = 4 * CHUNK, 512, 4
+    weight = torch.randn(out, size).to(dtype)
+    a, b = torch.randn(rank, size, requires_grad=True), torch.randn(out, rank, requires_grad=True)
+    norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    with Allocations() as seen:
+        scale = low_rank_scale(weight_product(weight, a), a, b, norm, 1.0, decomposition)
+        scale.sum().backward()
+    assert a.grad is not None
+    assert seen.largest <= max(CHUNK * size, (out + size) * rank) < out * size
+    plain = Allocations()
+    with plain:
+        naive(weight.float(), a, b, 1.0, decomposition)
+    assert plain.largest == out * size, "the record does see a temporary of that size"
+
+
+def test_half_precision_weights_are_multiplied_in_float32():
+    weight = torch.randn(3 * CHUNK + 5, 64).bfloat16()
+    a = torch.randn(4, 64, requires_grad=True)
+    product = weight_product(weight, a)
+    assert product.dtype == torch.float32
+    torch.testing.assert_close(product, weight.float() @ a.t())
+    (mine,) = torch.autograd.grad(product.square().sum(), a)
+    (plain,) = torch.autograd.grad((weight.float() @ a.t()).square().sum(), a)
+    torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,105 @@
+"""The lean forward passes of LoRA and DoRA give what PEFT's give, and so do their gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.contract.nets import KINDS, Dense, disturb
+from torch import nn
+
+from san_peft import SanConfig, SanLayer
+from san_peft.tuner.lean import LeanLora
+
+CASES = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+}
+
+
+def pair(kind: str, dtype: torch.dtype = torch.float32, **options):
+    """PEFT's adapter, and the same inside SAN without propagation."""
+    net, targets = KINDS[kind], list(KINDS[kind].targets)
+    theirs = get_peft_model(net.net(dtype), LoraConfig(r=2, lora_alpha=3, target_modules=targets, **options))
+    inner = LoraConfig(r=2, lora_alpha=3, **options)
+    mine = get_peft_model(net.net(dtype), SanConfig(inner=inner, target_modules=targets, propagation="none"))
+    for model in (theirs, mine):
+        disturb(model)
+    assert sum(isinstance(v, LeanLora) or "Lean" in type(v).__name__ for v in variants(mine)) == len(targets)
+    return net, theirs, mine
+
+
+def variants(model: nn.Module) -> list:
+    return [v for m in model.modules() if isinstance(m, SanLayer) for v in m.host.lora_variant.values()]
+
+
+@pytest.mark.parametrize("kind", ["dense-lora", "conv2d-lora"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_outputs_and_gradients(kind, case, dropout):
+    net, theirs, mine = pair(kind, lora_dropout=dropout, **CASES[case])
+    results = []
+    for model in (theirs, mine):
+        model.train()
+        torch.manual_seed(3)
+        x = net.input().requires_grad_()
+        out = model(x)
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad, [p.grad for n, p in model.named_parameters() if "lora_" in n]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense-lora", "conv2d-lora"])
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_half_precision(kind, case):
+    net, theirs, mine = pair(kind, torch.bfloat16, **CASES[case])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            mine(net.input(torch.bfloat16)), theirs(net.input(torch.bfloat16)), rtol=0.03, atol=0.03
+        )
+
+
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_two_active_adapters(case):
+    _, theirs, mine = pair("dense-lora", **CASES[case])
+    torch.manual_seed(6)
+    theirs.add_adapter("second", LoraConfig(r=3, target_modules=["fc1"], **CASES[case]))
+    torch.manual_seed(6)
+    mine.add_adapter(
+        "second", SanConfig(inner=LoraConfig(r=3, **CASES[case]), target_modules=["fc1"], propagation="none")
+    )
+    results = []
+    for model in (theirs, mine):
+        disturb(model, "second", seed=4)
+        model.base_model.set_adapter(["default", "second"])
+        out = model(KINDS["dense"].input())
+        out.square().sum().backward()
+        results.append((out.detach(), [p.grad for n, p in model.named_parameters() if "lora_" in n]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_zeros_under_dora():
+    """PEFT divides its magnitude by the norm of the adapted row, which is that of the update alone."""
+    net = Dense()
+    net.fc1.weight.data[2] = 0
+    torch.manual_seed(6)
+    theirs = get_peft_model(copy.deepcopy(net), LoraConfig(r=2, target_modules=["fc1"], use_dora=True))
+    inner = LoraConfig(r=2, use_dora=True)
+    torch.manual_seed(6)
+    mine = get_peft_model(net, SanConfig(inner=inner, target_modules=["fc1"], propagation="none"))
+    for model in (theirs, mine):
+        disturb(model)
+    x = KINDS["dense"].input()
+    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-4)
+    layer = mine.base_model.model.fc1
+    assert layer.get_scale()[2] == 1
+
+
+def test_other_variants_keep_their_own_forward():
+    inner = LoraConfig(r=2, init_lora_weights="mica")
+    mine = get_peft_model(Dense(), SanConfig(inner=inner, target_modules=["fc1"], propagation="none"))
+    assert [type(v).__name__ for v in variants(mine)] == ["MiCALinearVariant"]
