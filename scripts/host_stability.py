@@ -5,7 +5,7 @@
 
 Every variant is trained on `train800` of the digits and scored on `val200`, with the same rates, seeds and epochs; the
 test split is not looked at. Trials go to `host_stability.jsonl` beside this script, the table to
-`runs/host-stability.md`. About half an hour on two cores.
+`runs/host-stability.md`. About a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -29,19 +29,16 @@ from san_bench.run.provenance import write_atomically, write_rows
 
 TRIALS = Path(__file__).with_name("host_stability.jsonl")
 TABLE = Path("runs/host-stability.md")
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 SEEDS = (200, 201)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA alone": ("lora", {}),
     "SAN, norm": ("san-lora", {}),
     "SAN, projection": ("san-lora", {"method.decomposition": "projection"}),
     "SAN, norm, detached": ("san-lora", {"method.detach": True}),
-    "SAN, norm, exponent 0.5": ("san-lora", {"method.exponent": 0.5}),
-    "SAN, norm, bound 1": ("san-lora", {"method.bound": 1.0}),
     "SAN, norm, bound 0.5": ("san-lora", {"method.bound": 0.5}),
     "SAN, norm, bound 0.25": ("san-lora", {"method.bound": 0.25}),
     "SAN, projection, bound 0.5": ("san-lora", {"method.decomposition": "projection", "method.bound": 0.5}),
-    "SAN, norm, exact edges": ("san-lora", {"method.propagation": "exact"}),
     "DoRA alone": ("dora", {}),
     "SAN over DoRA": ("san-dora", {}),
     "SAN over DoRA, bound 0.5": ("san-dora", {"method.bound": 0.5}),
@@ -50,7 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def recipe_of(variant: str, lr: float, seed: int, folder: str = "") -> Any:
     name, options = VARIANTS[variant]
-    fixed = {"optimizer.lr": lr, "seed": seed, "train_split": "train800", "eval_split": "val200"}
+    fixed = {"optimizer.lr": lr, "optimizer.epochs": 3, "seed": seed, "train_split": "train800", "eval_split": "val200"}
     return load_recipe(f"hosts/{name}", {**options, **fixed, "output": f"{folder}/run"})
 
 
