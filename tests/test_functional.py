@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from san_peft.errors import SanError
 from san_peft.functional import fold, propagate, scale_input, scale_output, unfold
@@ -142,3 +144,15 @@ def test_folding_half_precision_rounds_once():
 def test_errors_name_the_thing_and_the_numbers(call, message):
     with pytest.raises(SanError, match=message):
         call()
+
+
+@settings(deadline=None)
+@given(st.floats(-50, 50), st.floats(0.01, 3))
+def test_a_bound_is_kept_and_changes_nothing_near_one(scale, bound):
+    vector = torch.tensor([scale, 1.0], dtype=torch.float64, requires_grad=True)
+    factor = propagate(vector, bound=bound)
+    assert abs(factor[0].item() - 1) <= bound * (1 + 1e-9)
+    assert factor[1].item() == 1
+    (gradient,) = torch.autograd.grad(factor.sum(), vector)
+    assert gradient[1].item() == 1
+    assert 0 <= gradient[0].item() <= 1 + 1e-9

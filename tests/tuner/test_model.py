@@ -16,7 +16,7 @@ from tests.golden.models import MODELS
 from torch import nn
 
 import san_peft
-from san_peft import Edge, PropagationGraph, SanConfig, SanError, SanLayer, TraceError, trace
+from san_peft import Edge, PropagationGraph, SanConfig, SanError, SanLayer, TraceError, merge_and_verify, trace
 from san_peft.propagation.graph import ChannelMap
 
 
@@ -194,6 +194,21 @@ def test_exponent_minus_one_undoes_exact_edges():
     assert len(model.base_model.propagation_graph.edges) == 4
     disturb(model)
     torch.testing.assert_close(model(ids()).logits, llama()(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bound_holds_what_is_propagated_and_merges():
+    model = get_peft_model(vit(), SanConfig(bound=0.25)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "san_scale" in name:
+                parameter.fill_(3.0)
+    layers = [m for m in model.modules() if isinstance(m, SanLayer) and m.get_input_scale() is not None]
+    assert all(torch.allclose(m.get_input_scale(), torch.tensor(1.25), atol=1e-4) for m in layers)
+    assert all(torch.equal(m.get_scale(), torch.full((m.out_features,), 4.0)) for m in layers)
+    report = merge_and_verify(model)
+    assert report.max_abs_difference <= report.tolerance
+    with pytest.raises(SanError, match="bound must be positive"):
+        SanConfig(bound=0.0)
 
 
 def test_detach_changes_gradients_and_not_outputs():
