@@ -9,9 +9,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-import peft
 import torch
-from packaging.version import Version
 from peft import PeftType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -22,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from san_peft.errors import AdapterError, MergeError
+from san_peft.errors import MergeError
 
 PREFIX = "san_"
 
@@ -33,24 +31,8 @@ class SanPeftType(str, Enum):  # noqa: UP042 - PEFT's reports cut str() at the p
     SAN = "SAN"
 
 
-def _member() -> Any:
-    """Returns what stands for SAN in PEFT's mappings.
-
-    From 0.21 on nothing looks a type up in `PeftType`, so a foreign enumeration will do. Before, it must be a member.
-    """
-    if "SAN" in PeftType.__members__:
-        return PeftType["SAN"]
-    if Version(peft.__version__).release >= (0, 21):
-        return SanPeftType.SAN
-    member = str.__new__(PeftType, "SAN")
-    member._name_, member._value_ = "SAN", "SAN"
-    PeftType._member_map_["SAN"] = member
-    PeftType._member_names_.append("SAN")
-    PeftType._value2member_map_["SAN"] = member
-    return member
-
-
-SAN = _member()
+SAN: Any = PeftType["SAN"] if "SAN" in PeftType.__members__ else SanPeftType.SAN
+"""What stands for the method in PEFT's mappings: PEFT's own member, should it ever have one."""
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -94,8 +76,6 @@ def inject_host(
         active: Names of the adapters that are active.
         options: `low_cpu_mem_usage`.
     """
-    if Version(peft.__version__).release < (0, 21):
-        raise AdapterError(f"A host inside SAN needs peft 0.21 or newer; this is {peft.__version__}.")
     kept = model.__dict__.pop("peft_config", None)
     try:
         if tuner is None:
