@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from san_peft.errors import AdapterError, MergeError
 from san_peft.tuner._peft import make_dense
-from san_peft.tuner.decompose import is_quantized
 from san_peft.tuner.layer import SanLayer
+from san_peft.tuner.quantized import is_quantized, make_dense_layer
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference, relative to the largest output (1 at least), by the type of the output."""
@@ -150,7 +150,7 @@ class LoraReport:
         error: Size of what was lost over the size of the change, both as Frobenius norms over all layers.
         worst: The same of the worst layer.
         where: Name of that layer.
-        rank: The rank of every layer, smaller where a layer is.
+        rank: The rank of every layer.
         layers: How many layers were converted.
         config: The `LoraConfig` of the result.
     """
@@ -189,7 +189,7 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_n
         raise AdapterError(f"There is no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}.")
     if rank < 1:
         raise AdapterError(f"The rank must be at least 1, got {rank}.")
-    tensors, ranks, losses = {}, {}, {}
+    tensors, losses = {}, {}
     biased = False
     layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
     for name, layer in layers.items():
@@ -198,24 +198,22 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_n
         delta, bias = layer.get_delta(adapter_name)
         rows = delta.t() if layer.transposed else delta.flatten(1)
         left, values, right = torch.linalg.svd(rows, full_matrices=False)
-        ranks[name] = kept = min(rank, values.numel())
+        kept = min(rank, values.numel())  # the others are zeros: servers take every layer to have the same rank
         total, lost = values.square().sum().item(), values[kept:].square().sum().item()
         losses[name] = (lost, total)
-        down, up = right[:kept], left[:, :kept] * values[:kept]
+        down, up = rows.new_zeros(rank, rows.shape[1]), rows.new_zeros(rows.shape[0], rank)
+        down[:kept], up[:, :kept] = right[:kept], left[:, :kept] * values[:kept]
         if layer.channel_dim != -1:
-            down, up = down.view(kept, *delta.shape[1:]), up.view(*up.shape, *[1] * (delta.dim() - 2))
+            down, up = down.view(rank, *delta.shape[1:]), up.view(*up.shape, *[1] * (delta.dim() - 2))
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
         tensors[f"base_model.model.{name}.lora_B.bias"] = bias
         biased = biased or bool(bias.any())
     config: Any = model.peft_config[adapter_name]
-    small = {name: kept for name, kept in ranks.items() if kept != rank}
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(layers),
-        rank_pattern=small,
-        alpha_pattern=dict(small),
         lora_bias=biased,
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
@@ -243,34 +241,58 @@ def _write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor])
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Puts dense layers in the place of the quantised ones under SAN, so that they can be merged.
+    """Puts dense layers in the place of all quantised ones, so that SAN can be merged, and forgets the quantisation.
 
     The dense weights are the quantised ones, unpacked: what the model computes stays the same up to rounding, and the
     rounding of quantisation is in them. Merge, verify, and quantise the merged model again if you want it small.
 
     Args:
-        model: A model with SAN layers, not merged.
-        dtype: Type of the dense weights; `None` is what unpacking gives.
+        model: A model with or without SAN, not merged. What quantised it is bitsandbytes, torchao or quanto.
+        dtype: Type of the dense weights; `None` is that of the model's other weights.
 
     Returns:
         How many layers were replaced.
+
+    Raises:
+        MergeError: If a weight cannot be unpacked. The model is then as it was.
     """
-    layers = [m for m in model.modules() if isinstance(m, SanLayer) and is_quantized(m.get_base_layer())]
-    for layer in layers:
-        base: Any = layer.get_base_layer()
-        weight = dequantize_module_weight(base).detach()
-        weight = weight.to(dtype or weight.dtype)
-        with torch.device("meta"):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=base.bias is not None)
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if base.bias is not None:
-            dense.bias = nn.Parameter(base.bias.detach().to(weight.dtype), requires_grad=False)
-        dense.train(base.training)
-        if layer.host is None:
-            layer.base_layer = dense
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(m)]
+    dtype = dtype or _dtype_beside(model)
+    dense = {name: make_dense_layer(model.get_submodule(name), dtype) for name in names}
+    for name, layer in dense.items():
+        parent, _, last = name.rpartition(".")
+        holder: Any = model.get_submodule(parent)
+        if isinstance(holder, BaseTunerLayer) and not isinstance(holder, SanLayer):
+            make_dense(holder, layer)
         else:
-            make_dense(layer.host, dense)
-    return len(layers)
+            setattr(holder, last, layer)
+    if dense:
+        for module in model.modules():
+            _forget_quantization(module)
+    return len(dense)
+
+
+def _dtype_beside(model: nn.Module) -> torch.dtype | None:
+    """Type of the first weight that is neither an adapter's nor quantised, or `None`: activations start in it."""
+    for module in model.modules():
+        inside = isinstance(module, nn.Linear) and is_quantized(module)
+        for name, parameter in () if inside else module.named_parameters(recurse=False):
+            if parameter.dtype.is_floating_point and not parameter.requires_grad and name in ("weight", "bias"):
+                return parameter.dtype
+    return None
+
+
+def _forget_quantization(module: Any) -> None:
+    """Takes off what transformers notes on a quantised model, which it would save and trust."""
+    own = vars(module)
+    if own.get("hf_quantizer") is not None:
+        own["hf_quantizer"].remove_quantization_config(module)
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if flag in own:
+            setattr(module, flag, False)
+    config = own.get("config")
+    if hasattr(config, "_is_quantized"):
+        del config._is_quantized
 
 
 def _copy(base: Any) -> tuple[Tensor, Tensor | None]:

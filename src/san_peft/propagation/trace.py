@@ -18,6 +18,9 @@ from san_peft.propagation.follow import STRIDE, Follow
 from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 from san_peft.propagation.inputs import derive_inputs
 
+REPACKS = "support_avx512bf16_for_cpu"
+"""Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew when it first runs in eval mode, for good."""
+
 
 @dataclass
 class _Reads:
@@ -220,6 +223,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     training = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
     values = {b: b.clone() for held in buffers for b in held.values() if b is not None and not b.is_meta}
+    repacking = [module for module in modules if getattr(module, REPACKS, False)]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     fastpath, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     with torch.random.fork_rng(sorted(devices)):
@@ -228,10 +232,14 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
                 module.training = False
+            for module in repacking:
+                setattr(module, REPACKS, False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             torch.set_num_threads(threads)
+            for module in repacking:
+                setattr(module, REPACKS, True)
             for module, state, held in zip(modules, training, buffers, strict=True):
                 module.training = state
                 module._buffers.clear()

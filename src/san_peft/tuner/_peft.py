@@ -107,7 +107,10 @@ def set_disabled(module: Any, disabled: bool) -> None:
 
 
 def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
-    """Forward pre-hook that hands the adapter of every sample to a layer."""
+    """Forward pre-hook that hands the adapter of every sample to a layer; beams of a sample follow each other."""
+    size = len(args[0]) if args and isinstance(args[0], torch.Tensor) else 0
+    if size > len(adapter_names) and size % len(adapter_names) == 0:
+        adapter_names = [name for name in adapter_names for _ in range(size // len(adapter_names))]
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
@@ -156,6 +159,7 @@ class Tuner(BaseTuner):
             owners.setdefault(id(parameter), []).append(name)
         for name, layer in layers.items():
             base = layer.get_base_layer()
+            layer.check_dense()
             shared = owners.get(id(base.weight), [])
             if len(shared) > 1:
                 raise MergeError(

@@ -12,12 +12,12 @@ from jaxtyping import Float32
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from san_peft.decomposition import dense_scale, low_rank_scale
 from san_peft.errors import AdapterError, SanError
+from san_peft.tuner.quantized import dense_weight, is_quantized, row_matrix, unpacked_product
 from san_peft.tuner.sharded import is_sharded, whole, whole_product
 
 MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -28,19 +28,6 @@ REFUSED = {
     "ADALORA": "it changes its ranks while it trains, on a schedule that the training loop must drive",
     "MIXED": "it is several tuners in one; name one of them",
 }
-
-
-def row_matrix(base: Any) -> Tensor:
-    """Returns a frozen layer's weight with one row per output channel, dequantised; a view where it can be."""
-    weight = dequantize_module_weight(base).detach()
-    return weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
-
-
-def is_quantized(base: Any) -> bool:
-    """Whether a frozen layer's weight is kept in a quantised form."""
-    weight = base.weight
-    packed = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
-    return packed or not weight.dtype.is_floating_point
 
 
 class RowNorms:
@@ -62,8 +49,9 @@ class RowNorms:
         base: Any = self.host.get_base_layer()
         weight = base.weight
         if torch.compiler.is_compiling() and self.value is not None:
-            return self.value
-        key = (id(weight), weight.data_ptr() if not is_sharded(weight) else 0, _version(weight), weight.device)
+            return self.value.to(weight.device)
+        address = 0 if is_sharded(weight) or is_quantized(base) else weight.data_ptr()
+        key = (id(weight), address, _version(weight), weight.device)
         if self.value is None or key != self.key:
             self.value, self.key = row_norms(base, self.like_dora), key
         return self.value
@@ -72,12 +60,13 @@ class RowNorms:
 @torch.no_grad()
 def row_norms(base: Any, like_dora: bool = False) -> Tensor:
     """Returns the norms of the rows of a frozen layer's weight, in float32 at least."""
-    weight = dequantize_module_weight(base).detach()
+    weight = dense_weight(base)
     wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
     if not like_dora:
-        return whole(torch.linalg.vector_norm(row_matrix(base), dim=1, dtype=wide))
+        return whole(torch.linalg.vector_norm(rows, dim=1, dtype=wide))
     if weight.dim() == 2:
-        return whole(torch.linalg.norm(row_matrix(base), dim=1)).to(wide)
+        return whole(torch.linalg.norm(rows, dim=1)).to(wide)
     return whole(weight.norm(p=2, dim=tuple(range(1, weight.dim())))).to(wide)
 
 
@@ -155,9 +144,9 @@ def _lora(host: Any, scale: HostScale) -> Tensor:
 
 
 def _low_rank(host: Any, scale: HostScale, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    rows = row_matrix(host.get_base_layer())
+    base = host.get_base_layer()
     down, up = whole(lora_A).flatten(1), whole(lora_B).flatten(1)
-    product = whole_product(rows, down)
+    product = unpacked_product(base, down) if is_quantized(base) else whole_product(row_matrix(base), down)
     return low_rank_scale(product, down, up, scale.norms(), scaling, scale.decomposition, scale.reference)
 
 

@@ -16,6 +16,7 @@ from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import HostScale, RowNorms
 from san_peft.tuner.lean import make_lean, make_plain, output_is_fresh
 from san_peft.tuner.merge import Factors, MergingLayer
+from san_peft.tuner.quantized import is_packed, is_quantized
 from san_peft.tuner.shared import SharedInput
 
 MODES = ("both", "neuron", "synapse", "off")
@@ -101,10 +102,7 @@ class SanLayer(nn.Module, MergingLayer):
         self.base_layer = base_layer
         base = self.get_base_layer()
         if not isinstance(base, LAYER_TYPES):
-            raise TargetError(
-                f"SAN cannot adapt a {type(base).__name__}, only {', '.join(t.__name__ for t in LAYER_TYPES)}. "
-                "Leave it out of target_modules."
-            )
+            raise TargetError(f"SAN cannot adapt a {cannot_adapt(base)}")
         self._disable_adapters = False
         self.san_mode = "both"
         self.san_scale, self.san_shift, self.san_gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -152,8 +150,9 @@ class SanLayer(nn.Module, MergingLayer):
 
     def _factory(self) -> dict[str, Any]:
         """Type and device of new vectors: the frozen layer's, or float32 over a quantised one."""
-        weight: Any = self.get_base_layer().weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        base: Any = self.get_base_layer()
+        weight = base.weight
+        dtype = torch.float32 if is_quantized(base) else weight.dtype
         device = torch.get_default_device()
         return {"dtype": dtype, "device": device if device.type == "meta" else weight.device}
 
@@ -315,6 +314,17 @@ class SanLayer(nn.Module, MergingLayer):
 
     def __repr__(self) -> str:
         return "san." + super().__repr__()
+
+
+def cannot_adapt(module: nn.Module) -> str:
+    """Says of a module what it is, what SAN adapts in its place, and the way out."""
+    what = f"{type(module).__name__}, only {', '.join(t.__name__ for t in LAYER_TYPES)}. "
+    if is_packed(module):
+        return what + (
+            "It keeps its weight packed. Put the adapter on the model before it was quantised, or on one quantised by "
+            "bitsandbytes or torchao; merge, and quantise the merged model."
+        )
+    return what + "Leave it out of target_modules."
 
 
 def index_of(channels: Any) -> Int[Tensor, " size"] | None:

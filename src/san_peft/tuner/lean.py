@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from san_peft.decomposition import low_rank_norm
 from san_peft.functional import scale_output
-from san_peft.tuner.decompose import RowNorms, row_matrix
+from san_peft.tuner.decompose import RowNorms
+from san_peft.tuner.quantized import row_matrix
 from san_peft.tuner.sharded import whole, whole_product
 
 
@@ -28,15 +29,13 @@ def output_is_fresh(base: nn.Module) -> bool:
 
 def make_lean(host: Any, adapter_name: str, norms: RowNorms) -> None:
     """Gives one adapter of a LoRA layer its lean forward pass; other variants of LoRA keep their own."""
-    if type(host) not in DORA:
-        return
-    present = host.lora_variant.get(adapter_name)
-    if present is None:
-        host.lora_variant[adapter_name] = LeanLora()
-    elif type(present) is DORA[type(host)][0]:
-        lean = DORA[type(host)][1]()
+    present = getattr(host, "lora_variant", {}).get(adapter_name)
+    if type(present) in DORA:
+        lean = DORA[type(present)]()
         lean.norms = norms
         host.lora_variant[adapter_name] = lean
+    elif present is None and type(host) in (Linear, Conv1d, Conv2d):
+        host.lora_variant[adapter_name] = LeanLora()
 
 
 def make_plain(host: Any, adapter_name: str) -> None:
@@ -45,7 +44,7 @@ def make_plain(host: Any, adapter_name: str) -> None:
     if isinstance(present, LeanLora):
         del host.lora_variant[adapter_name]
     elif isinstance(present, _LeanDora):
-        host.lora_variant[adapter_name] = DORA[type(host)][0]()
+        host.lora_variant[adapter_name] = next(plain for plain, lean in DORA.items() if type(present) is lean)()
 
 
 def _comes_first(module: Any, adapter_name: str) -> bool:
@@ -136,9 +135,9 @@ class LeanDoraConv2d(_LeanDora, DoraConv2dVariant):  # type: ignore[misc]
     """Of a two-dimensional convolution."""
 
 
-DORA = {
-    Linear: (DoraLinearVariant, LeanDoraLinear),
-    Conv1d: (DoraConv1dVariant, LeanDoraConv1d),
-    Conv2d: (DoraConv2dVariant, LeanDoraConv2d),
+DORA: dict[Any, Any] = {
+    DoraLinearVariant: LeanDoraLinear,
+    DoraConv1dVariant: LeanDoraConv1d,
+    DoraConv2dVariant: LeanDoraConv2d,
 }
-"""PEFT's variant and the lean one, by kind of layer."""
+"""The lean variant of each of PEFT's; that of a dense layer serves quantised ones too."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from san_peft.errors import MergeError
 from san_peft.functional import fold
 from san_peft.tuner._peft import TunerLayer
-from san_peft.tuner.decompose import is_quantized
+from san_peft.tuner.quantized import is_quantized
 
 
 class Factors(NamedTuple):
@@ -64,6 +64,7 @@ class MergingLayer(TunerLayer):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
+        self.check_dense()
         merged = {**self._merged, **{name: self.factors(name) for name in names}}
         before = self._kept or self._base_tensors()
         weight, bias = self._folded(before, merged)
@@ -84,8 +85,18 @@ class MergingLayer(TunerLayer):
         """Raises what `merge(safe_merge=True)` would raise, and changes nothing."""
         names = [n for n in adapter_names or self.active_adapters if n not in self.merged_adapters]
         if names:
+            self.check_dense()
             merged = {**self._merged, **{name: self.factors(name) for name in names}}
             self._check_finite(names, *self._folded(self._kept or self._base_tensors(), merged))
+
+    def check_dense(self) -> None:
+        """Raises `MergeError` if the frozen weight is quantised."""
+        base: Any = self.get_base_layer()
+        if is_quantized(base):
+            raise MergeError(
+                f"A {type(base).__name__} holds a quantised weight, in which small scales would be rounded away. Call "
+                "san_peft.dequantize(model) first, which puts dense layers in the place of the quantised ones."
+            )
 
     @torch.no_grad()
     def get_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -96,6 +107,7 @@ class MergingLayer(TunerLayer):
         """
         if self.merged:
             raise MergeError("Unmerge the model before asking for what an adapter changes.")
+        self.check_dense()
         weight, bias = self._base_tensors()
         wide = torch.promote_types(weight.dtype, torch.float32)
         zeros = torch.zeros(self.out_features, dtype=wide, device=weight.device)
@@ -113,11 +125,6 @@ class MergingLayer(TunerLayer):
     def _folded(self, before: tuple[Tensor, Tensor | None], merged: dict[str, Factors]) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias with the hosts' deltas added and all factors multiplied in, as new tensors."""
         weight, bias = before
-        if is_quantized(self.get_base_layer()):
-            raise MergeError(
-                f"A {type(self.get_base_layer()).__name__} holds a quantised weight, in which small scales would be "
-                "rounded away. Call san_peft.dequantize(model) first, which puts a dense layer in its place."
-            )
         hosted = [name for name in merged if self._in_host(name)]
         if hosted:
             wide = torch.promote_types(weight.dtype, torch.float32)

@@ -19,6 +19,7 @@ from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import kind_of, moves_weight, row_norms
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
+from san_peft.tuner.quantized import keep_exact
 from san_peft.tuner.resolve import layers_by_name, resolve
 from san_peft.tuner.shared import SharedInput
 
@@ -50,7 +51,9 @@ class SanModel(_peft.Tuner):
     ) -> None:
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
         config: Any = self.peft_config[adapter_name]
+        keep_exact(model)
         edges = resolve(self, model, config)
+        keep_exact(model)  # tracing has run it
         if config.inner is not None:
             self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
             state_dict = None  # it names the host's tensors, and would be read as targets

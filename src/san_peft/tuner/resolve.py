@@ -18,7 +18,7 @@ from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import is_feedforward, unfit
-from san_peft.tuner.layer import LAYER_TYPES, SanLayer
+from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
 
 
 def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
@@ -76,10 +76,7 @@ def _check_targets(
         if isinstance(module, BaseTunerLayer):
             _check_host(name, module, config)
         if not isinstance(inner, LAYER_TYPES):
-            raise TargetError(
-                f"{name} is a {type(inner).__name__}, which SAN cannot adapt; it adapts "
-                f"{', '.join(t.__name__ for t in LAYER_TYPES)}. Leave it out of target_modules."
-            )
+            raise TargetError(f"{name} is {cannot_adapt(inner)}")
         if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
             raise TargetError(f"{name} is a convolution {reason}. Leave it out of target_modules.")
         if traced and name not in traced:
