@@ -19,7 +19,7 @@ from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 from san_peft.propagation.inputs import derive_inputs
 
 REPACKS = "support_avx512bf16_for_cpu"
-"""Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew when it first runs in eval mode, for good."""
+"""Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew, for good, when it runs in eval mode."""
 
 
 @dataclass

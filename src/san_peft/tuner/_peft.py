@@ -153,7 +153,7 @@ class Tuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
+        layers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
         owners: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name)

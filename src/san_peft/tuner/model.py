@@ -51,9 +51,8 @@ class SanModel(_peft.Tuner):
     ) -> None:
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
         config: Any = self.peft_config[adapter_name]
-        keep_exact(model)
         edges = resolve(self, model, config)
-        keep_exact(model)  # tracing has run it
+        keep_exact(model)
         if config.inner is not None:
             self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
             state_dict = None  # it names the host's tensors, and would be read as targets
@@ -273,16 +272,7 @@ class SanModel(_peft.Tuner):
                 raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.peft_config)}.")
         first: Any = self.peft_config[adapters[0]]
         for name in adapters[1:]:
-            for field in (
-                "target_modules",
-                "edges",
-                "exponent",
-                "bound",
-                "shift",
-                "gate",
-                "decomposition",
-                "own_scale",
-            ):
+            for field in ("target_modules", "edges", "exponent", "bound", "shift", "gate", "decomposition", "own_scale"):
                 if getattr(self.peft_config[name], field) != getattr(first, field):
                     raise AdapterError(f"Adapters {adapters[0]!r} and {name!r} differ in {field}.")
         configs: Any = self.peft_config
@@ -315,6 +305,7 @@ class SanModel(_peft.Tuner):
                     total = torch.stack([w * o for w, o in zip(weights, offsets, strict=True)]).sum(0)
                     product = combination_type == "product" and kind != "san_shift"
                     bank[adapter_name].weight.copy_(torch.expm1(total) if product else total)
+
 
     def _combine_hosts(
         self,

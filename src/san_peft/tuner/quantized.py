@@ -64,7 +64,7 @@ def keep_exact(model: nn.Module) -> None:
     Raises:
         AdapterError: If 4-bit weights have been packed anew already.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     repacked = [name for name, module in modules.items() if _is_repacked(module)]
     if repacked:
         raise AdapterError(
@@ -75,8 +75,9 @@ def keep_exact(model: nn.Module) -> None:
     for module in modules.values():
         if getattr(module, REPACKS, False):
             setattr(module, REPACKS, False)
-        if type(getattr(module, "weight", None)).__name__ == "Int8Params" and module.weight.SCB is None:
-            module.weight.SCB = module.state.SCB
+        weight: Any = getattr(module, "weight", None)
+        if type(weight).__name__ == "Int8Params" and weight.SCB is None:
+            weight.SCB = module.state.SCB
 
 
 def _is_repacked(module: Any) -> bool:
