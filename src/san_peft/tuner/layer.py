@@ -102,7 +102,7 @@ class SanLayer(nn.Module, MergingLayer):
         self.base_layer = base_layer
         base = self.get_base_layer()
         if not isinstance(base, LAYER_TYPES):
-            raise TargetError(f"SAN cannot adapt a {cannot_adapt(base)}")
+            raise TargetError(f"The layer is {cannot_adapt(base)}")
         self._disable_adapters = False
         self.san_mode = "both"
         self.san_scale, self.san_shift, self.san_gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -318,7 +318,8 @@ class SanLayer(nn.Module, MergingLayer):
 
 def cannot_adapt(module: nn.Module) -> str:
     """Says of a module what it is, what SAN adapts in its place, and the way out."""
-    what = f"{type(module).__name__}, only {', '.join(t.__name__ for t in LAYER_TYPES)}. "
+    kinds = ", ".join(t.__name__ for t in LAYER_TYPES)
+    what = f"a {type(module).__name__}, which SAN cannot adapt; it adapts {kinds}. "
     if is_packed(module):
         return what + (
             "It keeps its weight packed. Put the adapter on the model before it was quantised, or on one quantised by "
