@@ -272,7 +272,16 @@ class SanModel(_peft.Tuner):
                 raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.peft_config)}.")
         first: Any = self.peft_config[adapters[0]]
         for name in adapters[1:]:
-            for field in ("target_modules", "edges", "exponent", "bound", "shift", "gate", "decomposition", "own_scale"):
+            for field in (
+                "target_modules",
+                "edges",
+                "exponent",
+                "bound",
+                "shift",
+                "gate",
+                "decomposition",
+                "own_scale",
+            ):
                 if getattr(self.peft_config[name], field) != getattr(first, field):
                     raise AdapterError(f"Adapters {adapters[0]!r} and {name!r} differ in {field}.")
         configs: Any = self.peft_config
@@ -305,7 +314,6 @@ class SanModel(_peft.Tuner):
                     total = torch.stack([w * o for w, o in zip(weights, offsets, strict=True)]).sum(0)
                     product = combination_type == "product" and kind != "san_shift"
                     bank[adapter_name].weight.copy_(torch.expm1(total) if product else total)
-
 
     def _combine_hosts(
         self,
