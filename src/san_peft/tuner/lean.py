@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Conv1d, Conv2d, Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Conv1d, Conv2d, Linear, LoraVariant
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
@@ -31,9 +31,8 @@ def make_lean(host: Any, adapter_name: str, norms: RowNorms) -> None:
     """Gives one adapter of a LoRA layer its lean forward pass; other variants of LoRA keep their own."""
     present = getattr(host, "lora_variant", {}).get(adapter_name)
     if type(present) in DORA:
-        lean = DORA[type(present)]()
-        lean.norms = norms
-        host.lora_variant[adapter_name] = lean
+        host.lora_variant[adapter_name] = DORA[type(present)]()
+        vars(host).setdefault("san_norms", {})[adapter_name] = norms
     elif present is None and type(host) in (Linear, Conv1d, Conv2d):
         host.lora_variant[adapter_name] = LeanLora()
 
@@ -45,6 +44,7 @@ def make_plain(host: Any, adapter_name: str) -> None:
         del host.lora_variant[adapter_name]
     elif isinstance(present, _LeanDora):
         host.lora_variant[adapter_name] = next(plain for plain, lean in DORA.items() if type(present) is lean)()
+        del host.san_norms[adapter_name]
 
 
 def _comes_first(module: Any, adapter_name: str) -> bool:
@@ -62,9 +62,8 @@ def _update(module: Any, adapter_name: str, x: Tensor) -> Tensor:
 class LeanLora(LoraVariant):
     """LoRA whose update is added to the frozen layer's output in place."""
 
-    def forward(  # type: ignore[override]  # PEFT declares a static method and calls it on the instance
-        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Returns the layer's output with this adapter."""
         update = _update(module, active_adapter, module.lora_dropout[active_adapter](x))
         fresh = output_is_fresh(module.get_base_layer()) and _comes_first(module, active_adapter)
@@ -89,12 +88,11 @@ class LeanLora(LoraVariant):
 class _LeanDora:
     """DoRA with factored row norms; mixed into PEFT's variant for the kind of layer."""
 
-    norms: RowNorms
-
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Returns the layer's output with this adapter."""
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
-        magnitude = module.lora_magnitude_vector[active_adapter].weight.flatten() / self._norm(module, active_adapter)
+        magnitude = module.lora_magnitude_vector[active_adapter].weight.flatten() / _norm(module, active_adapter)
         channel_dim = -1 if base.weight.dim() == 2 else 1 - base.weight.dim()
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
@@ -110,28 +108,29 @@ class _LeanDora:
         shift = None if base.bias is None else base.bias * (1 - magnitude)
         return scale_output(total, magnitude, shift, channel_dim, inplace=fresh)
 
-    @torch.no_grad()
-    def _norm(self, module: Any, adapter_name: str) -> Tensor:
-        """Row norms of the adapted weight; DoRA takes no gradient through them."""
-        down = whole(module.lora_A[adapter_name].weight).flatten(1)
-        up = whole(module.lora_B[adapter_name].weight).flatten(1)
-        product = whole_product(row_matrix(module.get_base_layer()), down)
-        return low_rank_norm(product, down, up, self.norms(), module.scaling[adapter_name])
+
+@torch.no_grad()
+def _norm(module: Any, adapter_name: str) -> Tensor:
+    """Row norms of the adapted weight; DoRA takes no gradient through them."""
+    down = whole(module.lora_A[adapter_name].weight).flatten(1)
+    up = whole(module.lora_B[adapter_name].weight).flatten(1)
+    product = whole_product(row_matrix(module.get_base_layer()), down)
+    return low_rank_norm(product, down, up, module.san_norms[adapter_name](), module.scaling[adapter_name])
 
 
 def _without_bias(output: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
     return output if bias is None else output - bias.view(-1, *[1] * (-1 - channel_dim))
 
 
-class LeanDoraLinear(_LeanDora, DoraLinearVariant):  # type: ignore[misc]
+class LeanDoraLinear(_LeanDora, DoraLinearVariant):
     """Of a dense layer."""
 
 
-class LeanDoraConv1d(_LeanDora, DoraConv1dVariant):  # type: ignore[misc]
+class LeanDoraConv1d(_LeanDora, DoraConv1dVariant):
     """Of a one-dimensional convolution."""
 
 
-class LeanDoraConv2d(_LeanDora, DoraConv2dVariant):  # type: ignore[misc]
+class LeanDoraConv2d(_LeanDora, DoraConv2dVariant):
     """Of a two-dimensional convolution."""
 
 
