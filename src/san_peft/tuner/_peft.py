@@ -21,6 +21,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from san_peft.errors import MergeError
+from san_peft.tuner.sharded import is_sharded
 
 PREFIX = "san_"
 
@@ -158,13 +159,18 @@ class Tuner(BaseTuner):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name)
         for name, layer in layers.items():
-            base = layer.get_base_layer()
+            base: Any = layer.get_base_layer()
             layer.check_dense()
             shared = owners.get(id(base.weight), [])
             if len(shared) > 1:
                 raise MergeError(
                     f"{name} cannot be merged: its weight is shared under the names {', '.join(shared)}, so folding "
                     "it once would change both. Leave it out of target_modules, or serve the adapter unmerged."
+                )
+            if is_sharded(base.weight):
+                raise MergeError(
+                    f"{name} cannot be merged: its weight is in shards on {base.weight.device_mesh.size()} devices. "
+                    "Save the adapter, load it on a model that is not sharded, and merge that."
                 )
             if getattr(getattr(base, "_hf_hook", None), "offload", False):
                 raise MergeError(f"{name} cannot be merged: its weight is offloaded. Load the model onto one device.")

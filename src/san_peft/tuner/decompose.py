@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from san_peft.decomposition import dense_scale, low_rank_scale
 from san_peft.errors import AdapterError, SanError
 from san_peft.tuner.quantized import dense_weight, is_quantized, row_matrix, unpacked_product
-from san_peft.tuner.sharded import is_sharded, whole, whole_product
+from san_peft.tuner.sharded import is_distributed, is_sharded, onloaded, whole, whole_product
 
 MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that put a part of the frozen weight into the adapter."""
@@ -40,21 +40,24 @@ class RowNorms:
 
     def __init__(self, host: BaseTunerLayer, like_dora: bool = False) -> None:
         self.host, self.like_dora = host, like_dora
-        self.key: Any = None
-        self.value: Tensor | None = None
+        self.kept: dict[
+            bool, tuple[Any, Tensor]
+        ] = {}  # by whether the weight was sharded: FSDP2 switches forth and back
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Returns them, in float32 at least, on the device of the weight."""
         base: Any = self.host.get_base_layer()
-        weight = base.weight
-        if torch.compiler.is_compiling() and self.value is not None:
-            return self.value.to(weight.device)
-        address = 0 if is_sharded(weight) or is_quantized(base) else weight.data_ptr()
-        key = (id(weight), address, _version(weight), weight.device)
-        if self.value is None or key != self.key:
-            self.value, self.key = row_norms(base, self.like_dora), key
-        return self.value
+        weight, sharded = base.weight, is_sharded(base.weight)
+        key, value = self.kept.get(sharded, (None, None))
+        if torch.compiler.is_compiling() and value is not None:
+            return value.to(weight.device)
+        address = 0 if sharded or is_quantized(base) else weight.data_ptr()
+        now = (id(weight), address, _version(weight), weight.device)
+        if value is None or key != now:
+            value = row_norms(base, self.like_dora)
+            self.kept[sharded] = (now, value)
+        return value
 
 
 @torch.no_grad()
@@ -101,6 +104,15 @@ class HostScale(nn.Module):
         return self._cached[1]
 
     def _decompose(self, host: Any) -> Tensor:
+        weight = host.get_base_layer().weight
+        if not weight.is_meta:
+            return self._scale(host)
+        with onloaded(host, weight):
+            if host.get_base_layer().weight.is_meta:  # what has no values gives a scale without values
+                return torch.empty(weight.shape[isinstance(host.get_base_layer(), Conv1D)], device="meta")
+            return self._scale(host)
+
+    def _scale(self, host: Any) -> Tensor:
         # the parameters' own type decides: under autocast the products would round
         with torch.autocast(_device_type(host), enabled=False):
             return _kind(host).scale(host, self)
@@ -152,8 +164,8 @@ def _low_rank(host: Any, scale: HostScale, lora_A: Tensor, lora_B: Tensor, scali
 
 def _vera(host: Any, scale: HostScale) -> Tensor:
     name = scale.adapter_name
-    down = host.vera_lambda_d[name][:, None] * host.vera_A[name][:, : host.in_features]
-    up = host.vera_lambda_b[name][:, None] * host.vera_B[name][: host.out_features]
+    down = whole(host.vera_lambda_d[name])[:, None] * host.vera_A[name][:, : host.in_features]
+    up = whole(host.vera_lambda_b[name])[:, None] * host.vera_B[name][: host.out_features]
     return _low_rank(host, scale, down, up, 1.0)
 
 
@@ -163,6 +175,7 @@ def _ia3(host: Any, scale: HostScale) -> Tensor:
 
 
 def _delta(host: Any, scale: HostScale) -> Tensor:
+    _check_whole(host)
     delta = host.get_delta_weight(scale.adapter_name)
     delta = delta.t() if isinstance(host.get_base_layer(), Conv1D) else delta.flatten(1)
     return dense_scale(delta, row_matrix(host.get_base_layer()), scale.decomposition)
@@ -170,12 +183,21 @@ def _delta(host: Any, scale: HostScale) -> Tensor:
 
 def _rotation(host: Any, scale: HostScale) -> Tensor:
     """Of a host that multiplies the frozen weight with an orthogonal matrix from the side of its input."""
+    _check_whole(host)
     rows = row_matrix(host.get_base_layer())
     rotation = host.get_delta_weight(scale.adapter_name)
     wide = torch.promote_types(rotation.dtype, torch.float32)
     rows = rows.to(wide)
     # OFT writes the transpose of its matrix into the weight, HRA the matrix itself: the projection is the same
     return dense_scale(rows @ rotation.to(wide) - rows, rows, scale.decomposition)
+
+
+def _check_whole(host: Any) -> None:
+    if any(is_sharded(parameter) for parameter in host.parameters()):
+        raise SanError(
+            f"The scale of {_kind(host).name} comes out of its whole delta weight, which cannot be formed from "
+            "parameters in shards. Under FSDP2 use LoRA, DoRA, (IA)3 or VeRA as the host, or propagation='none'."
+        )
 
 
 KINDS = {
@@ -276,13 +298,15 @@ def _version(tensor: Tensor) -> int:
 
 def _state_of(host: BaseTunerLayer, adapter_name: str) -> Any:
     """What identifies the values of an adapter's parameters, or `None` where nothing does."""
+    if is_distributed() or host.get_base_layer().weight.is_meta:
+        return None
     found: list[Any] = []
     for bank in (getattr(host, name) for name in host.adapter_layer_names):
         if adapter_name not in bank:
             continue
         item = bank[adapter_name]
         for p in item.parameters() if isinstance(item, nn.Module) else (item,):
-            if p.is_inference() or is_sharded(p):
+            if p.is_inference():
                 return None
             found.append((id(p), p.data_ptr(), p._version, p.dtype))
     base: Any = host.get_base_layer()

@@ -10,13 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from san_peft.errors import AdapterError, MergeError, TargetError
+from san_peft.errors import AdapterError, MergeError, SanError, TargetError
 from san_peft.functional import channels_of, propagate, scale_input, scale_output
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import HostScale, RowNorms
 from san_peft.tuner.lean import make_lean, make_plain, output_is_fresh
 from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
+from san_peft.tuner.sharded import whole
 from san_peft.tuner.shared import SharedInput
 
 MODES = ("both", "neuron", "synapse", "off")
@@ -27,7 +28,8 @@ class ScaleVector(nn.Module):
     """A trainable vector kept as its offset from a constant: one for a scale and a gate, zero for a shift.
 
     Weight decay then pulls toward the identity, and half precision keeps small scales. Calling it gives a new tensor,
-    never the parameter, so sharded and offloaded parameters work in a posterior layer as well.
+    never the parameter, so sharded and offloaded parameters work in a posterior layer as well. Of a vector in shards it
+    is the whole one, so that a posterior in another unit of FSDP2 needs no unit for every vector.
     """
 
     def __init__(self, size: int, constant: float = 1.0, **factory: Any) -> None:
@@ -37,7 +39,8 @@ class ScaleVector(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns constant plus offset, in float32 at least."""
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.constant
+        weight = whole(self.weight)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.constant
 
     def extra_repr(self) -> str:
         """Returns size and constant for `print`."""
@@ -204,7 +207,7 @@ class SanLayer(nn.Module, MergingLayer):
             return None
         product = incoming[0].factor(adapter_name)
         for edge in incoming[1:]:
-            product = product * edge.factor(adapter_name)
+            product = product * edge.factor(adapter_name).to(product.device)
         if adapter_name in self.san_gate:
             gate = self.san_gate[adapter_name]()
             product = product * torch.where(self._fed(incoming).to(gate.device), gate, torch.ones_like(gate))
@@ -261,6 +264,12 @@ class SanLayer(nn.Module, MergingLayer):
 
         def make() -> Tensor:
             scale: Any = self._input_vector(names)
+            if scale.is_meta and not x.is_meta:
+                anteriors = dict.fromkeys(edge.anterior for name in names for edge in self.san_incoming[name])
+                raise SanError(
+                    f"The input scale of a layer comes from {', '.join(anteriors)}, of which a module above keeps the "
+                    "parameters offloaded. Dispatch without preload_module_classes, or merge the adapter first."
+                )
             return scale_input(x, scale, self.channel_dim, keep_output=self.host is not None)
 
         if len(names) > 1 or names[0] not in self.san_shared:

@@ -19,7 +19,7 @@ from san_peft.decomposition import low_rank_norm
 from san_peft.functional import scale_output
 from san_peft.tuner.decompose import RowNorms
 from san_peft.tuner.quantized import row_matrix
-from san_peft.tuner.sharded import whole, whole_product
+from san_peft.tuner.sharded import onloaded, whole, whole_product
 
 
 def output_is_fresh(base: nn.Module) -> bool:
@@ -92,11 +92,15 @@ class _LeanDora:
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Returns the layer's output with this adapter."""
         base, dropout = module.get_base_layer(), module.lora_dropout[active_adapter]
-        magnitude = module.lora_magnitude_vector[active_adapter].weight.flatten() / _norm(module, active_adapter)
+        if base.weight.is_meta:
+            with onloaded(module, base.weight):
+                magnitude, bias = _vectors(module, active_adapter)
+        else:
+            magnitude, bias = _vectors(module, active_adapter)
         channel_dim = -1 if base.weight.dim() == 2 else 1 - base.weight.dim()
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
-            frozen = _without_bias(module.base_layer(x), base.bias, channel_dim)
+            frozen = _without_bias(module.base_layer(x), bias, channel_dim)
             return (
                 result
                 + scale_output(frozen + _update(module, active_adapter, x), magnitude, None, channel_dim)
@@ -105,8 +109,14 @@ class _LeanDora:
         update = _update(module, active_adapter, x)
         fresh = output_is_fresh(base) and _comes_first(module, active_adapter)
         total = result.add_(update) if fresh else (result + update).to(result.dtype)
-        shift = None if base.bias is None else base.bias * (1 - magnitude)
+        shift = None if bias is None else bias * (1 - magnitude)
         return scale_output(total, magnitude, shift, channel_dim, inplace=fresh)
+
+
+def _vectors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor | None]:
+    """The magnitude over the norm of the adapted weight's rows, and the frozen bias."""
+    magnitude = whole(module.lora_magnitude_vector[adapter_name].weight).flatten()
+    return magnitude / _norm(module, adapter_name), module.get_base_layer().bias
 
 
 @torch.no_grad()

@@ -210,6 +210,7 @@ class SanModel(_peft.Tuner):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises what a safe merge of any layer would raise, before any weight is touched."""
+        self._check_merge_allowed()
         for layer in self._san_layers():
             layer.check_merge(adapter_names)
 

@@ -19,6 +19,7 @@ from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import is_feedforward, unfit
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
+from san_peft.tuner.sharded import is_sharded
 
 
 def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
@@ -43,6 +44,8 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Ed
     _check_targets(tuner, model, draft, modules, graph)
     if stored is None:
         stored = _select(tuner, draft, graph, names) if graph else ()
+    for edge in stored:
+        _check_parallel(edge.posterior, names[edge.posterior])
     config.target_modules, config.modules_to_save = targets, norms
     config.edges = [edge.to_json() for edge in stored]
     return stored
@@ -75,6 +78,7 @@ def _check_targets(
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(module, BaseTunerLayer):
             _check_host(name, module, config)
+        _check_parallel(name, inner)
         if not isinstance(inner, LAYER_TYPES):
             raise TargetError(f"{name} is {cannot_adapt(inner)}")
         if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
@@ -86,6 +90,21 @@ def _check_targets(
             f"{len(idle)} target layers were not called when the model was traced, so their scales may do nothing "
             f"(a model may read a weight directly): {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
             stacklevel=4,
+        )
+
+
+def _check_parallel(fqn: str, layer: Any) -> None:
+    """Raises where a layer is cut into parts: its scale would be cut as well, and its edges lead to whole layers."""
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if any(getattr(layer, name, None) is not None for name in ("_hf_tp_plan", "_hf_device_mesh")):
+        raise TargetError(
+            f"{fqn} is split by tensor parallelism (plan {getattr(layer, '_hf_tp_plan', None)!r}), which SAN does not "
+            "support. Load the model without tp_plan, and shard it with FSDP2 after get_peft_model."
+        )
+    if is_sharded(getattr(layer, "weight", None)):
+        raise TargetError(
+            f"The weight of {fqn} is in shards on {layer.weight.device_mesh.size()} devices already. Call "
+            "get_peft_model first and fully_shard after it."
         )
 
 
