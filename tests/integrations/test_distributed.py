@@ -21,6 +21,7 @@ from san_peft import MergeError, SanConfig, SanError, SanLayer, TargetError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-8}  # norms and the loss of transformers compute in float32
 CASES = [f"{spread}-{host}" for spread, host in worker.CASES]
+BLOCK = "base_model.model.model.layers.0"
 PROBE = torch.arange(1, 9)[None]
 
 
@@ -37,7 +38,7 @@ def spread(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, Tensor]]:
     """What one process finds on the whole batches."""
-    return {host: worker.train(worker.build(host)) for host in worker.HOSTS}
+    return {host: worker.train(worker.build(host)) for host in sorted({host for _, host in worker.CASES})}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +55,7 @@ def test_the_comparison_is_one_of_moving_numbers(alone):
     """Edges lead from block to block, every gradient is there, and training changes what is compared."""
     for host, found in alone.items():
         edges = worker.build(host).base_model.propagation_graph.edges
-        blocks = {(e.anterior.split(".")[2], e.posterior.split(".")[2]) for e in edges if e.posterior.count(".") > 3}
+        blocks = {(e.anterior.split(".")[2], e.posterior.split(".")[2]) for e in edges if "head" not in e.posterior}
         assert blocks == {("0", "0"), ("0", "1"), ("1", "1")}
         assert all(v.abs().max() > 1e-5 for n, v in found.items() if n.startswith("grad.")), host
         assert (found["out.before"] - found["out.after"]).abs().max() > 1e-3
@@ -64,7 +65,7 @@ def test_the_comparison_is_one_of_moving_numbers(alone):
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("fsdp", "accelerate-fsdp"))])
 def test_the_gathered_adapter_loads_on_one_device(case, spread, alone):
     host = case.rpartition("-")[2]
-    again = PeftModel.from_pretrained(worker.base_model(), spread / case).eval()
+    again = PeftModel.from_pretrained(worker.base_model(host), spread / case).eval()
     with torch.no_grad():
         out = again(input_ids=PROBE).logits
     torch.testing.assert_close(out, alone[host]["out.after"], rtol=1e-6, atol=1e-7)
@@ -75,6 +76,10 @@ def test_the_gathered_adapter_loads_on_one_device(case, spread, alone):
     [
         ("merge", r"model\.layers\.0\.self_attn\.q_proj cannot be merged: its weight is in shards on 2 devices"),
         ("inject", r"The weight of model\.layers\.0\.self_attn\.q_proj is in shards on 2 devices already"),
+        (
+            "delta",
+            "The scale of LOHA comes out of its whole delta weight, which cannot be formed from parameters in shards",
+        ),
         ("ddp-reentrant", "mark a variable ready only once"),
     ],
 )
@@ -82,6 +87,24 @@ def test_what_is_refused(what, text, spread):
     refusals = json.loads((spread / "report.json").read_text(encoding="utf-8"))["refusals"]
     assert what in refusals, f"{what} went through"
     assert re.search(text, refusals[what]), refusals[what]
+
+
+def test_a_process_of_a_group_keeps_no_scale():
+    """FSDP2 writes gathered parameters past their version counters: nothing says whether a kept scale is still true."""
+    model = worker.build("lora").eval()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.no_grad():
+            before = model(input_ids=PROBE).logits
+            factor = model.get_submodule(f"{BLOCK}.self_attn.v_proj.base_layer.lora_B.default").weight
+            factor.data.mul_(3)
+            found = model(input_ids=PROBE).logits
+            factor.add_(0)  # which its version counter sees
+    finally:
+        torch.distributed.destroy_process_group()
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(input_ids=PROBE).logits)
+    assert not torch.allclose(found, before)
 
 
 # ------------------------------------------------------------------ offloading
@@ -92,14 +115,14 @@ def offloaded(model: PeftModel, how: str, folder: Path) -> PeftModel:
         return cpu_offload(model, torch.device("cpu"))
     if how == "disk":
         return disk_offload(model, str(folder), torch.device("cpu"))
-    blocks = {f"base_model.model.model.layers.{number}": "disk" for number in (0, 1)}
+    blocks = {BLOCK: "disk", BLOCK.replace(".0", ".1"): "disk"}
     rest = ("embed_tokens", "norm", "rotary_emb")
     devices = {**blocks, **{f"base_model.model.model.{n}": "cpu" for n in rest}, "base_model.model.lm_head": "cpu"}
     return dispatch_model(model, devices, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk", "device-map"])
-@pytest.mark.parametrize("host", worker.HOSTS)
+@pytest.mark.parametrize("host", ["own", "lora", "dora"])
 def test_an_offloaded_model_gives_what_the_model_gives(host, how, tmp_path):
     model = worker.build(host).eval()
     with torch.no_grad():
@@ -118,7 +141,7 @@ def test_an_offloaded_model_gives_what_the_model_gives(host, how, tmp_path):
 def test_a_host_whose_weights_change_while_offloaded_is_read_anew(tmp_path):
     model = worker.build("lora").eval()
     away = cpu_offload(copy.deepcopy(model), torch.device("cpu"))
-    name = "base_model.model.model.layers.0.self_attn.v_proj.base_layer.lora_B.default"
+    name = f"{BLOCK}.self_attn.v_proj.base_layer.lora_B.default"
     with torch.no_grad():
         away(input_ids=PROBE)
         away.get_submodule(name)._hf_hook.weights_map["weight"].mul_(3)
@@ -150,7 +173,7 @@ def test_factors_of_two_devices_meet_on_one(host):
 @pytest.mark.parametrize("name", ["v_proj", "o_proj"])
 def test_tensor_parallel_layers_are_refused(attribute, name):
     """A target, and a layer that would only be fed."""
-    model = worker.base_model()
+    model = worker.base_model("own")
     setattr(model.model.layers[1].self_attn.get_submodule(name), attribute, "colwise")
     before = {n: type(m) for n, m in model.named_modules()}
     for options in ({"target_modules": ["v_proj"]}, {"inner": LoraConfig(target_modules=["v_proj"])}):

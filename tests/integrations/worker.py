@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from san_peft import SanConfig, SanError, merge_and_verify
 
@@ -29,13 +29,19 @@ HOSTS: dict[str, Callable[[], SanConfig]] = {
     "own": lambda: SanConfig(target_modules=TARGETS),
     "lora": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
     "dora": lambda: SanConfig(inner=LoraConfig(r=3, use_dora=True, target_modules=TARGETS)),
+    "loha": lambda: SanConfig(inner=LoHaConfig(r=2, target_modules=TARGETS)),
+    "gpt2": lambda: SanConfig(inner=LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "c_fc", "c_proj"])),
 }
 STEPS, BATCH = 3, 4
 
 
-def base_model() -> LlamaForCausalLM:
-    """In float64, in which rounding is no excuse."""
+def base_model(host: str) -> PreTrainedModel:
+    """A LLaMA, or a GPT-2 for its transposed weights, in float64, in which rounding is no excuse."""
     torch.manual_seed(0)
+    if host == "gpt2":
+        quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 50}
+        return GPT2LMHeadModel(GPT2Config(**size, **quiet, initializer_range=0.2)).double()
     config = LlamaConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -51,7 +57,7 @@ def base_model() -> LlamaForCausalLM:
 def build(host: str) -> PeftModel:
     """The model with an adapter that has moved from its start, where half of LoRA's gradients are zero."""
     torch.manual_seed(1)
-    model = get_peft_model(base_model(), HOSTS[host]())
+    model = get_peft_model(base_model(host), HOSTS[host]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -72,6 +78,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 def train(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     """Trains and returns losses, first gradients, outputs between and after the last steps, and final parameters."""
+    static = getattr(model, "static_graph", False)  # checkpointing is off in eval mode, which would change the graph
     found: dict[str, Tensor] = {}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     probe = torch.arange(1, 9)[None]
@@ -79,7 +86,7 @@ def train(model: nn.Module, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     model.train()
     for step, ids in enumerate(batches(rank, world)):
         if step == STEPS:
-            model.eval()  # once, and the model is trained further: nothing kept for generation may go stale
+            model.train(static)  # eval mode, and then trained further: nothing kept for generation may go stale
             with torch.no_grad():
                 found["out.before"] = model(input_ids=probe).logits
         loss = model(input_ids=ids, labels=ids).loss
@@ -105,8 +112,8 @@ def plain(name: str) -> str:
 # ------------------------------------------------------------------ how the model is spread
 
 
-def ddp(model: PeftModel) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
+def ddp(model: PeftModel, **options: bool) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model, **options)
 
 
 def accelerate_ddp(model: PeftModel) -> nn.Module:
@@ -118,7 +125,8 @@ def accelerate_ddp(model: PeftModel) -> nn.Module:
 def fsdp(model: PeftModel) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.base_model.model.model.layers:
+    base = model.base_model.model
+    for block in base.transformer.h if hasattr(base, "transformer") else base.model.layers:
         fully_shard(block)
     return fully_shard(model)
 
@@ -156,11 +164,18 @@ SPREAD: dict[str, Callable[[PeftModel], nn.Module]] = {
     "fsdp": fsdp,
     "accelerate-fsdp": accelerate_fsdp,
     "ddp-checkpointed": lambda model: ddp(checkpointed(False)(model)),
+    "ddp-reentrant": lambda model: ddp(checkpointed(True)(model), static_graph=True),
     "fsdp-checkpointed": lambda model: fsdp(checkpointed(False)(model)),
     "fsdp-reentrant": lambda model: fsdp(checkpointed(True)(model)),
 }
-CASES = [(spread, host) for spread in ("ddp", "fsdp", "accelerate-fsdp") for host in HOSTS]
-CASES += [("accelerate-ddp", "lora"), ("ddp-checkpointed", "lora"), ("fsdp-reentrant", "lora")]
+CASES = [(spread, host) for spread in ("ddp", "fsdp", "accelerate-fsdp") for host in ("own", "lora", "dora")]
+CASES += [
+    ("fsdp", "gpt2"),
+    ("accelerate-ddp", "lora"),
+    ("ddp-checkpointed", "lora"),
+    ("ddp-reentrant", "lora"),
+    ("fsdp-reentrant", "lora"),
+]
 CASES += [("fsdp-checkpointed", host) for host in ("own", "lora")]
 
 
@@ -185,6 +200,10 @@ def refusals() -> dict[str, str]:
         get_peft_model(sharded.unload(), HOSTS["own"]())
     except SanError as error:
         found["inject"] = str(error)
+    try:
+        train(fsdp(build("loha")), dist.get_rank(), dist.get_world_size())
+    except SanError as error:
+        found["delta"] = str(error)
     reentrant = ddp(checkpointed(True)(build("lora")))
     try:
         train(reentrant, dist.get_rank(), dist.get_world_size())
