@@ -62,6 +62,16 @@ def test_the_comparison_is_one_of_moving_numbers(alone):
         assert found["losses"].unique().numel() == worker.STEPS + 1
 
 
+def test_a_frozen_model_in_half_precision_under_fsdp(spread):
+    """The adapter and its gradients stay in float32; they agree as far as bfloat16 in between allows."""
+    found, expected = load_file(spread / "fsdp-half.safetensors"), worker.train(worker.build("half"))
+    gradients = [name for name in expected if name.startswith("grad.")]
+    assert gradients
+    for name in gradients:
+        assert found[name].dtype == torch.float32
+        assert (found[name] - expected[name]).norm() < 0.02 * expected[name].norm(), name
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("fsdp", "accelerate-fsdp"))])
 def test_the_gathered_adapter_loads_on_one_device(case, spread, alone):
     host = case.rpartition("-")[2]

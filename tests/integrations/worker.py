@@ -29,6 +29,7 @@ HOSTS: dict[str, Callable[[], SanConfig]] = {
     "own": lambda: SanConfig(target_modules=TARGETS),
     "lora": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
     "dora": lambda: SanConfig(inner=LoraConfig(r=3, use_dora=True, target_modules=TARGETS)),
+    "half": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
     "loha": lambda: SanConfig(inner=LoHaConfig(r=2, target_modules=TARGETS)),
     "gpt2": lambda: SanConfig(inner=LoraConfig(r=3, fan_in_fan_out=True, target_modules=["c_attn", "c_fc", "c_proj"])),
 }
@@ -36,7 +37,7 @@ STEPS, BATCH = 3, 4
 
 
 def base_model(host: str) -> PreTrainedModel:
-    """A LLaMA, or a GPT-2 for its transposed weights, in float64, in which rounding is no excuse."""
+    """A LLaMA, or a GPT-2 for its transposed weights, in float64 (there rounding is no excuse) or bfloat16."""
     torch.manual_seed(0)
     if host == "gpt2":
         quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -51,7 +52,7 @@ def base_model(host: str) -> PreTrainedModel:
         vocab_size=50,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).double()
+    return LlamaForCausalLM(config).to(torch.bfloat16 if host == "half" else torch.float64)
 
 
 def build(host: str) -> PeftModel:
@@ -217,7 +218,7 @@ def main(out: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, world = dist.get_rank(), dist.get_world_size()
     report: dict[str, Any] = {}
-    for spread, host in CASES:
+    for spread, host in [*CASES, ("fsdp", "half")]:
         name = f"{spread}-{host}"
         try:
             model = build(host)
