@@ -40,9 +40,8 @@ class RowNorms:
 
     def __init__(self, host: BaseTunerLayer, like_dora: bool = False) -> None:
         self.host, self.like_dora = host, like_dora
-        self.kept: dict[
-            bool, tuple[Any, Tensor]
-        ] = {}  # by whether the weight was sharded: FSDP2 switches forth and back
+        # by whether the weight was sharded, since FSDP2 switches back and forth
+        self.kept: dict[bool, tuple[Any, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
