@@ -48,7 +48,9 @@ def whole_product(weight: Tensor, rows: Tensor) -> Tensor:
         return weight_product(weight, rows)
     wide = torch.promote_types(torch.promote_types(weight.dtype, rows.dtype), torch.float32)
     mesh = weight.device_mesh  # type: ignore[attr-defined]
-    everywhere = distributed.DTensor.from_local(rows.to(wide), mesh, [distributed.Replicate()] * mesh.ndim, run_check=False)
+    everywhere = distributed.DTensor.from_local(
+        rows.to(wide), mesh, [distributed.Replicate()] * mesh.ndim, run_check=False
+    )
     return whole(torch.mm(weight.detach().to(wide), everywhere.t()))
 
 
