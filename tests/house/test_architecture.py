@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -197,3 +198,19 @@ def test_no_file_names_a_machine():
                 if traces.search(line):
                     found.append(where(path, number, line.strip()[:120]))
     assert not found, "\n".join(found)
+
+
+def test_the_oldest_versions_are_the_floors():
+    """What the workflow runs as the oldest is what pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["demo"], *extras["vision"]]
+    floors = dict(re.fullmatch(r"([\w-]+)>=([\w.]+)", line).groups() for line in wanted)
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    assert {name: version_of(v) for name, v in pins.items()} == {name: version_of(v) for name, v in floors.items()}
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    numbers = [int(part) for part in text.split(".")]
+    return (*numbers, *[0] * (3 - len(numbers)))

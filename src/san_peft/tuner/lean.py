@@ -49,7 +49,10 @@ def make_plain(host: Any, adapter_name: str) -> None:
 
 def _comes_first(module: Any, adapter_name: str) -> bool:
     """Whether an adapter is the first of its layer to act: before it, the output is the frozen layer's own."""
-    return next((a for a in module.active_adapters if a in module.lora_A), None) == adapter_name
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            return name == adapter_name
+    return False
 
 
 def _update(module: Any, adapter_name: str, x: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""SAN over LoRA: train a few steps, save one folder, load it, take SAN off again, and write the closest plain LoRA."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+
+from san_bench.data.vision import embedded_vit_path, load_task
+from san_peft import SanConfig, detach_san, merge_and_verify, save_as_lora
+
+STEPS = 12
+
+
+def pretrained() -> torch.nn.Module:
+    set_seed(0)
+    return AutoModelForImageClassification.from_pretrained(embedded_vit_path(), num_labels=10)
+
+
+def main() -> None:
+    task = load_task("digits")
+    lora = LoraConfig(r=4, target_modules=["v_proj", "fc1", "fc2"], modules_to_save=["classifier"])
+    model = get_peft_model(pretrained(), SanConfig(inner=lora))
+    model.print_trainable_parameters()  # those of LoRA: SAN adds none
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=STEPS, learning_rate=0.003, per_device_train_batch_size=32, report_to=[], use_cpu=True
+        )
+        Trainer(model, arguments, train_dataset=task["train800"]).train()
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(pretrained(), folder).eval()
+        images = task["val200"].pixel_values
+        with torch.no_grad():
+            print("reloaded equals trained:", torch.equal(again(images).logits, model.eval()(images).logits))
+        fc1 = again.base_model.model.vit.layers[0].mlp.fc1
+        print(f"scales of the first fc1: {fc1.get_scale().min():.3f} to {fc1.get_scale().max():.3f}")
+        for rank in (4, 16):
+            print(
+                f"closest LoRA of rank {rank} loses {save_as_lora(again, f'{folder}/lora', rank).error:.0%} of the change"
+            )
+    print("merging changes the logits by", merge_and_verify(again, {"pixel_values": images}).max_abs_difference)
+    print("without SAN it is", type(detach_san(model).base_model).__name__)
+
+
+if __name__ == "__main__":
+    main()
