@@ -37,9 +37,8 @@ def main() -> None:
         fc1 = again.base_model.model.vit.layers[0].mlp.fc1
         print(f"scales of the first fc1: {fc1.get_scale().min():.3f} to {fc1.get_scale().max():.3f}")
         for rank in (4, 16):
-            print(
-                f"closest LoRA of rank {rank} loses {save_as_lora(again, f'{folder}/lora', rank).error:.0%} of the change"
-            )
+            lost = save_as_lora(again, f"{folder}/lora", rank).error
+            print(f"the closest LoRA of rank {rank} loses {lost:.0%} of the change")
     print("merging changes the logits by", merge_and_verify(again, {"pixel_values": images}).max_abs_difference)
     print("without SAN it is", type(detach_san(model).base_model).__name__)
 

@@ -29,7 +29,7 @@ from san_bench.run.provenance import write_atomically, write_rows
 
 TRIALS = Path(__file__).with_name("host_stability.jsonl")
 TABLE = Path("runs/host-stability.md")
-RATES = (3e-3, 1e-2, 2e-2)
+RATES = (3e-3, 1e-2, 1.4e-2, 2e-2)
 SEEDS = (200, 201)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA alone": ("lora", {}),
