@@ -29,7 +29,6 @@ from san_bench.run.provenance import write_atomically, write_rows
 
 TRIALS = Path(__file__).with_name("host_stability.jsonl")
 TABLE = Path("runs/host-stability.md")
-RATES = (3e-3, 1e-2, 1.4e-2, 2e-2)
 SEEDS = (200, 201)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA alone": ("lora", {}),
@@ -43,15 +42,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SAN over DoRA": ("san-dora", {}),
     "SAN over DoRA, bound 0.5": ("san-dora", {"method.bound": 0.5}),
 }
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[float, ...], tuple[str, ...]]] = {
+    "warm-up and clipping": ({}, (3e-3, 1e-2, 1.4e-2, 2e-2), tuple(VARIANTS)),
+    "neither": (
+        {"optimizer.warmup": 0.0, "optimizer.max_grad_norm": 1e6, "optimizer.schedule": "constant"},
+        (2e-3, 4e-3, 8e-3),
+        ("LoRA alone", "SAN, norm", "SAN, projection", "SAN, norm, detached", "SAN, norm, bound 0.5"),
+    ),
+}
+"""How the optimiser is driven: with what changes to the recipe, at which rates, for which variants."""
 
 
-def recipe_of(variant: str, lr: float, seed: int, folder: str = "") -> Any:
+def recipe_of(setting: str, variant: str, lr: float, seed: int, folder: str = "") -> Any:
     name, options = VARIANTS[variant]
     fixed = {"optimizer.lr": lr, "optimizer.epochs": 3, "seed": seed, "train_split": "train800", "eval_split": "val200"}
-    return load_recipe(f"hosts/{name}", {**options, **fixed, "output": f"{folder}/run"})
+    return load_recipe(f"hosts/{name}", {**options, **SETTINGS[setting][0], **fixed, "output": f"{folder}/run"})
 
 
-def trial(variant: str, lr: float, seed: int) -> dict[str, Any]:
+def trial(setting: str, variant: str, lr: float, seed: int) -> dict[str, Any]:
     import torch
 
     from san_bench.run.provenance import provenance
@@ -64,7 +72,7 @@ def trial(variant: str, lr: float, seed: int) -> dict[str, Any]:
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        recipe = recipe_of(variant, lr, seed, folder)
+        recipe = recipe_of(setting, variant, lr, seed, folder)
         try:
             result = train(recipe)
         except SanError as error:  # a loss that is not finite is a trial too, and the worst one
@@ -76,6 +84,7 @@ def trial(variant: str, lr: float, seed: int) -> dict[str, Any]:
         spread = scales(adapter, recipe) if variant.startswith("SAN") and adapter.is_dir() else {}
     kept = ("accuracy", "n_test", "final_loss", "recipe_fingerprint", "versions", "commit", "cpu", "finished", "error")
     return {
+        "setting": setting,
         "variant": variant,
         "lr": lr,
         "seed": seed,
@@ -100,15 +109,16 @@ def scales(adapter: Path, recipe: Any) -> dict[str, float]:
     return {"scale_median": every.median().item(), "scale_max": every.max().item(), "scale_min": every.min().item()}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(setting: str, rows: list[dict[str, Any]]) -> str:
+    _, rates, variants = SETTINGS[setting]
     lines = [
-        "| variant | " + " | ".join(f"lr {lr:g}" for lr in RATES) + " | median scale | largest |",
-        "|---|" + "---:|" * (len(RATES) + 2),
+        f"| {setting} | " + " | ".join(f"lr {lr:g}" for lr in rates) + " | median scale | largest |",
+        "|---|" + "---:|" * (len(rates) + 2),
     ]
-    for variant in VARIANTS:
+    for variant in variants:
         cells, medians, largest = [], [], []
-        for lr in RATES:
-            found = [row for row in rows if (row["variant"], row["lr"]) == (variant, lr)]
+        for lr in rates:
+            found = [row for row in rows if (row["setting"], row["variant"], row["lr"]) == (setting, variant, lr)]
             values = [row["accuracy"] * 100 for row in found]
             cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
             medians += (
@@ -116,28 +126,39 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             largest += [f"{max(r['scale_max'] for r in found):.1f}"] if "scale_max" in found[0] else []
         lines.append(f"| {variant} | {' | '.join(cells)} | {', '.join(medians)} | {', '.join(largest)} |")
+    return "\n".join(lines)
+
+
+def report(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     text = f"Accuracy in % on {first['n_test']} validation images: mean of n = {len(SEEDS)} seeds (least to largest)."
-    origin = f"Measured by `python scripts/host_stability.py`; commit {first['commit']}; {first['cpu']}."
-    return f"{text} Scales are those after training, by learning rate.\n\n" + "\n".join(lines) + f"\n\n{origin}\n"
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    origin = f"Measured by `python scripts/host_stability.py`; commits {commits}; {first['cpu']}."
+    tables = "\n\n".join(table(setting, rows) for setting in SETTINGS)
+    return f"{text} Scales are those after training, before any bound, by learning rate.\n\n{tables}\n\n{origin}\n"
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, float, int]:
+    return row["setting"], row["variant"], row["lr"], row["seed"]
 
 
 def main() -> None:
     old = [] if "--restart" in sys.argv or not TRIALS.exists() else TRIALS.read_text(encoding="utf-8").splitlines()
-    every = [(v, lr, s) for v in VARIANTS for lr in RATES for s in SEEDS]
+    every = [
+        (w, v, lr, s) for w, (_, rates, variants) in SETTINGS.items() for v in variants for lr in rates for s in SEEDS
+    ]
     prints = {what: recipe_of(*what).fingerprint for what in every}
     rows = [json.loads(line) for line in old]
-    rows = [r for r in rows if prints.get((r["variant"], r["lr"], r["seed"])) == r["recipe_fingerprint"]]
-    done = {(r["variant"], r["lr"], r["seed"]) for r in rows}
-    order = list(VARIANTS)
+    rows = [r for r in rows if prints.get(key(r)) == r["recipe_fingerprint"]]
+    done = {key(r) for r in rows}
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 2), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(trial, *what) for what in every if what not in done]
         for future in track(as_completed(futures), total=len(futures), description="trials"):
             rows.append(future.result())
-            rows.sort(key=lambda row: (order.index(row["variant"]), row["lr"], row["seed"]))
+            rows.sort(key=lambda row: every.index(key(row)))
             write_rows(TRIALS, rows)
-    write_atomically(TABLE, table(rows))
-    print(table(rows))
+    write_atomically(TABLE, report(rows))
+    print(report(rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from san_peft import SanError
-from san_peft.decomposition import CHUNK, dense_scale, low_rank_norm, low_rank_scale, weight_product
+from san_peft.decomposition import (
+    CHUNK,
+    adapted_linear,
+    dense_scale,
+    low_rank_norm,
+    low_rank_scale,
+    weight_product,
+)
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**16))
 
@@ -162,3 +169,32 @@ def test_half_precision_weights_are_multiplied_in_float32():
     (mine,) = torch.autograd.grad(product.square().sum(), a)
     (plain,) = torch.autograd.grad((weight.float() @ a.t()).square().sum(), a)
     torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scaled", [False, True], ids=["lora", "dora"])
+def test_a_dense_layer_and_its_adapter_in_one_pass(bias, scaled):
+    torch.manual_seed(0)
+
+    def draw(*shape: int, grad: bool = True) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+    x, a, b = draw(2, 3, 5), draw(2, 5), draw(4, 2)
+    weight, shift = draw(4, 5, grad=False), draw(4, grad=False) if bias else None
+    magnitude = (torch.rand(4, dtype=torch.float64) + 0.5).requires_grad_() if scaled else None
+
+    def one(x, a, b, *rest):
+        return adapted_linear(x, weight, shift, a, b, 0.7, *rest)
+
+    def plain(x, a, b, *rest):
+        adapted = weight + 0.7 * b @ a
+        adapted = rest[0][:, None] * adapted if rest else adapted
+        return torch.nn.functional.linear(x, adapted, shift)
+
+    inputs = (x, a, b) if magnitude is None else (x, a, b, magnitude)
+    torch.testing.assert_close(one(*inputs), plain(*inputs))
+    assert torch.autograd.gradcheck(one, inputs)
+    upstream = torch.randn(2, 3, 4, dtype=torch.float64)
+    grads = [torch.autograd.grad(f(*inputs), inputs, upstream) for f in (one, plain)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)

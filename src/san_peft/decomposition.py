@@ -2,6 +2,7 @@ r"""Taking a scale per output channel out of a change of a weight: the equations
 
 An adapter turns the frozen weight $W_0$ into $W_0 + \Delta$. The part of $\Delta$ that scales row $j$ is what SAN
 propagates. `low_rank_scale` finds it for $\Delta = c\,B A$ without forming $B A$, `dense_scale` for any $\Delta$.
+`adapted_linear` is the layer itself, frozen weight and low-rank adapter together.
 Source: arXiv 2409.06706 for the idea; the equations are this library's reading of it, see the guide to the method.
 """
 
@@ -180,6 +181,94 @@ def dense_scale(
     if decomposition == "projection":
         return 1 + _ratio(along, total)
     return _root(_ratio(2 * along + change.square().sum(1), total))
+
+
+def adapted_linear(
+    x: Float[Tensor, "*batch in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    lora_A: Float[Tensor, "r in"],
+    lora_B: Float[Tensor, "out r"],
+    scaling: float = 1.0,
+    magnitude: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "*batch out"]:
+    r"""A frozen dense layer with LoRA, or with DoRA, in one pass.
+
+    $$ y = m \odot (W + c\,B A)\,x + b $$
+
+    Both passes write into one tensor of the size of the output, or of the input, where autograd makes one for each
+    term. For the backward pass it keeps $x$ and $A x$; with a magnitude also $y$, as `scale_output` does and with its
+    gradient, so no entry of the magnitude may be near zero.
+
+    Args:
+        x: Input of the layer. All tensors have one type.
+        weight: Frozen weight $W$; it gets no gradient, and neither does the bias.
+        bias: Frozen bias, or `None`.
+        lora_A: Down-projection.
+        lora_B: Up-projection.
+        scaling: The factor $c$.
+        magnitude: What the rows are multiplied with, DoRA's magnitude over the row norms; `None` is one (LoRA).
+
+    Returns:
+        The output of the layer.
+
+    Example:
+        >>> x, weight = torch.ones(1, 2), torch.eye(2)
+        >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])
+        >>> adapted_linear(x, weight, None, a, b, scaling=0.5, magnitude=torch.tensor([2.0, 4.0])).tolist()
+        [[2.0, 6.0]]
+    """
+    return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, magnitude)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Matrix products that accumulate in place, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        magnitude: Tensor | None,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        hidden = torch.mm(flat, lora_A.t()).mul_(scaling)
+        y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+        y.addmm_(hidden, lora_B.t())
+        if magnitude is not None:
+            y.mul_(magnitude)
+            if bias is not None:
+                y.add_(bias * (1 - magnitude))
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, hidden, weight, bias, lora_A, lora_B, magnitude, None if magnitude is None else y)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+        x, hidden, weight, bias, lora_A, lora_B, magnitude, y = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_x = grad_a = grad_b = grad_m = None
+        if magnitude is not None:
+            product = grad * y
+            if ctx.needs_input_grad[6]:
+                grad_m = product.sum(0)
+                if bias is not None:
+                    grad_m -= grad.sum(0) * bias
+                grad_m /= magnitude
+            grad = torch.mul(grad, magnitude, out=product)
+        grad_hidden = torch.mm(grad, lora_B).mul_(ctx.scaling)
+        if ctx.needs_input_grad[4]:
+            grad_b = torch.mm(grad.t(), hidden)
+        if ctx.needs_input_grad[3]:
+            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]))
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, weight).addmm_(grad_hidden, lora_A).view(x.shape)
+        return grad_x, None, None, grad_a, grad_b, None, grad_m
 
 
 def _check_decomposition(decomposition: str) -> None:

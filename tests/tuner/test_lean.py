@@ -11,6 +11,7 @@ from tests.contract.nets import KINDS, Dense, disturb
 from torch import nn
 
 from san_peft import SanConfig, SanLayer
+from san_peft.tuner import lean
 from san_peft.tuner.lean import LeanLora
 
 CASES = {
@@ -103,3 +104,23 @@ def test_other_variants_keep_their_own_forward():
     inner = LoraConfig(r=2, init_lora_weights="mica")
     mine = get_peft_model(Dense(), SanConfig(inner=inner, target_modules=["fc1"], propagation="none"))
     assert [type(v).__name__ for v in variants(mine)] == ["MiCALinearVariant"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [("nothing", 3), ("hook", 2), ("autocast", 0), ("dropout", 0), ("bias", 0), ("half", 0), ("eval dropout", 3)],
+)
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_layers_that_are_taken_in_one_pass(case, change, expected, monkeypatch):
+    options = {"lora_dropout": 0.1} if "dropout" in change else {"lora_bias": True} if change == "bias" else {}
+    dtype = torch.bfloat16 if change == "half" else torch.float32
+    _, _, model = pair("dense-lora", dtype, **CASES[case], **options)
+    model.train("eval" not in change)
+    calls = []
+    original = lean.adapted_linear
+    monkeypatch.setattr(lean, "adapted_linear", lambda *args: calls.append(args) or original(*args))
+    if change == "hook":
+        model.base_model.model.fc1.host.lora_A["default"].register_forward_hook(lambda module, args, out: None)
+    with torch.autocast("cpu", enabled=change == "autocast"):
+        model(KINDS["dense"].input(dtype))
+    assert len(calls) == expected

@@ -14,7 +14,7 @@ from san_peft.errors import AdapterError, MergeError, SanError, TargetError
 from san_peft.functional import channels_of, propagate, scale_input, scale_output
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import HostScale, RowNorms
-from san_peft.tuner.lean import make_lean, make_plain, output_is_fresh
+from san_peft.tuner.lean import in_one_pass, make_lean, make_plain, output_is_fresh
 from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
 from san_peft.tuner.sharded import whole
@@ -253,7 +253,10 @@ class SanLayer(nn.Module, MergingLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         inside = self.base_layer if self.san_mode in ("both", "neuron") else self.get_base_layer()
-        z = inside(self._scaled(x), *args, **kwargs)
+        x = self._scaled(x)
+        z = in_one_pass(inside, x) if inside is self.host and not (args or kwargs) else None
+        if z is None:
+            z = inside(x, *args, **kwargs)
         scale, shift = self._output_vectors(self.active_adapters)
         return scale_output(z, scale, shift, self.channel_dim, inplace=output_is_fresh(inside))
 

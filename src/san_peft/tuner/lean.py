@@ -3,7 +3,8 @@
 PEFT's LoRA makes three tensors of the size of the output (the update, its product with the scaling, the sum) and one
 more in the backward pass; here the scaling meets the activation of rank r, and the update is added in place. PEFT's
 DoRA forms the whole of $B A$, and a copy of the weight, to take row norms; here they come from `low_rank_norm`, and the
-magnitude acts through `scale_output`, which keeps no activation of its own.
+magnitude acts through `scale_output`, which keeps no activation of its own. Where nothing stands between the modules of
+a dense layer and its adapter, `in_one_pass` takes both together.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Linear, LoraVariant
 from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
-from san_peft.decomposition import low_rank_norm
-from san_peft.functional import scale_output
+from san_peft.decomposition import adapted_linear, low_rank_norm
+from san_peft.functional import NEAR_ZERO, scale_output
 from san_peft.tuner.decompose import RowNorms
 from san_peft.tuner.quantized import row_matrix
 from san_peft.tuner.sharded import onloaded, whole, whole_product
@@ -60,6 +61,41 @@ def _update(module: Any, adapter_name: str, x: Tensor) -> Tensor:
     lora_B, scaling = module.lora_B[adapter_name], module.scaling[adapter_name]
     hidden = module.lora_A[adapter_name](x)
     return lora_B(hidden) * scaling if module.lora_bias[adapter_name] else lora_B(hidden * scaling)
+
+
+def in_one_pass(host: Any, x: Tensor) -> Tensor | None:
+    """Returns what a LoRA or DoRA layer gives by `adapted_linear`, or `None` where that does not do.
+
+    It does for one active adapter on a plain dense layer, with nothing between their modules that would have to run:
+    dropout, hooks, another type, shards, offloading, autocast.
+    """
+    if type(host) is not Linear or torch.compiler.is_compiling() or host.disable_adapters or host.merged:
+        return None
+    names = [name for name in host.active_adapters if name in host.lora_A]
+    base = host.base_layer
+    if len(names) != 1 or type(base) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
+        return None
+    name = names[0]
+    lora_A: Any = host.lora_A[name]
+    lora_B: Any = host.lora_B[name]
+    dropout = host.lora_dropout[name]
+    if (host.training and not isinstance(dropout, nn.Identity)) or lora_B.bias is not None:
+        return None
+    if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in (host, base, lora_A, lora_B)):
+        return None
+    tensors = base.weight, lora_A.weight, lora_B.weight, *(() if base.bias is None else (base.bias,))
+    if any(type(t) is not nn.Parameter or t.is_meta or t.dtype != x.dtype for t in tensors):
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    variant, magnitude = host.lora_variant.get(name), None
+    if type(variant) is LeanDoraLinear:
+        magnitude = _vectors(host, name)[0].to(x.dtype)
+        if bool((magnitude.detach().abs() < NEAR_ZERO).any()):
+            return None
+    elif type(variant) is not LeanLora:
+        return None
+    return adapted_linear(x, base.weight, base.bias, lora_A.weight, lora_B.weight, host.scaling[name], magnitude)
 
 
 class LeanLora(LoraVariant):
