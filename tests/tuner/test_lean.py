@@ -112,6 +112,8 @@ def test_other_variants_keep_their_own_forward():
 )
 @pytest.mark.parametrize("case", ["lora", "dora"])
 def test_layers_that_are_taken_in_one_pass(case, change, expected, monkeypatch):
+    if (case, change) == ("dora", "bias"):
+        pytest.skip("PEFT has no DoRA with lora_bias")
     options = {"lora_dropout": 0.1} if "dropout" in change else {"lora_bias": True} if change == "bias" else {}
     dtype = torch.bfloat16 if change == "half" else torch.float32
     _, _, model = pair("dense-lora", dtype, **CASES[case], **options)
