@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from san_peft.errors import AdapterError, SanError
 from san_peft.tuner._peft import SAN
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import moves_weight
+from san_peft.tuner.decompose import has_adapter, moves_weight
 from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.model import SanModel
 from san_peft.tuner.resolve import layers_by_name
@@ -88,9 +88,7 @@ def _config_over(name: str, inner: Any, layers: dict[str, Any], options: dict[st
             "convert the adapter first (save_pretrained with path_initial_model_for_weight_conversion)."
         )
     plain = copy.deepcopy(inner)
-    targets = {
-        fqn for fqn, layer in layers.items() if any(name in getattr(layer, b) for b in layer.adapter_layer_names)
-    }
+    targets = {fqn for fqn, layer in layers.items() if has_adapter(layer, name)}
     for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(plain, field):
             setattr(plain, field, None)
@@ -150,5 +148,4 @@ def detach_san(model: PeftModel) -> PeftModel:
 def _take_off(net: Any) -> None:
     """Puts the frozen layers, or the hosts, in the place of SAN's layers."""
     for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, SanLayer)]:
-        parent, _, last = name.rpartition(".")
-        setattr(net.get_submodule(parent), last, layer.unwrap())
+        net.set_submodule(name, layer.unwrap())

@@ -212,8 +212,18 @@ KINDS = {
 """The hosts, by PEFT's name of their type."""
 
 
+def type_of(host: BaseTunerLayer) -> str:
+    """Returns PEFT's name of a tuner layer's type, such as LORA."""
+    return type(host).__module__.split(".")[-2].upper()
+
+
+def has_adapter(host: Any, adapter_name: str) -> bool:
+    """Whether a tuner layer holds tensors of an adapter; `None` holds none."""
+    return host is not None and any(adapter_name in getattr(host, bank) for bank in host.adapter_layer_names)
+
+
 def _kind(host: BaseTunerLayer) -> Kind:
-    return KINDS[type(host).__module__.split(".")[-2].upper()]
+    return KINDS[type_of(host)]
 
 
 def kind_of(config: PeftConfig, decomposition: str) -> Kind:

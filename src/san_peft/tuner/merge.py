@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from san_peft.errors import MergeError
 from san_peft.functional import fold
 from san_peft.tuner._peft import TunerLayer
+from san_peft.tuner.decompose import has_adapter
 from san_peft.tuner.quantized import is_quantized
 
 
@@ -33,6 +34,7 @@ class MergingLayer(TunerLayer):
     transposed: bool
     out_features: int
     san_host: nn.ModuleDict
+    factors: Any
 
     def init_merging(self) -> None:
         """Starts out with nothing merged."""
@@ -40,10 +42,6 @@ class MergingLayer(TunerLayer):
         self.keeps_base = True
         self._kept: tuple[Tensor, Tensor | None] | None = None
         self._merged: dict[str, Factors] = {}
-
-    def factors(self, name: str) -> Factors:
-        """Returns a copy of what an adapter multiplies and adds here."""
-        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         r"""Folds adapters into this layer's own weight and bias; the neighbours' weights are theirs to fold.
@@ -125,7 +123,7 @@ class MergingLayer(TunerLayer):
     def _folded(self, before: tuple[Tensor, Tensor | None], merged: dict[str, Factors]) -> tuple[Tensor, Tensor | None]:
         """Returns weight and bias with the hosts' deltas added and all factors multiplied in, as new tensors."""
         weight, bias = before
-        hosted = [name for name in merged if self._in_host(name)]
+        hosted = [name for name in merged if has_adapter(self.host, name)]
         if hosted:
             wide = torch.promote_types(weight.dtype, torch.float32)
             copies = weight.to(wide, copy=True), None if bias is None else bias.to(wide, copy=True)
@@ -139,11 +137,6 @@ class MergingLayer(TunerLayer):
         weight, bias = fold(weight, bias, scale, input_scale, shift, groups=self.groups, transposed=self.transposed)
         of_bias = before[0] if before[1] is None else before[1]
         return weight.to(before[0].dtype), None if bias is None else bias.to(of_bias.dtype)
-
-    def _in_host(self, adapter_name: str) -> bool:
-        if self.host is None:
-            return False
-        return any(adapter_name in getattr(self.host, bank) for bank in self.host.adapter_layer_names)
 
     @contextmanager
     def _borrowed(self, weight: Tensor, bias: Tensor | None) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import kind_of, moves_weight, row_norms
+from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, row_norms
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
 from san_peft.tuner.quantized import keep_exact
 from san_peft.tuner.resolve import layers_by_name, resolve
@@ -88,7 +88,7 @@ class SanModel(_peft.Tuner):
         inner: Any = config.inner_config()
         kind = kind_of(inner, config.decomposition)
         targets = {n: m for n, m in layers_by_name(model).items() if _peft.matches(self, config, n)}
-        if all(_has_adapter(m, adapter_name) for m in targets.values()):
+        if all(has_adapter(_host_of(m), adapter_name) for m in targets.values()):
             return
         if kind.forms_delta:
             warnings.warn(
@@ -99,7 +99,7 @@ class SanModel(_peft.Tuner):
         inner.target_modules = set(targets)
         inner.inference_mode = config.inference_mode
         with self.without_layers(model):
-            before = {name: model.get_submodule(name) for name in targets}
+            before: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
             references = _references(before) if moves_weight(inner) else {}
             try:
                 self.hosts[kind.name] = _peft.inject_host(
@@ -107,8 +107,8 @@ class SanModel(_peft.Tuner):
                 )
             except BaseException:
                 for name, module in before.items():
-                    _set(model, name, module)
-                    if isinstance(module, BaseTunerLayer) and _has_adapter(module, adapter_name):
+                    model.set_submodule(name, module)
+                    if has_adapter(_host_of(module), adapter_name):
                         module.delete_adapter(adapter_name)
                 raise
         vars(self)["_references"] = references
@@ -118,13 +118,13 @@ class SanModel(_peft.Tuner):
         """Takes SAN's layers off for as long as another tuner works on the model."""
         layers = {n: m for n, m in model.named_modules() if isinstance(m, SanLayer)}
         for name, layer in layers.items():
-            _set(model, name, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
         try:
             yield
         finally:
             for name, layer in layers.items():
                 layer.base_layer = model.get_submodule(name)
-                _set(model, name, layer)
+                model.set_submodule(name, layer)
 
     # ------------------------------------------------------------------ injecting and wiring
 
@@ -354,16 +354,9 @@ class _Mode:
         self._tuner.set_mode(self._before)
 
 
-def _has_adapter(module: Any, adapter_name: str) -> bool:
+def _host_of(module: nn.Module) -> Any:
     host = module.host if isinstance(module, SanLayer) else module
-    if not isinstance(host, BaseTunerLayer):
-        return False
-    return any(adapter_name in getattr(host, bank) for bank in host.adapter_layer_names)
-
-
-def _set(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    parent, _, name = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    return host if isinstance(host, BaseTunerLayer) else None
 
 
 def _references(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from san_peft.errors import GraphError, TargetError, TraceError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import is_feedforward, unfit
+from san_peft.tuner.decompose import is_feedforward, type_of, unfit
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
 from san_peft.tuner.sharded import is_sharded
 
@@ -113,7 +113,7 @@ def _check_host(fqn: str, layer: BaseTunerLayer, config: SanConfig) -> None:
     host = layer.host if isinstance(layer, SanLayer) else layer
     if host is None:
         return
-    theirs = type(host).__module__.split(".")[-2].upper()
+    theirs = type_of(host)
     if config.inner is None and not isinstance(layer, SanLayer):
         raise TargetError(
             f"{fqn} already is a layer of another tuner ({theirs}). To propagate that adapter's own scale use "
