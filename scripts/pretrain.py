@@ -1,10 +1,11 @@
-"""Pretrains the small ViT that ships with san_bench, on procedural images alone: `python scripts/pretrain_vit.py`.
+"""Pretrains a small model that ships with san_bench, on procedural images alone: `python scripts/pretrain.py`.
 
-Every label of `san_bench.data.procedural` is a task on the class token, and every patch predicts its own foreground.
-In the first steps half of the patches are dropped, which nearly doubles the images seen in the same time; the
-last steps see all. The folder is written next to its final place and moved there when complete.
+`--backbone vit|swin|convnext` chooses which. Every label of `san_bench.data.procedural` is a task on the pooled output
+(the class token of the ViT), and every cell of the last feature map predicts the foreground of its own pixels. The ViT
+sees half of the patches in the first steps, which nearly doubles the images seen in the same time, and all in the last.
+The folder is written next to its final place and moved there when complete.
 
-`--probe` trains nothing: it measures how well a linear classifier on the class token of the shipped ViT reads
+`--probe` trains nothing: it measures how well a linear classifier on the pooled output of the shipped model reads
 handwritten digits (fit on train800, scored on val200). `--contact-sheet PNG` draws examples of the images.
 """
 
@@ -19,59 +20,101 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTImageProcessor, ViTModel, get_cosine_schedule_with_warmup, set_seed
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    PreTrainedModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
 
 from san_bench.data import procedural
 
-ASSET = Path(__file__).parents[1] / "src/san_bench/data/assets/vit-tiny-procedural"
+ASSETS = Path(__file__).parents[1] / "src/san_bench/data/assets"
 VALIDATION_SEED = 1_000_003
-PATCH, WIDTH, DEPTH = 4, 160, 4
+LEARNING_RATES = {"vit": 1.5e-3, "swin": 1.5e-3, "convnext": 1.5e-3}
+CELL = {"vit": 4, "swin": 8, "convnext": 8}
+"""Pixels along the side of one cell of the last feature map."""
 
 
-def batch_of(count: int, seed: int, start: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Pixels in [-1, 1], labels, and the mask of each patch, in [0, 1]."""
+def batch_of(count: int, seed: int, start: int, cell: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Pixels in [-1, 1], labels, and the mask of each cell, in [0, 1]."""
     drawn = procedural.draw(count, seed=seed, start=start)
     pixels = torch.from_numpy(drawn.images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    masks = F.unfold(torch.from_numpy(drawn.mask)[:, None].float() / 255, PATCH, stride=PATCH).transpose(1, 2)
+    masks = F.unfold(torch.from_numpy(drawn.mask)[:, None].float() / 255, cell, stride=cell).transpose(1, 2)
     return pixels, {name: torch.from_numpy(label) for name, label in drawn.labels.items()}, masks
 
 
-class Pretraining(torch.nn.Module):
-    """The ViT that is kept, and the heads that are not."""
-
-    def __init__(self) -> None:
-        super().__init__()
+def new_backbone(name: str) -> PreTrainedModel:
+    """Builds a ViT, Swin or ConvNeXt of about 1.2 million values for images of 32x32."""
+    if name == "vit":
         config = ViTConfig(
-            image_size=procedural.SIZE, patch_size=PATCH, hidden_size=WIDTH, num_hidden_layers=DEPTH,
-            num_attention_heads=WIDTH // 32, intermediate_size=4 * WIDTH, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            image_size=procedural.SIZE, patch_size=CELL["vit"], hidden_size=160, num_hidden_layers=4,
+            num_attention_heads=5, intermediate_size=640, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-        self.vit = ViTModel(config, add_pooling_layer=False)
-        self.heads = torch.nn.ModuleDict({n: torch.nn.Linear(WIDTH, len(c)) for n, c in procedural.FACTORS.items()})
-        self.mask_head = torch.nn.Linear(WIDTH, PATCH * PATCH)
+        return ViTModel(config, add_pooling_layer=False)
+    if name == "swin":
+        return SwinModel(
+            SwinConfig(
+                image_size=procedural.SIZE, patch_size=2, embed_dim=48, depths=[2, 2, 2], num_heads=[2, 4, 8],
+                window_size=4, drop_path_rate=0.0, use_absolute_embeddings=True,
+            )
+        )  # fmt: skip
+    return ConvNextModel(
+        ConvNextConfig(
+            image_size=procedural.SIZE, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 192], depths=[2, 2, 3],
+            layer_scale_init_value=0.1,
+        )
+    )  # fmt: skip
+
+
+def features(backbone: PreTrainedModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pooled output, and the cells of the last feature map from left to right and top to bottom."""
+    output = backbone(pixel_values=pixels)
+    last = output.last_hidden_state
+    if isinstance(backbone, ViTModel):
+        return last[:, 0], last[:, 1:]
+    return output.pooler_output, last if last.ndim == 3 else last.flatten(2).transpose(1, 2)
+
+
+class Pretraining(torch.nn.Module):
+    """The backbone that is kept, and the heads that are not."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.backbone, self.cell = new_backbone(name), CELL[name]
+        width = features(self.backbone, torch.zeros(1, 3, procedural.SIZE, procedural.SIZE))[0].shape[1]
+        self.heads = torch.nn.ModuleDict({n: torch.nn.Linear(width, len(c)) for n, c in procedural.FACTORS.items()})
+        self.mask_head = torch.nn.Linear(width, self.cell**2)
         self.kept: torch.Tensor | None = None
         self.drop_patches()
 
     def drop_patches(self) -> None:
-        """Makes the ViT see the patches of `self.kept` alone, where that is set."""
-        self.vit.embeddings.register_forward_hook(
-            lambda _module, _inputs, tokens: tokens if self.kept is None else tokens[:, self.kept]
-        )
+        """Makes a ViT see the patches of `self.kept` alone, where that is set."""
+        if isinstance(self.backbone, ViTModel):
+            self.backbone.embeddings.register_forward_hook(
+                lambda _module, _inputs, tokens: tokens if self.kept is None else tokens[:, self.kept]
+            )
 
     def forward(self, pixels: torch.Tensor, keep: int | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Logits of each label, and of the mask of each patch seen; `keep` random patches are, or all."""
-        patches = (procedural.SIZE // PATCH) ** 2
-        self.kept = None if keep is None else F.pad(torch.randperm(patches)[:keep].sort().values + 1, (1, 0))
-        tokens = self.vit(pixel_values=pixels).last_hidden_state
-        logits = {name: head(tokens[:, 0]).float() for name, head in self.heads.items()}
-        return logits, self.mask_head(tokens[:, 1:]).float()
+        """Logits of each label, and of the mask of each cell seen; `keep` random ones are (ViT alone), or all."""
+        cells = (procedural.SIZE // self.cell) ** 2
+        self.kept = None if keep is None else F.pad(torch.randperm(cells)[:keep].sort().values + 1, (1, 0))
+        pooled, cells = features(self.backbone, pixels)
+        return {name: head(pooled).float() for name, head in self.heads.items()}, self.mask_head(cells).float()
 
     def loss(
         self, pixels: torch.Tensor, labels: dict[str, torch.Tensor], masks: torch.Tensor, keep: int | None
     ) -> torch.Tensor:
-        """Mean over the labels, glyphs counting twice, and a share of the masks' loss; `keep` patches are seen."""
+        """Mean over the labels, glyphs counting twice, and a share of the masks' loss; `keep` cells are seen."""
         logits, mask_logits = self(pixels, keep)
         if self.kept is not None:
             masks = masks[:, self.kept[1:] - 1]
@@ -82,7 +125,7 @@ class Pretraining(torch.nn.Module):
     @torch.no_grad()
     def accuracies(self, count: int = 1024) -> dict[str, float]:
         """Share of right answers per label, and per pixel of the mask, on images that training never sees."""
-        pixels, labels, masks = batch_of(count, VALIDATION_SEED, 0)
+        pixels, labels, masks = batch_of(count, VALIDATION_SEED, 0, self.cell)
         self.eval()
         logits, mask_logits = self(pixels)
         self.train()
@@ -93,39 +136,46 @@ class Pretraining(torch.nn.Module):
         }
 
 
+def load(name: str, folder: Path) -> PreTrainedModel:
+    """Loads what `save` wrote, without a head."""
+    if name == "vit":
+        return ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    return (SwinModel if name == "swin" else ConvNextModel).from_pretrained(folder)
+
+
 def save(model: Pretraining, folder: Path, log: list[dict], provenance: dict) -> None:
-    """Writes the ViT in half precision, its processor, log and provenance, then moves them into place at once."""
+    """Writes the backbone in half precision, its processor, log and provenance, then moves them into place at once."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.vit.half().save_pretrained(part)
+    model.backbone.half().save_pretrained(part)
     config = json.loads((part / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"  # what `from_pretrained` computes in; the file stays small
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(part)
     (part / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
     provenance["sha256"] = hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest()
-    provenance["parameters"] = sum(p.numel() for p in model.vit.parameters())
+    provenance["parameters"] = sum(p.numel() for p in model.backbone.parameters())
     (part / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
 
-def probe(folder: Path) -> dict[str, float]:
-    """Validation accuracy on digits of logistic regression on the standardised class token, per inverse penalty C."""
+def probe(name: str, folder: Path) -> dict[str, float]:
+    """Validation accuracy on digits of logistic regression on the standardised pooled output, per inverse penalty C."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     from san_bench.data.vision import load_task
 
-    vit, task = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval(), load_task("digits")
-    with torch.no_grad():
-        train, val = (
-            vit(pixel_values=task[name].pixel_values).last_hidden_state[:, 0].numpy() for name in ("train800", "val200")
-        )
+    backbone, task, read = load(name, folder).eval(), load_task("digits"), []
+    for split in (task["train800"], task["val200"]):
+        images = torch.from_numpy(np.stack([np.asarray(split.image(i)) for i in range(len(split))]))
+        with torch.no_grad():
+            read.append(features(backbone, images.permute(0, 3, 1, 2) / 127.5 - 1)[0].numpy())
     classifiers = {c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in (0.01, 0.1, 1.0)}
     return {
-        f"C={c:g}": model.fit(train, task["train800"].labels).score(val, task["val200"].labels)
+        f"C={c:g}": model.fit(read[0], task["train800"].labels).score(read[1], task["val200"].labels)
         for c, model in classifiers.items()
     }
 
@@ -142,19 +192,22 @@ def contact_sheet(file: Path) -> None:
 def main() -> None:
     """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--backbone", choices=list(CELL), default="vit")
     parser.add_argument("--steps", type=int, default=1100, help="optimiser steps")
-    parser.add_argument("--full-steps", type=int, default=200, help="last steps, which see every patch")
+    parser.add_argument("--full-steps", type=int, default=200, help="last steps, in which the ViT sees every patch")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, help=f"{LEARNING_RATES} where not given")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the images")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ASSET)
+    parser.add_argument("--out", type=Path, help="folder of the shipped model where not given")
     parser.add_argument("--continue-from", type=Path, metavar="FOLDER", help="start from these weights, on new images")
-    parser.add_argument("--probe", action="store_true", help="score the shipped ViT on digits instead of training")
+    parser.add_argument("--probe", action="store_true", help="score the shipped model on digits instead of training")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="draw examples instead of training")
     args = parser.parse_args()
+    args.learning_rate = args.learning_rate or LEARNING_RATES[args.backbone]
+    out = args.out or ASSETS / f"{args.backbone}-tiny-procedural"
     if args.probe:
-        print(json.dumps(probe(args.out)))
+        print(json.dumps(probe(args.backbone, out)))
     if args.contact_sheet:
         contact_sheet(args.contact_sheet)
     if args.probe or args.contact_sheet:
@@ -162,21 +215,22 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     set_seed(args.seed)
-    model = Pretraining()
+    model = Pretraining(args.backbone)
     earlier, log = None, []
     if args.continue_from:
-        model.vit = ViTModel.from_pretrained(args.continue_from, add_pooling_layer=False).train()
+        model.backbone = load(args.backbone, args.continue_from).train()
         model.drop_patches()
         earlier = json.loads((args.continue_from / "PROVENANCE.json").read_text(encoding="utf-8"))
         log = [json.loads(row) for row in (args.continue_from / "training_log.jsonl").read_text().splitlines()]
     seen = earlier["images"] if earlier else 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    dropping = args.steps - args.full_steps if args.backbone == "vit" else 0
     began, done = time.monotonic(), len(log) and log[-1]["step"]
     for step in range(args.steps):
-        batch = batch_of(args.batch_size, args.seed, seen + step * args.batch_size)
+        batch = batch_of(args.batch_size, args.seed, seen + step * args.batch_size, model.cell)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(*batch, keep=32 if step < args.steps - args.full_steps else None)
+            loss = model.loss(*batch, keep=32 if step < dropping else None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -193,7 +247,7 @@ def main() -> None:
             log.append(row)
             print(json.dumps(row), flush=True)
     provenance = {
-        "command": f"python scripts/pretrain_vit.py{' --continue-from' if earlier else ''}",
+        "command": f"python scripts/pretrain.py --backbone {args.backbone}{' --continue-from' if earlier else ''}",
         "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k != "probe"},
         "images": seen + args.steps * args.batch_size,
         "data": "san_bench.data.procedural.draw, kind mixed; no photograph and no handwriting",
@@ -205,7 +259,7 @@ def main() -> None:
         "final": log[-1],
         "continued_from": earlier,
     }
-    save(model, args.out, log, provenance)
+    save(model, out, log, provenance)
 
 
 if __name__ == "__main__":
