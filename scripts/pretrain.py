@@ -64,13 +64,13 @@ def new_backbone(name: str) -> PreTrainedModel:
     if name == "swin":
         return SwinModel(
             SwinConfig(
-                image_size=procedural.SIZE, patch_size=2, embed_dim=48, depths=[2, 2, 2], num_heads=[2, 4, 8],
-                window_size=4, drop_path_rate=0.0, use_absolute_embeddings=True,
+                image_size=procedural.SIZE, patch_size=4, embed_dim=96, depths=[2, 2], num_heads=[3, 6], window_size=4,
+                drop_path_rate=0.0, use_absolute_embeddings=True,
             )
         )  # fmt: skip
     return ConvNextModel(
         ConvNextConfig(
-            image_size=procedural.SIZE, patch_size=2, num_stages=3, hidden_sizes=[48, 96, 192], depths=[2, 2, 3],
+            image_size=procedural.SIZE, patch_size=4, num_stages=2, hidden_sizes=[96, 192], depths=[2, 3],
             layer_scale_init_value=0.1,
         )
     )  # fmt: skip
