@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from san_bench.data.vision import embedded_vit_path, load_task
+from san_bench.data.vision import embedded_path, load_task
 from san_peft import SanConfig, detach_san, merge_and_verify, save_as_lora
 
 STEPS = 12
@@ -16,7 +16,7 @@ STEPS = 12
 
 def pretrained() -> torch.nn.Module:
     set_seed(0)
-    return AutoModelForImageClassification.from_pretrained(embedded_vit_path(), num_labels=10)
+    return AutoModelForImageClassification.from_pretrained(embedded_path(), num_labels=10)
 
 
 def main() -> None:

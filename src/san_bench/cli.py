@@ -94,13 +94,13 @@ class Recipes:
 
     def run(self) -> None:
         """Lists or copies."""
-        from san_bench.recipe import find_recipe, shipped_recipes
+        from san_bench.recipe import find, shipped
 
         if self.copy is None:
-            for name, path in shipped_recipes().items():
+            for name, path in shipped().items():
                 print(f"{name:<18} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
-        source = find_recipe(self.copy)
+        source = find(self.copy)
         target = self.out or Path(source.name)
         if target.exists():
             raise FileExistsError(f"{target} is there already. Choose another file with --out.")

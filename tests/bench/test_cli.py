@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from san_bench import cli
-from san_bench.recipe import load_recipe, shipped_recipes
+from san_bench.recipe import load_recipe, shipped
 
 
 def run(capsys, *words):
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(capsys, tmp_path, monkeypatch,
 
 def test_a_bad_file_is_answered_line_by_line(capsys, tmp_path):
     path = tmp_path / "mine.yaml"
-    text = shipped_recipes()["demo/san"].read_text(encoding="utf-8")
+    text = shipped()["demo/san"].read_text(encoding="utf-8")
     path.write_text(text.replace("seed:", "sede:"), encoding="utf-8")
     code, out, err = run(capsys, "check", str(path))
     assert (code, out) == (2, "")
@@ -100,7 +100,7 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
     listed = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert list(listed) == list(shipped_recipes())
+    assert list(listed) == list(shipped())
     assert listed["demo/linear"] == "Linear probe: the frozen model with a trained head."
 
 

@@ -114,7 +114,9 @@ class FileSplit(Split):
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
-            raise SanError(f"The image {path} cannot be read: {error}. `san data check` lists all such files.") from error
+            raise SanError(
+                f"The image {path} cannot be read: {error}. `san data check` lists all such files."
+            ) from error
 
     @property
     def fingerprint(self) -> str:
