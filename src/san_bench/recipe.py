@@ -244,8 +244,9 @@ class Recipe(Strict):
     def _scored_on_unseen_images(self) -> Recipe:
         train = VALIDATION.get(self.train_split, self.train_split)
         if self.eval_split in train.split("+"):
+            apart = train.split("+")[0]
             raise ValueError(
-                f"eval_split|{self.eval_split} is part of {self.train_split}; train with {train.split('+')[0]}, or score on test"
+                f"eval_split|{self.eval_split} is part of {self.train_split}; train with {apart}, or score on test"
             )
         if self.selection == "best-val" and self.train_split in VALIDATION:
             raise ValueError(

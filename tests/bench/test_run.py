@@ -14,6 +14,8 @@ from tests.bench.small import SIZES, short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
 from san_bench import cli
+from san_bench.data.preprocess import for_checkpoint
+from san_bench.data.vision import embedded_path
 from san_bench.run import build
 from san_bench.run import train as training
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model, load_predictions
@@ -28,6 +30,8 @@ KINDS = {
     "san-lora": ("hosts/san-lora", {"method__rank": 2}),
     "san-dora": ("hosts/san-dora", {"method__rank": 2, "method__decomposition": "norm"}),
     "linear": ("linear", {}),
+    "norm": ("linear", {"method__kind": "norm"}),
+    "bitfit": ("linear", {"method__kind": "bitfit"}),
     "full": ("full", {}),
 }
 HEAD = 160 * 10 + 10
@@ -176,7 +180,9 @@ def exported(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     for kind, (recipe, _) in runs.items():
         cli.main(["export", recipe.output, "--out", str(folder / kind), "--merged"])
-    save_file({"pixel_values": small_task()["test"].pixel_values}, folder / "images.safetensors")
+    save_file(
+        {"pixel_values": for_checkpoint(small_task()["test"], embedded_path()).batch(40)}, folder / "images.safetensors"
+    )
     words = [sys.executable, "-c", PROGRAM, str(folder / "images.safetensors"), *(str(folder / kind) for kind in runs)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -211,7 +217,7 @@ def test_the_closest_lora_by_the_command(kind, runs, tmp_path, capsys):
     assert lost[1] < 1e-4
     lora = PeftModel.from_pretrained(build.base_model(recipe, small_task()), tmp_path / "160").eval()
     with torch.no_grad():
-        logits = lora(pixel_values=small_task()["test"].pixel_values).logits
+        logits = lora(pixel_values=for_checkpoint(small_task()["test"], embedded_path()).batch(40)).logits
     torch.testing.assert_close(logits, load_predictions(Path(recipe.output)), atol=1e-3, rtol=1e-3)
 
 

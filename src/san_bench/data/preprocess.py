@@ -2,7 +2,7 @@
 
 Example:
     >>> from san_bench.data.vision import embedded_path, load_task
-    >>> images = Prepared(load_task("digits")["val200"], checkpoint_input(embedded_path()))
+    >>> images = for_checkpoint(load_task("digits")["val200"], embedded_path())
     >>> tuple(images[0]["pixel_values"].shape), float(images[0]["pixel_values"].min())
     ((3, 32, 32), -1.0)
 """
@@ -93,6 +93,11 @@ def input_settings(recipe_input: Input, model: str | Path) -> InputSettings:
     if {"size", "mean", "interpolation"} <= set(chosen):
         return InputSettings(**chosen)
     return replace(checkpoint_input(model), **chosen)
+
+
+def for_checkpoint(split: Split, model: str | Path) -> Prepared:
+    """Returns a split as a checkpoint wants it: resized to its size, normalised as it was."""
+    return Prepared(split, checkpoint_input(model))
 
 
 class Prepared(Dataset):
