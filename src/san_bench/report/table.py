@@ -105,29 +105,26 @@ def table_command(
         print(f"{len(made)} tables written to {out}")
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """Returns a result of the demo as the texts of `COLUMNS`."""
+def cells(row: Row) -> tuple[Cell, ...]:
+    """Returns a result of the demo as the cells of `COLUMNS`."""
     low, high = wilson(row["correct"], row["n_test"])
+    trained, head = row["trainable_parameters"], row["trainable_head"]
     return (
-        label(row["run"]),
-        f"{row['accuracy']:.1%}",
-        f"{100 * low:.1f}–{100 * high:.1f}%",
-        f"{row['correct']} / {row['n_test']}",
-        f"{row['trainable_parameters'] - row['trainable_head']:,}",
-        f"{row['trainable_parameters']:,}",
-        f"{row['train_seconds']:.1f}",
-        f"{row['saved_activation_mib']:.1f}",
-        f"{row['peak_rss_growth_mib']:.0f}",
+        Cell(label(row["run"])),
+        Cell(f"{row['accuracy']:.1%}", row["accuracy"]),
+        Cell(f"{100 * low:.1f}–{100 * high:.1f}%", low),
+        Cell(f"{row['correct']} / {row['n_test']}", row["correct"]),
+        Cell(f"{trained - head:,}", trained - head),
+        Cell(f"{trained:,}", trained),
+        Cell(f"{row['train_seconds']:.1f}", row["train_seconds"]),
+        Cell(f"{row['saved_activation_mib']:.1f}", row["saved_activation_mib"]),
+        Cell(f"{row['peak_rss_growth_mib']:.0f}", row["peak_rss_growth_mib"]),
     )
 
 
 def demo_table(rows: Sequence[Row], command: str) -> Table:
     """Returns the demo's table, with how to read it and where its numbers come from."""
-    lines = []
-    for row in rows:
-        name, *numbers = cells(row)
-        lines.append((Cell(name), *(Cell(text, row["accuracy"]) for text in numbers)))
-    return Table("", COLUMNS, tuple(lines), (notes(rows), *origin(rows, command).split("\n\n")))
+    return Table("", COLUMNS, tuple(map(cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
 
 
 def to_rich(rows: Sequence[Row]) -> rich.table.Table:
