@@ -92,9 +92,12 @@ def test_all_tasks_weigh_the_same():
 
 
 def test_with_one_level_it_is_the_usual_bootstrap():
-    """One task of many seeds, and many tasks of one seed, are both the plain percentile bootstrap of a mean."""
+    """One task of many seeds, or many tasks of one seed: the percentile bootstrap of a mean, taken further out."""
     values = np.random.default_rng(1).normal(1.0, 2.0, 25)
-    usual = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=3).confidence_interval
+    level = 1 - 2 * stats.norm.cdf(-((25 / 24) ** 0.5) * stats.t.ppf(0.975, 24))
+    assert 0.95 < level < 0.97
+    usual = stats.bootstrap((values,), np.mean, confidence_level=level, n_resamples=20_000, method="percentile", rng=3)
+    usual = usual.confidence_interval
     expected = pytest.approx((usual.low, usual.high), abs=0.05)
     assert bootstrap_interval([values.tolist()]) == expected
     assert bootstrap_interval([[value] for value in values]) == expected
@@ -111,11 +114,11 @@ def test_both_levels_move_the_interval():
     both = bootstrap_interval([[task + seed for seed in range(5)] for task in range(6)])
     widths = [high - low for low, high in (between, within, both)]
     assert min(widths) > 0.5
-    assert widths[2] > max(widths)  - 1e-9
+    assert widths[2] > max(widths) - 1e-9
     assert bootstrap_interval([[0.0, 1.0]] * 3, seed=4) == bootstrap_interval([[0.0, 1.0]] * 3, seed=4)
 
 
-@pytest.mark.parametrize("pairs", [[[1.0]], [[1.0, 2.0, 3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]])
+@pytest.mark.parametrize("pairs", [[[1.0]], [[1.0, 2.0, 3.0, 4.0]], [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]])
 def test_few_pairs_have_no_interval(pairs):
     assert bootstrap_interval(pairs) is None
 
@@ -127,7 +130,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
         pairs = draw.normal(0.5, 1.0, (8, 1)) + draw.normal(0.0, 1.0, (8, 3))
         low, high = bootstrap_interval(pairs.tolist())
         hits += low <= 0.5 <= high
-    assert 0.88 < hits / trials < 0.99
+    assert 0.92 < hits / trials < 0.995
 
 
 # --------------------------------------------------------------------------------------------- comparing
@@ -138,7 +141,9 @@ def test_other_data_under_one_name_cannot_be_compared():
     rows[2]["task_fingerprint"] = "another"
     with pytest.raises(SanError) as caught:
         sections(rows)
-    assert "- mini-vision/count (vit, test): task_fingerprint is data of mini in 2 (first san, seed 0)" in str(caught.value)
+    assert "- mini-vision/count (vit, test): task_fingerprint is data of mini in 2 (first san, seed 0)" in str(
+        caught.value
+    )
     assert "but another in 1 (first ssf, seed 0)." in str(caught.value)
 
 
@@ -227,12 +232,15 @@ def test_published_accuracies_have_the_known_means():
 
 
 def test_published_means_of_fgvc_are_the_known_ones():
-    known = [88.54, 79.32, 85.66, 88.41, 88.02, 84.66, 89.10, 88.48, 86.38, 90.00, 84.78, 90.72, 90.46, 89.50, 90.74, 91.78]
-    assert [row.mean_of_tasks for row in published("fgvc", "ViT-B/16")] == pytest.approx(known, abs=0.0051)
+    text = "88.54 79.32 85.66 88.41 88.02 84.66 89.10 88.48 86.38 90.00 84.78 90.72 90.46 89.50 90.74 91.78"
+    known = [float(mean) for mean in text.split()]  # papers took them before they rounded the tasks
+    assert [row.mean_of_tasks for row in published("fgvc", "ViT-B/16")] == pytest.approx(known, abs=0.0101)
 
 
 def test_what_is_not_read_in_the_source_is_marked():
-    doubted = {(suite, row.method) for suite in ("vtab", "fgvc") for row in published(suite, "ViT-B/16") if not row.confirmed}
+    doubted = {
+        (suite, row.method) for suite in ("vtab", "fgvc") for row in published(suite, "ViT-B/16") if not row.confirmed
+    }
     assert doubted == {
         ("vtab", "Adapter (VPT paper)"),
         ("vtab", "FacT-TT r≤16"),
@@ -242,7 +250,9 @@ def test_what_is_not_read_in_the_source_is_marked():
     assert [row.method for row in published("vtab", "ViT-B/16") if row.derived] == ["SAN (paper)"]
     assert [row.method for row in published("vtab", "Swin-B") if row.confirmed] == ["Convpass"]
     confirmed = [row for backbone in ("ViT-B/16", "Swin-B", "ConvNeXt-B") for row in published("gic", backbone)]
-    assert [(row.method, *row.accuracy.items()) for row in confirmed if row.confirmed] == [("SSF (log)", ("cifar100", 93.99))]
+    assert [(row.method, *row.accuracy.items()) for row in confirmed if row.confirmed] == [
+        ("SSF (log)", ("cifar100", 93.99))
+    ]
     assert all(row.source for row in confirmed)
 
 

@@ -75,7 +75,10 @@ def means_table(section: Section, papers: Sequence[Published]) -> Table:
     """Returns the means over each group, over all tasks, and over the groups."""
     groups = section.groups
     fields = [
-        *(_mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name)) for group, tasks in groups.items()),
+        *(
+            _mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name))
+            for group, tasks in groups.items()
+        ),
         _mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks),
         _mean_field(f"Mean of {len(groups)} groups", [*groups.values()], lambda paper: paper.mean_of_groups),
     ]
@@ -126,7 +129,7 @@ def difference_table(section: Section, reference: str | None) -> Table | None:
     notes = [
         f"Points of accuracy, method minus {chosen}, of runs that share task, backbone, seed, protocol and selection; "
         f"in round brackets: how many pairs. Square brackets: 95% interval of a bootstrap that draws tasks, then seeds "
-        f"within them ({RESAMPLES:,} times, percentiles), all tasks weighing the same. Fewer than {LEAST_PAIRS} pairs "
+        f"within them, {RESAMPLES:,} times, all tasks weighing the same. Fewer than {LEAST_PAIRS} pairs, or two tasks, "
         f"get ± sample standard deviation of the pairs instead. Better, equal and worse count tasks by their mean.",
         *([f"{alone} runs have no partner among those of {chosen} and do not count here."] if alone else []),
         *([LEGACY] if any(line.selection == "best-test" for line in section.lines) else []),
@@ -213,9 +216,7 @@ def _task_field(task: str) -> _Field:
     return _Field(_short(task), lambda tasks: _over_seeds(tasks.get(task, {})), printed)
 
 
-def _mean_field(
-    name: str, parts: Sequence[Sequence[str]], printed: Callable[[Published], float | None]
-) -> _Field:
+def _mean_field(name: str, parts: Sequence[Sequence[str]], printed: Callable[[Published], float | None]) -> _Field:
     return _Field(name, lambda tasks: _mean(tasks, parts), printed)
 
 

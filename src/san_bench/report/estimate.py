@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 """How often pairs are drawn again for an interval."""
 
 LEAST_PAIRS = 5
-"""Fewer pairs than these get no interval: resampling them knows too few outcomes."""
+"""Fewer pairs than these, and pairs of two tasks, get no interval: resampling them knows too few outcomes."""
 
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -70,17 +70,22 @@ def mean_difference(differences: Sequence[Sequence[float]]) -> float:
 
 
 def bootstrap_interval(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float] | None:
-    """Returns the 95% percentile interval of `mean_difference`, from a bootstrap of two levels.
+    r"""Returns the 95% interval of `mean_difference`, from a bootstrap of two levels.
 
     Tasks are drawn with replacement, then seeds within every task that was drawn. So the interval covers what other
     seeds would change, and what other tasks of the same kind would; with a single task it covers seeds alone.
+
+    Percentiles of few tasks are too narrow, so they are taken further out, as Hesterberg (2015, "What teachers should
+    know about the bootstrap") proposes: for k tasks, or for k seeds of a single task, at
+
+    $$ \Phi\bigl(\mp \sqrt{k / (k - 1)} \; t_{k - 1,\, 0.975}\bigr) $$
 
     Args:
         differences: Paired differences, a sequence of seeds for each task.
         seed: Of the draws; the same input gives the same interval.
 
     Returns:
-        Its lower and upper end; `None` for fewer than `LEAST_PAIRS` pairs.
+        Its lower and upper end; `None` for fewer than `LEAST_PAIRS` pairs, and for two tasks.
 
     Example:
         >>> low, high = bootstrap_interval([[0.01, 0.02, 0.03], [0.02, 0.04, 0.03], [0.05, 0.03, 0.04]])
@@ -90,8 +95,10 @@ def bootstrap_interval(differences: Sequence[Sequence[float]], seed: int = 0) ->
         True
     """
     sizes = np.array([len(task) for task in differences])
-    if sizes.sum() < LEAST_PAIRS:
+    if sizes.sum() < LEAST_PAIRS or len(sizes) == 2:
         return None
+    from scipy.special import ndtr, stdtrit  # comes with scikit-learn, which the suites need
+
     values = np.zeros((len(sizes), sizes.max()))
     for row, task in zip(values, differences, strict=True):
         row[: len(task)] = task
@@ -100,6 +107,8 @@ def bootstrap_interval(differences: Sequence[Sequence[float]], seed: int = 0) ->
     drawn = sizes[tasks][..., None]
     seeds = (draw.random((*tasks.shape, values.shape[1])) * drawn).astype(int)
     counted = np.arange(values.shape[1]) < drawn
-    means = (values[tasks[..., None], seeds] * counted).sum(-1) / drawn[..., 0]
-    low, high = np.quantile(means.mean(-1), [0.025, 0.975])
+    means = ((values[tasks[..., None], seeds] * counted).sum(-1) / drawn[..., 0]).mean(-1)
+    units = len(sizes) if len(sizes) > 1 else int(sizes[0])
+    tail = ndtr(-np.sqrt(units / (units - 1)) * stdtrit(units - 1, 0.975))
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -55,9 +55,13 @@ def _in_suite(row: dict[str, Any]) -> bool:
 
 
 def _who(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(row["method"] if _in_suite(row) else label(row["run"]) for row in rows))
-    return ", ".join(names) + (f" ({len(rows)} runs)" if len(rows) > len(names) else "")
+    if not any(map(_in_suite, rows)):
+        return ", ".join(label(row["run"]) for row in rows)
+    methods = ", ".join(dict.fromkeys(row["method"] for row in rows))
+    return f"{len(rows)} {'run' if len(rows) == 1 else 'runs'} of {methods}"
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['method']} on {row['task']}, seed {row['seed']}," if _in_suite(row) else label(row["run"])
+    if _in_suite(row):
+        return f"the run of {row['method']} on {row['task']}, seed {row['seed']},"
+    return label(row["run"])

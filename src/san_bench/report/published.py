@@ -115,7 +115,9 @@ def _row(row: dict[str, Any], groups: Mapping[str, Sequence[str]], sources: Mapp
     tasks = [task for group in groups.values() for task in group]
     values = row.get("accuracy", [None] * len(tasks))
     accuracy = {task: value for task, value in zip(tasks, values, strict=True) if value is not None}
-    means = {name: statistics.fmean(accuracy[t] for t in group) for name, group in groups.items() if {*group} <= {*accuracy}}
+    means = {
+        name: statistics.fmean(accuracy[t] for t in group) for name, group in groups.items() if {*group} <= {*accuracy}
+    }
     means = dict(zip(groups, row["groups"], strict=True)) if "groups" in row else means
     told = {key: row[key] for key in row.keys() - {"accuracy", "groups", "mean_of_groups", "source"}}
     complete = len(means) == len(groups)

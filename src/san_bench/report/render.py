@@ -54,14 +54,14 @@ def show(tables: Sequence[Table], console: Console) -> None:
 
 
 def to_markdown(table: Table) -> str:
-    """Returns the table in Markdown, with its notes below.
+    r"""Returns the table in Markdown, with its notes below.
 
     Example:
         >>> from san_bench.report.results import Cell
         >>> print(to_markdown(Table("", ("Method", "n"), ((Cell("a|b"), Cell("3", 3)),), ("Made up.",))))
         | Method | n |
         | :-- | --: |
-        | a\\|b | 3 |
+        | a\|b | 3 |
         <BLANKLINE>
         Made up.
         <BLANKLINE>

@@ -98,7 +98,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         SanError: If rows cannot be compared: a task with other data, another checkpoint under the same name, or a
             seed that one method has twice. All of them are named.
     """
-    parts: dict[tuple[str, ...], list[Row]] = {}
+    parts: dict[tuple[str, str, str, str, str], list[Row]] = {}
     tasks: dict[tuple[str, str], dict[str, str | None]] = {}
     for row in rows:
         family = row["task"].rpartition("/")[0]
