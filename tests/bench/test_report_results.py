@@ -64,6 +64,11 @@ def test_all_bad_lines_are_named_at_once(tmp_path):
     assert "gone.jsonl: is not there." in said[7]
 
 
+def test_no_folder_is_an_error():
+    with pytest.raises(SanError, match="No folder was named; give one such as"):
+        read_rows([])
+
+
 def test_a_number_that_is_none_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({**ROW, "train_seconds": float("nan")}), encoding="utf-8")
     with pytest.raises(SanError, match=r"rows\.jsonl:1: train_seconds: .*finite"):

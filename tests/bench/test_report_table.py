@@ -269,7 +269,7 @@ def test_image_classification_has_two_decimals():
 PLAIN = Table(
     "50% & more_#1",
     ("Method", "x^2"),
-    ((Cell("a\\b {c} ~ $d$ [1]|"), Cell("1.0 ± 0.2 – −3", 1.0)), (Cell("old", published=True), Cell("<2>", 2.0))),
+    ((Cell("a\\b {c} ~ $d$ [1]|"), Cell("1.0 ± 0.2 – −3", 1.0)), (Cell("old", published=True), Cell("<2≤3>", 2.0))),
     ("`san` | note & [2].",),
 )
 
@@ -284,7 +284,7 @@ def test_latex_escapes_everything():
         r"\midrule",
         r"a\textbackslash{}b \{c\} \textasciitilde{} \$d\$ {[}1]| & 1.0 $\pm$ 0.2 -- $-$3 \\",
         r"\midrule",
-        r"old & $<$2$>$ \\",
+        r"old & $<$2$\le$3$>$ \\",
         r"\bottomrule",
         r"\end{tabular}",
         r"\par\begin{minipage}{\linewidth}\footnotesize \textasciigrave{}san\textasciigrave{} | note \& {[}2]."
@@ -300,7 +300,7 @@ def test_markdown_keeps_bars_within_cells():
         "| Method | x^2 |",
         "| :-- | --: |",
         r"| a\b {c} ~ $d$ [1]\| | 1.0 ± 0.2 – −3 |",
-        "| old | <2> |",
+        "| old | <2≤3> |",
         "",
         "`san` | note & [2].",
     ]

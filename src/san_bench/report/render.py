@@ -25,6 +25,7 @@ LATEX = str.maketrans(
         "±": r"$\pm$",
         "−": "$-$",
         "–": "--",
+        "≤": r"$\le$",
     }
 )
 """Characters that mean something else in LaTeX, and those that not every font has."""

@@ -99,7 +99,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     Raises:
         SanError: If a folder holds no results, or lines cannot be read; all of them are named.
     """
-    problems: list[str] = []
+    problems = [] if folders else ["No folder was named; give one such as runs/mini-vision."]
     found: dict[tuple[Any, ...], Row] = {}
     for folder in folders:
         for row in _read(folder, problems):
