@@ -160,7 +160,7 @@ def _similarity(group: Group) -> list[Record]:
         layers = [
             {"layer": layer, **_without_p(compare(of(group.matrix([layer])), tasks, seeds))} for layer in group.layers
         ]
-        overall = asdict(compare(of(group.matrix(group.layers)), tasks, seeds, test=True))
+        overall = asdict(compare(of(group.matrix(group.layers)), tasks, seeds, test=measure == "cosine"))
         records.append(
             {
                 "backbone": group.backbone,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,20 @@ def write_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def grid(count: int, width: float, height: float, across: int = 4) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with panels of a size in inches; what is left over in the last row is empty."""
+def grid(count: int, width: float, height: float, across: int = 4, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with panels of a size in inches; what is left over in the last row is empty.
+
+    Args:
+        count: Number of panels.
+        width: Of a panel.
+        height: Of a panel.
+        across: Most panels in a row.
+        share: Whether all panels have one vertical axis.
+    """
     across = min(across, count)
     down = math.ceil(count / across)
     figure = Figure(figsize=(max(width * across, 3.6), height * down + 0.5), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=share).flat)
     for spare in axes[count:]:
         spare.set_axis_off()
     return figure, axes[:count]
@@ -84,6 +92,18 @@ def method_lines(records: Sequence[Record], methods: Sequence[str], marker: bool
     """Returns handles of a legend for the methods of some records, as `look_of` draws them."""
     here = {record["method"] for record in records}
     return [Line2D([], [], label=m, **look_of(i, marker)) for i, m in enumerate(methods) if m in here]
+
+
+def short_names(tasks: Iterable[str]) -> dict[str, str]:
+    """Returns tasks once each, without the family in front where all have the same.
+
+    Example:
+        >>> short_names(["vtab/dtd", "vtab/svhn", "vtab/dtd"]), short_names(["vtab/dtd", "digits"])
+        ({'vtab/dtd': 'dtd', 'vtab/svhn': 'svhn'}, {'vtab/dtd': 'vtab/dtd', 'digits': 'digits'})
+    """
+    names = list(dict.fromkeys(tasks))
+    family = len({name.rpartition("/")[0] for name in names}) == 1
+    return {name: name.rpartition("/")[2] if family else name for name in names}
 
 
 def look_of(place: int, marker: bool = True) -> dict[str, Any]:
@@ -114,11 +134,15 @@ def accuracy_bars(records: Sequence[Record], methods: Sequence[str]) -> Figure:
         at = np.array([backbones.index(record["backbone"]) for record in mine])
         at = at + (number - (len(here) - 1) / 2) * width
         heights = [record["mean"] for record in mine]
-        look: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "hatch": HATCHES[place % len(HATCHES)], "edgecolor": "white"}
+        look: dict[str, Any] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "hatch": HATCHES[place % len(HATCHES)],
+            "edgecolor": "white",
+        }
         axes.bar(at, heights, width * 0.92, label=method, **look)
-        _spread(axes, at, mine)
+        _spread(axes, at, mine, width, crowded=len(here) * len(backbones) > 24)
     axes.set_xticks(range(len(backbones)), backbones)
-    _accuracy_axis(axes)
+    _accuracy_axis(axes, records)
     handles, _ = axes.get_legend_handles_labels()
     legend(figure, handles)
     return figure
@@ -139,38 +163,52 @@ def order_bars(records: Sequence[Record], names: Sequence[str]) -> Figure:
         mine = [here[name] for name in names if name in here]
         at = np.arange(len(mine))
         for place, record in zip(at, mine, strict=True):
-            look: dict[str, Any] = {"color": COLOURS[names.index(record["method"]) % len(COLOURS)], "edgecolor": "white"}
+            look: dict[str, Any] = {
+                "color": COLOURS[names.index(record["method"]) % len(COLOURS)],
+                "edgecolor": "white",
+            }
             axes.bar(place, record["mean"], 0.8, hatch=HATCHES[names.index(record["method"])], **look)
             if record["method"] == names[-1]:
                 axes.axhline(record["mean"], color="black", linewidth=0.8, linestyle=":")
-        _spread(axes, at, mine)
+        _spread(axes, at, mine, 0.8)
         axes.set_xticks(at, [record["method"] for record in mine], rotation=30, ha="right")
         axes.set_title(backbone)
-        _accuracy_axis(axes)
+        _accuracy_axis(axes, mine)
     return figure
 
 
-def _spread(axes: Axes, at: Float[np.ndarray, " bars"], records: Sequence[Record]) -> None:
-    """Spread, seeds and number over bars that stand at `at`."""
+def _spread(axes: Axes, at: Any, records: Sequence[Record], width: float, crowded: bool = False) -> None:
+    """Spread, seeds and number over bars of a width that stand at `at`."""
     for place, record in zip(at, records, strict=True):
-        top = max([record["mean"] + (record["sd"] or 0.0), *record["seeds"]])
         if record["sd"] is not None:
             axes.errorbar(place, record["mean"], record["sd"], color="black", capsize=2, linewidth=0.9)
         seeds = record["seeds"] if len(record["seeds"]) > 1 else []
-        axes.plot([place] * len(seeds), seeds, "o", color="white", markeredgecolor="black", markersize=2.5, zorder=3)
+        axes.plot(
+            [place + width / 4] * len(seeds),
+            seeds,
+            "o",
+            color="white",
+            markeredgecolor="black",
+            markersize=2.5,
+            zorder=3,
+        )
         axes.annotate(
             f"{100 * record['mean']:.1f}",
-            (place, top),
+            (place, _top(record)),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
-            rotation=90 if len(records) * len(axes.containers) > 8 else 0,
+            rotation=90 if crowded else 0,
             fontsize=6.5,
         )
 
 
-def _accuracy_axis(axes: Axes) -> None:
-    axes.set(ylim=(0, 1.12), ylabel="accuracy", yticks=np.arange(0, 1.01, 0.2))
+def _top(record: Record) -> float:
+    return max([record["mean"] + (record["sd"] or 0.0), *record["seeds"]])
+
+
+def _accuracy_axis(axes: Axes, records: Sequence[Record]) -> None:
+    axes.set(ylim=(0, 1.12 * max(map(_top, records)) or 1.0), ylabel="accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="x")
 
@@ -183,7 +221,7 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
         records: With `task`, `method`, and one number for each of some steps: `steps`, `mean`, `low` and `high`.
         methods: All methods; the place of one decides its look.
     """
-    tasks = list(dict.fromkeys(record["task"] for record in records))
+    tasks = short_names(record["task"] for record in records)
     figure, panels = grid(len(tasks), 2.7, 2.2)
     for axes, task in zip(panels, tasks, strict=True):
         for record in (record for record in records if record["task"] == task):
@@ -192,7 +230,7 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
             axes.fill_between(
                 record["steps"], record["low"], record["high"], color=look["color"], alpha=0.18, linewidth=0
             )
-        axes.set(yscale="log", xlabel="step", ylabel="training loss", title=task)
+        axes.set(yscale="log", xlabel="step", ylabel="training loss", title=tasks[task])
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     legend(figure, method_lines(records, methods, marker=False))
     return figure

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from san_bench.report.plots import COLOURS, MARKERS, STYLE, Record, grid, legend, look_of, method_lines
+from san_bench.report.plots import COLOURS, MARKERS, STYLE, Record, grid, legend, look_of, method_lines, short_names
 
 
 @rc_context(STYLE)
@@ -47,8 +47,9 @@ def layer_histograms(
                 axes.stairs(top, edges, baseline=depth, fill=True, color=look["color"], alpha=0.3, zorder=order)
                 axes.stairs(top, edges, baseline=None, color=look["color"], linestyle=look["linestyle"], linewidth=0.9)
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.set(title=kind, xlabel="scale γ", ylabel="depth", ylim=(0, max(map(len, by_method.values())) + 0.1))
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        layers = max(map(len, by_method.values()))
+        axes.set(title=kind, xlabel="scale γ", ylabel="depth", ylim=(0, layers + 0.1))
+        axes.set_yticks(range(0, layers, 1 + layers // 8))
         axes.xaxis.set_major_locator(MaxNLocator(4))
     here = [{"method": method} for by_method in scales.values() for method in by_method]
     legend(figure, method_lines(here, methods, marker=False))
@@ -93,24 +94,21 @@ def variance_by_depth(records: Sequence[Record], methods: Sequence[str]) -> Figu
         methods: All methods; the place of one decides its look.
     """
     kinds = list(dict.fromkeys(record["kind"] for record in records))
-    here = list(dict.fromkeys(record["method"] for record in records))
-    figure, panels = grid(len(kinds), 2.4, 2.0)
-    for axes, kind in zip(panels, kinds, strict=True):
-        for method in here:
-            mine = [record for record in records if (record["kind"], record["method"]) == (kind, method)]
-            depths, look = [record["depth"] for record in mine], {**look_of(methods.index(method)), "markersize": 3.5}
-            axes.plot(depths, [record["variance"] for record in mine], **{**look, "linestyle": "-"})
+    looks = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        look = {**look_of(methods.index(method)), "markersize": 3.5, "linestyle": "-"}
+        looks.append((method, "variance", "var γ", look))
+        if any(record["acting"] != record["variance"] for record in records if record["method"] == method):
             twice = {**look, "linestyle": "--", "markerfacecolor": "white"}
-            axes.plot(depths, [record["acting"] for record in mine], **twice)
+            looks.append((method, "acting", "var γ$^{1+k}$", twice))
+    figure, panels = grid(len(kinds), 2.4, 2.0, share=True)
+    for axes, kind in zip(panels, kinds, strict=True):
+        for method, key, _, look in looks:
+            mine = [record for record in records if (record["kind"], record["method"]) == (kind, method)]
+            axes.plot([record["depth"] for record in mine], [record[key] for record in mine], **look)
         axes.set(yscale="log", title=kind, xlabel="depth", ylabel="variance")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    handles = []
-    for method in here:
-        look = look_of(methods.index(method))
-        handles.append(Line2D([], [], label=f"{method}: var γ", **{**look, "linestyle": "-"}))
-        twice = {**look, "linestyle": "--", "markerfacecolor": "white"}
-        handles.append(Line2D([], [], label=f"{method}: var γ$^{{1+k}}$", **twice))
-    legend(figure, handles)
+    legend(figure, [Line2D([], [], label=f"{method}: {text}", **look) for method, _, text, look in looks])
     return figure
 
 
@@ -121,7 +119,7 @@ def similarity_by_layer(records: Sequence[Record]) -> Figure:
     Args:
         records: With `method`, `intra`, `inter` and `p`, each of which may be `None`, and `layers` with the first two.
     """
-    figure, panels = grid(len(records), 3.2, 2.5, across=3)
+    figure, panels = grid(len(records), 2.7, 2.3, share=True)
     shown = {"intra": "within a task", "inter": "between tasks"}
     for axes, record in zip(panels, records, strict=True):
         for place, key in enumerate(shown):
@@ -131,9 +129,10 @@ def similarity_by_layer(records: Sequence[Record]) -> Figure:
             if record[key] is not None:
                 axes.axhline(record[key], color=look["color"], linewidth=0.8, linestyle=look["linestyle"], alpha=0.6)
         p = "" if record["p"] is None else f", p = {record['p']:.2g}"
-        axes.set(title=f"{record['method']}{p}", xlabel="layer, from the input on", ylabel="cosine", ylim=(-1.05, 1.05))
+        axes.set(title=f"{record['method']}{p}", xlabel="layer, from the input on", ylabel="cosine")
         axes.axhline(0, color="black", linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    panels[0].set_ylim(max(-1.05, panels[0].get_ylim()[0]), 1.05)
     legend(figure, [Line2D([], [], label=text, **look_of(place)) for place, text in enumerate(shown.values())])
     return figure
 
@@ -145,8 +144,8 @@ def engram_map(records: Sequence[Record]) -> Figure:
     Args:
         records: With `method`, `shares` of the two axes, and `points` with `task`, `x` and `y`.
     """
-    tasks = sorted({point["task"] for record in records for point in record["points"]})
-    figure, panels = grid(len(records), 3.2, 3.0, across=3)
+    tasks = short_names(sorted(point["task"] for record in records for point in record["points"]))
+    figure, panels = grid(len(records), 2.7, 2.7)
     for axes, record in zip(panels, records, strict=True):
         for place, task in enumerate(tasks):
             mine = [(point["x"], point["y"]) for point in record["points"] if point["task"] == task]
@@ -155,7 +154,7 @@ def engram_map(records: Sequence[Record]) -> Figure:
         axes.set(title=record["method"], xlabel=first, ylabel=second)
         axes.set_aspect("equal", adjustable="datalim")
         axes.locator_params(nbins=5)
-    legend(figure, [Line2D([], [], label=task, **_point(place)) for place, task in enumerate(tasks)], across=5)
+    legend(figure, [Line2D([], [], label=name, **_point(place)) for place, name in enumerate(tasks.values())], across=5)
     return figure
 
 

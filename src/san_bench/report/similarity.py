@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -96,17 +97,22 @@ def compare(similarity: Matrix, tasks: Sequence[str], seeds: Sequence[int], test
     intra, inter = _mean(values[same]), _mean(values[~same])
     p = None
     if test and intra is not None and inter is not None:
-        draw = np.random.default_rng(0)
-        groups = [np.flatnonzero(seed == one) for one in np.unique(seed)]
-        as_large = 0
-        for _ in range(PERMUTATIONS):
-            moved = label.copy()
-            for group in groups:
-                moved[group] = draw.permutation(label[group])
-            alike = moved[first] == moved[second]
-            as_large += values[alike].mean() - values[~alike].mean() >= intra - inter - 1e-12
-        p = float((1 + as_large) / (1 + PERMUTATIONS))
+        p = (1 + _as_large(values, first, second, label, seed)) / (1 + PERMUTATIONS)
     return Comparison(intra, inter, int(same.sum()), int((~same).sum()), p)
+
+
+def _as_large(values: Any, first: Any, second: Any, label: Any, seed: Any) -> int:
+    """Counts permutations with as large a sum over pairs of one task; their number is the same in every permutation."""
+    draw = np.random.default_rng(0)
+    sum_found = values[label[first] == label[second]].sum()
+    count = 0
+    for size in (len(part) for part in np.array_split(np.arange(PERMUTATIONS), 20)):
+        moved = np.tile(label, (size, 1))
+        for one in np.unique(seed):
+            moved[:, seed == one] = draw.permuted(moved[:, seed == one], axis=1)
+        sums = (moved[:, first] == moved[:, second]) @ values
+        count += int((sums >= sum_found - 1e-9).sum())
+    return count
 
 
 def _mean(values: Float[np.ndarray, " pairs"]) -> float | None:
