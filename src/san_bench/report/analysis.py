@@ -51,7 +51,7 @@ def analyse(folder: Path) -> dict[str, Any]:
     """Returns the numbers behind the pictures of a suite, ready for JSON.
 
     Args:
-        folder: Folder of the suite.
+        folder: Folder of the suite, or of a single run.
 
     Returns:
         Lists of records by the name of the analysis, empty where there is no data: `accuracy`, `curves`, `variance`,
@@ -199,7 +199,7 @@ def figures(folder: Path) -> list[Picture]:
     """Draws every picture that a suite has data for.
 
     Args:
-        folder: Folder of the suite.
+        folder: Folder of the suite, or of a single run.
 
     Raises:
         SanError: If rows or scales cannot be read, or rows cannot be compared.
@@ -212,7 +212,7 @@ def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
     """Draws the pictures of a suite into files, with `analysis.json` beside them: captions and numbers.
 
     Args:
-        folder: Folder of the suite.
+        folder: Folder of the suite, or of a single run.
         out: Folder to write to.
         form: `png`, `svg` or `pdf`.
 

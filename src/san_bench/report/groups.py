@@ -73,18 +73,19 @@ def read_groups(folder: Path) -> list[Group]:
     """Reads the runs of a suite by backbone and method, in the order of its tables.
 
     Args:
-        folder: Folder of the suite.
+        folder: Folder of the suite, or of a single run.
 
     Raises:
         SanError: If rows or scales cannot be read, or rows cannot be compared.
     """
     from san_peft.errors import SanError
 
+    suite = (folder / "rows.jsonl").is_file()
     problems: list[str] = []
     groups: dict[tuple[str, str], list[Run]] = {}
     for (backbone, method), rows in _named(sections(read_rows([folder]))):
         for row in rows:
-            run = folder / row["run"]
+            run = folder / row["run"] if suite else folder
             try:
                 found = Run(row, _losses(run / "log.jsonl"), load_scales(run))
             except SanError as error:
