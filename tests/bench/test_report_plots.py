@@ -269,7 +269,7 @@ def test_the_demo_has_its_two(tmp_path, monkeypatch):
     (curves,), (histogram,) = (figure.axes for figure in kept)
     bold = [line for line in curves.lines if line.get_alpha() is None]
     assert [line.get_label() for line in bold] == ["SAN", "full fine-tuning"]
-    assert [line.get_xydata().tolist()[0] for line in bold] == [[10.0, 2.0], [10.0, 1.0]]
+    np.testing.assert_allclose([line.get_xydata()[0] for line in bold], [[10, 2], [10, 1]])
     assert histogram.get_title() == "fc1 (n = 3)"
     picture = io.BytesIO()
     kept[1].savefig(picture)
