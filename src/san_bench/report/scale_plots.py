@@ -79,6 +79,7 @@ def variance_summary(records: Sequence[Record], methods: Sequence[str]) -> Figur
                 axes.plot(middle, place, look["marker"], color=look["color"], markeredgecolor="black", markersize=7)
                 axes.annotate(f"{middle:.2g}", (middle, place), xytext=(0, 6), textcoords="offset points", ha="center")
         axes.set(xscale="log", title=title, xlabel="variance of a layer's entries")
+        axes.margins(x=0.12)
     axes = figure.axes[0]
     axes.set_yticks(range(len(runs)), [f"{method} (n = {n})" for method, n in runs.items()])
     axes.set_ylim(len(runs) - 0.4, -0.6)
@@ -124,7 +125,7 @@ def similarity_by_layer(records: Sequence[Record]) -> Figure:
     for axes, record in zip(panels, records, strict=True):
         for place, key in enumerate(shown):
             values = [np.nan if layer[key] is None else layer[key] for layer in record["layers"]]
-            look = {**look_of(place), "markersize": 3}
+            look = {**look_of(place), "markersize": 3, "markevery": 1 + len(values) // 20}
             axes.plot(range(len(values)), values, **look)
             if record[key] is not None:
                 axes.axhline(record[key], color=look["color"], linewidth=0.8, linestyle=look["linestyle"], alpha=0.6)
