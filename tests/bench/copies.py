@@ -35,7 +35,9 @@ FGVC = Manifest(
     {
         "cub": Facts("CUB-200-2011", None, 3, STANDARD, ("CUB_200_2011",), "none", get="a page"),
         "nabirds": Facts("NABirds", None, 3, STANDARD, ("nabirds",), "none", get="a form"),
-        "flowers": Facts("Oxford Flowers102", None, 3, STANDARD, ("flowers-102",), "none", torchvision="Flowers102"),
+        "flowers": Facts(
+            "Oxford Flowers102", None, 3, STANDARD, ("flowers-102",), "none", "a page", torchvision="Flowers102"
+        ),
         "dogs": Facts("Stanford Dogs", None, 3, STANDARD, ("stanford_dogs",), "none"),
         "cars": Facts("Stanford Cars", None, 3, STANDARD, ("stanford_cars",), "none"),
     },
@@ -45,15 +47,18 @@ GIC = Manifest(
     "made up",
     "nowhere",
     {
-        "cifar100": Facts("CIFAR-100", None, 3, STANDARD, ("cifar100", "cifar-100-python"), "none", hub="someone/cifar100"),
+        "cifar100": Facts(
+            "CIFAR-100", None, 3, STANDARD, ("cifar100", "cifar-100-python"), "none", hub="someone/cifar100"
+        ),
         "imagenet-1k": Facts("ImageNet-1k", None, 3, STANDARD, ("imagenet-1k", "ILSVRC2012"), "none", get="a form"),
     },
 )
 
 
 def picture(number: int) -> Image.Image:
-    """A picture of 8x8 pixels, another one for each number."""
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    """A picture of 8x8 pixels of one colour, which JPEG keeps; another one for each number."""
+    colour = np.random.default_rng(number).integers(0, 256, (1, 1, 3), dtype=np.uint8)
+    return Image.fromarray(np.tile(colour, (8, 8, 1)))
 
 
 def encoded(number: int) -> bytes:

@@ -10,12 +10,12 @@ import httpx
 import huggingface_hub
 import pytest
 import torchvision
+from tests.bench import copies
+from tests.bench.copies import FGVC, GIC, VTAB, community, parquet, table
 
 from san_bench.data.fetch import STAGE, fetch, fetch_command
 from san_bench.data.manifest import load_manifest
 from san_peft.errors import SanError
-from tests.bench import copies
-from tests.bench.copies import FGVC, GIC, VTAB, community, parquet, table
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,9 @@ def test_a_data_set_of_the_hub_is_fetched_checked_and_put_in_place(tmp_path, hub
 
 def test_an_interrupted_fetch_leaves_nothing_in_place_and_goes_on(tmp_path, hub):
     hub.fail = True
-    with pytest.raises(SanError, match=r"could not be fetched .*: the line is down. What has arrived lies in .*fetching/cif"):
+    with pytest.raises(
+        SanError, match=r"could not be fetched .*: the line is down. What has arrived lies in .*fetching/cif"
+    ):
         fetch("gic/cifar100", tmp_path, GIC)
     assert not (tmp_path / "cifar100").exists()
     assert (tmp_path / STAGE / "cifar100" / "half").exists()
@@ -70,7 +72,7 @@ def test_an_interrupted_fetch_leaves_nothing_in_place_and_goes_on(tmp_path, hub)
 
 def test_what_is_fetched_but_wrong_is_not_put_in_place(tmp_path, hub):
     hub.rows = {"train": table(9, 3), "test": table(5, 3, 1)}
-    with pytest.raises(SanError, match="What was fetched is not as it must be(.|\n)*test has 5 images, not 6"):
+    with pytest.raises(SanError, match=r"What was fetched is not as it must be(.|\n)*test has 5 images, not 6"):
         fetch("gic/cifar100", tmp_path, GIC)
     assert not (tmp_path / "cifar100").exists()
 
@@ -93,7 +95,7 @@ def test_what_cannot_be_fetched_says_where_it_is(tmp_path, hub):
     (problem,) = fetch("gic", tmp_path, GIC)
     assert str(problem) == "gic/imagenet-1k: ImageNet-1k must be got by hand (a form); licence: none"
     assert (tmp_path / "cifar100").is_dir()
-    assert len(fetch("vtab", tmp_path, VTAB)) == 2
+    assert len(fetch("vtab", tmp_path / "other", VTAB)) == 2
 
 
 def test_what_is_there_is_checked_and_not_fetched_again(tmp_path):
@@ -119,7 +121,9 @@ def test_torchvision_fetches_flowers(tmp_path, monkeypatch):
         (tmp_path / STAGE / "flowers-102" / "102flowers.tgz").write_bytes(b"archive")
 
     monkeypatch.setattr(torchvision.datasets, "Flowers102", download)
-    with pytest.raises(SanError, match="Flowers102 could not be fetched from .*corrupted. The same command tries again"):
+    with pytest.raises(
+        SanError, match=r"Flowers102 could not be fetched from .*corrupted. The same command tries again"
+    ):
         fetch("fgvc/flowers", tmp_path, FGVC)
     assert fetch("fgvc/flowers", tmp_path, FGVC) == []
     assert sorted(path.name for path in (tmp_path / "flowers-102").iterdir()) == ["imagelabels.mat", "jpg", "setid.mat"]

@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from tests.bench.copies import GIC, STANDARD, class_folders, encoded, numbers, parquet, picture, table, write_picture
 from torchvision.datasets import CIFAR100
 
 from san_bench.data import folders
 from san_bench.data.manifest import load_manifest
 from san_bench.data.vision import load_task
 from san_peft.errors import SanError
-from tests.bench.copies import GIC, STANDARD, class_folders, encoded, numbers, parquet, picture, table, write_picture
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,9 @@ def test_cifar_in_folders_and_tables(tmp_path):
         task = folders.load("cifar100", tmp_path / copy, GIC)
         assert (task.num_classes, sizes(task)) == (3, STANDARD)
     by_number = folders.load("cifar100", tmp_path / "a", GIC)
-    assert {Path(f).parts[1]: int(n) for f, n in zip(by_number["test"].files, by_number["test"].labels, strict=True)} == {
+    assert {
+        Path(f).parts[1]: int(n) for f, n in zip(by_number["test"].files, by_number["test"].labels, strict=True)
+    } == {
         "2": 0,
         "9": 1,
         "10": 2,
@@ -130,7 +132,7 @@ def test_an_image_folder_with_and_without_splits(tmp_path):
 def test_image_folders_that_do_not_fit_are_explained(tmp_path):
     with pytest.raises(SanError, match="There is no folder"):
         load_task("folder", tmp_path / "nowhere")
-    with pytest.raises(SanError, match="is no image folder. It needs folders of splits"):
+    with pytest.raises(SanError, match=r"is no image folder. It needs folders of splits"):
         load_task("folder", tmp_path)
     place = class_folders(tmp_path / "more", {"train": 6, "test": 6}, ["cat", "dog"])
     write_picture(place / "test" / "eel" / "1.png", 7)
@@ -142,7 +144,11 @@ def test_image_folders_that_do_not_fit_are_explained(tmp_path):
 
 
 def test_data_sets_saved_to_disk_and_as_files(tmp_path):
-    rows = {"train": table(20, ["cat", "dog"]), "validation": table(4, ["cat", "dog"], 1), "test": table(6, ["cat", "dog"], 2)}
+    rows = {
+        "train": table(20, ["cat", "dog"]),
+        "validation": table(4, ["cat", "dog"], 1),
+        "test": table(6, ["cat", "dog"], 2),
+    }
     datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "saved"))
     parquet(tmp_path / "files" / "data", rows)
     table(20, ["cat", "dog"]).save_to_disk(str(tmp_path / "one"))
@@ -191,12 +197,12 @@ def test_columns_that_are_not_clear_are_explained(tmp_path, columns, said):
 def test_two_configurations_are_not_mixed(tmp_path):
     parquet(tmp_path / "first", {"train": table(4, 2)})
     parquet(tmp_path / "second", {"train": table(4, 2)})
-    with pytest.raises(SanError, match="several configurations of train: .*first, .*second. Name the folder of one"):
+    with pytest.raises(SanError, match=r"several configurations of train: .*first, .*second. Name the folder of one"):
         load_task("datasets", tmp_path)
 
 
 def test_what_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
-    with pytest.raises(SanError, match="There is no folder .*nowhere, and it is no name of a data set"):
+    with pytest.raises(SanError, match=r"There is no folder .*nowhere, and it is no name of a data set"):
         load_task("datasets", tmp_path / "nowhere")
     with pytest.raises(SanError, match="someone/nothing is no folder here, and not to be had from the hub"):
         load_task("datasets", Path("someone/nothing"))
@@ -206,5 +212,7 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
 
 
 def test_unknown_tasks_are_answered_with_known_ones(tmp_path):
-    with pytest.raises(SanError, match=r"no task 'cifar10'. Did you mean 'cifar100'\? Choose from cifar100, imagenet-1k"):
+    with pytest.raises(
+        SanError, match=r"no task 'cifar10'. Did you mean 'cifar100'\? Choose from cifar100, imagenet-1k"
+    ):
         load_task("gic/cifar10", tmp_path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
+from tests.bench.copies import SIZES, VTAB, class_folders, community, parquet, picture, table
 
 from san_bench.data import vtab
 from san_bench.data.manifest import load_manifest
 from san_bench.data.vision import load_task
 from san_peft.errors import SanError
-from tests.bench.copies import SIZES, VTAB, class_folders, community, parquet, picture, table
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,9 @@ def test_the_shipped_manifest_is_vtab():
     assert all({**facts.splits, **parts} == facts.splits for facts in tasks.values())
     classes = {name: facts.classes for name, facts in tasks.items()}
     assert (classes["clevr_dist"], classes["kitti"], classes["smallnorb_ele"]) == (6, 4, 9)
-    assert sum(classes.values()) == 100 + 102 + 47 + 102 + 37 + 10 + 397 + 2 + 10 + 45 + 5 + 8 + 6 + 6 + 4 + 16 + 16 + 27
+    assert (
+        sum(classes.values()) == 100 + 102 + 47 + 102 + 37 + 10 + 397 + 2 + 10 + 45 + 5 + 8 + 6 + 6 + 4 + 16 + 16 + 27
+    )
     names = [name for facts in tasks.values() for name in facts.folders]
     assert len(names) == len(set(names))
 
@@ -44,7 +46,7 @@ def test_the_communitys_layout_under_both_names(tmp_path, folder):
     assert task["test"].labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert task["train800val200"].labels.tolist() == [0, 1] * 6
     near = np.asarray(task["val200"].image(1), int) - np.asarray(picture(9), int)
-    assert np.abs(near).mean() < 40  # a JPEG of noise
+    assert np.abs(near).max() < 8  # a JPEG
 
 
 def test_tables_and_folders_need_no_joined_split(tmp_path):
@@ -56,7 +58,8 @@ def test_tables_and_folders_need_no_joined_split(tmp_path):
     for copy in ("a", "b", "c"):
         task = vtab.load("cifar", tmp_path / copy, VTAB)
         assert sizes(task) == SIZES
-        assert task["train800val200"].labels.tolist() == [0, 1] * 6
+        in_order = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1] if copy == "c" else [0, 1] * 6
+        assert task["train800val200"].labels.tolist() == in_order
         first = 0 if copy == "c" else 1000
         order = 8 if copy == "c" else 0
         assert task["val200"].image(0).tobytes() == picture(first + order).tobytes()
@@ -74,7 +77,7 @@ def test_another_copy_of_the_data_set_is_not_cut_into_vtab(tmp_path):
         vtab.load("cifar", tmp_path, VTAB)
     assert "train800 has 50 images, not 8" in str(said.value)
     assert "there is no split val200" in str(said.value)
-    assert "it has the splits train of 50, test of 6; VTAB-1k's own images cannot be picked out" in str(said.value)
+    assert "it has the splits test of 6, train of 50; VTAB-1k's own images cannot be picked out" in str(said.value)
 
 
 def test_every_mistake_in_the_lists_is_said_at_once(tmp_path):
@@ -103,16 +106,16 @@ def test_a_class_that_never_occurs_is_an_error(tmp_path):
 
 
 def test_wrong_folders_are_answered_with_what_is_there(tmp_path):
-    with pytest.raises(SanError, match="There is no folder .*nowhere"):
+    with pytest.raises(SanError, match=r"There is no folder .*nowhere"):
         vtab.load("cifar", tmp_path / "nowhere", VTAB)
     community(tmp_path / "vtab-1k", VTAB["cifar"])
     with pytest.raises(SanError, match=r"no folder for CIFAR-100: none of cifar, cifar_100. Did you mean .*/vtab-1k\?"):
         vtab.load("cifar", tmp_path, VTAB)
     community(tmp_path / "vtab-1k", VTAB["cifar"], "cifar_100")
-    with pytest.raises(SanError, match="several folders for CIFAR-100: cifar, cifar_100. Keep one"):
+    with pytest.raises(SanError, match=r"several folders for CIFAR-100: cifar, cifar_100. Keep one"):
         vtab.load("cifar", tmp_path / "vtab-1k", VTAB)
     (tmp_path / "empty" / "cifar").mkdir(parents=True)
-    with pytest.raises(SanError, match="holds no data that can be read. Expected are the lists train800.txt"):
+    with pytest.raises(SanError, match=r"holds no data that can be read. Expected are the lists train800.txt"):
         vtab.load("cifar", tmp_path / "empty", VTAB)
 
 
@@ -134,7 +137,7 @@ def test_load_task_finds_the_suite_and_its_own_manifest(tmp_path):
 def test_a_broken_table_is_named(tmp_path):
     place = parquet(tmp_path / "cifar", {"train800": table(8, 2)})
     (place / "test-00000-of-00001.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(SanError, match="The tables in .*cifar cannot be read"):
+    with pytest.raises(SanError, match=r"The tables in .*cifar cannot be read"):
         vtab.load("cifar", tmp_path, VTAB)
 
 

@@ -49,8 +49,8 @@ def check(
     """Checks the data of a suite, and returns every problem at once.
 
     Args:
-        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for data of
-            one's own.
+        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for data
+            of one's own.
         folder: Its folder.
         images: Also read and decode every image, and look for those that occur twice.
         workers: Threads that read images; by default as many as there are processors, up to eight.
@@ -167,7 +167,7 @@ def _look_for_files(found: Found) -> None:
 def _survey(
     found: Found, name: str, split: Split, pool: ThreadPoolExecutor, advance: Callable[[int], None]
 ) -> list[str | None]:
-    """Reads every image of a split; notes those that are missing or unreadable, and returns the sha256 of the others."""
+    """Reads every image of a split, notes what is missing or unreadable, and returns the sha256 of the others."""
     chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
     digests: list[str | None] = []
     missing, broken = [], []
@@ -250,7 +250,9 @@ def _find_repeated(found: Found, columns: dict[str, list[str | None]]) -> None:
         content = {n: Counter(zip(columns[n], found.splits[n].labels.tolist(), strict=True)) for n in columns}
         other = content["train800val200"] - (content["train800"] + content["val200"])
         if other:
-            text = f"train800val200: {other.total():,} images are not those of train800 and val200, or have other labels"
+            text = (
+                f"train800val200: {other.total():,} images are not those of train800 and val200, or have other labels"
+            )
             found.add(text, level="warning")
 
 

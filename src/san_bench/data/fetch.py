@@ -1,7 +1,7 @@
 """Fetches data where its licence and a maintained source allow it, and says for the rest where to get what.
 
-What is fetched lies in a folder `.fetching` until every file is there and `check` has nothing against it; then it is renamed
-into place. The same command goes on from what an interrupted one has fetched.
+What is fetched lies in a folder `.fetching` until every file is there and `check` has nothing against it; then it is
+renamed into place. The same command goes on from what an interrupted one has fetched.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def fetch(what: str, folder: Path, manifest: Manifest | None = None) -> list[Pro
     """Fetches a suite, one of its data sets, or any data set of the Hugging Face hub.
 
     Args:
-        what: `fgvc`, `gic` or `vtab`; one data set of them, such as `gic/cifar100`; or the name of a data set on the hub,
-            such as `timm/eurosat-rgb`, which then is a task `datasets` of its own.
+        what: `fgvc`, `gic` or `vtab`; one data set of them, such as `gic/cifar100`; or the name of a data set on the
+            hub, such as `timm/eurosat-rgb`, which then is a task `datasets` of its own.
         folder: Folder of the suite, or the one that gets a folder for the data set.
         manifest: What the data must be; the suite's own by default.
 
@@ -32,8 +32,8 @@ def fetch(what: str, folder: Path, manifest: Manifest | None = None) -> list[Pro
         What is not there now, each with the way to get it. Empty if all is there.
 
     Raises:
-        SanError: If there is no such data set, the disk has too little room, the source does not answer, or what it gave
-            is not as it must be.
+        SanError: If there is no such data set, the disk has too little room, the source does not answer, or what it
+            gave is not as it must be.
     """
     kind, _, task = what.partition("/")
     if kind not in SUITES:
@@ -87,7 +87,9 @@ def _fetch_from_hub(full: str, repository: str, folder: Path, name: str, manifes
     from huggingface_hub import HfApi, snapshot_download
 
     if (folder / name).exists():
-        raise SanError(f"{folder / name} is there already. Move it away, or check it: san data check datasets {folder / name}")
+        raise SanError(
+            f"{folder / name} is there already. Move it away, or check it: san data check datasets {folder / name}"
+        )
     target = folder / STAGE / name
     try:
         info = HfApi().dataset_info(repository, files_metadata=True)
@@ -100,8 +102,8 @@ def _fetch_from_hub(full: str, repository: str, folder: Path, name: str, manifes
         if isinstance(error, SanError):
             raise
         raise SanError(
-            f"{repository} could not be fetched from the Hugging Face hub: {error}. What has arrived lies in {target}, and "
-            "the same command goes on from there."
+            f"{repository} could not be fetched from the Hugging Face hub: {str(error).rstrip('.')}. What has arrived "
+            f"lies in {target}, and the same command goes on from there."
         ) from error
     shutil.rmtree(target / ".cache", ignore_errors=True)
     _put_in_place(full, folder, name, manifest)
@@ -118,8 +120,8 @@ def _fetch_by_torchvision(full: str, facts: Facts, folder: Path, manifest: Manif
         getattr(datasets, str(facts.torchvision))(str(stage), download=True)
     except (OSError, RuntimeError) as error:
         raise SanError(
-            f"{facts.title} could not be fetched from {facts.get}: {error}. The same command tries again; files that are "
-            f"complete in {stage} are kept."
+            f"{facts.title} could not be fetched from {facts.get}: {str(error).rstrip('.')}. The same command tries "
+            f"again; files that are complete in {stage} are kept."
         ) from error
     for archive in (stage / name).glob("*.tgz"):
         archive.unlink()

@@ -112,7 +112,9 @@ def _read_birds(found: Found) -> Rows | None:
     )
     apart = set(names) ^ set(labels) | set(names) ^ set(training)
     if apart:
-        found.add(f"{', '.join(p.name for p in paths)} do not list the same images; these are not in all", sorted(apart))
+        found.add(
+            f"{', '.join(p.name for p in paths)} do not list the same images; these are not in all", sorted(apart)
+        )
         return None
     rows: Rows = {"train": [], "test": []}
     for key, name in names.items():

@@ -1,7 +1,7 @@
 """Data sets with no list files of their own: CIFAR-100, ImageNet-1k, any image folder, any data set of `datasets`.
 
-All of them have the splits `train`, `val`, `trainval` and `test`; `san_bench.data.layouts.standard` says where they come
-from when the data brings fewer.
+All of them have the splits `train`, `val`, `trainval` and `test`; `san_bench.data.layouts.standard` says where they
+come from when the data brings fewer.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
 
 
 def _read_batches(found: Found, folder: Path) -> bool:
-    """Reads CIFAR-100 as torchvision stores it. Its files are pickles, so torchvision compares their checksums first."""
+    """Reads CIFAR-100 as torchvision stores it. They are pickles: torchvision compares checksums first."""
     root = folder.parent if folder.name == "cifar-100-python" else folder
     batches = root / "cifar-100-python"
     if not batches.is_dir():
@@ -95,8 +95,8 @@ def _read_folder(found: Found, folder: Path) -> None:
         raise SanError(f"There is no folder {folder}.")
     if not read_folders(found, folder):
         raise SanError(
-            f"{folder} is no image folder. It needs folders of splits, train/ and test/ say, with a folder of images for "
-            "each class in each; or the folders of classes alone. Tables are read as the task `datasets`."
+            f"{folder} is no image folder. It needs folders of splits, train/ and test/ say, with a folder of images "
+            "for each class in each; or the folders of classes alone. Tables are read as the task `datasets`."
         )
 
 
@@ -107,12 +107,19 @@ def _read_datasets(found: Found, data: Path) -> None:
     if not data.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise SanError(f"There is no folder {data}, and it is no name of a data set on the Hugging Face hub.")
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         tables = datasets.load_dataset(name)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        where = "holds no data set that can be read" if data.is_dir() else "is no folder here, and not to be had from the hub"
+    except (DatasetsError, OSError, ValueError) as error:
+        where = (
+            "holds no data set that can be read"
+            if data.is_dir()
+            else "is no folder here, and not to be had from the hub"
+        )
         raise SanError(f"{name} {where}: {error}") from error
     found.folder = data if data.is_dir() else None
     found.layout = "tables"
-    found.splits, found.classes = table_splits({NAMES.get(str(name).lower(), str(name)): t for name, t in tables.items()})
+    found.splits, found.classes = table_splits(
+        {NAMES.get(str(name).lower(), str(name)): t for name, t in tables.items()}
+    )

@@ -1,7 +1,7 @@
 """What reading a data set came to: its splits, and everything about them that is not as it must be.
 
-A loader and a check read data in the same way, by a function that returns `Found`. The loader stops at any error, with all
-of them in its message; the check goes on to the images.
+A loader and a check read data in the same way, by a function that returns `Found`. The loader stops at any error, with
+all of them in its message; the check goes on to the images.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Problem:
         level: An `error` makes the data unusable; a `warning` may be so in a genuine copy.
 
     Example:
-        >>> print(Problem("vtab/cifar", "test: 2 images cannot be read", ("images/test/000007.jpg", "images/test/9.jpg")))
-        vtab/cifar: test: 2 images cannot be read: images/test/000007.jpg, images/test/9.jpg
+        >>> print(Problem("vtab/cifar", "test: 2 images cannot be read", ("test/000007.jpg", "test/000009.jpg")))
+        vtab/cifar: test: 2 images cannot be read: test/000007.jpg, test/000009.jpg
     """
 
     task: str
@@ -81,14 +81,17 @@ class Found:
             if name not in self.splits:
                 self.add(f"there is no split {name}")
             elif len(self.splits[name]) != count:
-                self.add(f"{name} has {len(self.splits[name]):,} images, not {count:,}", level="warning" if name in cut else "error")
+                self.add(
+                    f"{name} has {len(self.splits[name]):,} images, not {count:,}",
+                    level="warning" if name in cut else "error",
+                )
         self.expect_labels()
 
     def expect_labels(self) -> None:
         """Notes labels that are no class, and classes that never occur."""
         occurring: set[int] = set()
         for name, split in self.splits.items():
-            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.classes))
+            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.classes)).tolist()
             if len(wrong) and name != "trainval" and not isinstance(split, JoinedSplit):
                 what = [f"{split.labels[i]} of {item_name(split, i)}" for i in wrong]
                 self.add(f"{name}: {len(wrong):,} labels are no class of 0 to {self.classes - 1}", what)

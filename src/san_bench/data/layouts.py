@@ -112,6 +112,7 @@ def read_tables(found: Found, folder: Path) -> bool:
     if not saved and not files:
         return False
     import datasets
+    from datasets.exceptions import DatasetsError
 
     kind = "" if saved else files[0].suffix[1:]
     parts = {} if saved else _by_split([path for path in files if path.suffix[1:] == kind])
@@ -126,7 +127,7 @@ def read_tables(found: Found, folder: Path) -> bool:
                 split: datasets.load_dataset(kind, data_files=[str(path) for path in paths], split="train")
                 for split, paths in parts.items()
             }
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         raise SanError(f"The tables in {folder} cannot be read: {error.__cause__ or error}") from error
     found.files += files
     found.layout = "tables"
@@ -174,7 +175,7 @@ def table_splits(tables: dict[str, datasets.Dataset]) -> tuple[dict[str, Split],
         raise SanError(f"The column {label!r} has {empty:,} rows without a label. Leave them out of the data set.")
     kind = features[label]
     if isinstance(kind, datasets.ClassLabel):
-        classes = int(kind.num_classes)
+        classes = len(kind.names)
         numbers = {name: np.asarray(column, np.int64) for name, column in values.items()}
     else:
         order = sorted(set().union(*values.values()))
@@ -187,9 +188,9 @@ def table_splits(tables: dict[str, datasets.Dataset]) -> tuple[dict[str, Split],
 def standard(found: Found, val: int | None = None) -> None:
     """Brings splits to `train`, `val`, `trainval` and `test`.
 
-    Where there is training and validation but no test, as in ImageNet, that validation split is what is reported, so it
-    becomes `test`, and nothing is chosen on it. Where `test` is missing altogether, a fifth of the images becomes it.
-    Where `val` is missing, it is cut from training. Both cuts keep the classes in proportion and always fall on the same
+    Where there is training and validation but no test, as in ImageNet, that validation split is what is reported, so
+    it becomes `test`, and nothing is chosen on it. Where there is neither, a fifth of the images becomes `test`. Where
+    `val` is missing, it is cut from training. Both cuts keep the classes in proportion and always fall on the same
     images.
 
     Args:
@@ -201,11 +202,11 @@ def standard(found: Found, val: int | None = None) -> None:
     train, kept, test = have.get("train"), have.get("val"), have.get("test")
     if test is None and train is not None and kept is not None:
         test, kept = kept, None
-    if full is None and train is None:
-        found.add(f"there is no training split, only {', '.join(have) or 'nothing'}")
-        return
     if full is None:
-        full = train if kept is None else JoinedSplit(train, kept)  # type: ignore[arg-type]
+        if train is None:
+            found.add(f"there is no training split, only {', '.join(have) or 'nothing'}")
+            return
+        full = train if kept is None else JoinedSplit(train, kept)
     if test is None:
         test, full = cut(full, max(1, len(full) // 5))
         train = kept = None

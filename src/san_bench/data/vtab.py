@@ -70,7 +70,8 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     found.expect(facts)
     if any(problem.level == "error" for problem in found.problems):
         found.add(
-            f"it has the splits {', '.join(f'{n} of {len(s):,}' for n, s in splits.items())}; VTAB-1k's own images cannot "
-            "be picked out of a copy that has another order. As a task of its own it can be run as `datasets` or `folder`"
+            f"it has the splits {', '.join(f'{n} of {len(s):,}' for n, s in splits.items())}; VTAB-1k's own images "
+            "cannot be picked out of a copy that has another order. As a task of its own it can be run as `datasets` or "
+            "`folder`"
         )
     return found
