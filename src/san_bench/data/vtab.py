@@ -71,7 +71,6 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     if any(problem.level == "error" for problem in found.problems):
         found.add(
             f"it has the splits {', '.join(f'{n} of {len(s):,}' for n, s in splits.items())}; VTAB-1k's own images "
-            "cannot be picked out of a copy that has another order. As a task of its own it can be run as `datasets` or "
-            "`folder`"
+            "cannot be picked out of a copy in another order. It can be run as the task `datasets` or `folder`"
         )
     return found
