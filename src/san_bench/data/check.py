@@ -29,8 +29,8 @@ from san_peft.errors import SanError
 TOLERATED_OVERLAP = 0.01
 """Share of a split whose images may occur in another one before that is an error.
 
-Genuine data sets have some: dSprites renders the first and the last of its 40 orientations alike, and CIFAR-100's test
-set repeats a few of its training images. A copy of one split in place of another is far above it.
+Genuine data sets may have some: dSprites' 40 orientations go from 0 to 360 degrees with both ends, which look alike.
+A copy of one split in place of another is far above it.
 """
 
 CHUNK = 64

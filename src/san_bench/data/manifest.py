@@ -37,7 +37,7 @@ class Facts:
         get: Where to get it, if that differs from the rest of the suite.
         hub: Data set of the Hugging Face hub that may be fetched.
         torchvision: Class of `torchvision.datasets` that may fetch it.
-        megabytes: Space that fetching needs.
+        megabytes: Space that fetching by torchvision needs.
     """
 
     title: str
