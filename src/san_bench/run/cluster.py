@@ -21,10 +21,9 @@ STORE_BYTES = 100 * 2**20
 class RayEngine:
     """Runs jobs as tasks of Ray, each in a fresh process, on as many machines as the cluster has.
 
-    A cluster started by `ray start` is joined: the one at `address`, or the one that `RAY_ADDRESS` names or that runs on
-    this machine. Where there is none, a Ray of this process's own starts, and ends with the jobs. A job whose worker or
-    machine is lost starts again, three times at most. A job's code is imported, not sent: the machines have the same
-    packages installed.
+    A cluster that `ray start` began is joined: the one at `address`, or that `RAY_ADDRESS` names, or on this machine.
+    Where there is none, a Ray of this process's own starts, and ends with the jobs. A job whose worker or machine is
+    lost starts again, three times at most. Its code is imported, not sent: the machines have the same packages.
 
     Attributes:
         workers: Jobs at the same time in a Ray of its own. A cluster runs as many as it has processors and GPUs for.
@@ -56,9 +55,9 @@ class RayEngine:
             if own:
                 self._connect()
             self._check_room()
-            task = ray.remote(
-                num_cpus=self.cpus_per_job, num_gpus=self.gpus_per_job, max_calls=1, max_retries=RETRIES
-            )(attempt)
+            task = ray.remote(num_cpus=self.cpus_per_job, num_gpus=self.gpus_per_job, max_calls=1, max_retries=RETRIES)(
+                attempt
+            )
             threads = max(1, int(self.cpus_per_job))
             pending.update((task.options(name=job).remote(path, value, threads), job) for job, value in jobs.items())
             while pending:
@@ -113,10 +112,11 @@ class RayEngine:
 def _outcome(job: str, reference: Any) -> Outcome:
     """What came of a task that has ended."""
     import ray
+    from ray.exceptions import RayError
 
     try:
         return Outcome(job, *ray.get(reference))
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         cause = " ".join(str(error).split())
         return Outcome(job, None, f"Ray gave {job} up ({type(error).__name__}): {cause}")
 

@@ -148,9 +148,8 @@ def attempt(path: str, value: Any, threads: int | None) -> tuple[Any, str | None
 
 def describe(error: BaseException) -> str:
     """Writes an error as one text: the message of a `SanError`; else type and message, then the last frames."""
-    from san_peft.errors import SanError
-
-    if isinstance(error, SanError):
+    errors = sys.modules.get("san_peft.errors")  # not imported anew: that would take seconds, for torch
+    if errors is not None and isinstance(error, errors.SanError):
         return str(error)
     frames = "".join(traceback.format_tb(error.__traceback__, limit=-3))
     return f"{type(error).__name__}: {error}\n{frames}".rstrip()

@@ -10,12 +10,12 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from san_bench.recipe import Recipe
 from san_peft import SanLayer
@@ -28,9 +28,7 @@ STEP = "train/global_step"
 """Under which transformers' callbacks log the step."""
 
 
-def tracking(
-    names: Sequence[str], recipe: Recipe, folder: Path
-) -> tuple[dict[str, Any], list[TrainerCallback]]:
+def tracking(names: Sequence[str], recipe: Recipe, folder: Path) -> tuple[dict[str, Any], list[TrainerCallback]]:
     """Returns what a Trainer needs to report to trackers.
 
     Args:
@@ -95,15 +93,13 @@ class _Wandb(WandbCallback):
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            import wandb
-
             self.folder.mkdir(parents=True, exist_ok=True)
-            wandb.init(
+            self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=args.run_name,
                 config={"recipe": self.recipe.model_dump(mode="json")},
                 dir=os.environ.get("WANDB_DIR") or self.folder,
-                mode=os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline"),
+                mode=None if "WANDB_MODE" in os.environ else _mode(),
                 reinit="finish_previous",
             )
         super().setup(args, state, model, **kwargs)
@@ -111,41 +107,54 @@ class _Wandb(WandbCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         scales = scales_of(model)
         if state.is_world_process_zero and scales:
-            import wandb
+            histograms = {f"scale/{fqn}": self._wandb.Histogram(scale.tolist()) for fqn, scale in scales.items()}
+            self._wandb.log({**histograms, STEP: state.global_step})
 
-            histograms = {f"scale/{fqn}": wandb.Histogram(scale) for fqn, scale in scales.items()}
-            wandb.log({**histograms, STEP: state.global_step})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_end(args, state, control, **kwargs)
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, model, processing_class, **kwargs)
         if state.is_world_process_zero:
-            import wandb
+            self._wandb.finish()  # else another run of this process would go on with this one
 
-            wandb.finish()
+
+def _mode() -> Literal["online", "offline"]:
+    """How W&B writes where nothing says so: it asks for no key, and calls nobody."""
+    import wandb
+
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 class _Trackio(TrackioCallback):
     """Writes to `trackio/`."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(folder / "trackio"))
-        super().__init__()
+        home = os.environ.get("TRACKIO_DIR")
+        if home is None:  # trackio reads the variable once, when it is imported
+            os.environ["TRACKIO_DIR"] = str(folder / "trackio")
+        try:
+            super().__init__()
+        finally:
+            if home is None:
+                del os.environ["TRACKIO_DIR"]
+        wanted = Path(home or folder / "trackio")
+        if wanted != self._trackio.TRACKIO_DIR:
+            raise SanError(
+                f"The trackio of this process writes to {self._trackio.TRACKIO_DIR}, and cannot to {wanted} any more. Start "
+                "another process, or set TRACKIO_DIR to one folder for all runs before trackio is imported."
+            )
         self.recipe = recipe
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:
-            import trackio
-
-            trackio.config["recipe"] = self.recipe.model_dump(mode="json")
+            self._trackio.config["recipe"] = self.recipe.model_dump(mode="json")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         scales = scales_of(model)
         if state.is_world_process_zero and scales:
-            import trackio
-
-            histograms = {f"scale/{fqn}": trackio.Histogram(scale) for fqn, scale in scales.items()}
-            trackio.log({**histograms, STEP: state.global_step})
+            histograms = {f"scale/{fqn}": self._trackio.Histogram(scale) for fqn, scale in scales.items()}
+            self._trackio.log({**histograms, STEP: state.global_step})
 
 
 TRACKERS = {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}
