@@ -38,6 +38,8 @@ class Train:
     """A YAML file, or the name of a shipped recipe such as demo/san."""
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
     """Values in place of the file's, such as optimizer.lr=1e-3 seed=1."""
+    track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """Trackers that also get the log."""
 
     def run(self) -> None:
         """Trains, scores once, and prints the result."""
@@ -46,7 +48,7 @@ class Train:
         recipe = load_recipe(self.recipe, self.set)
         from san_bench.run.train import train
 
-        result = train(recipe)
+        result = train(recipe, self.track)
         keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
         _table({key: result[key] for key in keys})
 
@@ -181,12 +183,92 @@ class Export:
         )
 
 
-EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "timm": "vision"}
+@dataclass(frozen=True)
+class Data:
+    """Check the data of a suite, every image and every problem at once, or fetch what may be fetched."""
+
+    action: Positional[Literal["check", "fetch"]]
+    """What to do."""
+    suite: Positional[str]
+    """vtab, fgvc or gic, or one data set such as vtab/cifar; to check also folder or datasets for your own, to fetch
+    also the name of a data set on the Hugging Face hub."""
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of the data."""
+    images: bool = True
+    """Read and decode every image, and look for those that occur twice."""
+    workers: int | None = None
+    """Threads that read images; as many as processors by default, up to eight."""
+    write_checksums: Path | None = None
+    """File to write checksums to, as sha256sum does."""
+    checksums: Path | None = None
+    """File of checksums to compare with."""
+
+    def run(self) -> None:
+        """Checks or fetches, prints, and exits with code 1 where something is missing or wrong."""
+        if self.action == "fetch":
+            from san_bench.data.fetch import fetch_command
+
+            fetch_command(self.suite, self.folder)
+        else:
+            from san_bench.data.check import check_command
+
+            check_command(self.suite, self.folder, self.images, self.workers, self.write_checksums, self.checksums)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Make tables of results: means with spread and n, paired differences, cost, published lines beside ours."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")]
+    """Folders of suites or of runs, or .jsonl files."""
+    format: Literal["rich", "markdown", "latex", "csv"] = "rich"
+    """Of the text; rich is for the terminal."""
+    published: bool = True
+    """Add published numbers where suite and backbone are theirs."""
+    reference: str | None = None
+    """Method that the others are compared with; san by default."""
+    out: Path | None = None
+    """File to write to."""
+
+    def run(self) -> None:
+        """Reads, compares and prints."""
+        from san_bench.report.table import table_command
+
+        table_command(self.folders, self.format, self.published, self.reference, self.out)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw what a suite, or a run, has data for: accuracy, curves, and all that trained scales tell."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of the suite or run."""
+    out: Path | None = None
+    """Folder of the pictures and their numbers; `plots` in the same folder by default."""
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
+
+    def run(self) -> None:
+        """Draws and names the files."""
+        from san_bench.report.analysis import write_pictures
+
+        for path in write_pictures(self.folder, self.out or self.folder / "plots", self.format):
+            print(path)
+
+
+EXTRAS = {
+    "sklearn": "demo",
+    "matplotlib": "plot",
+    "timm": "vision",
+    "datasets": "vision",
+    "torchvision": "vision",
+    "scipy": "vision",
+}
 """Which extra brings a module that a verb may need."""
 
-VERBS = (Demo, Train, Eval, Check, Recipes, Env, Trace, Export)
+VERBS = (Demo, Train, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot)
 
-Verb = Demo | Train | Eval | Check | Recipes | Env | Trace | Export
+Verb = Demo | Train | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:

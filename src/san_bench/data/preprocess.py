@@ -115,8 +115,8 @@ class Prepared(Dataset):
         self._targets = torch.from_numpy(np.ascontiguousarray(split.labels))
         self._before, self._after = _transforms(settings, augmentation)
         self._ready: Float32[Tensor, "n 3 size size"] | None = None
-        fits = isinstance(split, ArraySplit) and split.images.shape[1:3] == (settings.size, settings.size)
-        if fits and settings.squash and (augmentation is None or _changes_nothing(augmentation)):
+        plain = settings.squash and (augmentation is None or _changes_nothing(augmentation))
+        if plain and isinstance(split, ArraySplit) and split.images.shape[1:3] == (settings.size, settings.size):
             self._ready = self._normalise(torch.from_numpy(split.images).permute(0, 3, 1, 2)).contiguous()
 
     def __len__(self) -> int:

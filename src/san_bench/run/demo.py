@@ -1,7 +1,6 @@
 """The demo: SAN and its peers on handwritten digits, trained, reloaded, merged and compared.
 
-Every method is trained in a process of its own, so that its peak of memory is its own. Only those processes import
-torch.
+Every method is trained in a process of its own, so that its peak of memory is its own.
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-import multiprocessing
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from san_bench.recipe import Recipe, load_recipe, shipped
+from san_bench.run.engines import in_fresh_process
 from san_bench.run.folder import check_free
 from san_bench.run.provenance import write_atomically, write_rows
 
@@ -91,21 +87,6 @@ def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
             f"Keep them and pass another folder, such as --out {out}-2, or remove {out}."
         )
     return recipes
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a new process and returns what it returns, or raises what it raises.
-
-    On Linux the process is forked from a server that has imported torch and trained nothing, which saves seconds.
-    """
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload(["san_bench.run.train", "peft", "san_peft"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise _error(f"The process of {function.__name__.strip('_')} was killed; was memory short?") from error
 
 
 def _train(recipe: Recipe) -> dict[str, Any]:

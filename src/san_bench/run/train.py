@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from san_bench.run.build import base_model, check_trainable, checkpoint_sha256, 
 from san_bench.run.evaluate import predict, save_predictions, score, task_of
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
+from san_bench.run.scales import CARRIERS, save_scales, scales_of
 from san_bench.run.trainer import COMPLETE, Average, make_trainer
 from san_peft.errors import SanError
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     """Trains a recipe, or finishes the training that was interrupted, and scores it once.
 
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
@@ -30,6 +32,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Args:
         recipe: What to run.
+        track: Names of trackers that also get the log; see `san_bench.run.tracking`.
 
     Returns:
         The result: accuracy with n, trained parameters, seconds, memory, and where all that comes from.
@@ -49,7 +52,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     trained = check_trainable(model, recipe)
     print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters and {trained['head']:,} of the head.")
     split = task[recipe.train_split]
-    trainer, journal = make_trainer(model, recipe, task, folder)
+    trainer, journal = make_trainer(model, recipe, task, folder, track)
     checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()
     journal.begin(checkpoint)
@@ -71,6 +74,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             f"{folder} predicts values that are not finite. Try a smaller optimizer.lr, with another output."
         )
     save_predictions(folder / "predictions.safetensors", logits)
+    if getattr(model, "peft_type", None) in CARRIERS:
+        save_scales(folder, scales_of(model))
     result = {
         "run": folder.name,
         "method": recipe.method.kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from san_bench.data.vision import VisionTask
 from san_bench.recipe import VALIDATION, Recipe
 from san_bench.run.build import model_path
 from san_bench.run.provenance import write_atomically, write_rows
+from san_bench.run.tracking import tracking
 from san_peft.errors import SanError
 
 COMPLETE = "complete"
@@ -143,7 +145,9 @@ class Average(TrainerCallback):
         return {name: parameters[name].detach().contiguous() for name in self.names}
 
 
-def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> tuple[Trainer, Journal]:
+def make_trainer(
+    model: Any, recipe: Recipe, task: VisionTask, folder: Path, track: Sequence[str] = ()
+) -> tuple[Trainer, Journal]:
     """Builds the Trainer of a recipe, and its journal; the order of the data follows from the recipe's seed alone.
 
     Raises:
@@ -160,6 +164,7 @@ def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> 
             f"accumulated on {torch.cuda.device_count()} devices). Change optimizer.batch_size or "
             "optimizer.accumulation."
         )
+    fields, trackers = tracking(track, recipe, folder)
     selects, saves = recipe.selection != "last", "steps" if recipe.checkpoint_steps else "no"
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -189,7 +194,7 @@ def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> 
         load_best_model_at_end=selects,
         metric_for_best_model="accuracy" if selects else None,
         label_names=["labels"],
-        report_to=[],
+        **fields,
     )
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -201,7 +206,7 @@ def make_trainer(model: Any, recipe: Recipe, task: VisionTask, folder: Path) -> 
         train_dataset=Prepared(split, settings, recipe.augmentation),
         eval_dataset=Prepared(task[_chosen_by(recipe, task)], settings) if selects else None,
         compute_metrics=(lambda result: {"accuracy": float((result[0].argmax(-1) == result[1]).mean())}),
-        callbacks=[journal],
+        callbacks=[journal, *trackers],
         optimizer_cls_and_kwargs=_optimizer(recipe),
     )
     trainer.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
