@@ -21,16 +21,17 @@ MOST = 7
 """Largest number of pills in an image of `count`; the classes are 2 to 7."""
 
 NEAR = (0.8, 1.06, 1.4, 1.85, 2.45, 3.25, 4.3)
-"""Depths between the classes of `distance`, in heights of the camera's focal length: six steps of one third."""
+"""Limits of the depths of the classes of `distance`: each is a third more than the one before. Depth 1 is 16 pixels
+below the horizon, depth 2 is 8."""
 
 
 def count(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     """Draws 2 to 7 pills that do not touch, on clouds; the label is how many, from 2."""
     image, ink = _ground(dice)
     order = np.argsort(dice.unit("cell", 0, 1, 16), axis=1, kind="stable")[:, :MOST]
-    x, y = (_f(4.5) + _f(7.7) * part.astype(_f) + dice.unit(f"jitter {n}", -0.8, 0.8, MOST)
+    x, y = (_f(4.5) + _f(7.7) * part.astype(_f) + dice.unit(f"jitter {n}", -0.6, 0.6, MOST)
             for n, part in (("x", order % 4), ("y", order // 4)))  # fmt: skip
-    length, width = dice.unit("length", 1.0, 1.9, MOST), dice.unit("width", 1.1, 1.5, MOST)
+    length, width = dice.unit("length", 0.6, 1.3, MOST), dice.unit("width", 1.0, 1.4, MOST)
     turn = dice.pick("turn", TURN, MOST)
     tint = dice.unit("tint", 0.6, 1.15, MOST, 3)
     mask = np.zeros((dice.n, SIZE, SIZE), _f)
@@ -62,7 +63,7 @@ def distance(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     image *= clouds(dice.unit("clouds", 0.75, 1.15, 9, 9))[..., None]
     still = np.zeros(dice.n, np.int64)
     for k in (2, 1, 0):  # far ones first
-        u, v = rotated(still, x[:, k], foot[:, k] - radius[:, k])
+        u, v = rotated(still, x[:, k], foot[:, k] - _f(0.8) * radius[:, k])
         r = radius[:, k, None, None]
         shade = _f(0.7) - _f(0.4) * np.clip((u + v) / r, -1, 1)
         paint = dice.unit(f"boulder {k}", 60, 255, 3)[:, None, None, :] * shade[..., None]
