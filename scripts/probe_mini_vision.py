@@ -41,7 +41,9 @@ def probe(task: VisionTask) -> float:
     with torch.no_grad():
         token = {n: vit(pixel_values=x).last_hidden_state[:, 0].numpy() for n, (x, _) in data.items()}
     fits = (
-        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(token["train800"], data["train800"][1])
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(
+            token["train800"], data["train800"][1]
+        )
         for c in PENALTIES
     )
     return max(fit.score(token["val200"], data["val200"][1]) for fit in fits)

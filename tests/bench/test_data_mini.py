@@ -14,8 +14,7 @@ from san_bench.data.mini_structured import NEAR
 from san_bench.data.vision import load_digits_task, load_task
 from san_peft.errors import SanError
 
-FINGERPRINTS: dict[str, str] = {
-}
+FINGERPRINTS: dict[str, str] = {}
 INDEX = np.arange(480)
 
 
@@ -72,7 +71,7 @@ def test_the_three_groups_of_vtab_are_there():
 def test_tasks_load_by_their_full_name_and_once():
     assert load_task("mini-vision/count") is load("count")
     assert load("count").name == "mini-vision/count"
-    with pytest.raises(SanError, match="no task 'cuont'. Did you mean 'mini-vision/count'"):
+    with pytest.raises(SanError, match=r"no task 'cuont'\. Did you mean 'mini-vision/count'"):
         load_task("mini-vision/cuont")
 
 

@@ -1,8 +1,8 @@
 """What every drawn image is made with: dice that depend on (seed, index, name), planes of pixels, paint.
 
-Randomness is a hash of (seed, index, factor name), so neither the batch an image is drawn in, nor the numpy version, nor a
-factor added later changes it. Geometry uses only element-wise IEEE float32 arithmetic on a rounded table of angles: the
-same bytes on every platform. Sums and products over an axis, `sin`, `exp` and the like have no place here.
+Randomness is a hash of (seed, index, factor name), so neither the batch an image is drawn in, nor the numpy version,
+nor a factor added later changes it. Geometry uses only element-wise IEEE float32 arithmetic on a rounded table of
+angles: the same bytes on every platform. Sums and products over an axis, `sin`, `exp` and the like have no place here.
 
 Example:
     >>> dice = Dice(seed=7, index=np.arange(3, dtype=np.uint64))

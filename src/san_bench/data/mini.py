@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from san_bench.data import mini_natural, mini_specialised, mini_structured
 from san_bench.data.canvas import Dice, Drawing
-from san_bench.data.vision import ArraySplit, VisionTask, load_digits_task
+from san_bench.data.vision import ArraySplit, Split, VisionTask, load_digits_task
 from san_peft.errors import SanError
 
 IMAGES = 2000
@@ -63,8 +63,12 @@ TASKS: dict[str, MiniTask] = {
     "land": MiniTask("specialised", mini_specialised.LAND, 105, mini_specialised.land),
     "calls": MiniTask("specialised", mini_specialised.CALLS, 106, mini_specialised.calls),
     "count": MiniTask("structured", tuple("234567"), 107, mini_structured.count),
-    "distance": MiniTask("structured", tuple(f"up to {depth:g}" for depth in mini_structured.NEAR[1:]), 108, mini_structured.distance),
-    "location": MiniTask("structured", tuple(f"row {n // 3}, column {n % 3}" for n in range(9)), 109, mini_structured.location),
+    "distance": MiniTask(
+        "structured", tuple(f"up to {depth:g}" for depth in mini_structured.NEAR[1:]), 108, mini_structured.distance
+    ),
+    "location": MiniTask(
+        "structured", tuple(f"row {n // 3}, column {n % 3}" for n in range(9)), 109, mini_structured.location
+    ),
     "orientation": MiniTask("structured", EIGHTHS, 110, mini_structured.orientation),
     "azimuth": MiniTask("structured", EIGHTHS, 111, mini_structured.azimuth),
 }
@@ -113,7 +117,7 @@ def draw(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.n
 def _load(name: str) -> VisionTask:
     index = np.arange(len(_digits()[1]) if name == "digits" else IMAGES)
     drawing, labels = draw(name, index)
-    splits = {split: ArraySplit(drawing.images[part], labels[part]) for split, part in SPLITS.items()}
+    splits: dict[str, Split] = {split: ArraySplit(drawing.images[part], labels[part]) for split, part in SPLITS.items()}
     return VisionTask(f"mini-vision/{name}", len(TASKS[name].classes), splits)
 
 

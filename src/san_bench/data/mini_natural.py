@@ -12,7 +12,22 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from san_bench.data.canvas import (
-    COS, SIN, SIZE, TURN, Dice, Drawing, Paint, Plane, blend, box, clouds, cover, disc, finish, over, rotated,
+    COS,
+    SIN,
+    SIZE,
+    TURN,
+    Dice,
+    Drawing,
+    Paint,
+    Plane,
+    blend,
+    box,
+    clouds,
+    cover,
+    disc,
+    finish,
+    over,
+    rotated,
 )  # fmt: skip
 
 _f = np.float32
@@ -41,12 +56,12 @@ def digits(dice: Dice, scans: Float[np.ndarray, "n 32 32"]) -> Drawing:
         dice: The dice of the images.
         scans: How much ink is where, 0 to 1.
     """
-    turn = (dice.pick("turn", 41) - 20) % TURN
+    turn = (dice.pick("turn", 25) - 12) % TURN
     u, v = rotated(turn, dice.unit("x", 14, 18), dice.unit("y", 14, 18))
-    scale = dice.unit("scale", 1.0, 1.5)[:, None, None]
+    scale = dice.unit("scale", 0.9, 1.2)[:, None, None]
     ink = np.clip(_sampled(scans, v * scale + _f(16), u * scale + _f(16)) * _f(1.4) - _f(0.1), 0, 1)
     image, colour = _scenery(dice)
-    for k in range(4):
+    for k in range(3):
         a, b = rotated(dice.pick(f"scrap turn {k}", TURN), *_rim(dice, k))
         scrap = cover(box(a, b, dice.unit(f"scrap {k}", 2, 5)[:, None, None], _f(1)))
         image = over(image, dice.unit(f"scrap colour {k}", 30, 225, 3)[:, None, None, :], scrap)
@@ -137,7 +152,9 @@ def _pebbles(dice: Dice, who: NDArray[Any]) -> Plane:
     first = np.full((len(who), SIZE, SIZE), np.inf, _f)
     second = first.copy()
     for k in range(49):
-        u, v = rotated(still, (k % 7 - 1 + jitter[:, k, 0]) * spacing[:, 0, 0], (k // 7 - 1 + jitter[:, k, 1]) * spacing[:, 0, 0])
+        u, v = rotated(
+            still, (k % 7 - 1 + jitter[:, k, 0]) * spacing[:, 0, 0], (k // 7 - 1 + jitter[:, k, 1]) * spacing[:, 0, 0]
+        )
         away = (u * u + v * v) / (spacing * spacing)
         second = np.minimum(second, np.maximum(first, away))
         first = np.minimum(first, away)
@@ -176,8 +193,6 @@ def _rim(dice: Dice, k: int) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _scenery(dice: Dice) -> tuple[Paint, Float[np.ndarray, "n 3"]]:
-    """Clouds between two colours, both dark or both bright, and a colour that stands out from them."""
-    dark, bright = dice.unit("dark", 10, 110, 2, 3), dice.unit("bright", 140, 255, 2, 3)
-    swap = (dice.pick("swap", 2) == 1)[:, None]
-    one, other = (np.where(swap, bright[:, n], dark[:, n]) for n in (0, 1))
-    return blend(one, other, clouds(dice.unit("clouds", -0.3, 1.3, 9, 9))), np.where(swap, dark[:, 0], bright[:, 0])
+    """Clouds between two dark colours, and a bright one that stands out from them."""
+    dark = dice.unit("dark", 10, 110, 2, 3)
+    return blend(dark[:, 0], dark[:, 1], clouds(dice.unit("clouds", -0.3, 1.3, 9, 9))), dice.unit("bright", 140, 255, 3)

@@ -8,11 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from numpy.typing import NDArray
 
 from san_bench.data.canvas import (
-    COS, PIXELS, SIN, SIZE, TURN, Dice, Drawing, Paint, Plane, blend, box, clouds, cover, disc, finish, over, rotated,
+    PIXELS,
+    SIZE,
+    TURN,
+    Dice,
+    Drawing,
+    Paint,
+    Plane,
+    blend,
+    box,
+    clouds,
+    cover,
+    disc,
+    finish,
+    over,
+    rotated,
 )  # fmt: skip
 
 _f = np.float32
@@ -124,9 +138,13 @@ def _use(
         column, row = np.floor(u / step), np.floor(v / step)
         tone = _lottery(dice, who, column, row)
         built = box(a, b, step * (_f(0.22) + _f(0.12) * tone), step * (_f(0.36) - _f(0.12) * tone))
-        roof = np.where(_lottery(dice, who, row + _f(3), column)[..., None] > 0.5, grey, grey * np.array([0.8, 0.5, 0.42], _f))
+        roof = np.where(
+            _lottery(dice, who, row + _f(3), column)[..., None] > 0.5, grey, grey * np.array([0.8, 0.5, 0.42], _f)
+        )
         shadow = box(a - _f(0.9), b - _f(0.9), step * (_f(0.22) + _f(0.12) * tone), step * (_f(0.36) - _f(0.12) * tone))
-        image = over(over(image, image * _f(0.5), cover(shadow)), roof * (_f(0.8) + _f(0.25) * (a > 0))[..., None], cover(built))
+        image = over(
+            over(image, image * _f(0.5), cover(shadow)), roof * (_f(0.8) + _f(0.25) * (a > 0))[..., None], cover(built)
+        )
         return image
     if name == "river":
         shore = np.abs(bent) - (_f(2) + _f(3) * size)
@@ -175,7 +193,7 @@ def _lottery(dice: Dice, who: NDArray[Any], column: Plane, row: Plane) -> Plane:
     """A number from 0 to 1 for each field of a grid, the same in all its pixels."""
     tickets = dice.unit("tickets", 0, 1, 61)[who]
     number = (column * _f(7) + row * _f(3)).astype(np.int64) % 61
-    return np.take_along_axis(tickets, number.reshape(len(who), -1), axis=1).reshape(number.shape)
+    return np.take_along_axis(tickets, number.reshape(len(who), SIZE * SIZE), axis=1).reshape(number.shape)
 
 
 def _within(value: Plane, step: Any) -> Plane:

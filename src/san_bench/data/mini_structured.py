@@ -12,7 +12,22 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from san_bench.data.canvas import (
-    COS, PIXELS, SIN, SIZE, TURN, Dice, Drawing, Paint, Plane, blend, box, clouds, cover, disc, finish, over, rotated,
+    COS,
+    PIXELS,
+    SIN,
+    SIZE,
+    TURN,
+    Dice,
+    Drawing,
+    Paint,
+    Plane,
+    blend,
+    clouds,
+    cover,
+    disc,
+    finish,
+    over,
+    rotated,
 )  # fmt: skip
 
 _f = np.float32
@@ -75,13 +90,12 @@ def location(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     """Draws discs, and one ring among them, in the nine cells of a grid; the label is the ring's cell, row by row."""
     image, ink = _ground(dice)
     present = dice.unit("present", 0, 1, 9) < _f(0.6)
-    jitter = dice.unit("jitter", -1.2, 1.2, 9, 2)
     radius = dice.unit("radius", 3.0, 3.9, 9)
     tint = dice.unit("tint", 0.6, 1.15, 9, 3)
     mask = np.zeros((dice.n, SIZE, SIZE), _f)
     still = np.zeros(dice.n, np.int64)
-    centre = np.stack([np.stack([_f(5.5 + 10.5 * (c % 3)) + jitter[:, c, 0], _f(5.5 + 10.5 * (c // 3)) + jitter[:, c, 1]], axis=1)
-                       for c in range(9)], axis=1)  # fmt: skip
+    grid = np.array([(5.5 + 10.5 * (c % 3), 5.5 + 10.5 * (c // 3)) for c in range(9)], _f)
+    centre = grid + dice.unit("jitter", -1.2, 1.2, 9, 2)
     for c in range(9):
         u, v = rotated(still, centre[:, c, 0], centre[:, c, 1])
         inside = disc(u, v, radius[:, c, None, None])
@@ -126,7 +140,7 @@ def azimuth(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
 
 
 class _View:
-    """Parallel projection, from above at an angle, of things that stand on the ground and are turned about the third axis."""
+    """Parallel projection, from above at an angle, of things that stand on the ground and are turned there."""
 
     def __init__(self, dice: Dice, turn: NDArray[Any]) -> None:
         self.cos, self.sin = COS[turn], SIN[turn]
@@ -138,8 +152,8 @@ class _View:
 
     def block(self, image: Paint, roof: Any, walls: Any, x: Any, y: Any, z: Any) -> Paint:
         """Lays a block over an image, in one colour above and one around."""
-        (left, right), (front, back) = x, y
-        sides = (((1, 0), (right, right), y), ((-1, 0), (left, left), y), ((0, 1), x, (back, back)), ((0, -1), x, (front, front)))
+        west, east, north, south = (x[0], x[0]), (x[1], x[1]), (y[0], y[0]), (y[1], y[1])
+        sides = [((-1, 0), west, y), ((1, 0), east, y), ((0, -1), x, north), ((0, 1), x, south)]
         for away, across, along in sides:
             seen, light = self.wall(away, across, along, z)
             image = over(image, (walls * light[:, None])[:, None, None, :], seen)
@@ -162,7 +176,12 @@ def _quadrilateral(corners: list[tuple[NDArray[Any], NDArray[Any]]]) -> Plane:
     """Signed distance to the edge of a convex figure, whichever way its corners go round; a little widened."""
     (ax, ay), (bx, by), (cx, cy), _ = corners
     way = np.where((bx - ax) * (cy - ay) - (by - ay) * (cx - ax) > 0, _f(1), _f(-1))
-    distance = np.full((len(ax), SIZE, SIZE), -np.inf, _f)
+    x, y = np.stack([x for x, _ in corners]), np.stack([y for _, y in corners])
+    beside, above = (  # the box around it cuts off what widening adds to sharp corners
+        np.maximum(low[:, None] - PIXELS, PIXELS - high[:, None])
+        for low, high in ((x.min(axis=0), x.max(axis=0)), (y.min(axis=0), y.max(axis=0)))
+    )
+    distance = np.maximum(beside[:, None, :], above[:, :, None])
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
         dx, dy = bx - ax, by - ay
         norm = way / np.maximum(np.sqrt(dx * dx + dy * dy), _f(1e-3))

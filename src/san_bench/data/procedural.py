@@ -22,7 +22,23 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 
-from san_bench.data.canvas import (COS, PIXELS, SIN, SIZE, TURN, Dice, Plane, blend, box, clouds, enlarge, grain, over, rotated, to_bytes)
+from san_bench.data.canvas import (
+    COS,
+    PIXELS,
+    SIN,
+    SIZE,
+    TURN,
+    Dice,
+    Plane,
+    blend,
+    box,
+    clouds,
+    enlarge,
+    grain,
+    over,
+    rotated,
+    to_bytes,
+)  # fmt: skip
 from san_peft.errors import SanError
 
 MAX_OBJECTS = 5
@@ -290,5 +306,3 @@ def _reduced(image: UInt8[np.ndarray, "n 32 32 3"], resolution: NDArray[Any]) ->
         mean = small.sum(axis=(2, 4)).astype(np.float32) / _f(factor * factor)
         result[who] = enlarge(mean, factor)
     return result
-
-
