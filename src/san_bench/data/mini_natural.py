@@ -69,17 +69,17 @@ def digits(dice: Dice, scans: Float[np.ndarray, "n 32 32"]) -> Drawing:
 
 
 def textures(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
-    """Draws one of `TEXTURES` in two colours, turned and scaled, in uneven light."""
-    turn = dice.pick("turn", TURN)
+    """Draws one of `TEXTURES` in two colours, a little turned and scaled, in uneven light."""
+    turn = (dice.pick("turn", 33) - 16) % TURN
     x, y = dice.unit("x", 0, 32), dice.unit("y", 0, 32)
-    period = dice.unit("period", 6, 10)
+    period = dice.unit("period", 7, 10)
     u, v = (part / period[:, None, None] for part in rotated(turn, x, y))
     amount = np.empty_like(u)
     for number, name in enumerate(TEXTURES):
         who = np.flatnonzero(label == number)
         amount[who] = _pattern(name, dice, who, u[who], v[who])
     first = dice.unit("first", 20, 235, 3)
-    second = first + np.where(first < 128, _f(1), _f(-1)) * dice.unit("contrast", 35, 120, 3)
+    second = first + np.where(first < 128, _f(1), _f(-1)) * dice.unit("contrast", 60, 150, 3)
     light = _f(1) + dice.unit("uneven", 0, 0.02)[:, None, None] * rotated(dice.pick("light", TURN))[0]
     return finish(dice, blend(first, second, amount) * light[..., None], {"amount": amount})
 
@@ -109,8 +109,9 @@ def flowers(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
         bloom[who] = np.maximum(bloom[who], inside)
         image[who] = over(image[who], petal[who][:, None, None, :] * shade[..., None], inside)
     u, v = rotated(turn, x, y)
+    facts = {"bloom": bloom, "centre": np.stack([x, y], axis=1), "radius": radius}
     core = cover(disc(u, v, (form[:, 4] * radius)[:, None, None]))
-    return finish(dice, over(image, heart[:, None, None, :], core), {"bloom": bloom})
+    return finish(dice, over(image, heart[:, None, None, :], core), facts)
 
 
 def _pattern(name: str, dice: Dice, who: NDArray[Any], u: Plane, v: Plane) -> Plane:
@@ -124,11 +125,11 @@ def _pattern(name: str, dice: Dice, who: NDArray[Any], u: Plane, v: Plane) -> Pl
     if name == "weave":
         across = np.floor(u) + np.floor(v)
         odd = across - _f(2) * np.floor(across / 2) > 0.5
-        return _soft((_saw(np.where(odd, u, v) * _f(2.5)) - _f(0.25)) * _f(6))
+        return _soft((_saw(np.where(odd, u, v) * _f(2)) - _f(0.25)) * _f(6))
     if name == "scales":
         best = np.full_like(u, np.inf)
         for shift in (0.0, 0.5):
-            a, b = u + _f(shift), v * _f(1.6) + _f(shift)
+            a, b = u + _f(shift), v * _f(1.2) + _f(shift)
             a, b = a - np.floor(a) - _f(0.5), b - np.floor(b)
             best = np.minimum(best, np.abs(np.sqrt(a * a + b * b * _f(0.35)) - _f(0.48)))
         return _soft((_f(0.1) - best) * _f(14))

@@ -42,19 +42,19 @@ CALLS = ("tone", "rise", "fall", "hump", "trill", "pulses", "harmonics", "burst"
 
 
 def cells(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
-    """Draws a smear of red blood cells; in all classes of `FINDINGS` but the first, two to four show the finding."""
+    """Draws a smear of red blood cells; in all classes of `FINDINGS` but the first, some show the finding."""
     plasma = dice.unit("plasma", 185, 245, 3)
     stain = dice.unit("stain", 0.45, 0.8)[:, None] * np.array([1.0, 0.62, 0.72], _f) * plasma
     purple = stain * np.array([0.5, 0.3, 0.75], _f)
     image = blend(plasma, plasma * _f(0.92), clouds(dice.unit("haze", 0, 1, 5, 5)))
-    place = np.argsort(dice.unit("order", 0, 1, 9), axis=1, kind="stable")
-    total, ill = 6 + dice.pick("total", 3), 2 + dice.pick("ill", 3)
+    place = np.argsort(dice.unit("order", 0, 1, 4), axis=1, kind="stable")
+    total, ill = 3 + dice.pick("total", 2), 1 + dice.pick("ill", 2)
     ill = np.where(label == 0, 0, np.where(label == 5, 1, ill))
-    jitter, radius = dice.unit("jitter", -1.1, 1.1, 9, 2), dice.unit("radius", 3.7, 4.7, 9)
-    turn, depth = dice.pick("turn", TURN, 9), dice.unit("depth", 0.85, 1.1, 9)
-    for k in range(8):
+    jitter, radius = dice.unit("jitter", -1.2, 1.2, 4, 2), dice.unit("radius", 5.5, 7, 4)
+    turn, depth = dice.pick("turn", TURN, 4), dice.unit("depth", 0.85, 1.1, 4)
+    for k in range(4):
         who = np.flatnonzero(total > k)
-        x, y = (_f(5.5) + _f(10.5) * part[who, k].astype(_f) for part in (place % 3, place // 3))
+        x, y = (_f(8) + _f(16) * part[who, k].astype(_f) for part in (place % 2, place // 2))
         u, v = rotated(turn[who, k], x + jitter[who, k, 0], y + jitter[who, k, 1])
         r = radius[who, k, None, None]
         kind = np.where(ill[who] > k, label[who], 0)[:, None, None]

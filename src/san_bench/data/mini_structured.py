@@ -35,9 +35,9 @@ _f = np.float32
 MOST = 7
 """Largest number of pills in an image of `count`; the classes are 2 to 7."""
 
-NEAR = (0.8, 1.06, 1.4, 1.85, 2.45, 3.25, 4.3)
-"""Limits of the depths of the classes of `distance`: each is a third more than the one before. Depth 1 is 16 pixels
-below the horizon, depth 2 is 8."""
+NEAR = (0.8, 1.15, 1.65, 2.4, 3.5, 5.0)
+"""Limits of the depths of the classes of `distance`: each is nearly half more than the one before. Depth 1 is 16
+pixels below the horizon, depth 2 is 8."""
 
 
 def count(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
@@ -46,7 +46,7 @@ def count(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     order = np.argsort(dice.unit("cell", 0, 1, 16), axis=1, kind="stable")[:, :MOST]
     x, y = (_f(4.5) + _f(7.7) * part.astype(_f) + dice.unit(f"jitter {n}", -0.6, 0.6, MOST)
             for n, part in (("x", order % 4), ("y", order // 4)))  # fmt: skip
-    length, width = dice.unit("length", 0.6, 1.3, MOST), dice.unit("width", 1.0, 1.4, MOST)
+    length, width = dice.unit("length", 0.5, 1.1, MOST), dice.unit("width", 1.2, 1.6, MOST)
     turn = dice.pick("turn", TURN, MOST)
     tint = dice.unit("tint", 0.6, 1.15, MOST, 3)
     mask = np.zeros((dice.n, SIZE, SIZE), _f)
@@ -60,20 +60,20 @@ def count(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
 
 
 def distance(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
-    """Draws a plain under a sky with three boulders; the label is the depth of the nearest, in six steps.
+    """Draws a plain under a sky with three boulders; the label is the depth of the nearest, in five steps.
 
     The camera tilts, so the horizon moves, and boulders differ in size: only the gap between the horizon and the
     foot of the nearest boulder tells its depth.
     """
-    horizon = dice.unit("horizon", 4, 11)
+    horizon = dice.unit("horizon", 5, 9)
     edges = np.array(NEAR, _f)
     low, high = edges[label], edges[label + 1]
     nearest = low + (high - low) * dice.unit("depth", 0.15, 0.85)
-    depth = np.stack([nearest, *(nearest * dice.unit(f"behind {k}", 1.4, 3.0) for k in (1, 2))], axis=1)
+    depth = np.stack([nearest, *(nearest * dice.unit(f"behind {k}", 1.5, 3.0) for k in (1, 2))], axis=1)
     foot = horizon[:, None] + _f(16) / depth
     radius = dice.unit("size", 2.2, 5.5, 3) / depth + _f(1.0)
     x = dice.unit("x", 5, 27, 3)
-    sky, ground = dice.unit("sky", 70, 240, 3), dice.unit("ground", 30, 200, 3)
+    sky, ground = dice.unit("sky", 140, 250, 3), dice.unit("ground", 20, 120, 3)
     image = blend(sky, ground, np.broadcast_to(cover(horizon[:, None, None] - PIXELS[None, :, None]), _shape(dice)))
     image *= clouds(dice.unit("clouds", 0.75, 1.15, 9, 9))[..., None]
     still = np.zeros(dice.n, np.int64)
@@ -81,7 +81,7 @@ def distance(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
         u, v = rotated(still, x[:, k], foot[:, k] - _f(0.8) * radius[:, k])
         r = radius[:, k, None, None]
         shade = _f(0.7) - _f(0.4) * np.clip((u + v) / r, -1, 1)
-        paint = dice.unit(f"boulder {k}", 60, 255, 3)[:, None, None, :] * shade[..., None]
+        paint = dice.unit(f"boulder {k}", 110, 255, 3)[:, None, None, :] * shade[..., None]
         image = over(image, paint, cover(np.maximum(disc(u, v, r), v - _f(0.8) * r)))
     return finish(dice, image, {"depth": depth, "foot": foot, "horizon": horizon})
 
@@ -108,11 +108,17 @@ def location(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
 
 
 def orientation(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
-    """Draws a keyhole-like pin on clouds; the label is which eighth of the circle its tip points to, clockwise."""
+    """Draws a pin among chips; the label is which eighth of the circle its tip points to, clockwise."""
     image, ink = _ground(dice)
     turn = (label * 32 + dice.pick("turn", 21) - 10) % TURN
-    x, y = dice.unit("x", 12.5, 19.5), dice.unit("y", 12.5, 19.5)
-    size = dice.unit("size", 7.5, 11)[:, None, None]
+    x, y = dice.unit("x", 11, 21), dice.unit("y", 11, 21)
+    size = dice.unit("size", 6.5, 10)[:, None, None]
+    for k in range(5):  # chips of the pin's colour that point anywhere
+        a, b = rotated(
+            dice.pick(f"chip turn {k}", TURN), dice.unit(f"chip x {k}", 0, 32), dice.unit(f"chip y {k}", 0, 32)
+        )
+        chip = cover(_pill(a, b, dice.unit(f"chip {k}", 1, 3)[:, None, None], _f(0.8)))
+        image = over(image, (ink * dice.unit(f"chip tint {k}", 0.6, 1, 3))[:, None, None, :], chip)
     u, v = rotated(turn, x, y)
     head = disc(u + _f(0.5) * size, v, dice.unit("head", 0.34, 0.5)[:, None, None] * size)
     taper = np.abs(v) * _f(0.94) + (u - size) * dice.unit("taper", 0.12, 0.24)[:, None, None]
@@ -197,12 +203,11 @@ def _pill(u: Plane, v: Plane, length: Any, width: Any) -> Plane:
 
 
 def _ground(dice: Dice) -> tuple[Paint, Float[np.ndarray, "n 3"]]:
-    """Clouds between two near colours, dark or bright, and a colour that stands out from them."""
-    dark = dice.unit("dark", 15, 95, 3)
-    bright = dice.unit("bright", 150, 255, 3)
-    swap = (dice.pick("swap", 2) == 1)[:, None]
-    ground, ink = np.where(swap, bright, dark), np.where(swap, dark, bright)
-    return blend(ground * _f(0.8), ground * _f(1.15) + _f(8), clouds(dice.unit("ground", 0, 1, 9, 9))), ink
+    """Clouds between two near dark colours, and a bright one."""
+    dark = dice.unit("dark", 15, 110, 3)
+    return blend(dark * _f(0.8), dark * _f(1.2) + _f(8), clouds(dice.unit("ground", 0, 1, 9, 9))), dice.unit(
+        "bright", 140, 255, 3
+    )
 
 
 def _shape(dice: Dice) -> tuple[int, int, int]:
