@@ -58,7 +58,7 @@ def digits(dice: Dice, scans: Float[np.ndarray, "n 32 32"]) -> Drawing:
     """
     turn = (dice.pick("turn", 25) - 12) % TURN
     u, v = rotated(turn, dice.unit("x", 14, 18), dice.unit("y", 14, 18))
-    scale = dice.unit("scale", 0.9, 1.2)[:, None, None]
+    scale = dice.unit("scale", 1.0, 1.3)[:, None, None]
     ink = np.clip(_sampled(scans, v * scale + _f(16), u * scale + _f(16)) * _f(1.4) - _f(0.1), 0, 1)
     image, colour = _scenery(dice)
     for k in range(3):
@@ -88,8 +88,8 @@ def flowers(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     """Draws one of `FLOWERS` from above on foliage; colours and size tell nothing."""
     form = np.array(list(FLOWERS.values()), _f)[label]
     turn = dice.pick("turn", TURN)
-    radius = dice.unit("radius", 10, 14)
-    x, y = dice.unit("x", 13, 19), dice.unit("y", 13, 19)
+    radius = dice.unit("radius", 11, 14.5)
+    x, y = dice.unit("x", 14, 18), dice.unit("y", 14, 18)
     green = dice.unit("green", 10, 110, 3) * np.array([0.7, 1.2, 0.6], _f)
     image = blend(green, green * _f(1.6) + _f(15), clouds(dice.unit("foliage", 0, 1, 9, 9)))
     petal, heart = dice.unit("petal", 90, 255, 3), dice.unit("heart", 20, 235, 3)

@@ -89,11 +89,9 @@ def _cell(kind: NDArray[Any], u: Plane, v: Plane, r: NDArray[Any]) -> tuple[Plan
 
 
 def land(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
-    """Draws land from above in one of the uses of `LAND`; soil and season change its colours."""
-    soil = dice.unit("soil", 60, 170, 3) * np.array([1.05, 1.0, 0.75], _f)
-    green = dice.unit("green", 25, 120, 3) * np.array([0.8, 1.15, 0.6], _f)
+    """Draws land from above in one of the uses of `LAND`; the camera's false colours tell nothing."""
+    soil, green, water = dice.unit("soil", 60, 170, 3), dice.unit("green", 20, 130, 3), dice.unit("water", 10, 110, 3)
     grey = dice.unit("grey", 110, 240, 1) * np.ones(3, _f) + dice.unit("tint", -18, 18, 3)
-    water = dice.unit("water", 20, 90, 3) * np.array([0.6, 0.9, 1.4], _f)
     image = blend(soil, green, clouds(dice.unit("patches", 0, 1, 5, 5)))
     image *= clouds(dice.unit("rough", 0.85, 1.15, 17, 17))[..., None]
     turn = dice.pick("turn", TURN)

@@ -117,7 +117,7 @@ def orientation(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
         a, b = rotated(
             dice.pick(f"chip turn {k}", TURN), dice.unit(f"chip x {k}", 0, 32), dice.unit(f"chip y {k}", 0, 32)
         )
-        chip = cover(_pill(a, b, dice.unit(f"chip {k}", 1, 3)[:, None, None], _f(0.8)))
+        chip = cover(_pill(a, b, dice.unit(f"chip length {k}", 1, 3)[:, None, None], _f(0.8)))
         image = over(image, (ink * dice.unit(f"chip tint {k}", 0.6, 1, 3))[:, None, None, :], chip)
     u, v = rotated(turn, x, y)
     head = disc(u + _f(0.5) * size, v, dice.unit("head", 0.34, 0.5)[:, None, None] * size)
