@@ -54,6 +54,67 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Run a suite: methods, tasks, models and seeds; what is done is skipped, and what fails does not stop the rest."""
+
+    suite: Positional[str]
+    """Name of a shipped suite such as mini-vision, or a YAML file."""
+    out: Path | None = None
+    """Folder to write to; runs/SUITE by default."""
+    data: Path | None = None
+    """Folder of the data, for suites that have none inside the package."""
+    methods: tuple[str, ...] = ()
+    """Some of the suite's methods; all by default."""
+    models: tuple[str, ...] = ()
+    """Some of its models."""
+    tasks: tuple[str, ...] = ()
+    """Some of its tasks."""
+    seeds: int = 1
+    """How many seeds, from 0."""
+    search: bool = False
+    """Search for learning rates first, on validation images, with the same effort for every method."""
+    protocol: str | None = None
+    """Another protocol than the suite's."""
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """Values in place of the protocol's, such as optimizer.epochs=10."""
+    engine: Literal["local", "ray"] = "local"
+    """Where to run: on this machine, or on a Ray cluster."""
+    workers: int = 1
+    """Runs at the same time on this machine, or in a Ray of its own."""
+    threads: int | None = None
+    """Threads, or on Ray processors, of each run; by default torch's choice, or 1 with several workers."""
+    gpus_per_run: float = 0.0
+    """With Ray, GPUs that a run takes, such as 0.5."""
+    keep_models: bool = False
+    """Keep the whole models that methods without an adapter save."""
+
+    def run(self) -> None:
+        """Runs the suite and prints where the results are."""
+        from san_bench.suite import Choice, load_suite, plan
+
+        suite = load_suite(self.suite)
+        overrides = self.set
+        choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, overrides)
+        if not self.search:  # names and settings are checked before torch is imported
+            rates = (self.out or Path("runs") / Path(self.suite).stem) / "rates.json"
+            plan(suite, choice, json.loads(rates.read_text(encoding="utf-8")) if rates.exists() else None)
+        from san_bench.run.cluster import RayEngine
+        from san_bench.run.engines import LocalEngine
+        from san_bench.run.suite import bench
+
+        name = Path(self.suite).stem
+        threads = self.threads or (1 if self.workers > 1 else None)
+        engine = (
+            RayEngine(self.workers, threads or 1, self.gpus_per_run)
+            if self.engine == "ray"
+            else LocalEngine(self.workers, threads)
+        )
+        out = self.out or Path("runs") / name
+        rows = bench(suite, name, choice, out, engine, self.search, self.keep_models)
+        print(f"{len(rows)} runs are done: {out / 'rows.jsonl'}. `san table {out}` compares them.")
+
+
+@dataclass(frozen=True)
 class Eval:
     """Load a run that has finished, and score it."""
 
@@ -266,9 +327,9 @@ EXTRAS = {
 }
 """Which extra brings a module that a verb may need."""
 
-VERBS = (Demo, Train, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot)
+VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot)
 
-Verb = Demo | Train | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot
+Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:

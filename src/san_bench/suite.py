@@ -1,8 +1,9 @@
-"""Suites: tasks in groups, models, methods and a protocol, in one strict YAML file, and the recipes that follow from it.
+"""Suites: tasks, models, methods and a protocol, in one strict YAML file, and the recipes that follow from it.
 
 Example:
     >>> suite = load_suite("mini-vision")
-    >>> chosen = plan(suite, Choice(methods=("san", "linear"), tasks=("mini-vision/count",), models=("vit",), seeds=2))
+    >>> part = Choice(("san", "linear"), tasks=("mini-vision/count",), seeds=2, overrides={"optimizer.lr": 0.01})
+    >>> chosen = plan(suite, part)
     >>> [(run.method, run.backbone, run.recipe.seed) for run in chosen]
     [('san', 'vit', 0), ('san', 'vit', 1), ('linear', 'vit', 0), ('linear', 'vit', 1)]
 """
@@ -130,7 +131,9 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
     Raises:
         SanError: If a name is unknown, a learning rate is missing, or a recipe would be wrong.
     """
-    rates = {backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models}
+    rates = {
+        backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models
+    }
     splits = {"train_split": suite.train_split, "eval_split": suite.eval_split}
     overrides = dict(parse_overrides(choice.overrides))
     runs, missing = [], []
@@ -144,8 +147,8 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
             runs.append(_run(suite, choice, (task, backbone, method), {**splits, "seed": seed, "optimizer.lr": rate}))
     if missing:
         raise san_error(
-            f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, or "
-            "give one with --set optimizer.lr=..."
+            f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
+            "or give one with --set optimizer.lr=..."
         )
     return runs
 
@@ -187,7 +190,10 @@ def best_rates(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Rates:
 
 
 def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
-    kinds = {"task": (choice.tasks, suite.tasks), "model": (choice.models, suite.models)}
+    kinds: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
+        "task": (choice.tasks, suite.tasks),
+        "model": (choice.models, suite.models),
+    }
     kinds["method"] = (choice.methods, suite.methods)
     wrong = [
         f"The suite has no {kind} {name!r}.{suggest(name, known)}"

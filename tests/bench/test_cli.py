@@ -38,6 +38,18 @@ def run(capsys, *words):
         ("env --json", cli.Env(json=True)),
         ("trace here --scheme exact --json", cli.Trace("here", "exact", json=True)),
         ("export runs/demo/san --out there --merged", cli.Export(Path("runs/demo/san"), Path("there"), True)),
+        ("train demo/san --track wandb", cli.Train("demo/san", track=("wandb",))),
+        (
+            "bench vtab --methods san ssf --seeds 5 --data there --engine ray --gpus-per-run 0.5",
+            cli.Bench("vtab", None, Path("there"), ("san", "ssf"), seeds=5, engine="ray", gpus_per_run=0.5),
+        ),
+        (
+            "table runs/a runs/b --format latex --no-published --reference ssf",
+            cli.Table((Path("runs/a"), Path("runs/b")), "latex", False, "ssf"),
+        ),
+        ("plot runs/a --format svg", cli.Plot(Path("runs/a"), format="svg")),
+        ("data check vtab/cifar there --no-images", cli.Data("check", "vtab/cifar", Path("there"), images=False)),
+        ("data fetch gic there", cli.Data("fetch", "gic", Path("there"))),
     ],
 )
 def test_words_become_verbs(words, verb):

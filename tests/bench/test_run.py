@@ -62,13 +62,9 @@ def one(request, runs):
 def test_the_result_has_its_origin(one):
     recipe, result = one
     folder = Path(recipe.output)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter",
-        "log.jsonl",
-        "predictions.safetensors",
-        "recipe.yaml",
-        "result.json",
-    ]
+    files = ["adapter", "log.jsonl", "predictions.safetensors", "recipe.yaml", "result.json"]
+    scaled = ["scales.safetensors"] if recipe.method.kind not in build.PLAIN else []
+    assert sorted(p.name for p in folder.iterdir()) == files + scaled
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["method"] == recipe.method.kind
     assert result["recipe_fingerprint"] == recipe.fingerprint
@@ -79,6 +75,8 @@ def test_the_result_has_its_origin(one):
     assert (result["seed"], result["lr"], result["steps"]) == (0, recipe.optimizer.lr, 8)
     assert {"versions", "commit", "cpu", "threads", "python", "device", "finished"} <= set(result)
     assert result["resumed_from_step"] == 0
+    assert result["checkpoint_sha256"] == build.checkpoint_sha256(build.base_model(recipe, small_task()))
+    assert (result["model"], result["selection"], result["protocol"]) == ("embedded", "last", None)
     assert result["saved_activation_mib"] > 0
     assert result["peak_rss_mib"] > result["peak_rss_growth_mib"]
 
@@ -99,7 +97,7 @@ def test_what_is_trained_is_the_methods(one, runs):
     recipe, result = one
     kind = recipe.method.kind
     base = build.base_model(recipe, small_task()).state_dict()
-    if kind in {"linear", "full"}:
+    if kind in build.PLAIN:
         saved = AutoModelForImageClassification.from_pretrained(Path(recipe.output) / "adapter").state_dict()
         assert saved.keys() == base.keys()
         trained = {name for name in saved if not torch.equal(saved[name], base[name])}
@@ -108,8 +106,14 @@ def test_what_is_trained_is_the_methods(one, runs):
             assert all(name.endswith("k_proj.bias") for name in still), still
             assert result["trainable_parameters"] == sum(v.numel() for v in saved.values())
         else:
-            assert trained == {"classifier.weight", "classifier.bias"}
-            assert result["trainable_parameters"] == HEAD
+            beside = {
+                "linear": set(),
+                "norm": {name for name in saved if "norm" in name},
+                "bitfit": {name for name in saved if name.endswith(".bias") and not name.startswith("classifier")},
+            }[kind]
+            assert trained <= beside | {"classifier.weight", "classifier.bias"}
+            assert all(name.endswith("k_proj.bias") for name in beside - trained)
+            assert result["trainable_parameters"] == HEAD + sum(saved[name].numel() for name in beside)
     else:
         saved = load_file(Path(recipe.output) / "adapter" / "adapter_model.safetensors")
         assert sum(value.numel() for value in saved.values()) == result["trainable_parameters"]
@@ -259,7 +263,7 @@ def test_an_export_that_changes_outputs_writes_nothing(kind, runs, tmp_path, mon
 
 def test_a_finished_run_is_not_repeated(runs, monkeypatch, capsys):
     recipe, result = runs["san"]
-    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("it was built again"))
+    monkeypatch.setattr(training, "base_model", lambda *_: pytest.fail("it was built again"))
     assert train(recipe) == result
     cli.main(["train", str(Path(recipe.output) / "recipe.yaml")])
     assert f"n_test                {SIZES['test']}" in capsys.readouterr().out

@@ -30,8 +30,8 @@ def bench(
     """Runs what is chosen of a suite.
 
     The folder gets `suite.yaml`, `runs/<task>/<backbone>/<method>/<address>/` with the run folders, `rows.jsonl` with a
-    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so a run that is
-    there is not repeated, whoever made it; one that was cut off is resumed or repeated. With `search` the trials come
+    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so a run
+    that is there is not repeated, whoever made it; one that was cut off is resumed or repeated. With `search` the trials come
     first, in `search/`, and the rates they choose go to `rates.json`, which later calls use.
 
     Args:
@@ -97,8 +97,10 @@ def _carry_out(
         write_rows(out / "failures.jsonl", list(failures.values()))
     failed = [key for key in jobs if key in failures]
     if failed and not rows:
-        raise SanError(f"All {len(failed)} runs failed; {out / 'failures.jsonl'} says why. The first: "
-                       f"{failures[failed[0]]['error']}")
+        raise SanError(
+            f"All {len(failed)} runs failed; {out / 'failures.jsonl'} says why. The first: "
+            f"{failures[failed[0]]['error']}"
+        )
     return [rows[key] for key in jobs if key in rows]
 
 
