@@ -140,8 +140,8 @@ class _Trackio(TrackioCallback):
         wanted = Path(home or folder / "trackio")
         if wanted != self._trackio.TRACKIO_DIR:
             raise SanError(
-                f"The trackio of this process writes to {self._trackio.TRACKIO_DIR}, and cannot to {wanted} any more. Start "
-                "another process, or set TRACKIO_DIR to one folder for all runs before trackio is imported."
+                f"The trackio of this process writes to {self._trackio.TRACKIO_DIR}, and cannot to {wanted} any more. "
+                "Start another process, or set TRACKIO_DIR to one folder for all runs before trackio is imported."
             )
         self.recipe = recipe
 
