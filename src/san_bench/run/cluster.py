@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +74,19 @@ class RayEngine:
         """Joins a cluster, or starts a Ray of its own."""
         import ray
 
-        wanted = self.address or os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+        wanted = self.address or os.environ.get("RAY_ADDRESS") or "auto"
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if wanted != "local":
             try:
-                ray.init(address=wanted or "auto", **options)
+                _check_reachable(wanted)
+                ray.init(address=wanted, **options)
                 return
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                if wanted:
+            except (OSError, RuntimeError, ValueError) as error:
+                if wanted != "auto":
                     raise _error(
-                        f"No Ray cluster answers at {wanted}: {error}. Start one there with `ray start --head`, name "
-                        "another address, or unset RAY_ADDRESS to run on this machine."
+                        f"No Ray cluster answers at {wanted}: {error}. Start one there with `ray start --head`, or "
+                        "choose another address or RAY_ADDRESS (`local` is a Ray of this process). "
+                        "If the cluster asks for a token, set RAY_AUTH_MODE=token here as well."
                     ) from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
@@ -107,6 +110,13 @@ class RayEngine:
                 f"A job takes {self.cpus_per_job:g} CPU and {self.gpus_per_job:g} GPU, but no machine of the Ray "
                 f"cluster has as many. Machines: {have}."
             )
+
+
+def _check_reachable(address: str) -> None:
+    """Raises `OSError` where nobody listens at `host:port`: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _outcome(job: str, reference: Any) -> Outcome:

@@ -8,9 +8,9 @@ Example:
     >>> import math
     >>> outcomes = LocalEngine(workers=2, threads=1).run(math.sqrt, {"four": 4.0, "minus": -1.0})
     >>> for outcome in sorted(outcomes, key=lambda outcome: outcome.job):
-    ...     print(outcome.job, outcome.value, outcome.error.splitlines()[0] if outcome.error else "")
-    four 2.0
-    minus None ValueError: ...
+    ...     print(outcome.job, outcome.value, (outcome.error or "no error").partition(":")[0])
+    four 2.0 no error
+    minus None ValueError
 """
 
 from __future__ import annotations
