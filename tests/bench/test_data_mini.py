@@ -117,11 +117,12 @@ def test_cells_are_ill_in_all_classes_but_the_first_and_dark_where_something_is_
     assert np.median(dark[inside]) > 1.1 * np.median(dark[~inside])
 
 
-def test_only_the_river_is_of_water():
+def test_only_a_plot_with_a_river_is_of_water():
     drawing, labels = draw("land", INDEX)
     away = np.abs(drawing.images - drawing.facts["water"][:, None, None, :]).max(axis=3)
-    share = (away < 30).mean(axis=(1, 2))
-    assert np.median(share[labels == LAND.index("river")]) > 0.15
+    plot = drawing.facts["plot"] > 0.5
+    share = ((away < 30) & plot).sum(axis=(1, 2)) / plot.sum(axis=(1, 2))
+    assert np.median(share[labels == LAND.index("river")]) > 0.3
     assert np.median(share[labels != LAND.index("river")]) < 0.05
 
 

@@ -48,8 +48,8 @@ def cells(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     purple = stain * np.array([0.5, 0.3, 0.75], _f)
     image = blend(plasma, plasma * _f(0.92), clouds(dice.unit("haze", 0, 1, 5, 5)))
     place = np.argsort(dice.unit("order", 0, 1, 4), axis=1, kind="stable")
-    total, ill = 3 + dice.pick("total", 2), 1 + dice.pick("ill", 2)
-    ill = np.where(label == 0, 0, np.where(label == 5, 1, ill))
+    total, ill = 3 + dice.pick("total", 2), 2 + dice.pick("ill", 2)
+    ill = np.where(label == 0, 0, np.where(label == 5, 1, np.minimum(ill, total - 1)))
     jitter, radius = dice.unit("jitter", -1.2, 1.2, 4, 2), dice.unit("radius", 5.5, 7, 4)
     turn, depth = dice.pick("turn", TURN, 4), dice.unit("depth", 0.85, 1.1, 4)
     for k in range(4):
@@ -89,21 +89,28 @@ def _cell(kind: NDArray[Any], u: Plane, v: Plane, r: NDArray[Any]) -> tuple[Plan
 
 
 def land(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
-    """Draws land from above in one of the uses of `LAND`; the camera's false colours tell nothing."""
-    soil, green, water = dice.unit("soil", 60, 170, 3), dice.unit("green", 20, 130, 3), dice.unit("water", 10, 110, 3)
-    grey = dice.unit("grey", 110, 240, 1) * np.ones(3, _f) + dice.unit("tint", -18, 18, 3)
-    image = blend(soil, green, clouds(dice.unit("patches", 0, 1, 5, 5)))
+    """Draws a plot of land from above in one of the uses of `LAND`, amid another; false colours tell nothing."""
+    soil, green, water = dice.unit("soil", 100, 200, 3), dice.unit("green", 20, 110, 3), dice.unit("water", 0, 60, 3)
+    grey = dice.unit("grey", 150, 250, 1) * np.ones(3, _f) + dice.unit("tint", -18, 18, 3)
+    image = blend(soil, green, clouds(dice.unit("patches", 0, 0.6, 5, 5)))
     image *= clouds(dice.unit("rough", 0.85, 1.15, 17, 17))[..., None]
     turn = dice.pick("turn", TURN)
-    x, y = dice.unit("x", 8, 24), dice.unit("y", 8, 24)
+    x, y = dice.unit("x", 11, 21), dice.unit("y", 11, 21)
     u, v = rotated(turn, x, y)
     bent = v + _f(4) * clouds(dice.unit("bend", -1, 1, 5, 5))
-    parts = {"soil": soil, "green": green, "grey": grey, "water": water}
-    for number, name in enumerate(LAND):
-        who = np.flatnonzero(label == number)
-        chosen = {part: colour[who] for part, colour in parts.items()}
-        image[who] = _use(name, dice, who, image[who], u[who], v[who], bent[who], chosen)
-    return finish(dice, image, {"water": water})
+    colours = {"soil": soil, "green": green, "grey": grey, "water": water}
+    around = (label + 1 + dice.pick("around", len(LAND) - 1)) % len(LAND)
+    layers = []
+    for use in (around, label):
+        layer = image.copy()
+        for number, name in enumerate(LAND):
+            who = np.flatnonzero(use == number)
+            chosen = {part: colour[who] for part, colour in colours.items()}
+            layer[who] = _use(name, dice, who, image[who], u[who], v[who], bent[who], chosen)
+        layers.append(layer)
+    a, b = rotated(dice.pick("plot turn", TURN), dice.unit("plot x", 15, 17), dice.unit("plot y", 15, 17))
+    plot = cover(box(a, b, *(dice.unit(f"plot {side}", 11.5, 13.5)[:, None, None] for side in ("width", "height"))))
+    return finish(dice, over(layers[0], layers[1], plot), {"water": water, "plot": plot})
 
 
 def _use(

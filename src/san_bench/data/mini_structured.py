@@ -89,17 +89,17 @@ def distance(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
 def location(dice: Dice, label: Int64[np.ndarray, " n"]) -> Drawing:
     """Draws discs, and one ring among them, in the nine cells of a grid; the label is the ring's cell, row by row."""
     image, ink = _ground(dice)
-    present = dice.unit("present", 0, 1, 9) < _f(0.6)
-    radius = dice.unit("radius", 3.0, 3.9, 9)
-    tint = dice.unit("tint", 0.6, 1.15, 9, 3)
+    present = dice.unit("present", 0, 1, 9) < _f(0.5)
+    radius = dice.unit("radius", 3.4, 4.2, 9)
+    tint = dice.unit("tint", 0.75, 1.1, 9, 3)
     mask = np.zeros((dice.n, SIZE, SIZE), _f)
     still = np.zeros(dice.n, np.int64)
     grid = np.array([(5.5 + 10.5 * (c % 3), 5.5 + 10.5 * (c // 3)) for c in range(9)], _f)
-    centre = grid + dice.unit("jitter", -1.2, 1.2, 9, 2)
+    centre = grid + dice.unit("jitter", -0.9, 0.9, 9, 2)
     for c in range(9):
         u, v = rotated(still, centre[:, c, 0], centre[:, c, 1])
         inside = disc(u, v, radius[:, c, None, None])
-        ring = np.maximum(inside, -disc(u, v, radius[:, c, None, None] - _f(1.5)))
+        ring = np.maximum(inside, -disc(u, v, radius[:, c, None, None] - _f(1.6)))
         shape = np.where((label == c)[:, None, None], ring, inside)
         seen = cover(shape) * (present[:, c] | (label == c))[:, None, None]
         image = over(image, (ink * tint[:, c])[:, None, None, :], seen)
@@ -204,9 +204,9 @@ def _pill(u: Plane, v: Plane, length: Any, width: Any) -> Plane:
 
 def _ground(dice: Dice) -> tuple[Paint, Float[np.ndarray, "n 3"]]:
     """Clouds between two near dark colours, and a bright one."""
-    dark = dice.unit("dark", 15, 110, 3)
+    dark = dice.unit("dark", 15, 90, 3)
     return blend(dark * _f(0.8), dark * _f(1.2) + _f(8), clouds(dice.unit("ground", 0, 1, 9, 9))), dice.unit(
-        "bright", 140, 255, 3
+        "bright", 150, 255, 3
     )
 
 
