@@ -30,9 +30,9 @@ def bench(
     """Runs what is chosen of a suite.
 
     The folder gets `suite.yaml`, `runs/<task>/<backbone>/<method>/<address>/` with the run folders, `rows.jsonl` with a
-    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so a run
-    that is there is not repeated, whoever made it; one that was cut off is resumed or repeated. With `search` the trials come
-    first, in `search/`, and the rates they choose go to `rates.json`, which later calls use.
+    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so a run that
+    is there is not repeated, whoever made it; one that was cut off is resumed or repeated. With `search` the trials
+    come first, in `search/`, and the rates they choose go to `rates.json`, which later calls use.
 
     Args:
         suite: The suite.
