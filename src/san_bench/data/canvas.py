@@ -7,7 +7,7 @@ angles: the same bytes on every platform. Sums and products over an axis, `sin`,
 Example:
     >>> dice = Dice(seed=7, index=np.arange(3, dtype=np.uint64))
     >>> dice.pick("colour", 4).tolist(), Dice(seed=7, index=np.array([2], np.uint64)).pick("colour", 4).tolist()
-    ([3, 1, 1], [1])
+    ([1, 2, 1], [1])
 """
 
 from __future__ import annotations
