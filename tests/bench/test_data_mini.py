@@ -14,7 +14,19 @@ from san_bench.data.mini_structured import NEAR
 from san_bench.data.vision import load_digits_task, load_task
 from san_peft.errors import SanError
 
-FINGERPRINTS: dict[str, str] = {}
+FINGERPRINTS: dict[str, str] = {
+    "digits": "d9d28167fc7cc0d86179b981711a455b775e37a5ed21d3216626fb833b53498f",
+    "textures": "588b00c7906b87f0bb3b52edda48a849ff63206798ddc4255fb3f13aa64cc000",
+    "flowers": "fc34d11bb89350f059fadbe61821f52304e6c74782fed7de7b404cca4d554bbc",
+    "cells": "13e59206a611ff940239db102909c8781336a65e3208fb85b5eb8fbcc1019afd",
+    "land": "954207e8c0d427d1b3cb2610d29669b381e2c97d32c75e15eb32662ecafe909d",
+    "calls": "6d9fbeaa24a145d8bbf325935b1e3622ab7430004f8e472e317b657562f993e0",
+    "count": "eaf3a59b3b3b78cf4ddb9b34d2ce92de5190847477009d3df17f594f4dec20bd",
+    "distance": "6bb27d54d6336fe97a9db972e91e91c72bf23217009bc520eb31688d280d1915",
+    "location": "d04e865ca0c5ff2499b9375b24cf476db38693a6168b789277642a3c4dc80ec4",
+    "orientation": "96d372a8b268ecc139210767176c725129fbe33ce33e8beef2304a9bf26c4949",
+    "azimuth": "88166e6cdc4a03e5a12a915710a6c53075f0834a82cc2068438cc66c8921f227",
+}
 INDEX = np.arange(480)
 
 
