@@ -20,7 +20,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import (
@@ -71,7 +70,7 @@ def new_backbone(name: str) -> PreTrainedModel:
     return ConvNextModel(
         ConvNextConfig(
             image_size=procedural.SIZE, patch_size=4, num_stages=2, hidden_sizes=[96, 192], depths=[2, 3],
-            layer_scale_init_value=0.1,
+            layer_scale_init_value=1.0,
         )
     )  # fmt: skip
 
@@ -166,13 +165,14 @@ def probe(name: str, folder: Path) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    from san_bench.data.preprocess import for_checkpoint
+    from san_bench.data.preprocess import for_checkpoint
     from san_bench.data.vision import load_task
 
     backbone, task, read = load(name, folder).eval(), load_task("digits"), []
     for split in (task["train800"], task["val200"]):
-        images = torch.from_numpy(np.stack([np.asarray(split.image(i)) for i in range(len(split))]))
         with torch.no_grad():
-            read.append(features(backbone, images.permute(0, 3, 1, 2) / 127.5 - 1)[0].numpy())
+            read.append(features(backbone, for_checkpoint(split, folder).batch(len(split)))[0].numpy())
     classifiers = {c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in (0.01, 0.1, 1.0)}
     return {
         f"C={c:g}": model.fit(read[0], task["train800"].labels).score(read[1], task["val200"].labels)

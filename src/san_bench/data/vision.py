@@ -11,7 +11,7 @@ Example:
     >>> {name: len(split) for name, split in task.splits.items()}
     {'train800': 800, 'val200': 200, 'train800val200': 1000, 'test': 797}
     >>> task["val200"].image(0).size, int(task["val200"].labels[0])
-    ((32, 32), 0)
+    ((32, 32), 5)
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class FileSplit(Split):
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
-            raise SanError(f"The image {path} cannot be read: {error}. `san data check` lists all such files.") from error
+            raise SanError(
+                f"The image {path} cannot be read: {error}. `san data check` lists all such files."
+            ) from error
 
     @property
     def fingerprint(self) -> str:

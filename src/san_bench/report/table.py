@@ -1,14 +1,28 @@
-"""One table of several results, for the terminal and as Markdown, each number with what it is worth."""
+"""Tables of results, each number with what it is worth: of a suite, and of the demo."""
 
 from __future__ import annotations
 
-import math
+import difflib
+import io
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from rich.table import Table
+import rich.table
+from rich.console import Console
 
-Row = dict[str, Any]
+from san_bench.report import render
+from san_bench.report.compare import cost_table, difference_table, means_table, task_tables
+from san_bench.report.estimate import wilson
+from san_bench.report.origin import label, origin
+from san_bench.report.published import backbone_of
+from san_bench.report.published import published as published_rows
+from san_bench.report.results import Cell, Row, Table, read_rows
+from san_bench.report.sections import sections
+from san_bench.run.provenance import write_atomically
+
+WIDTH = 200
+"""Columns of what is printed where there is no terminal."""
 
 COLUMNS = (
     "Method",
@@ -21,79 +35,110 @@ COLUMNS = (
     "Saved activations, MiB",
     "Peak memory growth, MiB",
 )
-
-LABELS = {
-    "san": "SAN",
-    "linear": "linear probe",
-    "ssf": "SSF",
-    "lora-equal": "LoRA, rank 1 (as many parameters as SAN)",
-    "lora-r8": "LoRA, rank 8",
-    "full": "full fine-tuning",
-}
-"""What the recipes of the demo are called in tables and plots."""
+"""Columns of the demo's table."""
 
 
-def label(run: str) -> str:
-    """Returns what a run is called in tables and plots."""
-    return LABELS.get(run, run)
-
-
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    r"""Returns the Wilson interval of a share, 95% for the default `z`.
-
-    $$ \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p) / n + z^2 / 4n^2}}{1 + z^2/n} $$
+def tables(rows: Sequence[Row], published: bool = True, reference: str | None = None) -> list[Table]:
+    """Makes the tables of suites, for each backbone: means, accuracy by task, paired differences, cost.
 
     Args:
-        correct: How many were right.
-        n: Of how many.
-        z: Quantile of the normal distribution.
+        rows: Results, such as `read_rows` returns.
+        published: Whether to add published numbers where suite and backbone are theirs.
+        reference: Method that the others are compared with; by default `san`, else the first method of kind san, else
+            the first.
 
-    Example:
-        >>> low, high = wilson(90, 100)
-        >>> f"{low:.3f} {high:.3f}"
-        '0.826 0.945'
+    Raises:
+        SanError: If rows cannot be compared, or no row has the reference.
     """
-    share = correct / n
-    middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((middle + sign * width) / (1 + z * z / n) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    if reference is not None and reference not in methods:
+        from san_peft.errors import SanError  # brings in torch, so only when it is needed
+
+        close = difflib.get_close_matches(reference, methods, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise SanError(f"No result has the method {reference!r}.{hint} There are {', '.join(sorted(methods))}.")
+    made: list[Table] = []
+    for section in sections(rows):
+        fits = published and section.split == "test"
+        papers = published_rows(section.family, backbone_of(section.model)) if fits else []
+        made += [means_table(section, papers)] if section.groups else []
+        made += task_tables(section, papers)
+        differences = difference_table(section, reference)
+        made += [*([differences] if differences else []), cost_table(section)]
+    return made
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """Returns a result as the texts of `COLUMNS`."""
+def table_command(
+    folders: Sequence[Path],
+    form: Literal["rich", "markdown", "latex", "csv"] = "rich",
+    published: bool = True,
+    reference: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Prints or writes the tables of suites and runs.
+
+    Args:
+        folders: What `read_rows` reads.
+        form: Of the text.
+        published: Whether to add published numbers.
+        reference: Method that the others are compared with.
+        out: File to write; standard output by default.
+
+    Raises:
+        SanError: If there are no results, or they cannot be read or compared.
+    """
+    made = tables(read_rows(folders), published, reference)
+    if form == "rich":
+        shown = io.StringIO()
+        console = Console() if out is None else Console(file=shown, width=WIDTH)
+        if out is None and not console.is_terminal:
+            console = Console(width=WIDTH)
+        render.show(made, console)
+        text = shown.getvalue()
+    else:
+        parts = {"markdown": render.to_markdown, "latex": render.to_latex}
+        text = render.to_csv(made) if form == "csv" else "\n".join(map(parts[form], made))
+        if out is None:
+            print(text, end="")
+    if out is not None:
+        write_atomically(out, text)
+        print(f"{len(made)} tables written to {out}")
+
+
+def cells(row: Row) -> tuple[Cell, ...]:
+    """Returns a result of the demo as the cells of `COLUMNS`."""
     low, high = wilson(row["correct"], row["n_test"])
+    trained, head = row["trainable_parameters"], row["trainable_head"]
     return (
-        label(row["run"]),
-        f"{row['accuracy']:.1%}",
-        f"{100 * low:.1f}–{100 * high:.1f}%",
-        f"{row['correct']} / {row['n_test']}",
-        f"{row['trainable_parameters'] - row['trainable_head']:,}",
-        f"{row['trainable_parameters']:,}",
-        f"{row['train_seconds']:.1f}",
-        f"{row['saved_activation_mib']:.1f}",
-        f"{row['peak_rss_growth_mib']:.0f}",
+        Cell(label(row["run"])),
+        Cell(f"{row['accuracy']:.1%}", row["accuracy"]),
+        Cell(f"{100 * low:.1f}–{100 * high:.1f}%", low),
+        Cell(f"{row['correct']} / {row['n_test']}", row["correct"]),
+        Cell(f"{trained - head:,}", trained - head),
+        Cell(f"{trained:,}", trained),
+        Cell(f"{row['train_seconds']:.1f}", row["train_seconds"]),
+        Cell(f"{row['saved_activation_mib']:.1f}", row["saved_activation_mib"]),
+        Cell(f"{row['peak_rss_growth_mib']:.0f}", row["peak_rss_growth_mib"]),
     )
 
 
-def to_rich(rows: Sequence[Row]) -> Table:
-    """Returns the table for the terminal."""
-    table = Table(*COLUMNS)
-    for position, column in enumerate(table.columns):
-        column.justify = "right" if position else "left"
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
+def demo_table(rows: Sequence[Row], command: str) -> Table:
+    """Returns the demo's table, with how to read it and where its numbers come from."""
+    return Table("", COLUMNS, tuple(map(cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
+
+
+def to_rich(rows: Sequence[Row]) -> rich.table.Table:
+    """Returns the demo's table for the terminal."""
+    return render.to_rich(demo_table(rows, ""))
 
 
 def to_markdown(rows: Sequence[Row], command: str) -> str:
-    """Returns the table in Markdown, followed by how to read it and by where its numbers come from."""
-    lines = [COLUMNS, (":--", *("--:",) * (len(COLUMNS) - 1)), *map(cells, rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{notes(rows)}\n\n{origin(rows, command)}\n"
+    """Returns the demo's table in Markdown, followed by how to read it and by where its numbers come from."""
+    return render.to_markdown(demo_table(rows, command))
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """Returns how the numbers are to be read: from how many seeds and images, and what was measured."""
+    """Returns how the demo's numbers are to be read: from how many seeds and images, and what was measured."""
     n, seeds = _listed(row["n_test"] for row in rows), _listed(row["seed"] for row in rows)
     return (
         f"One run per method, with seed {seeds}, scored once on n = {n} test images. The interval is Wilson's and "
@@ -103,30 +148,6 @@ def notes(rows: Sequence[Row]) -> str:
         "memory growth is the largest resident memory in training minus that before it, with what the allocator keeps; "
         "every method had its own process."
     )
-
-
-def origin(rows: Sequence[Row], command: str) -> str:
-    """Returns the command, dates, versions, commit and machine; one line for each where rows differ in them."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        text = (
-            f"commit {row['commit'] or 'unknown'}; {versions}, Python {row['python']}; {row['cpu']}, "
-            f"{row['threads']} threads, device {row['device']}"
-        )
-        groups.setdefault(text, []).append(row)
-    lines = []
-    for text, group in groups.items():
-        dates = sorted({row["finished"][:10] for row in group})
-        date = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        who = "" if len(groups) == 1 else f"{', '.join(label(row['run']) for row in group)}: "
-        lines.append(f"{who}measured {date} by `{command}`; {text}.")
-    lines += [
-        f"{label(row['run'])} was interrupted and resumed at step {row['resumed_from_step']}."
-        for row in rows
-        if row["resumed_from_step"]
-    ]
-    return "\n\n".join(line[0].upper() + line[1:] for line in lines)
 
 
 def _listed(values: Any) -> str:

@@ -1,0 +1,121 @@
+"""A table as text: for the terminal, as Markdown, as LaTeX with booktabs, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+import rich.table
+from rich.console import Console
+from rich.text import Text
+
+from san_bench.report.results import Table
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "`": r"\textasciigrave{}",
+        "[": "{[}",  # at the start of a line, a bracket would be an argument of the line break before it
+        "<": "$<$",
+        ">": "$>$",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "–": "--",
+        "≤": r"$\le$",
+    }
+)
+"""Characters that mean something else in LaTeX, and those that not every font has."""
+
+
+def numeric(table: Table) -> list[bool]:
+    """Says of every column whether it holds numbers, and so stands to the right."""
+    return [any(row[place].value is not None for row in table.rows) for place in range(len(table.columns))]
+
+
+def to_rich(table: Table) -> rich.table.Table:
+    """Returns the table for the terminal, without its notes; what was published is dim."""
+    shown = rich.table.Table(title=Text(table.title) if table.title else None, title_justify="left")
+    for column, right in zip(table.columns, numeric(table), strict=True):
+        shown.add_column(Text(column), justify="right" if right else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(cell.text, style="dim" if cell.published else "") for cell in row))
+    return shown
+
+
+def show(tables: Sequence[Table], console: Console) -> None:
+    """Prints tables with their notes."""
+    for table in tables:
+        console.print(to_rich(table))
+        console.print("\n".join(table.notes), markup=False, highlight=False)
+        console.print()
+
+
+def to_markdown(table: Table) -> str:
+    r"""Returns the table in Markdown, with its notes below.
+
+    Example:
+        >>> from san_bench.report.results import Cell
+        >>> print(to_markdown(Table("", ("Method", "n"), ((Cell("a|b"), Cell("3", 3)),), ("Made up.",))))
+        | Method | n |
+        | :-- | --: |
+        | a\|b | 3 |
+        <BLANKLINE>
+        Made up.
+        <BLANKLINE>
+    """
+    rule = ["--:" if right else ":--" for right in numeric(table)]
+    lines = [table.columns, rule, *([cell.text for cell in row] for row in table.rows)]
+    grid = "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
+    return "\n\n".join([*([f"**{table.title}**"] if table.title else []), grid, *table.notes]) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """Returns the table for a document that loads `booktabs`; a rule stands before what was published."""
+    lines = [
+        r"\begin{table}",
+        *([rf"\caption{{{table.title.translate(LATEX)}}}"] if table.title else []),
+        rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in numeric(table))}}}",
+        r"\toprule",
+        " & ".join(column.translate(LATEX) for column in table.columns) + r" \\",
+        r"\midrule",
+    ]
+    before = False
+    for row in table.rows:
+        if row[0].published and not before and row is not table.rows[0]:
+            lines.append(r"\midrule")
+        before = row[0].published
+        lines.append(" & ".join(cell.text.translate(LATEX) for cell in row) + r" \\")
+    notes = "\\par\n".join(note.translate(LATEX) for note in table.notes)
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [rf"\par\begin{{minipage}}{{\linewidth}}\footnotesize {notes}\end{{minipage}}"] if notes else []
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """Returns tables as one CSV: a line for every cell that holds something, and one for every note.
+
+    `row` counts the rows of a table from 1, and is 0 for its notes; `name` is the row's first cell.
+
+    Example:
+        >>> from san_bench.report.results import Cell
+        >>> print(to_csv([Table("T", ("Method", "Accuracy"), ((Cell("SAN"), Cell("90.1", 90.12)),), ("Made up.",))]))
+        table,row,name,column,text,value,published
+        T,1,SAN,Method,SAN,,False
+        T,1,SAN,Accuracy,90.1,90.12,False
+        T,0,,note,Made up.,,False
+        <BLANKLINE>
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "row", "name", "column", "text", "value", "published"])
+    for table in tables:
+        for number, row in enumerate(table.rows, 1):
+            for column, cell in zip(table.columns, row, strict=True):
+                value = "" if cell.value is None else cell.value
+                writer.writerow([table.title, number, row[0].text, column, cell.text, value, cell.published])
+        writer.writerows([table.title, 0, "", "note", note, "", False] for note in table.notes)
+    return text.getvalue()

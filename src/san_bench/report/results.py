@@ -1,0 +1,140 @@
+"""Results: the rows that runs leave behind, read and checked, and the table that reports are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field of a table.
+
+    Attributes:
+        text: What is shown.
+        value: What it is sorted by; `None` for words, and where there is no number.
+        hint: What a reader may want to know about it.
+        published: Whether it was copied from a publication, so nothing that was measured here.
+    """
+
+    text: str
+    value: float | None = None
+    hint: str = ""
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, free of any format.
+
+    Attributes:
+        title: What it shows; may be empty.
+        columns: Names of the columns.
+        rows: A cell for each column.
+        notes: How to read it, and where its numbers come from.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...]
+
+
+class _Result(BaseModel):
+    """What a row must hold to stand in a table; it may hold more."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    task: str
+    backbone: str
+    method: str
+    seed: int
+    split: str
+    accuracy: float = Field(ge=0, le=1)
+    correct: int = Field(ge=0)
+    n_test: int = Field(ge=1)
+    trainable_parameters: int = Field(ge=0)
+    trainable_head: int = Field(ge=0)
+    recipe_fingerprint: str
+    task_fingerprint: str
+    finished: str
+    python: str
+    versions: dict[str, str | None]
+    commit: str | None
+    cpu: str
+    threads: int
+    device: str
+    suite: str | None = None
+    group: str | None = None
+    model: str | None = None
+    kind: str | None = None
+    protocol: str | None = None
+    selection: str | None = None
+    train_split: str | None = None
+    checkpoint_sha256: str | None = None
+    train_seconds: float | None = None
+    saved_activation_mib: float | None = None
+    peak_rss_mib: float | None = None
+    energy_joules: float | None = None
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """Reads the rows of suites and runs.
+
+    A run that is found twice, by its recipe's and its data's fingerprint, counts once: as it finished last.
+
+    Args:
+        folders: Folders of suites (which hold `rows.jsonl`), folders of runs (`result.json`), or `.jsonl` files.
+
+    Returns:
+        The rows, in the order in which they were found.
+
+    Raises:
+        SanError: If a folder holds no results, or lines cannot be read; all of them are named.
+    """
+    problems = [] if folders else ["No folder was named; give one such as runs/mini-vision."]
+    found: dict[tuple[Any, ...], Row] = {}
+    for folder in folders:
+        for row in _read(folder, problems):
+            key = tuple(row.get(name) for name in ("suite", "task", "backbone", "method", "split"))
+            key += (row["recipe_fingerprint"], row["task_fingerprint"])
+            if key not in found or row["finished"] >= found[key]["finished"]:
+                found[key] = row
+    if problems:
+        from san_peft.errors import SanError  # brings in torch, so only when it is needed
+
+        raise SanError("\n".join(["Some results cannot be read; repair or remove them:", *problems]))
+    return list(found.values())
+
+
+def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
+    """Yields the good rows of one place, and adds what is wrong with the others to the problems."""
+    files = [folder] if folder.suffix == ".jsonl" else [folder / "rows.jsonl", folder / "result.json"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        wanted = "is not there" if folder.suffix == ".jsonl" else "holds neither rows.jsonl nor result.json"
+        problems.append(f"{folder}: {wanted}. `san bench SUITE --out FOLDER` makes a folder of results.")
+        return
+    text = file.read_text(encoding="utf-8", errors="replace")
+    whole = file.suffix == ".json"
+    lines = [text] if whole else text.splitlines()
+    if not any(line.strip() for line in lines):
+        problems.append(f"{file}: is empty; no run has finished.")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                _Result.model_validate(row)
+                yield row
+            except json.JSONDecodeError as error:
+                problems.append(f"{file}{'' if whole else f':{number}'}: no JSON: {error.msg}, {len(line)} characters.")
+            except ValidationError as error:
+                said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())
+                problems.append(f"{file}{'' if whole else f':{number}'}: {said}.")
