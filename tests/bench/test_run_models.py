@@ -21,6 +21,9 @@ def all_on_meta(model) -> bool:
     ("name", "expected"),
     [
         ("embedded", "ViTModel"),
+        ("embedded/vit", "ViTModel"),
+        ("embedded/swin", "SwinModel"),
+        ("embedded/convnext", "ConvNextModel"),
         ("llama", "LlamaForCausalLM"),
         ("gpt2", "GPT2LMHeadModel"),
         ("bert", "BertForMaskedLM"),

@@ -36,10 +36,11 @@ def empty_model(name: str) -> nn.Module:
     """Builds a model by its name on the meta device, where parameters have shapes and no values.
 
     Args:
-        name: `embedded` (the ViT that comes with the package), a folder with a `config.json` of transformers or timm,
-            a model of timm (`vit_base_patch16_224`, `timm/...`, with or without a tag), a model type of transformers
-            (`llama`: its default configuration), or a model on the hub (`org/name`), of which the configuration is
-            loaded where it is cached or the hub is reached.
+        name: `embedded` (the ViT that comes with the package), `embedded/swin` or `embedded/convnext` (its other
+            models), a folder with a `config.json` of transformers or timm, a model of timm (`vit_base_patch16_224`,
+            `timm/...`, with or without a tag), a model type of transformers (`llama`: its default configuration), or a
+            model on the hub (`org/name`), of which the configuration is loaded where it is cached or the hub is
+            reached.
 
     Returns:
         The model. In those of `FEW_PATCHES` the vision tower is built for two by two patches: that changes nothing but
@@ -52,10 +53,10 @@ def empty_model(name: str) -> nn.Module:
         >>> type(empty_model("gpt2")).__name__
         'GPT2LMHeadModel'
     """
-    if name == "embedded":
+    if name.partition("/")[0] == "embedded":
         from san_bench.data.vision import embedded_path
 
-        return _from_folder(embedded_path())
+        return _from_folder(embedded_path(name.partition("/")[2] or "vit"))
     if name and (Path(name) / "config.json").is_file():
         return _from_folder(Path(name))
     if name in _types():
