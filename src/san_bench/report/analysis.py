@@ -1,0 +1,361 @@
+"""Analyses of a suite that has run: numbers, and the pictures that are drawn from them.
+
+What a suite folder has data for is analysed, and nothing else: rows give bars of accuracy, the runs' logs give curves,
+the runs' adapters give everything on scales.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from san_bench.report.groups import Group, layer_kinds, pairs, read_groups
+from san_bench.report.similarity import PERMUTATIONS, compare, correlations, cosines, embed
+from san_bench.run.provenance import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORDER = ("san", "san-reversed", "san-skip-one", "san-permuted", "san-shuffled", "san-none")
+"""Methods of the ablation of order, as they are drawn."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a report.
+
+    Attributes:
+        name: Its file's name, without an ending.
+        caption: What it shows, from how many runs.
+        figure: The drawing.
+    """
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def analyse(folder: Path) -> dict[str, Any]:
+    """Returns the numbers behind the pictures of a suite, ready for JSON.
+
+    Args:
+        folder: Folder of the suite, or of a single run.
+
+    Returns:
+        Lists of records by the name of the analysis, empty where there is no data: `accuracy`, `curves`, `variance`,
+        `similarity` and `engrams`.
+
+    Raises:
+        SanError: If rows or scales cannot be read.
+    """
+    return numbers(read_groups(folder))
+
+
+def numbers(groups: Sequence[Group]) -> dict[str, list[Record]]:
+    """Returns what `analyse` returns, of groups that have been read."""
+    return {
+        "accuracy": _accuracy(groups),
+        "curves": [record for group in groups for record in _curves(group)],
+        "variance": [record for group in groups for record in _variance(group)],
+        "similarity": [record for group in groups for record in _similarity(group)],
+        "engrams": [record for group in groups for record in _engrams(group)],
+    }
+
+
+def _accuracy(groups: Sequence[Group]) -> list[Record]:
+    """Mean over the tasks that all methods of a backbone have, each the mean of its seeds; spread over seeds."""
+    records = []
+    for backbone in dict.fromkeys(group.backbone for group in groups):
+        here = [group for group in groups if group.backbone == backbone]
+        tasks = set.intersection(*({run.row["task"] for run in group.runs} for group in here))
+        for group in here if tasks else ():
+            by_seed: dict[int, dict[str, float]] = {}
+            for run in group.runs:
+                if run.row["task"] in tasks:
+                    by_seed.setdefault(run.row["seed"], {})[run.row["task"]] = run.row["accuracy"]
+            of_task = [[values[task] for values in by_seed.values() if task in values] for task in tasks]
+            complete = [statistics.fmean(values.values()) for values in by_seed.values() if len(values) == len(tasks)]
+            records.append(
+                {
+                    "backbone": backbone,
+                    "method": group.method,
+                    "mean": statistics.fmean(statistics.fmean(values) for values in of_task),
+                    "sd": statistics.stdev(complete) if len(complete) > 1 else None,
+                    "seeds": complete,
+                    "n_tasks": len(tasks),
+                    "n_runs": sum(map(len, of_task)),
+                }
+            )
+    return records
+
+
+def _curves(group: Group) -> list[Record]:
+    """Loss over the steps, averaged over blocks of steps, as mean, lowest and highest over the seeds of a task."""
+    by_task: dict[str, list[tuple[float, ...]]] = {}
+    for run in group.runs:
+        if run.losses:
+            by_task.setdefault(run.row["task"], []).append(run.losses)
+    records = []
+    for task, losses in by_task.items():
+        steps = min(map(len, losses))
+        blocks = np.array_split(np.arange(steps), min(steps, max(20, min(100, steps // 10))))
+        means = np.array([[np.mean(np.array(one)[block]) for block in blocks] for one in losses])
+        records.append(
+            {
+                "backbone": group.backbone,
+                "method": group.method,
+                "task": task,
+                "steps": [float(block.mean() + 1) for block in blocks],
+                "mean": means.mean(axis=0).tolist(),
+                "low": means.min(axis=0).tolist(),
+                "high": means.max(axis=0).tolist(),
+                "n_runs": len(losses),
+            }
+        )
+    return records
+
+
+def _variance(group: Group) -> list[Record]:
+    """Variance of the entries of each layer's scale, and of what acts in the end, each a mean over runs."""
+    records = []
+    for layer, (kind, depth) in layer_kinds(group.layers).items():
+        scales = [run.scales for run in group.scaled if run.scales is not None]
+        records.append(
+            {
+                "backbone": group.backbone,
+                "method": group.method,
+                "layer": layer,
+                "kind": kind,
+                "depth": depth,
+                "channels": len(scales[0].vectors[layer]),
+                "propagated": any(layer in one.propagated for one in scales),
+                "exponents": sorted({one.exponent if one.propagates else 0.0 for one in scales}),
+                "variance": statistics.fmean(float(one.vectors[layer].astype(float).var()) for one in scales),
+                "acting": statistics.fmean(float(one.acting(layer).var()) for one in scales),
+                "n_runs": len(scales),
+            }
+        )
+    return records
+
+
+def _similarity(group: Group) -> list[Record]:
+    """Similarity within and between tasks; in all layers together, tested, and in each."""
+    tasks, seeds = [run.row["task"] for run in group.scaled], [run.row["seed"] for run in group.scaled]
+    if len(set(seeds)) < 2:
+        return []
+    records = []
+    for measure, of in (("cosine", cosines), ("correlation", correlations)):
+        layers = [
+            {"layer": layer, **_without_p(compare(of(group.matrix([layer])), tasks, seeds))} for layer in group.layers
+        ]
+        overall = asdict(compare(of(group.matrix(group.layers)), tasks, seeds, test=measure == "cosine"))
+        records.append(
+            {
+                "backbone": group.backbone,
+                "method": group.method,
+                "measure": measure,
+                "n_runs": len(seeds),
+                "n_tasks": len(set(tasks)),
+                **overall,
+                "layers": layers,
+            }
+        )
+    return records
+
+
+def _without_p(comparison: Any) -> Record:
+    return {key: value for key, value in asdict(comparison).items() if key != "p"}
+
+
+def _engrams(group: Group) -> list[Record]:
+    """Places of runs on a plane, for three runs or more of two tasks or more."""
+    runs = group.scaled
+    if len(runs) < 3 or len({run.row["task"] for run in runs}) < 2:
+        return []
+    places, shares = embed(group.matrix(group.layers))
+    points = [
+        {"task": run.row["task"], "seed": run.row["seed"], "x": float(x), "y": float(y)}
+        for run, (x, y) in zip(runs, places, strict=True)
+    ]
+    return [{"backbone": group.backbone, "method": group.method, "shares": list(shares), "points": points}]
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def figures(folder: Path) -> list[Picture]:
+    """Draws every picture that a suite has data for.
+
+    Args:
+        folder: Folder of the suite, or of a single run.
+
+    Raises:
+        SanError: If rows or scales cannot be read, or rows cannot be compared.
+    """
+    groups = read_groups(folder)
+    return _draw(groups, numbers(groups))
+
+
+def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
+    """Draws the pictures of a suite into files, with `analysis.json` beside them: captions and numbers.
+
+    Args:
+        folder: Folder of the suite, or of a single run.
+        out: Folder to write to.
+        form: `png`, `svg` or `pdf`.
+
+    Returns:
+        The files.
+
+    Raises:
+        SanError: If rows or scales cannot be read, or rows cannot be compared.
+    """
+    from san_bench.report.plots import write_figure
+
+    groups = read_groups(folder)
+    found = numbers(groups)
+    pictures = _draw(groups, found)
+    for picture in pictures:
+        write_figure(picture.figure, out / f"{picture.name}.{form}")
+    captions = {picture.name: picture.caption for picture in pictures}
+    write_atomically(out / "analysis.json", json.dumps({"captions": captions, **found}, indent=1) + "\n")
+    return [*(out / f"{picture.name}.{form}" for picture in pictures), out / "analysis.json"]
+
+
+def _draw(groups: Sequence[Group], found: dict[str, list[Record]]) -> list[Picture]:
+    methods = list(dict.fromkeys(group.method for group in groups))
+    pictures = _accuracy_pictures(found["accuracy"], methods)
+    for backbone in dict.fromkeys(group.backbone for group in groups):
+        here = {name: [one for one in records if one["backbone"] == backbone] for name, records in found.items()}
+        end = re.sub(r"[^\w.-]+", "-", backbone)
+        for host, chosen in pairs([group for group in groups if group.backbone == backbone]):
+            pictures += _pair_pictures(f"{host}-{end}", backbone, chosen, methods)
+        pictures += _scale_pictures(end, backbone, here, methods)
+        if curves := here["curves"]:
+            from san_bench.report.plots import learning_curves
+
+            caption = (
+                f"Training loss on {backbone}, mean over blocks of steps: a line is the mean over seeds, its band runs "
+                f"from the lowest to the highest of them. n = {_span(curves, 'n_runs')} per method and task."
+            )
+            pictures.append(Picture(f"curves-{end}", caption, learning_curves(curves, methods)))
+    return pictures
+
+
+def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Picture]:
+    """Bars over backbones, and the ablation of order where there is one."""
+    from san_bench.report.plots import accuracy_bars, order_bars
+
+    counts = "; ".join(
+        f"{backbone}: n = {_span(mine, 'n_runs')} over {_many(mine[0]['n_tasks'], 'task')}"
+        for backbone, mine in _by(records, "backbone").items()
+    )
+    how = (
+        "mean over the tasks that all methods have, of the mean over seeds; whiskers: standard deviation over seeds of "
+        f"the mean over tasks; dots: seeds. Runs per method, {counts}."
+    )
+    ordered = [record for record in records if record["method"] in ORDER]
+    pictures = []
+    if any(record["method"] not in ORDER for record in records):
+        pictures.append(Picture("accuracy", f"Accuracy by backbone: {how}", accuracy_bars(records, methods)))
+    if {record["method"] for record in ordered} & set(ORDER[1:5]):
+        caption = f"Accuracy when the order of propagation is broken: {how} Dotted: without propagation."
+        pictures.append(Picture("order", caption, order_bars(ordered, ORDER)))
+    elif ordered and not pictures:
+        pictures.append(Picture("accuracy", f"Accuracy by backbone: {how}", accuracy_bars(records, methods)))
+    return pictures
+
+
+def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[str]) -> list[Picture]:
+    """Histograms and variance of every layer, with and without propagation."""
+    from san_bench.report.scale_plots import layer_histograms, variance_by_depth
+
+    scales: dict[str, dict[str, list[Any]]] = {}
+    for group in chosen:
+        for layer, (kind, _) in layer_kinds(group.layers).items():
+            scales.setdefault(kind, {}).setdefault(group.method, []).append(group.matrix([layer]).ravel())
+    who = " and ".join(f"{group.method}, {'with' if group.propagates else 'without'} propagation" for group in chosen)
+    n, tasks = len(chosen[0].runs), len({run.row["task"] for run in chosen[0].runs})
+    runs = f"n = {_many(n, 'run')} of {_many(tasks, 'task')} each"
+    caption = (
+        f"Trained scales γ of {who}, on {backbone}, layer by layer from the input (depth 0) on; {runs}, pooled. "
+        "Dotted: one, where every scale starts."
+    )
+    pictures = [Picture(f"histograms-{end}", caption, layer_histograms(scales, methods))]
+    caption = (
+        f"Variance over the channels of a layer, of {who}, on {backbone}, a mean over runs; {runs}. Solid: of the "
+        "scale γ. Dashed: of γ to the power 1 + k, which is what a propagated scale comes to, so lower variance of γ "
+        "alone is in part mechanical."
+    )
+    records = [record for group in chosen for record in _variance(group)]
+    return [*pictures, Picture(f"variance-{end}", caption, variance_by_depth(records, methods))]
+
+
+def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], methods: list[str]) -> list[Picture]:
+    """Variance, similarity and the map of all methods that have scales."""
+    from san_bench.report.scale_plots import engram_map, similarity_by_layer, variance_summary
+
+    pictures = []
+    if variance := here["variance"]:
+        caption = (
+            f"Variance of trained scales on {backbone}: a dot is a layer, its mean over n runs; a large marker is the "
+            "geometric mean over layers. Left: of the scale γ. Right: of γ to the power 1 + k, which is what a "
+            "propagated scale comes to."
+        )
+        pictures.append(Picture(f"variance-{end}", caption, variance_summary(variance, methods)))
+    if cosine := [record for record in here["similarity"] if record["measure"] == "cosine"]:
+        parts = []
+        for record in cosine:
+            match = next(one for one in here["similarity"] if _same(one, record) and one["measure"] == "correlation")
+            parts.append(
+                f"{record['method']} {_number(record['intra'])} within (n = {_many(record['n_intra'], 'pair')}) and "
+                f"{_number(record['inter'])} between tasks (n = {_many(record['n_inter'], 'pair')}), correlation "
+                f"{_number(match['intra'])} and {_number(match['inter'])}"
+            )
+        caption = (
+            f"Similarity of scale vectors on {backbone}: cosine of γ - 1 for two runs of other seeds, of one task or "
+            f"of two. Thin lines, all layers together: {'; '.join(parts)}. p is the share of {PERMUTATIONS:,} "
+            "permutations of tasks within seeds in which runs of one task are as much more alike."
+        )
+        pictures.append(Picture(f"similarity-{end}", caption, similarity_by_layer(cosine)))
+    if engrams := here["engrams"]:
+        counts = "; ".join(f"{record['method']}: n = {_many(len(record['points']), 'run')}" for record in engrams)
+        caption = (
+            f"Map of the scale vectors of all layers on {backbone}, by their first two principal components: a point "
+            f"is a run, colour and marker are its task. In brackets: share of the variance. {counts}."
+        )
+        pictures.append(Picture(f"engrams-{end}", caption, engram_map(engrams)))
+    return pictures
+
+
+def _same(one: Record, other: Record) -> bool:
+    return (one["backbone"], one["method"]) == (other["backbone"], other["method"])
+
+
+def _by(records: list[Record], key: str) -> dict[str, list[Record]]:
+    return {value: [r for r in records if r[key] == value] for value in dict.fromkeys(r[key] for r in records)}
+
+
+def _span(records: list[Record], key: str) -> str:
+    low, high = min(record[key] for record in records), max(record[key] for record in records)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,0 +1,174 @@
+"""The runs of a suite by backbone and method, with what is left of each: row, losses and scales."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from san_bench.report.results import Row, read_rows
+from san_bench.report.sections import Section, sections
+from san_bench.run.scales import Scales, load_scales
+
+HOSTS = {"san": "own", "ssf": "own", "lora": "lora", "san-lora": "lora", "dora": "dora", "san-dora": "dora"}
+"""What a kind of method takes its scale from: vectors of their own, LoRA or DoRA."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has finished, with what is left of it.
+
+    Attributes:
+        row: Its row.
+        losses: Training loss of every step, in order; empty without a log.
+        scales: Its trained scales, or `None` where it has none.
+    """
+
+    row: Row
+    losses: tuple[float, ...]
+    scales: Scales | None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Task and seed."""
+        return self.row["task"], self.row["seed"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method on one backbone, one for each task and seed."""
+
+    backbone: str
+    method: str
+    runs: tuple[Run, ...]
+
+    @property
+    def scaled(self) -> tuple[Run, ...]:
+        """The runs that have scales."""
+        return tuple(run for run in self.runs if run.scales is not None)
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers that carry a scale in every run that has some, in the order of the model."""
+        found = [run.scales.vectors for run in self.runs if run.scales is not None]
+        return [layer for layer in found[0] if all(layer in vectors for vectors in found)] if found else []
+
+    @property
+    def propagates(self) -> bool:
+        """Whether scales act a second time in any run."""
+        return any(run.scales is not None and run.scales.propagates for run in self.runs)
+
+    def matrix(self, layers: Sequence[str]) -> Float[np.ndarray, "runs channels"]:
+        """Returns the scales of some layers, one after the other, a row for each run that has scales."""
+        rows = [[run.scales.vectors[layer] for layer in layers] for run in self.runs if run.scales is not None]
+        return np.array([np.concatenate(row) for row in rows], dtype=np.float64)
+
+
+def read_groups(folder: Path) -> list[Group]:
+    """Reads the runs of a suite by backbone and method, in the order of its tables.
+
+    Args:
+        folder: Folder of the suite, or of a single run.
+
+    Raises:
+        SanError: If rows or scales cannot be read, or rows cannot be compared.
+    """
+    from san_peft.errors import SanError
+
+    suite = (folder / "rows.jsonl").is_file()
+    problems: list[str] = []
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for (backbone, method), rows in _named(sections(read_rows([folder]))):
+        for row in rows:
+            run = folder / row["run"] if suite else folder
+            try:
+                found = Run(row, _losses(run / "log.jsonl"), load_scales(run))
+            except SanError as error:
+                problems.append(f"{row['run']}: {error}")
+            else:
+                groups.setdefault((backbone, method), []).append(found)
+    if problems:
+        raise SanError("\n".join([f"The scales of {len(problems)} runs cannot be read:", *problems]))
+    return [Group(backbone, method, tuple(runs)) for (backbone, method), runs in groups.items()]
+
+
+def _named(parts: Sequence[Section]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
+    """Yields rows with the names of their backbone and method, which are longer where short ones would be ambiguous."""
+    splits = {part.split for part in parts}
+    for part in parts:
+        models = {other.model for other in parts if other.backbone == part.backbone}
+        methods = Counter(line.method for line in part.lines)
+        for line, tasks in part.lines.items():
+            method = line.method if methods[line.method] == 1 else f"{line.method} ({line.chosen})"
+            name = method if len(splits) == 1 else f"{method}, {part.split}"
+            rows = [row for seeds in tasks.values() for row in seeds.values()]
+            yield (part.backbone if len(models) == 1 else part.model, name), rows
+
+
+def _losses(log: Path) -> tuple[float, ...]:
+    if not log.is_file():
+        return ()
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    return tuple(row["loss"] for row in rows if "loss" in row)
+
+
+def layer_kinds(layers: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Returns kind and depth of layers: the end of the name that tells kinds apart, and the place among its kind.
+
+    Example:
+        >>> layer_kinds(["patch", "blocks.0.mlp.fc1", "blocks.0.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.proj"])
+        {'patch': ('patch', 0), 'blocks.0.mlp.fc1': ('fc1', 0), 'blocks.0.attn.proj': ('attn.proj', 0), \
+'blocks.1.mlp.fc1': ('fc1', 1), 'blocks.1.mlp.proj': ('mlp.proj', 0)}
+    """
+    stems = {layer: tuple(part for part in layer.split(".") if not part.isdigit()) for layer in layers}
+    kinds = set(stems.values())
+    seen: Counter[tuple[str, ...]] = Counter()
+    found = {}
+    for layer, stem in stems.items():
+        tails = (stem[-length:] for length in range(1, len(stem) + 1))
+        tail = next((tail for tail in tails if sum(kind[-len(tail) :] == tail for kind in kinds) == 1), stem)
+        found[layer] = (".".join(tail), seen[stem])
+        seen[stem] += 1
+    return found
+
+
+def pairs(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """Finds, for each backbone and source of scales, the method with propagation and its counterpart without.
+
+    Of several methods with propagation it is the first in the order of the tables; of several without, the one whose
+    number of trained parameters besides the head is closest. Both keep the tasks and seeds that both have.
+
+    Returns:
+        Host and methods: the one with propagation first, or what there is.
+    """
+    found = []
+    for backbone in dict.fromkeys(group.backbone for group in groups):
+        for host in dict.fromkeys(HOSTS.values()):
+            here = [g for g in groups if g.backbone == backbone and g.scaled and _host(g) == host]
+            chosen = [group for group in here if group.propagates][:1]
+            others = [group for group in here if not group.propagates]
+            if chosen:
+                others = [o for o in others if {r.key for r in o.scaled} & {r.key for r in chosen[0].scaled}]
+                others.sort(key=lambda other: abs(_size(other) - _size(chosen[0])))
+            chosen += others[:1]
+            if chosen:
+                common = set.intersection(*({run.key for run in group.scaled} for group in chosen))
+                found.append((host, [_only(group, common) for group in chosen]))
+    return found
+
+
+def _host(group: Group) -> str | None:
+    return HOSTS.get(group.runs[0].row["kind"])
+
+
+def _size(group: Group) -> int:
+    return group.runs[0].row["trainable_parameters"] - group.runs[0].row["trainable_head"]
+
+
+def _only(group: Group, keys: set[tuple[str, int]]) -> Group:
+    return Group(group.backbone, group.method, tuple(run for run in group.scaled if run.key in keys))
