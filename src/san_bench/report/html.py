@@ -1,0 +1,318 @@
+"""The report of a suite as one page that holds everything itself: tables, pictures, recipes, runs, and their origin."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from san_bench.report.render import numeric
+from san_bench.report.results import Cell, Row, Table, read_rows
+from san_bench.report.settings import Setting, side_by_side
+from san_bench.report.table import tables
+from san_bench.run.provenance import write_atomically
+
+if TYPE_CHECKING:
+    from san_bench.report.analysis import Picture
+
+ORIGIN = ("commit", "python", "versions", "cpu", "threads", "device")
+"""Keys of a row that say where it was measured."""
+
+RUN = ("task", "backbone", "method", "seed")
+"""Keys that name a run, and a failure of one."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Settings of several columns side by side."""
+
+    columns: tuple[str, ...]
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report shows.
+
+    Attributes:
+        title: Name of the suite.
+        command: What made the results, and then this page.
+        facts: Counts with their names.
+        tables: Of the results; what stands before the last colon of a title is the title of a section.
+        pictures: Drawings with their captions.
+        recipes: Settings of each method.
+        runs: A line for each run.
+        failures: A line for each run that failed.
+        data: A line for each version of a task's data or of a backbone's checkpoint.
+        origins: Where runs were measured.
+        plan: Text of the suite's own file.
+    """
+
+    title: str
+    command: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    tables: tuple[Table, ...]
+    pictures: tuple[Picture, ...]
+    recipes: Compared
+    runs: Table
+    failures: Table
+    data: Table
+    origins: Compared
+    plan: str = ""
+
+    @property
+    def sections(self) -> dict[str, list[tuple[str, Table]]]:
+        """The tables with what is left of their titles, by the title of their section."""
+        found: dict[str, list[tuple[str, Table]]] = {}
+        for table in self.tables:
+            section, _, name = table.title.rpartition(": ")
+            found.setdefault(section, []).append((name[:1].upper() + name[1:], table))
+        return found
+
+
+def write_report(folder: Path, out: Path) -> None:
+    """Writes the report of a suite, or of a single run, as one file that needs no network.
+
+    Args:
+        folder: Folder of the suite or of the run.
+        out: HTML file to write, atomically.
+
+    Raises:
+        SanError: If there are no results, or what is there cannot be read.
+    """
+    write_atomically(out, to_html(read_page(folder, out)))
+
+
+def read_page(folder: Path, out: Path) -> Page:
+    """Reads what the report of a folder shows.
+
+    Args:
+        folder: Folder of the suite or of the run.
+        out: File that the page will be written to, which the page's command names.
+
+    Raises:
+        SanError: If there are no results, or what is there cannot be read.
+    """
+    failures = _read_failures(folder / "failures.jsonl")
+    finished = folder / "rows.jsonl"
+    only_failures = failures and not (finished.is_file() and finished.read_bytes().strip())
+    rows = [] if only_failures else read_rows([folder])
+    pictures: list[Picture] = []
+    if rows:
+        from san_bench.report.analysis import figures
+
+        pictures = figures(folder)
+    suites = dict.fromkeys(str(row["suite"]) for row in rows if row.get("suite"))
+    plan, made_by = _read_plan(folder / "suite.yaml")
+    to = "" if out == folder / "report.html" else f" --out {out}"
+    return Page(
+        title=", ".join(suites) or folder.resolve().name,
+        command=(*made_by, f"san report {folder}{to}"),
+        facts=_facts(rows, failures),
+        tables=tuple(tables(rows)) if rows else (),
+        pictures=tuple(pictures),
+        recipes=_recipes(folder, rows),
+        runs=_runs(rows),
+        failures=_failures(failures, rows),
+        data=_data(rows),
+        origins=_origins(rows),
+        plan=plan,
+    )
+
+
+def to_html(page: Page) -> str:
+    """Returns the page as the text of one HTML file, which by its own policy can load nothing from elsewhere."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("san_bench.report")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script = (resources.files("san_bench.report") / "templates/report.js").read_text(encoding="utf-8").strip()
+    return environment.get_template("report.html.jinja").render(
+        page=page,
+        numeric=numeric,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        drawings=[(picture, *_to_svg(picture, f"picture-{place}")) for place, picture in enumerate(page.pictures, 1)],
+    )
+
+
+def _to_svg(picture: Picture, name: str) -> tuple[str, float]:
+    """Draws a picture as the element `svg` without paper, and returns it with its width in CSS pixels.
+
+    Ids get the picture's name in front, since all pictures share one page.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    bare = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    with rc_context({"svg.hashsalt": "san", "svg.fonttype": "path"}):
+        picture.figure.savefig(buffer, format="svg", transparent=True, metadata=bare)
+    text = buffer.getvalue()
+    text = re.sub("<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL).strip()
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    attributes = f'<svg role="img" aria-labelledby="{name}-caption"'
+    text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\s+height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", attributes, 1), 96 * float(picture.figure.get_figwidth())
+
+
+def _facts(rows: Sequence[Row], failures: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    kinds = {"Tasks": "task", "Backbones": "backbone", "Methods": "method", "Seeds": "seed"}
+    counts = {name: len({row[key] for row in rows}) for name, key in kinds.items()}
+    return tuple((name, f"{count:,}") for name, count in {"Runs": len(rows), **counts, "Failed": len(failures)}.items())
+
+
+def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
+    """Reads the recipes of runs that are there; `output`, which decides nothing, is left out."""
+    suite = (folder / "rows.jsonl").is_file()
+    found: dict[str, list[Any]] = {}
+    problems = []
+    for row in rows:
+        file = (folder / str(row.get("run")) if suite else folder) / "recipe.yaml"
+        if file.is_file():
+            try:
+                recipe = _read_yaml(file)
+            except ValueError as error:
+                problems.append(f"{file}: {error}")
+            else:
+                found.setdefault(row["method"], []).append({k: v for k, v in recipe.items() if k != "output"})
+    if problems:
+        raise _error("\n".join([f"{len(problems)} recipes cannot be read; repair or remove them:", *problems]))
+    return Compared(tuple(found), tuple(side_by_side(list(found.values()))))
+
+
+def _origins(rows: Sequence[Row]) -> Compared:
+    """Sorts runs by where they were measured."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in ORIGIN], sort_keys=True), []).append(row)
+    names, facts = [], []
+    for group in groups.values():
+        dates = sorted(row["finished"][:10] for row in group)
+        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        names.append(f"{len(group):,} {'run' if len(group) == 1 else 'runs'}, {when}")
+        facts.append([{key: "unknown" if group[0][key] is None else group[0][key] for key in ORIGIN}])
+    return Compared(tuple(names), tuple(side_by_side(facts)))
+
+
+def _data(rows: Sequence[Row]) -> Table:
+    """Lists what was trained on, and what was trained: two lines of one name were not the same."""
+    counts: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        where = f"{row.get('train_split') or '?'} → {row['split']}"
+        here = [("data", row["task"], where, row["task_fingerprint"])]
+        if row.get("checkpoint_sha256"):
+            here.append(("checkpoint", row["backbone"], row.get("model") or "", row["checkpoint_sha256"]))
+        for key in here:
+            counts[key] = counts.get(key, 0) + 1
+    lines = [(*map(Cell, key), Cell(f"{count:,}", count)) for key, count in sorted(counts.items(), reverse=True)]
+    lines.sort(key=lambda line: line[0].text)
+    return Table("Data and checkpoints", ("Of", "Name", "Splits or model", "sha256", "Runs"), tuple(lines), ())
+
+
+def _runs(rows: Sequence[Row]) -> Table:
+    columns = ("Method", "Task", "Group", "Backbone", "Seed", "Learning rate", "Accuracy", "Right / n", "Seconds")
+    return Table(
+        "Every run",
+        (*columns, "Selection", "Recipe", "Finished", "Folder"),
+        tuple(
+            (
+                Cell(row["method"]),
+                Cell(row["task"]),
+                Cell(row.get("group") or "–"),
+                Cell(row["backbone"]),
+                Cell(str(row["seed"]), row["seed"]),
+                _number(row.get("lr"), "g"),
+                Cell(f"{100 * row['accuracy']:.2f}%", row["accuracy"]),
+                Cell(f"{row['correct']:,} / {row['n_test']:,}", row["correct"]),
+                _number(row.get("train_seconds"), ",.1f"),
+                Cell(row.get("selection") or "–"),
+                Cell(row["recipe_fingerprint"][:12]),
+                Cell(row["finished"][:16].replace("T", " ")),
+                Cell(row.get("run") or "–"),
+            )
+            for row in rows
+        ),
+        ("Recipe: the first twelve digits of its fingerprint. Folder: within the suite's.",),
+    )
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–") if value is None else Cell(f"{value:{form}}", value)
+
+
+def _failures(failures: Sequence[Row], rows: Sequence[Row]) -> Table:
+    finished = {tuple(row[key] for key in RUN) for row in rows}
+    lines = []
+    for failure in failures:
+        there = tuple(failure.get(key) for key in RUN) in finished
+        names = [Cell(str(failure.get(key, "–"))) for key in ("method", "task", "backbone")]
+        seed = failure.get("seed")
+        lines.append(
+            (
+                *names,
+                Cell(str(seed), seed) if isinstance(seed, int) else Cell("–"),
+                Cell("finished since" if there else "missing from the tables"),
+                Cell(str(failure.get("error", "no reason was written down")).strip()),
+            )
+        )
+    return Table("Failures", ("Method", "Task", "Backbone", "Seed", "Now", "Error"), tuple(lines), ())
+
+
+def _read_failures(file: Path) -> list[Row]:
+    if not file.is_file():
+        return []
+    failures, problems = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if line.strip():
+            try:
+                failure = json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"{file}:{number}: no JSON: {error.msg}, {len(line)} characters.")
+                continue
+            if isinstance(failure, dict):
+                failures.append(failure)
+            else:
+                problems.append(f"{file}:{number}: holds no keys and values.")
+    if problems:
+        raise _error("\n".join(["Some failures cannot be read; repair or remove these lines:", *problems]))
+    return failures
+
+
+def _read_plan(file: Path) -> tuple[str, tuple[str, ...]]:
+    """Returns the text of a suite's file, and the command that it names, if it does."""
+    if not file.is_file():
+        return "", ()
+    try:
+        command = _read_yaml(file).get("command")
+    except ValueError as error:
+        raise _error(f"{file}: {error}") from error
+    return file.read_text(encoding="utf-8"), (str(command),) if command else ()
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Reads a mapping; `ValueError` says what is wrong otherwise."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(data, dict):
+        raise ValueError("must be a mapping of keys to values.")
+    return data
+
+
+def _error(message: str) -> Exception:
+    from san_peft.errors import SanError  # brings in torch, so only when it is needed
+
+    return SanError(message)
