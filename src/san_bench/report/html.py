@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ORIGIN = ("commit", "python", "versions", "cpu", "threads", "device")
 """Keys of a row that say where it was measured."""
 
-RUN = ("task", "backbone", "method", "seed")
+RUN = ("method", "task", "backbone", "seed")
 """Keys that name a run, and a failure of one."""
 
 
@@ -38,31 +38,46 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """What went wrong in one run or in several.
+
+    Attributes:
+        error: What was said.
+        runs: The runs, and whether each has finished since.
+    """
+
+    error: str
+    runs: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
 class Page:
     """What a report shows.
 
     Attributes:
         title: Name of the suite.
+        when: From when the results are.
         command: What made the results, and then this page.
         facts: Counts with their names.
         tables: Of the results; what stands before the last colon of a title is the title of a section.
         pictures: Drawings with their captions.
         recipes: Settings of each method.
         runs: A line for each run.
-        failures: A line for each run that failed.
+        failures: What went wrong.
         data: A line for each version of a task's data or of a backbone's checkpoint.
         origins: Where runs were measured.
         plan: Text of the suite's own file.
     """
 
     title: str
+    when: str
     command: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     tables: tuple[Table, ...]
     pictures: tuple[Picture, ...]
     recipes: Compared
     runs: Table
-    failures: Table
+    failures: tuple[Failure, ...]
     data: Table
     origins: Compared
     plan: str = ""
@@ -75,6 +90,12 @@ class Page:
             section, _, name = table.title.rpartition(": ")
             found.setdefault(section, []).append((name[:1].upper() + name[1:], table))
         return found
+
+    def short(self, section: str) -> str:
+        """Returns a section's title without what stands in brackets, unless two sections would share it."""
+        bare = [re.sub(r" \(.*\)", "", title) for title in self.sections]
+        mine = re.sub(r" \(.*\)", "", section) or "Results"
+        return mine if bare.count(mine) <= 1 else section
 
 
 def write_report(folder: Path, out: Path) -> None:
@@ -114,6 +135,7 @@ def read_page(folder: Path, out: Path) -> Page:
     to = "" if out == folder / "report.html" else f" --out {out}"
     return Page(
         title=", ".join(suites) or folder.resolve().name,
+        when=_when(rows),
         command=(*made_by, f"san report {folder}{to}"),
         facts=_facts(rows, failures),
         tables=tuple(tables(rows)) if rows else (),
@@ -141,12 +163,12 @@ def to_html(page: Page) -> str:
         numeric=numeric,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        drawings=[(picture, *_to_svg(picture, f"picture-{place}")) for place, picture in enumerate(page.pictures, 1)],
+        drawings=[(picture, _to_svg(picture, f"picture-{place}")) for place, picture in enumerate(page.pictures, 1)],
     )
 
 
-def _to_svg(picture: Picture, name: str) -> tuple[str, float]:
-    """Draws a picture as the element `svg` without paper, and returns it with its width in CSS pixels.
+def _to_svg(picture: Picture, name: str) -> str:
+    """Draws a picture as the element `svg`, whose paper, ink and greys are the page's, light or dark.
 
     Ids get the picture's name in front, since all pictures share one page.
     """
@@ -155,20 +177,34 @@ def _to_svg(picture: Picture, name: str) -> tuple[str, float]:
     buffer = io.StringIO()
     bare = {"Creator": None, "Date": None, "Format": None, "Type": None}
     with rc_context({"svg.hashsalt": "san", "svg.fonttype": "path"}):
-        picture.figure.savefig(buffer, format="svg", transparent=True, metadata=bare)
+        picture.figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=bare)
     text = buffer.getvalue()
     text = re.sub("<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL).strip()
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    attributes = f'<svg role="img" aria-labelledby="{name}-caption"'
-    text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?)\s+height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", attributes, 1), 96 * float(picture.figure.get_figwidth())
+    text = re.sub(r"#([0-9a-f]{2})\1\1\b", _grey, text)
+    opening, rest = text.split(">", 1)
+    size = dict(re.findall(r'\b(width|height|viewBox)="([^"]*)"', opening))
+    return (
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{size["viewBox"]}" style="--width: {size["width"]}" '
+        f'role="img" aria-labelledby="{name}-caption">{rest}'
+    )
+
+
+def _grey(match: re.Match[str]) -> str:
+    """Returns the mixture of the page's ink and paper that stands for a grey."""
+    ink = round(100 * (1 - int(match[1], 16) / 255))
+    return {0: "var(--paper)", 100: "var(--ink)"}.get(ink, f"color-mix(in srgb, var(--ink) {ink}%, var(--paper))")
 
 
 def _facts(rows: Sequence[Row], failures: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     kinds = {"Tasks": "task", "Backbones": "backbone", "Methods": "method", "Seeds": "seed"}
     counts = {name: len({row[key] for row in rows}) for name, key in kinds.items()}
     return tuple((name, f"{count:,}") for name, count in {"Runs": len(rows), **counts, "Failed": len(failures)}.items())
+
+
+def _when(rows: Sequence[Row]) -> str:
+    dates = sorted({row["finished"][:10] for row in rows})
+    return " to ".join([dates[0], *dates[1:][-1:]]) if dates else ""
 
 
 def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
@@ -197,26 +233,29 @@ def _origins(rows: Sequence[Row]) -> Compared:
         groups.setdefault(json.dumps([row[key] for key in ORIGIN], sort_keys=True), []).append(row)
     names, facts = [], []
     for group in groups.values():
-        dates = sorted(row["finished"][:10] for row in group)
-        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        names.append(f"{len(group):,} {'run' if len(group) == 1 else 'runs'}, {when}")
+        names.append(f"{len(group):,} {'run' if len(group) == 1 else 'runs'}, {_when(group)}")
         facts.append([{key: "unknown" if group[0][key] is None else group[0][key] for key in ORIGIN}])
     return Compared(tuple(names), tuple(side_by_side(facts)))
 
 
 def _data(rows: Sequence[Row]) -> Table:
     """Lists what was trained on, and what was trained: two lines of one name were not the same."""
-    counts: dict[tuple[str, ...], int] = {}
+    data: dict[tuple[str, ...], int] = {}
+    checkpoints: dict[tuple[str, ...], int] = {}
     for row in rows:
-        where = f"{row.get('train_split') or '?'} → {row['split']}"
-        here = [("data", row["task"], where, row["task_fingerprint"])]
+        splits = f"{row.get('train_split') or 'unknown'} → {row['split']}"
+        counted = [(data, (row["task"], f"data, {splits}", row["task_fingerprint"]))]
         if row.get("checkpoint_sha256"):
-            here.append(("checkpoint", row["backbone"], row.get("model") or "", row["checkpoint_sha256"]))
-        for key in here:
+            words = f"checkpoint, {row.get('model') or 'unnamed'}"
+            counted.append((checkpoints, (row["backbone"], words, row["checkpoint_sha256"])))
+        for counts, key in counted:
             counts[key] = counts.get(key, 0) + 1
-    lines = [(*map(Cell, key), Cell(f"{count:,}", count)) for key, count in sorted(counts.items(), reverse=True)]
-    lines.sort(key=lambda line: line[0].text)
-    return Table("Data and checkpoints", ("Of", "Name", "Splits or model", "sha256", "Runs"), tuple(lines), ())
+    lines = [
+        (Cell(name), Cell(words), Cell(digest[:16], hint=digest[16:]), Cell(f"{count:,}", count))
+        for counts in (checkpoints, data)
+        for (name, words, digest), count in counts.items()
+    ]
+    return Table("Data and checkpoints", ("Name", "What", "sha256", "Runs"), tuple(lines), ())
 
 
 def _runs(rows: Sequence[Row]) -> Table:
@@ -250,22 +289,16 @@ def _number(value: float | None, form: str) -> Cell:
     return Cell("–") if value is None else Cell(f"{value:{form}}", value)
 
 
-def _failures(failures: Sequence[Row], rows: Sequence[Row]) -> Table:
+def _failures(failures: Sequence[Row], rows: Sequence[Row]) -> tuple[Failure, ...]:
+    """Sorts failures by what was wrong; a run that failed the same way twice is named once."""
     finished = {tuple(row[key] for key in RUN) for row in rows}
-    lines = []
+    found: dict[str, dict[str, bool]] = {}
     for failure in failures:
-        there = tuple(failure.get(key) for key in RUN) in finished
-        names = [Cell(str(failure.get(key, "–"))) for key in ("method", "task", "backbone")]
-        seed = failure.get("seed")
-        lines.append(
-            (
-                *names,
-                Cell(str(seed), seed) if isinstance(seed, int) else Cell("–"),
-                Cell("finished since" if there else "missing from the tables"),
-                Cell(str(failure.get("error", "no reason was written down")).strip()),
-            )
-        )
-    return Table("Failures", ("Method", "Task", "Backbone", "Seed", "Now", "Error"), tuple(lines), ())
+        names = [str(failure.get(key, "unknown")) for key in RUN]
+        run = f"{', '.join(names[:-1])}, seed {names[-1]}"
+        error = str(failure.get("error") or "No reason was written down.").strip()
+        found.setdefault(error, {})[run] = tuple(failure.get(key) for key in RUN) in finished
+    return tuple(Failure(error, tuple(runs.items())) for error, runs in found.items())
 
 
 def _read_failures(file: Path) -> list[Row]:

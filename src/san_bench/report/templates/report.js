@@ -49,6 +49,11 @@ for (const label of document.querySelectorAll(".filter")) {
 }
 
 // Notes and recipes that are folded belong on paper too.
-const folded = [...document.querySelectorAll("details.notes:not([open]), details.recipe:not([open])")];
-addEventListener("beforeprint", () => folded.forEach((one) => (one.open = true)));
-addEventListener("afterprint", () => folded.forEach((one) => (one.open = false)));
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details.notes:not([open]), details.recipe:not([open])")];
+  for (const one of opened) one.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const one of opened) one.open = false;
+});
