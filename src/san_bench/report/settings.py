@@ -43,18 +43,17 @@ def side_by_side(columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[Setting
         Setting(name='method.kind', values=('san', 'ssf'), differs=True)
         Setting(name='seed', values=('0, 1', '1, 0'), differs=False)
     """
-    found: list[dict[str, list[Any]]] = []
+    found: list[dict[str, dict[str, Any]]] = []
     for members in columns:
-        values: dict[str, list[Any]] = {}
+        values: dict[str, dict[str, Any]] = {}
         for member in members:
             for key, value in _leaves(member):
-                if value not in values.setdefault(key, []):
-                    values[key].append(value)
+                values.setdefault(key, {}).setdefault(_word(value), value)
         found.append(values)
     settings = []
     for key in _keys(found):
-        here = [values.get(key, []) for values in found]
-        differs = any(len(other) != len(here[0]) or any(v not in here[0] for v in other) for other in here[1:])
+        here = [values.get(key, {}) for values in found]
+        differs = any(other.keys() != here[0].keys() for other in here)
         settings.append(Setting(key, tuple(map(_words, here)), differs))
     return settings
 
@@ -79,17 +78,20 @@ def _keys(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return keys
 
 
-def _words(values: Sequence[Any]) -> str:
-    """Writes values as YAML would; many numbers as their range, many words as the first ones."""
-    texts = [_word(value) for value in values]
-    if len(texts) <= MOST:
-        return ", ".join(texts)
-    if all(isinstance(value, int | float) for value in values):
-        return f"{_word(min(values))} to {_word(max(values))} ({len(values)} values)"
-    return f"{', '.join(texts[:MOST])} and {len(texts) - MOST} more"
+def _words(values: Mapping[str, Any]) -> str:
+    """Writes values out; of many numbers the range, of many words the first ones."""
+    if len(values) <= MOST:
+        return ", ".join(values)
+    if all(isinstance(value, int | float) for value in values.values()):
+        low, high = (pick(values, key=lambda word: values[word]) for pick in (min, max))
+        return f"{low} to {high} ({len(values)} values)"
+    return f"{', '.join([*values][:MOST])} and {len(values) - MOST} more"
 
 
 def _word(value: Any) -> str:
+    """Writes a value as YAML does."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_word, value))}]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
