@@ -27,7 +27,11 @@ from pydantic import Discriminator, Field, field_validator, model_validator
 
 from san_bench.strict import Strict, read_model, san_error, suggest
 
-Propagation = Literal["all", "exact", "feedforward", "reference", "none"]
+Propagation = Literal[
+    "all", "exact", "feedforward", "reference", "none", "reversed", "skip-one", "permuted", "shuffled"
+]
+"""A scheme, or one of the ways to break the order of propagation, drawn with the recipe's seed."""
+
 Targets = Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | Literal["all-linear"]
 
 

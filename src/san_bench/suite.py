@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from san_bench.recipe import Method, Recipe, find
+from san_bench.recipe import VALIDATION, Method, Recipe, find
 from san_bench.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
 
 Rates = dict[str, dict[str, float | dict[str, float]]]
@@ -28,15 +28,11 @@ class Search(Strict):
     """How learning rates are chosen: on validation images, with the same effort for every method.
 
     Attributes:
-        train_split: What the trials train with.
-        eval_split: What they are scored on.
         seeds: Seeds of the trials, other than those of the suite.
         grid: Learning rates by method; `default` for those that are not named.
         per: One rate for each `task`, or one for the whole `suite`.
     """
 
-    train_split: Literal["train800", "train"]
-    eval_split: Literal["val200", "val"]
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, strict=False)]]
     per: Literal["task", "suite"]
@@ -56,8 +52,7 @@ class Suite(Strict):
         groups: Tasks by group.
         models: Models by short name, the backbone.
         methods: What is trained, by the name in tables.
-        train_split: What the runs train with.
-        eval_split: What they are scored on.
+        settings: Values in place of the protocol's for single tasks, by task and dotted key.
         search: How learning rates are chosen.
         rates: The rates that were chosen.
     """
@@ -66,10 +61,16 @@ class Suite(Strict):
     groups: dict[str, Annotated[tuple[str, ...], Field(min_length=1, strict=False)]]
     models: dict[str, str]
     methods: dict[str, Method]
-    train_split: Literal["train800", "train800val200", "train", "trainval"]
-    eval_split: Literal["val200", "val", "test"]
+    settings: dict[str, dict[str, Any]]
     search: Search
     rates: Rates
+
+    @model_validator(mode="after")
+    def _knows_its_tasks(self) -> Suite:
+        strange = [task for task in self.settings if task not in self.tasks]
+        if strange:
+            raise ValueError(f"settings|{', '.join(strange)} is no task of the suite")
+        return self
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -134,7 +135,6 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
     rates = {
         backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models
     }
-    splits = {"train_split": suite.train_split, "eval_split": suite.eval_split}
     overrides = dict(parse_overrides(choice.overrides))
     runs, missing = [], []
     for task, backbone, method in _cells(suite, choice):
@@ -144,7 +144,8 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
             missing.append(f"{method} on {backbone}")
             continue
         for seed in range(choice.seeds):
-            runs.append(_run(suite, choice, (task, backbone, method), {**splits, "seed": seed, "optimizer.lr": rate}))
+            values = {"seed": seed, "optimizer.lr": rate, **overrides}
+            runs.append(_run(suite, choice, (task, backbone, method), _splits(task)[0], values))
     if missing:
         raise san_error(
             f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
@@ -155,10 +156,9 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
 
 def plan_search(suite: Suite, choice: Choice) -> list[Run]:
     """Returns the trials of the search for learning rates; see `Search`."""
-    search = suite.search
-    splits = {"train_split": search.train_split, "eval_split": search.eval_split}
+    search, overrides = suite.search, dict(parse_overrides(choice.overrides))
     return [
-        _run(suite, choice, cell, {**splits, "seed": seed, "optimizer.lr": float(rate)})
+        _run(suite, choice, cell, _splits(cell[0])[1], {**overrides, "seed": seed, "optimizer.lr": float(rate)})
         for cell in _cells(suite, choice)
         for rate in search.grid.get(cell[2], search.grid["default"])
         for seed in search.seeds
@@ -209,7 +209,16 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
     return [(task, model, method) for model in models for task in tasks for method in methods]
 
 
-def _run(suite: Suite, choice: Choice, cell: tuple[str, str, str], values: Mapping[str, Any]) -> Run:
+def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What runs train with and are scored on, and what trials do, by the names of the task's splits."""
+    fit, val = ("train800", "val200") if task.startswith(("digits", "mini-vision/", "vtab/")) else ("train", "val")
+    joined = next(name for name, parts in VALIDATION.items() if parts == f"{fit}+{val}")
+    return {"train_split": joined, "eval_split": "test"}, {"train_split": fit, "eval_split": val}
+
+
+def _run(
+    suite: Suite, choice: Choice, cell: tuple[str, str, str], splits: Mapping[str, str], values: Mapping[str, Any]
+) -> Run:
     task, backbone, method = cell
     protocol = choice.protocol or suite.protocol
     data, _, problems = read_yaml(find(protocol, "protocols"))
@@ -221,7 +230,7 @@ def _run(suite: Suite, choice: Choice, cell: tuple[str, str, str], values: Mappi
         "protocol": Path(protocol).stem,
         "output": "nowhere",
     }
-    for key, value in {**dict(parse_overrides(choice.overrides)), **values}.items():
+    for key, value in {**splits, **suite.settings.get(task, {}), **values}.items():
         put(data, key, value)
     recipe = check(Recipe, data, lambda loc: f"{protocol}, {method} on {task}: {'.'.join(loc)}", problems)
     return Run(task, suite.tasks[task], backbone, method, recipe)
