@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from san_bench.data.vision import embedded_vit_path, load_task
+from san_bench.data.preprocess import for_checkpoint
+from san_bench.data.vision import embedded_path, load_task
 from san_peft import SanConfig, merge_and_verify
 
 STEPS = 20
@@ -16,7 +17,7 @@ STEPS = 20
 
 def pretrained() -> torch.nn.Module:
     set_seed(0)
-    return AutoModelForImageClassification.from_pretrained(embedded_vit_path(), num_labels=10)
+    return AutoModelForImageClassification.from_pretrained(embedded_path(), num_labels=10)
 
 
 def main() -> None:
@@ -32,10 +33,11 @@ def main() -> None:
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
         )
-        Trainer(model, arguments, train_dataset=task["train800"]).train()
+        Trainer(model, arguments, train_dataset=for_checkpoint(task["train800"], embedded_path())).train()
         model.cpu().save_pretrained(folder)
         again = PeftModel.from_pretrained(pretrained(), folder).eval()
-    images, labels = task["val200"].pixel_values, torch.from_numpy(task["val200"].labels)
+    images = for_checkpoint(task["val200"], embedded_path()).batch(200)
+    labels = torch.from_numpy(task["val200"].labels)
     with torch.no_grad():
         logits = again(images).logits
         print("reloaded equals trained:", torch.equal(logits, model.eval()(images).logits))

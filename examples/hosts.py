@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from san_bench.data.vision import embedded_vit_path, load_task
+from san_bench.data.preprocess import for_checkpoint
+from san_bench.data.vision import embedded_path, load_task
 from san_peft import SanConfig, detach_san, merge_and_verify, save_as_lora
 
 STEPS = 12
@@ -16,7 +17,7 @@ STEPS = 12
 
 def pretrained() -> torch.nn.Module:
     set_seed(0)
-    return AutoModelForImageClassification.from_pretrained(embedded_vit_path(), num_labels=10)
+    return AutoModelForImageClassification.from_pretrained(embedded_path(), num_labels=10)
 
 
 def main() -> None:
@@ -28,10 +29,10 @@ def main() -> None:
         arguments = TrainingArguments(
             folder, max_steps=STEPS, learning_rate=0.003, per_device_train_batch_size=32, report_to=[], use_cpu=True
         )
-        Trainer(model, arguments, train_dataset=task["train800"]).train()
+        Trainer(model, arguments, train_dataset=for_checkpoint(task["train800"], embedded_path())).train()
         model.save_pretrained(folder)
         again = PeftModel.from_pretrained(pretrained(), folder).eval()
-        images = task["val200"].pixel_values
+        images = for_checkpoint(task["val200"], embedded_path()).batch(200)
         with torch.no_grad():
             print("reloaded equals trained:", torch.equal(again(images).logits, model.eval()(images).logits))
         fc1 = again.base_model.model.vit.layers[0].mlp.fc1

@@ -116,12 +116,14 @@ def probe(folder: Path) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    from san_bench.data.preprocess import for_checkpoint
     from san_bench.data.vision import load_task
 
     vit, task = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval(), load_task("digits")
     with torch.no_grad():
         train, val = (
-            vit(pixel_values=task[name].pixel_values).last_hidden_state[:, 0].numpy() for name in ("train800", "val200")
+            vit(pixel_values=for_checkpoint(task[name], folder).batch(800)).last_hidden_state[:, 0].numpy()
+            for name in ("train800", "val200")
         )
     classifiers = {c: make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in (0.01, 0.1, 1.0)}
     return {

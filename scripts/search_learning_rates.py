@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from san_bench.recipe import load_recipe, shipped_recipes
+from san_bench.recipe import load_recipe, shipped
 from san_bench.run.provenance import write_rows
 
 TRIALS = Path(__file__).with_name("learning_rates.jsonl")
@@ -76,7 +76,7 @@ def current(rows: list[dict]) -> list[dict]:
     """The trials that were made with today's recipes, the learning rate and the seed aside."""
     prints = {
         (name.removeprefix("demo/"), lr, seed): load_recipe(name, overrides(lr, seed)).fingerprint
-        for name in shipped_recipes()
+        for name in shipped()
         if name.startswith("demo/")
         for lr in GRID
         for seed in SEEDS
@@ -86,7 +86,7 @@ def current(rows: list[dict]) -> list[dict]:
 
 def main() -> None:
     words = sys.argv[1:]
-    names = [n.removeprefix("demo/") for n in shipped_recipes() if n.startswith("demo/")]
+    names = [n.removeprefix("demo/") for n in shipped() if n.startswith("demo/")]
     wanted = [w for w in words if not w.startswith("-")] or names
     old = [] if "--restart" in words or not TRIALS.exists() else TRIALS.read_text(encoding="utf-8").splitlines()
     rows = current([json.loads(line) for line in old])
@@ -100,7 +100,7 @@ def main() -> None:
             rows.sort(key=lambda row: (row["recipe"], row["lr"], row["seed"]))
             write_rows(TRIALS, rows)
     for name, lr in choose(rows).items():
-        path = shipped_recipes()[f"demo/{name}"]
+        path = shipped()[f"demo/{name}"]
         text = re.sub(r"(?m)^(  lr: ).*$", rf"\g<1>{lr!r}", path.read_text(encoding="utf-8"))
         path.write_text(text, encoding="utf-8")
         print(f"{name}: {lr:g}")

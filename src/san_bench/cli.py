@@ -38,6 +38,8 @@ class Train:
     """A YAML file, or the name of a shipped recipe such as demo/san."""
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
     """Values in place of the file's, such as optimizer.lr=1e-3 seed=1."""
+    track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """Trackers that also get the log."""
 
     def run(self) -> None:
         """Trains, scores once, and prints the result."""
@@ -46,9 +48,70 @@ class Train:
         recipe = load_recipe(self.recipe, self.set)
         from san_bench.run.train import train
 
-        result = train(recipe)
+        result = train(recipe, self.track)
         keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
         _table({key: result[key] for key in keys})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Run a suite: methods, tasks, models and seeds; what is done is skipped, and what fails does not stop the rest."""
+
+    suite: Positional[str]
+    """Name of a shipped suite such as mini-vision, or a YAML file."""
+    out: Path | None = None
+    """Folder to write to; runs/SUITE by default."""
+    data: Path | None = None
+    """Folder of the data, for suites that have none inside the package."""
+    methods: tuple[str, ...] = ()
+    """Some of the suite's methods; all by default."""
+    models: tuple[str, ...] = ()
+    """Some of its models."""
+    tasks: tuple[str, ...] = ()
+    """Some of its tasks."""
+    seeds: int = 1
+    """How many seeds, from 0."""
+    search: bool = False
+    """Search for learning rates first, on validation images, with the same effort for every method."""
+    protocol: str | None = None
+    """Another protocol than the suite's."""
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
+    """Values in place of the protocol's, such as optimizer.epochs=10."""
+    engine: Literal["local", "ray"] = "local"
+    """Where to run: on this machine, or on a Ray cluster."""
+    workers: int = 1
+    """Runs at the same time on this machine, or in a Ray of its own."""
+    threads: int | None = None
+    """Threads, or on Ray processors, of each run; by default torch's choice, or 1 with several workers."""
+    gpus_per_run: float = 0.0
+    """With Ray, GPUs that a run takes, such as 0.5."""
+    keep_models: bool = False
+    """Keep the whole models that methods without an adapter save."""
+
+    def run(self) -> None:
+        """Runs the suite and prints where the results are."""
+        from san_bench.suite import Choice, load_suite, plan
+
+        suite = load_suite(self.suite)
+        overrides = self.set
+        choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, overrides)
+        if not self.search:  # names and settings are checked before torch is imported
+            rates = (self.out or Path("runs") / Path(self.suite).stem) / "rates.json"
+            plan(suite, choice, json.loads(rates.read_text(encoding="utf-8")) if rates.exists() else None)
+        from san_bench.run.cluster import RayEngine
+        from san_bench.run.engines import LocalEngine
+        from san_bench.run.suite import bench
+
+        name = Path(self.suite).stem
+        threads = self.threads or (1 if self.workers > 1 else None)
+        engine = (
+            RayEngine(self.workers, threads or 1, self.gpus_per_run)
+            if self.engine == "ray"
+            else LocalEngine(self.workers, threads)
+        )
+        out = self.out or Path("runs") / name
+        rows = bench(suite, name, choice, out, engine, self.search, self.keep_models)
+        print(f"{len(rows)} runs are done: {out / 'rows.jsonl'}. `san table {out}` compares them.")
 
 
 @dataclass(frozen=True)
@@ -94,13 +157,13 @@ class Recipes:
 
     def run(self) -> None:
         """Lists or copies."""
-        from san_bench.recipe import find_recipe, shipped_recipes
+        from san_bench.recipe import find, shipped
 
         if self.copy is None:
-            for name, path in shipped_recipes().items():
+            for name, path in shipped().items():
                 print(f"{name:<18} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
-        source = find_recipe(self.copy)
+        source = find(self.copy)
         target = self.out or Path(source.name)
         if target.exists():
             raise FileExistsError(f"{target} is there already. Choose another file with --out.")
@@ -181,12 +244,92 @@ class Export:
         )
 
 
-EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "timm": "vision"}
+@dataclass(frozen=True)
+class Data:
+    """Check the data of a suite, every image and every problem at once, or fetch what may be fetched."""
+
+    action: Positional[Literal["check", "fetch"]]
+    """What to do."""
+    suite: Positional[str]
+    """vtab, fgvc or gic, or one data set such as vtab/cifar; to check also folder or datasets for your own, to fetch
+    also the name of a data set on the Hugging Face hub."""
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of the data."""
+    images: bool = True
+    """Read and decode every image, and look for those that occur twice."""
+    workers: int | None = None
+    """Threads that read images; as many as processors by default, up to eight."""
+    write_checksums: Path | None = None
+    """File to write checksums to, as sha256sum does."""
+    checksums: Path | None = None
+    """File of checksums to compare with."""
+
+    def run(self) -> None:
+        """Checks or fetches, prints, and exits with code 1 where something is missing or wrong."""
+        if self.action == "fetch":
+            from san_bench.data.fetch import fetch_command
+
+            fetch_command(self.suite, self.folder)
+        else:
+            from san_bench.data.check import check_command
+
+            check_command(self.suite, self.folder, self.images, self.workers, self.write_checksums, self.checksums)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Make tables of results: means with spread and n, paired differences, cost, published lines beside ours."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")]
+    """Folders of suites or of runs, or .jsonl files."""
+    format: Literal["rich", "markdown", "latex", "csv"] = "rich"
+    """Of the text; rich is for the terminal."""
+    published: bool = True
+    """Add published numbers where suite and backbone are theirs."""
+    reference: str | None = None
+    """Method that the others are compared with; san by default."""
+    out: Path | None = None
+    """File to write to."""
+
+    def run(self) -> None:
+        """Reads, compares and prints."""
+        from san_bench.report.table import table_command
+
+        table_command(self.folders, self.format, self.published, self.reference, self.out)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw what a suite, or a run, has data for: accuracy, curves, and all that trained scales tell."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of the suite or run."""
+    out: Path | None = None
+    """Folder of the pictures and their numbers; `plots` in the same folder by default."""
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
+
+    def run(self) -> None:
+        """Draws and names the files."""
+        from san_bench.report.analysis import write_pictures
+
+        for path in write_pictures(self.folder, self.out or self.folder / "plots", self.format):
+            print(path)
+
+
+EXTRAS = {
+    "sklearn": "demo",
+    "matplotlib": "plot",
+    "timm": "vision",
+    "datasets": "vision",
+    "torchvision": "vision",
+    "scipy": "vision",
+}
 """Which extra brings a module that a verb may need."""
 
-VERBS = (Demo, Train, Eval, Check, Recipes, Env, Trace, Export)
+VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot)
 
-Verb = Demo | Train | Eval | Check | Recipes | Env | Trace | Export
+Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:

@@ -1,7 +1,8 @@
 """Recipes: everything that decides a run, in one strict and frozen YAML file.
 
-Every key must be there, no other key may be, and nothing outside the file decides the result. All errors of a file come
-at once, each with its line, the place in the recipe, and the likely word where one was mistyped.
+Every key must be there, no other key may be, and nothing outside the file decides the result but the data, whose
+fingerprint a result carries. All errors of a file come at once, each with its line, the place in the recipe, and the
+likely word where one was mistyped.
 
 Example:
     >>> recipe = load_recipe("demo/san")
@@ -16,25 +17,29 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, field_validator, model_validator
+
+from san_bench.strict import Strict, read_model, san_error, suggest
+
+Propagation = Literal[
+    "all", "exact", "feedforward", "reference", "none", "reversed", "skip-one", "permuted", "shuffled"
+]
+"""A scheme, or one of the ways to break the order of propagation, drawn with the recipe's seed."""
+
+Targets = Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | Literal["all-linear"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class San(_Strict):
+class San(Strict):
     """SAN with its own scale vectors."""
 
     kind: Literal["san"]
-    propagation: Literal["all", "exact", "feedforward", "reference", "none"]
+    propagation: Propagation
     exponent: float
     shift: bool
     train_norms: bool
@@ -42,102 +47,230 @@ class San(_Strict):
     gate: bool
 
 
-class Ssf(_Strict):
+class Ssf(Strict):
     """Scale and shift without propagation."""
 
     kind: Literal["ssf"]
     train_norms: bool
 
 
-class Lora(_Strict):
-    """LoRA, or DoRA, on the layers whose names end in one of `targets`."""
+class Lora(Strict):
+    """LoRA, or DoRA.
+
+    Attributes:
+        targets: Endings of the names of the layers, or `all-linear`: every dense layer but the head.
+    """
 
     kind: Literal["lora", "dora"]
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
-    targets: tuple[str, ...] = Field(min_length=1, strict=False)
+    targets: Targets
 
 
-class SanOver(_Strict):
+class SanOver(Strict):
     """SAN over LoRA or DoRA: the scale is taken out of the host and propagated."""
 
     kind: Literal["san-lora", "san-dora"]
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
-    targets: tuple[str, ...] = Field(min_length=1, strict=False)
-    propagation: Literal["all", "exact", "feedforward", "reference", "none"]
+    targets: Targets
+    propagation: Propagation
     decomposition: Literal["norm", "projection"]
     exponent: float
     bound: float | None
     detach: bool
 
 
-class Linear(_Strict):
-    """Linear probe: the head alone."""
+class Ia3(Strict):
+    """(IA)^3: learned scales on outputs, and on the inputs of `feedforward`, which is part of `targets`."""
 
-    kind: Literal["linear"]
-
-
-class Full(_Strict):
-    """Full fine-tuning: every parameter."""
-
-    kind: Literal["full"]
+    kind: Literal["ia3"]
+    targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
+    feedforward: Annotated[tuple[str, ...], Field(strict=False)]
 
 
-Method = Annotated[San | Ssf | Lora | SanOver | Linear | Full, Discriminator("kind")]
+class Plain(Strict):
+    """No adapter: `linear` trains the head alone, `norm` the normalisations too, `bitfit` the biases, `full` all."""
+
+    kind: Literal["linear", "norm", "bitfit", "full"]
 
 
-class Optimizer(_Strict):
-    """AdamW and its schedule."""
+Method = Annotated[San | Ssf | Lora | SanOver | Ia3 | Plain, Discriminator("kind")]
 
-    lr: float = Field(gt=0, description="Largest learning rate, after the warm-up.")
+
+class Input(Strict):
+    """How an image becomes what the model reads.
+
+    Attributes:
+        size: Height and width in pixels; `null` for the checkpoint's.
+        resize: `squash` to the size whatever the shape, or `crop`: the shorter side to size / `crop_pct`, then the
+            centre.
+        crop_pct: Share of the shorter side that is kept; `null` for the checkpoint's.
+        interpolation: Of the resizing.
+        normalization: Mean and standard deviation: the checkpoint's, ImageNet's, 0.5 and 0.5 (`inception`), or none,
+            which leaves 0 to 1.
+    """
+
+    size: int | None = Field(ge=1)
+    resize: Literal["squash", "crop"]
+    crop_pct: float | None = Field(gt=0, le=1)
+    interpolation: Literal["checkpoint", "bilinear", "bicubic"]
+    normalization: Literal["checkpoint", "imagenet", "inception", "none"]
+
+
+class Augmentation(Strict):
+    """What is done to images in training alone, by torchvision and timm.
+
+    Attributes:
+        crop: `none`: as in scoring; `random`: a random in place of the centre crop; `random-resized`: of random size
+            and shape.
+        smallest_crop: Smallest share of the area that `random-resized` takes.
+        flip: Mirrors half of the images.
+        randaugment: timm's description, such as `rand-m9-mstd0.5-inc1`, or `null`.
+        erasing: Probability that a rectangle is replaced by noise.
+        mixup: Alpha of mixup, 0 for none.
+        cutmix: Alpha of cutmix, 0 for none.
+        smoothing: Label smoothing.
+    """
+
+    crop: Literal["none", "random", "random-resized"]
+    smallest_crop: float = Field(gt=0, le=1)
+    flip: bool
+    randaugment: str | None
+    erasing: float = Field(ge=0, le=1)
+    mixup: float = Field(ge=0)
+    cutmix: float = Field(ge=0)
+    smoothing: float = Field(ge=0, lt=1)
+
+
+class Optimizer(Strict):
+    """The optimiser and its schedule, which changes the learning rate at every step.
+
+    Attributes:
+        kind: AdamW, or SGD with momentum 0.9.
+        lr: Largest learning rate, after the warm-up.
+        weight_decay: Of matrices and kernels.
+        decay_vectors: Decays vectors as well, apart from biases and norms: scales are then pulled towards zero.
+        epochs: Passes over the images.
+        batch_size: Images in a step, over all devices and accumulated parts.
+        accumulation: Into how many parts a batch is divided.
+        warmup: Share of the steps in which the learning rate rises from `warmup_lr`.
+        warmup_lr: Where it rises from, as a share of `lr`.
+        schedule: How it falls.
+        min_lr: What it falls to, as a share of `lr`; `cosine` alone can end above zero.
+        max_grad_norm: Where gradients are clipped; 0 for no clipping.
+    """
+
+    kind: Literal["adamw", "sgd"]
+    lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
+    decay_vectors: bool
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
-    warmup: float = Field(ge=0, lt=1, description="Share of the steps in which the learning rate rises from zero.")
+    accumulation: int = Field(ge=1)
+    warmup: float = Field(ge=0, lt=1)
+    warmup_lr: float = Field(ge=0, lt=1)
     schedule: Literal["constant", "linear", "cosine"]
-    max_grad_norm: float = Field(gt=0)
+    min_lr: float = Field(ge=0, lt=1)
+    max_grad_norm: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Optimizer:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation|{self.accumulation} parts do not divide a batch of {self.batch_size}")
+        if self.schedule != "cosine" and (self.min_lr or self.warmup_lr):
+            raise ValueError(f"schedule|min_lr and warmup_lr are for cosine; with {self.schedule} they must be 0")
+        return self
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One run: what is trained, on what, how, and where the result goes.
 
     Attributes:
-        task: Name of a task of `san_bench.data`.
+        task: Name of a task; see `san_bench.data.vision.load_task`.
+        data: Folder of the data; `null` for tasks that come with the package. No part of the fingerprint: a result
+            carries the fingerprint of the data itself.
         train_split: Split to train with.
-        eval_split: Split to score once, after the last step; nothing is chosen by it.
-        model: `embedded`, a folder, or a name that transformers resolves.
+        eval_split: Split to score once, after training.
+        model: `embedded`, `embedded/swin`, `embedded/convnext`, a folder, or a name that transformers resolves, such as
+            `timm/vit_base_patch16_224.augreg_in21k`.
         method: What is trained; the task's head always is.
-        optimizer: AdamW and its schedule.
-        seed: Seeds the head, the adapter, and the order of the data.
+        input: How an image becomes what the model reads.
+        augmentation: What is done to images in training alone.
+        optimizer: The optimiser and its schedule.
+        drop_path: Rate of stochastic depth, for models that have it.
+        ema: Decay of the exponential moving average of the trained weights, which is then what is scored; or `null`.
+        selection: `last`: the weights after the last step. `best-val`: those of the epoch that is best on the task's
+            validation split. `best-test`: of the epoch that is best on `eval_split`, as older papers do.
+        protocol: Name of the protocol that the settings come from, or `null`.
+        seed: Seeds the head, the adapter, the augmentation and the order of the data.
         precision: Of the arithmetic; weights stay in float32.
+        compile: Uses `torch.compile`.
+        channels_last: Keeps images and kernels channels-last in memory.
+        data_workers: Processes that decode and augment; with 0 the training process does.
         checkpoint_steps: Steps between checkpoints, 0 for none; resuming continues from the last one.
-        output: Folder of the run. The only key that is not part of the fingerprint.
+        output: Folder of the run; no part of the fingerprint.
     """
 
-    task: Literal["digits"]
-    train_split: Literal["train800", "train800val200"]
-    eval_split: Literal["val200", "test"]
+    task: str = Field(min_length=1)
+    data: str | None
+    train_split: Literal["train800", "train800val200", "train", "trainval"]
+    eval_split: Literal["val200", "val", "test"]
     model: str = Field(min_length=1)
     method: Method
+    input: Input
+    augmentation: Augmentation
     optimizer: Optimizer
+    drop_path: float = Field(ge=0, lt=1)
+    ema: float | None = Field(gt=0, lt=1)
+    selection: Literal["last", "best-val", "best-test"]
+    protocol: str | None
     seed: int = Field(ge=0, lt=2**32)
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    compile: bool
+    channels_last: bool
+    data_workers: int = Field(ge=0)
     checkpoint_steps: int = Field(ge=0)
     output: str = Field(min_length=1)
 
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if task not in TASKS and not task.startswith(SUITES):
+            raise ValueError(
+                f"unknown task {task!r}.{suggest(task, [*TASKS, *(f'{name}...' for name in SUITES)])[:-1]}"
+            )
+        return task
+
     @model_validator(mode="after")
     def _scored_on_unseen_images(self) -> Recipe:
-        if (self.train_split, self.eval_split) == ("train800val200", "val200"):
-            raise ValueError("val200 is part of train800val200; train with train800, or score on test")
+        train = VALIDATION.get(self.train_split, self.train_split)
+        if self.eval_split in train.split("+"):
+            apart = train.split("+")[0]
+            raise ValueError(
+                f"eval_split|{self.eval_split} is part of {self.train_split}; train with {apart}, or score on test"
+            )
+        if self.selection == "best-val" and self.train_split in VALIDATION:
+            raise ValueError(
+                f"selection|{self.train_split} contains the validation images, so best-val would choose by what was "
+                f"trained with; train with {VALIDATION[self.train_split].split('+')[0]}"
+            )
+        if self.ema is not None and self.selection != "last":
+            raise ValueError(
+                f"selection|an average over steps goes with last, not with {self.selection}; set ema to null"
+            )
+        if self.optimizer.batch_size % 2 and (self.augmentation.mixup or self.augmentation.cutmix):
+            raise ValueError(f"optimizer|mixup and cutmix pair images, but batch_size is {self.optimizer.batch_size}")
         return self
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the recipe as canonical JSON, without `output`."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"output"}), sort_keys=True, separators=(",", ":"))
+        """The sha256 of the recipe as canonical JSON, without `output` and `data`."""
+        text = json.dumps(
+            self.model_dump(mode="json", exclude={"output", "data"}), sort_keys=True, separators=(",", ":")
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -145,26 +278,38 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Returns the recipes that come with the package, by name such as `demo/san`."""
+TASKS = ("digits", "folder", "datasets")
+"""Tasks that are of no suite."""
+
+SUITES = ("mini-vision/", "vtab/", "fgvc/", "gic/")
+"""What the names of the other tasks start with."""
+
+VALIDATION = {"train800val200": "train800+val200", "trainval": "train+val"}
+"""Splits that join a training and a validation split, with the names of both."""
+
+
+def shipped(kind: str = "recipes") -> dict[str, Path]:
+    """Returns the files of a kind that come with the package, by name, such as `demo/san`."""
     root = Path(str(resources.files("san_bench"))) / "recipes"
-    return {str(p.relative_to(root).with_suffix("").as_posix()): p for p in sorted(root.rglob("*.yaml"))}
+    folder = root if kind == "recipes" else root / kind
+    names = {str(p.relative_to(folder).with_suffix("").as_posix()): p for p in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in names.items() if not name.startswith(("suites/", "protocols/"))}
 
 
-def find_recipe(name: str | Path) -> Path:
-    """Finds a recipe by the path of its file or by the name under which it ships.
+def find(name: str | Path, kind: str = "recipes") -> Path:
+    """Finds a file by its path, or by the name under which it ships.
 
     Raises:
         SanError: If there is neither.
     """
-    shipped = shipped_recipes()
+    known = shipped(kind)
     if Path(name).is_file():
         return Path(name)
-    if str(name) in shipped:
-        return shipped[str(name)]
-    close = difflib.get_close_matches(str(name), shipped, n=1)
+    if str(name) in known:
+        return known[str(name)]
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise _error(f"There is no recipe {str(name)!r}.{hint} Give a file, or one of {', '.join(shipped)}.")
+    raise san_error(f"There is no {kind[:-1]} {str(name)!r}.{hint} Give a file, or one of {', '.join(known)}.")
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
@@ -180,141 +325,4 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
     Raises:
         SanError: If anything is wrong with it; the message lists every problem with its place.
     """
-    path = find_recipe(name)
-    data, lines, problems = _read(path)
-    if not isinstance(overrides, Mapping):
-        overrides = dict(_parse_override(text) for text in overrides)
-    for key, value in overrides.items():
-        place = data
-        *parents, last = key.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise _error(f"--set {key}: {parent!r} holds a value, no keys.")
-        place[last] = value
-        for depth in range(1, len(parents) + 1):
-            lines.setdefault(tuple(parents[:depth]), None)
-        lines[(*parents, last)] = None
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        problems += [_describe(dict(e), data) for e in error.errors(include_url=False)]
-        recipe = None
-    if problems or recipe is None:
-        raise _error("\n".join(f"{_place(path, lines, loc)}: {text}" for loc, text in problems))
-    return recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose floats may be written 1e-3, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-_Lines = dict[tuple[str, ...], int | None]
-_Problems = list[tuple[tuple[str, ...], str]]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], _Lines, _Problems]:
-    """Content of a YAML file, the line of every key, and the problems that YAML itself lets pass."""
-    data, lines, problems = None, {}, []
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
-        if isinstance(root, yaml.MappingNode):
-            lines, problems = _lines(root)
-            data = _Loader("").construct_document(root)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise _error(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if data is None:
-        raise _error(f"{path}: a recipe is a mapping of keys to values. `san recipes --copy demo/san` gives one.")
-    return data, lines, problems
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise _error(f"--set {text}: write key=value, such as optimizer.lr=1e-3.")
-    try:
-        return key, yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise _error(f"--set {text}: {value!r} is not YAML.") from error
-
-
-def _lines(root: yaml.MappingNode) -> tuple[_Lines, _Problems]:
-    """Line of every key, and the keys that are there twice (YAML would silently take the last)."""
-    lines: _Lines = {}
-    twice: _Problems = []
-
-    def walk(node: yaml.Node, loc: tuple[str, ...]) -> Iterator[None]:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*loc, str(key.value))
-                if here in lines:
-                    twice.append((here, f"is there twice, first in line {lines[here]}"))
-                lines[here] = key.start_mark.line + 1
-                yield from walk(value, here)
-
-    list(walk(root, ()))
-    return lines, twice
-
-
-def _place(path: Path, lines: _Lines, loc: tuple[str, ...]) -> str:
-    known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
-    line = lines.get(known)
-    if known and line is None:
-        return f"--set {'.'.join(loc)}"
-    return f"{path}{f':{line}' if line else ''}: {'.'.join(loc) or 'recipe'}"
-
-
-def _describe(error: dict[str, Any], data: Any) -> tuple[tuple[str, ...], str]:
-    """Place and text of one of pydantic's errors; the union's tag is taken out of the place."""
-    raw = [str(part) for part in error["loc"]]
-    model: type[BaseModel] = Recipe
-    if raw[:1] == ["method"] and len(raw) > 1:
-        model = _METHODS.get(raw[1], Recipe)
-        del raw[1]
-    elif raw[:1] == ["optimizer"] and len(raw) > 1:
-        model = Optimizer
-    loc, kind = tuple(raw), error["type"]
-    if kind == "value_error":
-        return ("eval_split",), f"{error['ctx']['error']}."
-    given = error.get("input")
-    if kind == "extra_forbidden":
-        return loc, f"unknown key.{_suggest(loc[-1], model.model_fields)}"
-    if kind == "missing":
-        return loc, "is missing; a recipe leaves nothing to defaults."
-    if kind == "union_tag_invalid":
-        tag = given.get("kind") if isinstance(given, Mapping) else given
-        return (*loc, "kind"), f"unknown method {tag!r}.{_suggest(str(tag), _METHODS)}"
-    if kind == "union_tag_not_found":
-        return (*loc, "kind"), f"is missing. Choose from {', '.join(_METHODS)}."
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return loc, f"{given!r} is not a choice.{_suggest(str(given), choices)}"
-    return loc, f"{error['msg'][0].lower()}{error['msg'][1:]}, but it is {given!r}."
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Choose from {', '.join(known)}."
-
-
-_METHODS: dict[str, type[BaseModel]] = {
-    "san": San,
-    "ssf": Ssf,
-    "lora": Lora,
-    "dora": Lora,
-    "linear": Linear,
-    "full": Full,
-}
-
-
-def _error(message: str) -> Exception:
-    from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-    return SanError(message)
+    return read_model(Recipe, find(name), overrides)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from san_bench.data import vision
-from san_bench.data.vision import ImageSplit, VisionTask, load_digits_task
+from san_bench.data.vision import ArraySplit, VisionTask, load_digits_task
 from san_bench.recipe import Recipe, load_recipe
 
 SIZES = {"train800": 48, "val200": 16, "train800val200": 64, "test": 40}
@@ -22,7 +22,7 @@ SHORT = {"optimizer.epochs": 2, "optimizer.batch_size": 16}
 def small_task() -> VisionTask:
     splits = load_digits_task().splits
     return VisionTask(
-        "digits", 10, {n: ImageSplit(splits[n].images[:k], splits[n].labels[:k]) for n, k in SIZES.items()}
+        "digits", 10, {n: ArraySplit(splits[n].images[:k], splits[n].labels[:k]) for n, k in SIZES.items()}
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from san_bench import cli
-from san_bench.recipe import load_recipe, shipped_recipes
+from san_bench.recipe import load_recipe, shipped
 
 
 def run(capsys, *words):
@@ -38,6 +38,18 @@ def run(capsys, *words):
         ("env --json", cli.Env(json=True)),
         ("trace here --scheme exact --json", cli.Trace("here", "exact", json=True)),
         ("export runs/demo/san --out there --merged", cli.Export(Path("runs/demo/san"), Path("there"), True)),
+        ("train demo/san --track wandb", cli.Train("demo/san", track=("wandb",))),
+        (
+            "bench vtab --methods san ssf --seeds 5 --data there --engine ray --gpus-per-run 0.5",
+            cli.Bench("vtab", None, Path("there"), ("san", "ssf"), seeds=5, engine="ray", gpus_per_run=0.5),
+        ),
+        (
+            "table runs/a runs/b --format latex --no-published --reference ssf",
+            cli.Table((Path("runs/a"), Path("runs/b")), "latex", False, "ssf"),
+        ),
+        ("plot runs/a --format svg", cli.Plot(Path("runs/a"), format="svg")),
+        ("data check vtab/cifar there --no-images", cli.Data("check", "vtab/cifar", Path("there"), images=False)),
+        ("data fetch gic there", cli.Data("fetch", "gic", Path("there"))),
     ],
 )
 def test_words_become_verbs(words, verb):
@@ -87,7 +99,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(capsys, tmp_path, monkeypatch,
 
 def test_a_bad_file_is_answered_line_by_line(capsys, tmp_path):
     path = tmp_path / "mine.yaml"
-    text = shipped_recipes()["demo/san"].read_text(encoding="utf-8")
+    text = shipped()["demo/san"].read_text(encoding="utf-8")
     path.write_text(text.replace("seed:", "sede:"), encoding="utf-8")
     code, out, err = run(capsys, "check", str(path))
     assert (code, out) == (2, "")
@@ -100,7 +112,7 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
     listed = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert list(listed) == list(shipped_recipes())
+    assert list(listed) == list(shipped())
     assert listed["demo/linear"] == "Linear probe: the frozen model with a trained head."
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from san_bench.data.preprocess import for_checkpoint
 from san_bench.data.procedural import FACTORS, enlarge
-from san_bench.data.vision import ImageSplit, embedded_vit_path, load_task
+from san_bench.data.vision import ArraySplit, VisionTask, embedded_path, load_task
 from san_peft.errors import SanError
 
 
@@ -46,18 +47,19 @@ def test_splits_are_stratified(digits):
 
 
 def test_items_are_what_the_trainer_takes(digits):
-    item = digits["test"][3]
+    test = for_checkpoint(digits["test"], embedded_path())
+    item = test[3]
     assert item["pixel_values"].shape == (3, 32, 32)
     assert item["pixel_values"].dtype == torch.float32
     assert item["labels"].dtype == torch.int64
-    assert digits["test"].pixel_values.amin() == -1
-    assert digits["test"].pixel_values.amax() == 1
+    assert test.batch(797).amin() == -1
+    assert test.batch(797).amax() == 1
 
 
 def test_normalisation_is_that_of_the_checkpoint(digits):
-    processor = AutoImageProcessor.from_pretrained(embedded_vit_path())
+    processor = AutoImageProcessor.from_pretrained(embedded_path())
     theirs = processor(list(digits["val200"].images[:8]), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(theirs, digits["val200"].pixel_values[:8], atol=1e-6, rtol=0)
+    torch.testing.assert_close(theirs, for_checkpoint(digits["val200"], embedded_path()).batch(8), atol=1e-6, rtol=0)
 
 
 def test_enlarging_is_bilinear_interpolation():
@@ -73,12 +75,18 @@ def test_unknown_names_are_answered_with_known_ones(digits):
     with pytest.raises(SanError, match=r"'digits' has no split 'val'. Did you mean 'val200'\?"):
         digits["val"]
     with pytest.raises(SanError, match="2 images and 3 labels"):
-        ImageSplit(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int64))
+        ArraySplit(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int64))
+    with pytest.raises(SanError, match=r"'x', split test: 1 of 2 labels are no class, such as 3 at index 1. It has 3"):
+        VisionTask("x", 3, {"test": ArraySplit(np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 3]))})
+    with pytest.raises(SanError, match=r"No model 'vot' ships .* Did you mean 'vit'\?"):
+        embedded_path("vot")
+    with pytest.raises(SanError, match="needs its data"):
+        load_task("vtab/cifar")
 
 
 def test_the_asset_loads_as_a_classifier_in_float32():
     model = AutoModelForImageClassification.from_pretrained(
-        embedded_vit_path(), num_labels=10, ignore_mismatched_sizes=True, local_files_only=True
+        embedded_path(), num_labels=10, ignore_mismatched_sizes=True, local_files_only=True
     )
     assert model.dtype == torch.float32
     assert model(pixel_values=torch.zeros(2, 3, 32, 32)).logits.shape == (2, 10)
@@ -86,7 +94,7 @@ def test_the_asset_loads_as_a_classifier_in_float32():
 
 
 def test_the_asset_is_small_and_its_papers_are_true():
-    folder = embedded_vit_path()
+    folder = embedded_path()
     assert {f.name for f in folder.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -106,5 +114,5 @@ def test_the_asset_is_small_and_its_papers_are_true():
 
 @pytest.mark.parametrize("label", ["colour", "background_colour", "count", "x", "y", "size", "glyph", "resolution"])
 def test_pretraining_learned_what_the_guide_says(label):
-    papers = json.loads((embedded_vit_path() / "PROVENANCE.json").read_text())
+    papers = json.loads((embedded_path() / "PROVENANCE.json").read_text())
     assert papers["final"]["validation"][label] > 1.5 / len(FACTORS[label])

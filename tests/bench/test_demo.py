@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tests.bench import jobs
 from tests.bench.small import SHORT, SIZES, small_scale
 
 from san_bench import cli
@@ -16,7 +18,8 @@ from san_bench.recipe import load_recipe
 from san_bench.report.table import COLUMNS, cells, notes, origin, to_markdown, wilson
 from san_bench.run import demo as demo_module
 from san_bench.run import train as training
-from san_bench.run.demo import demo, in_fresh_process
+from san_bench.run.demo import demo
+from san_bench.run.engines import in_fresh_process
 from san_peft.errors import MergeError, SanError
 
 METHODS = ("san", "linear")
@@ -27,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 def cut():
     """The demo in this process, on the small task, with short recipes."""
     with small_scale() as patch:
-        patch.setattr(demo_module, "in_fresh_process", lambda function, *arguments: function(*arguments))
+        patch.setattr(demo_module, "in_fresh_process", lambda function, value: function(value))
         patch.setattr(demo_module, "load_recipe", lambda name, changes: load_recipe(name, {**SHORT, **changes}))
         yield
 
@@ -89,7 +92,7 @@ def test_the_saved_adapter_was_loaded_and_merged(done):
 def test_again_it_prints_the_table_and_trains_nothing(done, capsys, monkeypatch):
     out, rows = done
     before = (out / "table.md").read_text()
-    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(training, "base_model", lambda *_: pytest.fail("it was trained again"))
     cli.main(["demo", "--out", str(out), "--methods", *METHODS])
     printed = capsys.readouterr().out
     assert "linear probe" in printed
@@ -148,13 +151,11 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_a_fresh_process_returns_and_raises():
-    import os
-
-    assert in_fresh_process(os.getppid) != os.getppid()
+    assert in_fresh_process(jobs.facts, None)["pid"] != os.getpid()
     with pytest.raises(SanError, match="no task 'digit'"):
         in_fresh_process(vision.load_task, "digit")
-    with pytest.raises(SanError, match=r"process of _exit was killed|process of exit was killed"):
-        in_fresh_process(os._exit, 1)
+    with pytest.raises(SanError, match=r"process of double_or_die was killed by SIGKILL .* Was memory short\?"):
+        in_fresh_process(jobs.double_or_die, -1)
 
 
 # ---------------------------------------------------------------------------------------------- the table

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from san_bench.recipe import find_recipe, load_recipe, shipped_recipes
+from san_bench.recipe import find, load_recipe, shipped
 from san_peft.errors import SanError
 
-NAMES = sorted(shipped_recipes())
-TEXT = shipped_recipes()["demo/san"].read_text(encoding="utf-8")
+NAMES = sorted(shipped())
+TEXT = shipped()["demo/san"].read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_demo_ships_its_six_methods():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_recipe_loads(name):
     recipe = load_recipe(name)
-    assert shipped_recipes()[name].read_text(encoding="utf-8").startswith("# "), "its first line says what it is"
+    assert shipped()[name].read_text(encoding="utf-8").startswith("# "), "its first line says what it is"
     assert yaml.safe_load(recipe.to_yaml()) == recipe.model_dump(mode="json")
 
 
@@ -85,7 +85,7 @@ def test_several_errors_come_at_once(file):
     path = file(text)
     said = message(path).splitlines()
     assert len(said) == 3
-    assert f"{path}:{line_of(text, 'task')}: task: 'digitz' is not a choice. Did you mean 'digits'?" in said[0]
+    assert f"{path}:{line_of(text, 'task')}: task: unknown task 'digitz'. Did you mean 'digits'?" in said[0]
     assert f":{line_of(text, 'epochs')}: optimizer.epochs: input should be greater than or equal to 1" in said[1]
     assert f":{line_of(text, 'seed')}: seed: input should be a valid integer, but it is 'x'." in said[2]
 
@@ -198,6 +198,27 @@ OTHER = {
     "method.exponent": 0.5,
     "optimizer.lr": 0.004,
     "optimizer.weight_decay": 0.5,
+    "optimizer.kind": "sgd",
+    "optimizer.accumulation": 2,
+    "optimizer.warmup_lr": 0.1,
+    "optimizer.min_lr": 0.1,
+    "input.size": 64,
+    "input.resize": "crop",
+    "input.crop_pct": 0.5,
+    "input.interpolation": "bicubic",
+    "input.normalization": "none",
+    "augmentation.crop": "random",
+    "augmentation.smallest_crop": 0.5,
+    "augmentation.randaugment": "rand-m9-mstd0.5-inc1",
+    "augmentation.erasing": 0.25,
+    "augmentation.mixup": 0.8,
+    "augmentation.cutmix": 1.0,
+    "augmentation.smoothing": 0.1,
+    "drop_path": 0.1,
+    "ema": 0.99,
+    "selection": "best-val",
+    "protocol": "ssf",
+    "data_workers": 2,
     "optimizer.epochs": 6,
     "optimizer.batch_size": 31,
     "optimizer.warmup": 0.2,
@@ -208,10 +229,13 @@ OTHER = {
 
 def test_the_fingerprint_changes_with_everything_but_the_output():
     base = load_recipe("demo/san", {"train_split": "train800"})
-    assert load_recipe("demo/san", {"train_split": "train800", "output": "elsewhere"}).fingerprint == base.fingerprint
+    assert (
+        load_recipe("demo/san", {"train_split": "train800", "output": "elsewhere", "data": "there"}).fingerprint
+        == base.fingerprint
+    )
     seen = {base.fingerprint}
     for key, value in leaves(base.model_dump()):
-        if key in {"task", "method.kind", "output"}:  # one choice, another model, and the exception
+        if key in {"task", "method.kind", "output", "data"}:  # one choice, another model, and the exceptions
             continue
         other = OTHER.get(key, not value if isinstance(value, bool) else None)
         assert other is not None, f"OTHER needs a value for {key}"
@@ -241,7 +265,7 @@ def test_unknown_names_are_answered_with_known_ones():
     with pytest.raises(
         SanError, match=r"no recipe 'demo/sam'. Did you mean 'demo/san'\? Give a file, or one of demo/full"
     ):
-        find_recipe("demo/sam")
+        find("demo/sam")
 
 
 SEARCH = Path(__file__).parents[2] / "scripts" / "search_learning_rates.py"

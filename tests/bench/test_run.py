@@ -14,6 +14,8 @@ from tests.bench.small import SIZES, short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
 from san_bench import cli
+from san_bench.data.preprocess import for_checkpoint
+from san_bench.data.vision import embedded_path
 from san_bench.run import build
 from san_bench.run import train as training
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model, load_predictions
@@ -28,6 +30,8 @@ KINDS = {
     "san-lora": ("hosts/san-lora", {"method__rank": 2}),
     "san-dora": ("hosts/san-dora", {"method__rank": 2, "method__decomposition": "norm"}),
     "linear": ("linear", {}),
+    "norm": ("linear", {"method__kind": "norm"}),
+    "bitfit": ("linear", {"method__kind": "bitfit"}),
     "full": ("full", {}),
 }
 HEAD = 160 * 10 + 10
@@ -58,13 +62,9 @@ def one(request, runs):
 def test_the_result_has_its_origin(one):
     recipe, result = one
     folder = Path(recipe.output)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter",
-        "log.jsonl",
-        "predictions.safetensors",
-        "recipe.yaml",
-        "result.json",
-    ]
+    files = ["adapter", "log.jsonl", "predictions.safetensors", "recipe.yaml", "result.json"]
+    scaled = ["scales.safetensors"] if recipe.method.kind not in build.PLAIN else []
+    assert sorted(p.name for p in folder.iterdir()) == files + scaled
     assert json.loads((folder / "result.json").read_text()) == result
     assert result["method"] == recipe.method.kind
     assert result["recipe_fingerprint"] == recipe.fingerprint
@@ -75,6 +75,8 @@ def test_the_result_has_its_origin(one):
     assert (result["seed"], result["lr"], result["steps"]) == (0, recipe.optimizer.lr, 8)
     assert {"versions", "commit", "cpu", "threads", "python", "device", "finished"} <= set(result)
     assert result["resumed_from_step"] == 0
+    assert result["checkpoint_sha256"] == build.checkpoint_sha256(build.base_model(recipe, small_task()))
+    assert (result["model"], result["selection"], result["protocol"]) == ("embedded", "last", None)
     assert result["saved_activation_mib"] > 0
     assert result["peak_rss_mib"] > result["peak_rss_growth_mib"]
 
@@ -95,7 +97,7 @@ def test_what_is_trained_is_the_methods(one, runs):
     recipe, result = one
     kind = recipe.method.kind
     base = build.base_model(recipe, small_task()).state_dict()
-    if kind in {"linear", "full"}:
+    if kind in build.PLAIN:
         saved = AutoModelForImageClassification.from_pretrained(Path(recipe.output) / "adapter").state_dict()
         assert saved.keys() == base.keys()
         trained = {name for name in saved if not torch.equal(saved[name], base[name])}
@@ -104,8 +106,14 @@ def test_what_is_trained_is_the_methods(one, runs):
             assert all(name.endswith("k_proj.bias") for name in still), still
             assert result["trainable_parameters"] == sum(v.numel() for v in saved.values())
         else:
-            assert trained == {"classifier.weight", "classifier.bias"}
-            assert result["trainable_parameters"] == HEAD
+            beside = {
+                "linear": set(),
+                "norm": {name for name in saved if "norm" in name},
+                "bitfit": {name for name in saved if name.endswith(".bias") and not name.startswith("classifier")},
+            }[kind]
+            assert trained <= beside | {"classifier.weight", "classifier.bias"}
+            assert all(name.endswith("k_proj.bias") for name in beside - trained)
+            assert result["trainable_parameters"] == HEAD + sum(saved[name].numel() for name in beside)
     else:
         saved = load_file(Path(recipe.output) / "adapter" / "adapter_model.safetensors")
         assert sum(value.numel() for value in saved.values()) == result["trainable_parameters"]
@@ -176,7 +184,9 @@ def exported(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     for kind, (recipe, _) in runs.items():
         cli.main(["export", recipe.output, "--out", str(folder / kind), "--merged"])
-    save_file({"pixel_values": small_task()["test"].pixel_values}, folder / "images.safetensors")
+    save_file(
+        {"pixel_values": for_checkpoint(small_task()["test"], embedded_path()).batch(40)}, folder / "images.safetensors"
+    )
     words = [sys.executable, "-c", PROGRAM, str(folder / "images.safetensors"), *(str(folder / kind) for kind in runs)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -211,7 +221,7 @@ def test_the_closest_lora_by_the_command(kind, runs, tmp_path, capsys):
     assert lost[1] < 1e-4
     lora = PeftModel.from_pretrained(build.base_model(recipe, small_task()), tmp_path / "160").eval()
     with torch.no_grad():
-        logits = lora(pixel_values=small_task()["test"].pixel_values).logits
+        logits = lora(pixel_values=for_checkpoint(small_task()["test"], embedded_path()).batch(40)).logits
     torch.testing.assert_close(logits, load_predictions(Path(recipe.output)), atol=1e-3, rtol=1e-3)
 
 
@@ -253,7 +263,7 @@ def test_an_export_that_changes_outputs_writes_nothing(kind, runs, tmp_path, mon
 
 def test_a_finished_run_is_not_repeated(runs, monkeypatch, capsys):
     recipe, result = runs["san"]
-    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("it was built again"))
+    monkeypatch.setattr(training, "base_model", lambda *_: pytest.fail("it was built again"))
     assert train(recipe) == result
     cli.main(["train", str(Path(recipe.output) / "recipe.yaml")])
     assert f"n_test                {SIZES['test']}" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import torch
 from tests.bench.small import short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
+from san_bench.data.preprocess import for_checkpoint
 from san_bench.run.evaluate import evaluate, export, load_predictions
 from san_bench.run.train import train
 
@@ -35,7 +36,7 @@ def test_train_score_export(folder, name, tmp_path):
             assert result["trainable_parameters"] - result["trainable_head"] == vectors + norms
         assert evaluate(recipe.output)["predictions_sha256"] == result["predictions_sha256"]
         export(recipe.output, tmp_path / "plain")
-        images, expected = small_task()["test"].pixel_values, load_predictions(tmp_path / name)
+        images, expected = for_checkpoint(small_task()["test"], folder).batch(40), load_predictions(tmp_path / name)
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").eval()
     own = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
     with torch.no_grad():

@@ -14,19 +14,32 @@ Example:
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int64, UInt8, UInt64
+from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 
+from san_bench.data.canvas import (
+    COS,
+    PIXELS,
+    SIN,
+    SIZE,
+    TURN,
+    Dice,
+    Plane,
+    blend,
+    box,
+    clouds,
+    enlarge,
+    grain,
+    over,
+    rotated,
+    to_bytes,
+)  # fmt: skip
 from san_peft.errors import SanError
-
-SIZE = 32
-"""Height and width of an image in pixels."""
 
 MAX_OBJECTS = 5
 GLYPHS = 128
@@ -60,14 +73,6 @@ FACTORS: dict[str, tuple[str, ...]] = {
 _GLYPH_ONLY = ("glyph",)
 _SCENE_ONLY = ("shape", "texture", "count", "x", "y", "size", "orientation")
 _ORIENTED = np.isin(FACTORS["shape"], ("bar", "diamond", "half-disc", "crescent", "corner"))
-
-_TURN = 256
-_ANGLES = np.arange(_TURN) * (2 * np.pi / _TURN)
-_COS = (np.round(np.cos(_ANGLES) * 2**14) / 2**14).astype(np.float32)
-_SIN = (np.round(np.sin(_ANGLES) * 2**14) / 2**14).astype(np.float32)
-_PIXELS = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
-
-Plane = Float[np.ndarray, "n 32 32"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def draw(
         if not 0 <= value < len(FACTORS[name]):
             raise SanError(f"Factor {name!r} has {len(FACTORS[name])} classes, so class {value} does not exist.")
     chunks = [
-        _draw_chunk(_Dice(seed, np.arange(i, min(i + 128, start + count), dtype=np.uint64), fixed), kind)
+        _draw_chunk(Dice(seed, np.arange(i, min(i + 128, start + count), dtype=np.uint64), fixed), kind)
         for i in range(start, start + max(count, 1), 128)
     ]
     return Batch(
@@ -132,39 +137,7 @@ def draw(
     )
 
 
-def _mix(z: UInt64[np.ndarray, ...]) -> UInt64[np.ndarray, ...]:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-class _Dice:
-    """Random numbers that depend on (seed, index, name) alone."""
-
-    def __init__(self, seed: int, index: UInt64[np.ndarray, " n"], fixed: dict[str, int]) -> None:
-        golden = np.uint64(0x9E3779B97F4A7C15)
-        self.n, self.fixed = len(index), fixed
-        self.state = _mix(_mix(np.full(1, seed, dtype=np.uint64) * golden + np.uint64(1)) + index * golden)
-
-    def bits(self, name: str, *shape: int) -> UInt64[np.ndarray, "n ..."]:
-        stream = np.arange(int(np.prod(shape)), dtype=np.uint64) + (
-            np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
-        )
-        return _mix(self.state[:, None] ^ _mix(stream)).reshape(self.n, *shape)
-
-    def pick(self, name: str, classes: int) -> Int64[np.ndarray, " n"]:
-        """One class per image, or the fixed one."""
-        if name in self.fixed:
-            return np.full(self.n, self.fixed[name], dtype=np.int64)
-        return (((self.bits(name) >> np.uint64(32)) * np.uint64(classes)) >> np.uint64(32)).astype(np.int64)
-
-    def unit(self, name: str, low: float, high: float, *shape: int) -> Float[np.ndarray, "n ..."]:
-        value = (self.bits(name, *shape) >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
-        return np.float32(low) + np.float32(high - low) * value
-
-
-def _draw_chunk(dice: _Dice, kind: str) -> Batch:
+def _draw_chunk(dice: Dice, kind: str) -> Batch:
     labels = {name: dice.pick(name, len(classes)) for name, classes in FACTORS.items()}
     is_glyph = {"mixed": dice.bits("kind") % np.uint64(2) == 1}.get(kind, np.full(dice.n, kind == "glyph"))
     for names, off in ((_GLYPH_ONLY, ~is_glyph), (_SCENE_ONLY, is_glyph)):
@@ -174,11 +147,11 @@ def _draw_chunk(dice: _Dice, kind: str) -> Batch:
         offset = 1 + dice.pick("other colour", len(_PALETTE) - 1)
         labels["background_colour"] = (labels["colour"] + offset) % len(_PALETTE)
 
-    backdrop = _textured(dice, "background", labels["background"], *_rotated(dice.pick("background angle", _TURN)))
+    backdrop = _textured(dice, "background", labels["background"], *rotated(dice.pick("background angle", TURN)))
     contrast = dice.unit("contrast", 0.0, 1.0)
     dark = _PALETTE[labels["background_colour"]] * dice.unit("dark", 0.0, 0.35)[:, None]
     darker = dark * (1 - 0.7 * contrast)[:, None]
-    image = _blend(dark, darker, backdrop)
+    image = blend(dark, darker, backdrop)
 
     mask = np.zeros((dice.n, SIZE, SIZE), np.float32)
     objects = np.zeros((dice.n, MAX_OBJECTS, 3), np.float32)
@@ -187,20 +160,18 @@ def _draw_chunk(dice: _Dice, kind: str) -> Batch:
     if len(glyphs):
         cover = _glyph_cover(dice, labels["glyph"], glyphs)
         mask[glyphs] = cover
-        image[glyphs] = _over(image[glyphs], light[glyphs, None, None, :], cover)
+        image[glyphs] = over(image[glyphs], light[glyphs, None, None, :], cover)
     if len(scenes):
         _draw_objects(dice, labels, scenes, light, image, mask, objects)
     labels["orientation"][scenes[~_ORIENTED[labels["shape"][scenes]]]] = -1
 
     image = _reduced(np.clip(image, 0, 255).astype(np.uint8), labels["resolution"])
-    noise = dice.bits("noise", SIZE * SIZE).astype("<u8").view(np.uint8).reshape(dice.n, SIZE, SIZE, 8)[..., :3]
-    level = np.maximum(dice.unit("noise level", -0.12, 0.25), np.float32(0))[:, None, None, None]
-    image = image + (noise.astype(np.float32) - np.float32(127.5)) * level
-    return Batch(_to_bytes(image), labels, _to_bytes(mask * 255), objects)
+    image = grain(dice, image, np.maximum(dice.unit("noise level", -0.12, 0.25), np.float32(0)))
+    return Batch(to_bytes(image), labels, to_bytes(mask * 255), objects)
 
 
 def _draw_objects(
-    dice: _Dice, labels: dict[str, NDArray[Any]], scenes: NDArray[Any], light: NDArray[Any],
+    dice: Dice, labels: dict[str, NDArray[Any]], scenes: NDArray[Any], light: NDArray[Any],
     image: NDArray[Any], mask: NDArray[Any], objects: NDArray[Any],
 ) -> None:  # fmt: skip
     """Draws the small companions, then the main object, in place."""
@@ -218,33 +189,25 @@ def _draw_objects(
     jitter = dice.unit("companion jitter", -1, 1, MAX_OBJECTS, 2)
     small = dice.unit("companion radius", 2.2, 3.0, MAX_OBJECTS)
     shapes = dice.bits("companion shape", MAX_OBJECTS) % np.uint64(len(FACTORS["shape"]))
-    turns = (dice.bits("companion turn", MAX_OBJECTS) % np.uint64(_TURN)).astype(np.int64)
+    turns = (dice.bits("companion turn", MAX_OBJECTS) % np.uint64(TURN)).astype(np.int64)
     tints = _PALETTE[(dice.bits("companion colour", MAX_OBJECTS) % np.uint64(len(_PALETTE))).astype(np.int64)]
     for k in range(1, MAX_OBJECTS):
         who = scenes[labels["count"][scenes] >= k]
         place = order[who, k - 1]
         x, y = cell_x[place] + jitter[who, k, 0], cell_y[place] + jitter[who, k, 1]
         objects[who, k] = np.stack([x, y, small[who, k]], axis=1)
-        u, v = _rotated(turns[who, k], x, y)
+        u, v = rotated(turns[who, k], x, y)
         cover = _shape_cover(shapes[who, k].astype(np.int64), u, v, small[who, k])
         mask[who] = np.maximum(mask[who], cover)
-        image[who] = _over(image[who], tints[who, k][:, None, None, :], cover)
+        image[who] = over(image[who], tints[who, k][:, None, None, :], cover)
     turn = labels["orientation"] * 16 + dice.pick("turn", 16) + 128 * dice.pick("flip", 2)
-    u, v = _rotated(turn[scenes], main_x[scenes], main_y[scenes])
+    u, v = rotated(turn[scenes], main_x[scenes], main_y[scenes])
     cover = _shape_cover(labels["shape"][scenes], u, v, main_radius[scenes])
     objects[scenes, 0] = np.stack([main_x, main_y, main_radius], axis=1)[scenes]
-    paint = _textured(dice, "texture", labels["texture"], *_rotated(turn, main_x, main_y), fine=True)
-    painted = _blend(light, light * dice.unit("paint", 0.3, 0.55)[:, None], paint)
+    paint = _textured(dice, "texture", labels["texture"], *rotated(turn, main_x, main_y), fine=True)
+    painted = blend(light, light * dice.unit("paint", 0.3, 0.55)[:, None], paint)
     mask[scenes] = np.maximum(mask[scenes], cover)
-    image[scenes] = _over(image[scenes], painted[scenes], cover)
-
-
-def _rotated(turn: NDArray[Any], x: Any = SIZE / 2, y: Any = SIZE / 2) -> tuple[Plane, Plane]:
-    """Pixel coordinates in a frame at (x, y) turned by `turn` 256ths of a circle."""
-    cos, sin = _COS[turn % _TURN][:, None, None], _SIN[turn % _TURN][:, None, None]
-    across = (_PIXELS[None, :] - np.broadcast_to(np.float32(x), turn.shape)[:, None])[:, None, :]
-    down = (_PIXELS[None, :] - np.broadcast_to(np.float32(y), turn.shape)[:, None])[:, :, None]
-    return cos * across + sin * down, cos * down - sin * across
+    image[scenes] = over(image[scenes], painted[scenes], cover)
 
 
 def _crescent(u: Plane, v: Plane, r: Plane) -> Plane:
@@ -252,22 +215,18 @@ def _crescent(u: Plane, v: Plane, r: Plane) -> Plane:
     return np.maximum(np.sqrt(u * u + v * v) - r, -bite)
 
 
-def _box(u: Plane, v: Plane, width: Plane, height: Plane) -> Plane:
-    return np.maximum(np.abs(u) - width, np.abs(v) - height)
-
-
 _f = np.float32
 _DISTANCE: tuple[Callable[[Plane, Plane, Plane], Plane], ...] = (
     lambda u, v, r: np.sqrt(u * u + v * v) - _f(0.95) * r,
     lambda u, v, r: np.abs(np.sqrt(u * u + v * v) - _f(0.75) * r) - _f(0.25) * r,
-    lambda u, v, r: _box(u, v, _f(0.8) * r, _f(0.8) * r),
-    lambda u, v, r: _box(u, v, _f(1.05) * r, _f(0.32) * r),
+    lambda u, v, r: box(u, v, _f(0.8) * r, _f(0.8) * r),
+    lambda u, v, r: box(u, v, _f(1.05) * r, _f(0.32) * r),
     lambda u, v, r: np.maximum(-v, _f(0.8660254) * np.abs(u) + _f(0.5) * v) - _f(0.55) * r,
-    lambda u, v, r: np.minimum(_box(u, v, r, _f(0.3) * r), _box(u, v, _f(0.3) * r, r)),
+    lambda u, v, r: np.minimum(box(u, v, r, _f(0.3) * r), box(u, v, _f(0.3) * r, r)),
     lambda u, v, r: _f(0.45) * np.abs(u) + _f(0.89) * np.abs(v) - _f(0.5) * r,
     lambda u, v, r: np.maximum(np.sqrt(u * u + (v + _f(0.4) * r) ** 2) - r, -v - _f(0.4) * r),
     _crescent,
-    lambda u, v, r: np.minimum(_box(u + _f(0.6) * r, v, _f(0.3) * r, r), _box(u, v - _f(0.7) * r, r, _f(0.3) * r)),
+    lambda u, v, r: np.minimum(box(u + _f(0.6) * r, v, _f(0.3) * r, r), box(u, v - _f(0.7) * r, r, _f(0.3) * r)),
 )
 """Signed distance to the edge in pixels, in the order of `FACTORS["shape"]`."""
 
@@ -281,7 +240,7 @@ def _shape_cover(shape: NDArray[Any], u: Plane, v: Plane, radius: NDArray[Any]) 
     return np.clip(np.float32(0.5) - distance, 0, 1)
 
 
-def _textured(dice: _Dice, name: str, texture: NDArray[Any], u: Plane, v: Plane, *, fine: bool = False) -> Plane:
+def _textured(dice: Dice, name: str, texture: NDArray[Any], u: Plane, v: Plane, *, fine: bool = False) -> Plane:
     """How much of the second colour each pixel takes, 0 to 1."""
     period = dice.unit(f"{name} period", *((3.5, 5.5) if fine else (5, 10)))[:, None, None]
     amount = np.zeros_like(u)
@@ -296,17 +255,13 @@ def _textured(dice: _Dice, name: str, texture: NDArray[Any], u: Plane, v: Plane,
     who = np.flatnonzero(texture == 4)
     amount[who] = np.clip(u[who] / _f(16.0 if fine else 40.0) + _f(0.5), 0, 1)
     who = np.flatnonzero(texture == 5)
-    grid = dice.unit(f"{name} clouds", -0.4, 1.4, 9, 9)[who]
-    place = np.arange(SIZE) * 8 // SIZE
-    share = (np.arange(SIZE) * 8 % SIZE).astype(np.float32) / _f(SIZE)
-    rows = grid[:, place] * (1 - share)[None, :, None] + grid[:, place + 1] * share[None, :, None]
-    amount[who] = np.clip(rows[:, :, place] * (1 - share) + rows[:, :, place + 1] * share, 0, 1)
+    amount[who] = np.clip(clouds(dice.unit(f"{name} clouds", -0.4, 1.4, 9, 9)[who]), 0, 1)
     return amount
 
 
 def _prototypes() -> Float[np.ndarray, "glyph 3 3 2"]:
     """Control points of each glyph's quadratic curves, in [-1, 1]; most curves start where the last one ended."""
-    dice = _Dice(20_409, np.arange(GLYPHS, dtype=np.uint64), {})
+    dice = Dice(20_409, np.arange(GLYPHS, dtype=np.uint64), {})
     points = np.clip(dice.unit("points", -1.5, 1.5, _STROKES, 3, 2), _f(-1), _f(1))
     joined = dice.bits("joined", _STROKES) % np.uint64(4) > 0
     for k in range(1, _STROKES):
@@ -317,7 +272,7 @@ def _prototypes() -> Float[np.ndarray, "glyph 3 3 2"]:
 _PROTOTYPES = _prototypes()
 
 
-def _glyph_cover(dice: _Dice, glyph: NDArray[Any], who: NDArray[Any]) -> Plane:
+def _glyph_cover(dice: Dice, glyph: NDArray[Any], who: NDArray[Any]) -> Plane:
     """Coverage of glyphs drawn as by hand: bent, slanted, stretched, turned, moved, thick or thin."""
     control = _PROTOTYPES[glyph[who]] + dice.unit("bend", -0.16, 0.16, _STROKES, 3, 2)[who]
     t = (np.arange(_POINTS, dtype=np.float32) / _f(_POINTS - 1))[:, None]
@@ -330,24 +285,16 @@ def _glyph_cover(dice: _Dice, glyph: NDArray[Any], who: NDArray[Any]) -> Plane:
             ("slant", -0.3, 0.3), ("stretch", 0.6, 1.05), ("scale", 8.5, 13), ("glyph x", 14, 18), ("glyph y", 14, 18),
         )
     )  # fmt: skip
-    turn = (dice.pick("glyph turn", 25) - 12)[who] % _TURN
+    turn = (dice.pick("glyph turn", 25) - 12)[who] % TURN
     across = (curve[..., 0] + slant * curve[..., 1]) * stretch * scale
     down = curve[..., 1] * scale
-    cos, sin = _COS[turn][:, None], _SIN[turn][:, None]
-    dx2 = (_PIXELS - (cos * across - sin * down + x)[..., None]) ** 2
-    dy2 = (_PIXELS - (sin * across + cos * down + y)[..., None]) ** 2
+    cos, sin = COS[turn][:, None], SIN[turn][:, None]
+    dx2 = (PIXELS - (cos * across - sin * down + x)[..., None]) ** 2
+    dy2 = (PIXELS - (sin * across + cos * down + y)[..., None]) ** 2
     nearest = np.full((len(who), SIZE, SIZE), np.inf, np.float32)
     for k in range(_STROKES * _POINTS):
         np.minimum(nearest, dx2[:, k, None, :] + dy2[:, k, :, None], out=nearest)
     return np.clip(dice.unit("thickness", 0.9, 2.2)[who, None, None] + _f(0.5) - np.sqrt(nearest), 0, 1)
-
-
-def _blend(one: NDArray[Any], other: NDArray[Any], amount: Plane) -> Float[np.ndarray, "n 32 32 3"]:
-    return one[:, None, None, :] + (other - one)[:, None, None, :] * amount[..., None]
-
-
-def _over(image: NDArray[Any], colour: NDArray[Any], cover: Plane) -> Float[np.ndarray, "n 32 32 3"]:
-    return image + (colour - image) * cover[..., None]
 
 
 def _reduced(image: UInt8[np.ndarray, "n 32 32 3"], resolution: NDArray[Any]) -> Float[np.ndarray, "n 32 32 3"]:
@@ -359,28 +306,3 @@ def _reduced(image: UInt8[np.ndarray, "n 32 32 3"], resolution: NDArray[Any]) ->
         mean = small.sum(axis=(2, 4)).astype(np.float32) / _f(factor * factor)
         result[who] = enlarge(mean, factor)
     return result
-
-
-def enlarge(image: Float[np.ndarray, "n h w c"], factor: int) -> Float[np.ndarray, "n H W c"]:
-    """Enlarges images by a whole factor, bilinearly between pixel centres, with the border repeated.
-
-    Args:
-        image: Images, channels last.
-        factor: A power of two, so that every weight is exact in float32.
-
-    Returns:
-        Images whose height and width are `factor` times as large.
-    """
-    for axis in (1, 2):
-        size = image.shape[axis]
-        centre = (np.arange(size * factor, dtype=np.float32) + _f(0.5)) / _f(factor) - _f(0.5)
-        low = np.floor(centre)
-        share = (centre - low).reshape((-1, 1, 1) if axis == 1 else (-1, 1))
-        low = low.astype(np.int64)
-        one, other = (image.take(np.clip(low + k, 0, size - 1), axis=axis) for k in (0, 1))
-        image = one * (1 - share) + other * share
-    return image
-
-
-def _to_bytes(image: NDArray[Any]) -> UInt8[np.ndarray, ...]:
-    return np.floor(np.clip(image, 0, 255) + _f(0.5)).clip(0, 255).astype(np.uint8)

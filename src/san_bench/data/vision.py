@@ -1,15 +1,17 @@
-"""Image classification tasks as splits that transformers' Trainer takes as they are.
+"""Image classification tasks: what a split of images is, and every task by its name.
 
-Splits are named as in VTAB: `train800` and `val200` to choose settings, `train800val200` to train with them, `test` to
-report once.
+A split gives images and labels as they are stored. How images are resized, normalised and augmented is no matter of
+the data: the recipe and the checkpoint decide it, see `san_bench.data.preprocess`.
+
+Splits are named as in VTAB where a task has 1,000 images to train with: `train800` and `val200` to choose settings,
+`train800val200` to train with them, `test` to report once. Elsewhere they are `train`, `val`, `trainval` and `test`.
 
 Example:
     >>> task = load_task("digits")
     >>> {name: len(split) for name, split in task.splits.items()}
     {'train800': 800, 'val200': 200, 'train800val200': 1000, 'test': 797}
-    >>> item = task["val200"][0]
-    >>> tuple(item["pixel_values"].shape), item["labels"].dtype
-    ((3, 32, 32), torch.int64)
+    >>> task["val200"].image(0).size, int(task["val200"].labels[0])
+    ((32, 32), 5)
 """
 
 from __future__ import annotations
@@ -17,65 +19,165 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Int64, UInt8
-from torch import Tensor
-from torch.utils.data import Dataset
+from jaxtyping import Int64, UInt8
+from PIL import Image
 
 from san_bench.data.procedural import enlarge
 from san_peft.errors import SanError
 
+if TYPE_CHECKING:
+    import datasets
+
 DIGITS_SEED = 2024
 """Seed of the stratified split of the digits. Another seed is another task."""
 
+EMBEDDED = ("vit", "swin", "convnext")
+"""The small models that ship with the package."""
 
-class ImageSplit(Dataset):
-    """Images in memory with their labels, normalised once.
 
-    Args:
-        images: RGB images as bytes.
-        labels: Class of each image.
-        mean: Mean that normalisation subtracts from each channel, on the scale 0 to 1.
-        std: What it then divides by.
+class Split(ABC):
+    """Images with their labels, decoded when they are asked for.
+
+    Attributes:
+        labels: Class of each image, counted from 0.
     """
 
-    def __init__(
-        self,
-        images: UInt8[np.ndarray, "n height width 3"],
-        labels: Int64[np.ndarray, " n"],
-        mean: Iterable[float] = (0.5, 0.5, 0.5),
-        std: Iterable[float] = (0.5, 0.5, 0.5),
-    ) -> None:
-        if len(images) != len(labels):
-            raise SanError(f"A split needs one label per image, but has {len(images)} images and {len(labels)} labels.")
-        self.images, self.labels = images, labels
-        shift, scale = (torch.tensor(list(v), dtype=torch.float32)[:, None, None] for v in (mean, std))
-        self.pixel_values: Float32[Tensor, "n 3 height width"] = (
-            (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - shift) / scale
-        ).contiguous()
-        self._targets = torch.from_numpy(np.ascontiguousarray(labels))
+    labels: Int64[np.ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Returns `pixel_values` of shape (3, height, width) in float32, and `labels`, a scalar."""
-        return {"pixel_values": self.pixel_values[index], "labels": self._targets[index]}
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """Returns an image in RGB, in its own size.
+
+        Raises:
+            SanError: If it is missing or cannot be decoded; the message names it.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A sha256 of what decides the content: see each kind of split."""
+
+
+class ArraySplit(Split):
+    """Images of one size in memory; the fingerprint covers every byte.
+
+    Args:
+        images: RGB images as bytes.
+        labels: Class of each image.
+    """
+
+    def __init__(self, images: UInt8[np.ndarray, "n height width 3"], labels: Int64[np.ndarray, " n"]) -> None:
+        _one_label_each(len(images), labels)
+        self.images, self.labels = images, labels
+
+    def image(self, index: int) -> Image.Image:
+        """Returns an image in RGB."""
+        return Image.fromarray(self.images[index])
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 over the shape, the bytes of the images, and the labels, before normalisation."""
+        """The sha256 over the shape, the bytes of the images, and the labels."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).tobytes())
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+class FileSplit(Split):
+    """Images in files; the fingerprint covers names, sizes in bytes and labels.
+
+    Args:
+        root: Folder that the files are relative to.
+        files: Path of each image below `root`, with forward slashes.
+        labels: Class of each image.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], labels: Int64[np.ndarray, " n"]) -> None:
+        _one_label_each(len(files), labels)
+        self.root, self.files, self.labels = Path(root), tuple(files), labels
+
+    def image(self, index: int) -> Image.Image:
+        """Reads and decodes a file."""
+        path = self.root / self.files[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
+            raise SanError(
+                f"The image {path} cannot be read: {error}. `san data check` lists all such files."
+            ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over a line per file: name, bytes, label. A file that is missing counts -1 bytes."""
+        digest = hashlib.sha256()
+        for name, label in zip(self.files, self.labels, strict=True):
+            path = self.root / name
+            size = path.stat().st_size if path.is_file() else -1
+            digest.update(f"{name}\t{size}\t{label}\n".encode())
+        return digest.hexdigest()
+
+
+class TableSplit(Split):
+    """Rows of a table of the `datasets` library, as Arrow or parquet files hold them.
+
+    Args:
+        table: The rows.
+        image: Name of the column of images.
+        labels: Class of each row.
+    """
+
+    def __init__(self, table: datasets.Dataset, image: str, labels: Int64[np.ndarray, " n"]) -> None:
+        _one_label_each(len(table), labels)
+        self.table, self.column, self.labels = table, image, labels
+
+    def image(self, index: int) -> Image.Image:
+        """Decodes the image of a row."""
+        try:
+            return self.table[int(index)][self.column].convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SanError(f"Row {index} of the column {self.column!r} holds no readable image: {error}.") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over the table's own fingerprint, which follows its content and transforms, and the labels."""
+        digest = hashlib.sha256(f"{self.table._fingerprint}\t{self.column}".encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+class JoinedSplit(Split):
+    """Several splits one after the other.
+
+    Args:
+        splits: The splits, in order.
+    """
+
+    def __init__(self, *splits: Split) -> None:
+        self.splits = splits
+        self.labels = np.concatenate([split.labels for split in splits])
+        self._ends = np.cumsum([len(split) for split in splits])
+
+    def image(self, index: int) -> Image.Image:
+        """Returns an image of the split that the index falls into."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.splits[which].image(int(index - (self._ends[which] - len(self.splits[which]))))
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over the fingerprints of the parts."""
+        return hashlib.sha256("".join(split.fingerprint for split in self.splits).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -85,14 +187,28 @@ class VisionTask:
     Attributes:
         name: What `load_task` knows it by.
         num_classes: Number of classes; labels count from 0.
-        splits: `train800`, `val200`, `train800val200` and `test`.
+        splits: The splits by name.
     """
 
     name: str
     num_classes: int
-    splits: dict[str, ImageSplit]
+    splits: dict[str, Split]
 
-    def __getitem__(self, split: str) -> ImageSplit:
+    def __post_init__(self) -> None:
+        """Checks that every label is a class.
+
+        Raises:
+            SanError: If a label is below 0, or `num_classes` or more.
+        """
+        for name, split in self.splits.items():
+            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.num_classes))
+            if len(wrong):
+                raise SanError(
+                    f"Task {self.name!r}, split {name}: {len(wrong)} of {len(split)} labels are no class, such as "
+                    f"{split.labels[wrong[0]]} at index {wrong[0]}. It has {self.num_classes} classes, from 0."
+                )
+
+    def __getitem__(self, split: str) -> Split:
         if split not in self.splits:
             raise SanError(f"Task {self.name!r} has no split {split!r}.{_suggest(split, self.splits)}")
         return self.splits[split]
@@ -103,13 +219,23 @@ class VisionTask:
         return hashlib.sha256(json.dumps({n: s.fingerprint for n, s in self.splits.items()}).encode()).hexdigest()
 
 
-def embedded_vit_path() -> Path:
-    """Returns the folder of the small ViT that ships with the package, for any `from_pretrained` of transformers."""
-    return Path(str(resources.files("san_bench.data") / "assets" / "vit-tiny-procedural"))
+def embedded_path(name: str = "vit") -> Path:
+    """Returns the folder of a small model that ships with the package, for any `from_pretrained` of transformers.
+
+    Args:
+        name: One of `EMBEDDED`.
+
+    Raises:
+        SanError: If there is no such model.
+    """
+    if name not in EMBEDDED:
+        raise SanError(f"No model {name!r} ships with the package.{_suggest(name, EMBEDDED)}")
+    kind = "vit-tiny" if name == "vit" else f"{name}-tiny"
+    return Path(str(resources.files("san_bench.data") / "assets" / f"{kind}-procedural"))
 
 
 def load_digits_task() -> VisionTask:
-    """Loads scikit-learn's handwritten digits as 32x32 RGB images, normalised as the embedded ViT expects.
+    """Loads scikit-learn's handwritten digits as 32x32 RGB images.
 
     The 1,797 scans of 8x8 pixels and 17 grey levels are enlarged four times, linearly between pixel centres, and the
     grey level is repeated in all three channels. A stratified draw with `DIGITS_SEED` takes 1,000 for training, of
@@ -124,30 +250,43 @@ def load_digits_task() -> VisionTask:
     grey = enlarge(digits.images.astype(np.float32)[..., None] * np.float32(255 / 16), 4)
     images = np.repeat(np.floor(grey + np.float32(0.5)).astype(np.uint8), 3, axis=-1)
     labels = digits.target.astype(np.int64)
-    train, test = _stratified(np.arange(len(labels)), labels, 1000, DIGITS_SEED)
-    val, fit = _stratified(train, labels, 200, DIGITS_SEED + 1)
+    train, test = stratified(np.arange(len(labels)), labels, 1000, DIGITS_SEED)
+    val, fit = stratified(train, labels, 200, DIGITS_SEED + 1)
     members = {"train800": fit, "val200": val, "train800val200": train, "test": test}
-    settings = json.loads((embedded_vit_path() / "preprocessor_config.json").read_text(encoding="utf-8"))
-    mean, std = settings["image_mean"], settings["image_std"]
-    return VisionTask("digits", 10, {n: ImageSplit(images[who], labels[who], mean, std) for n, who in members.items()})
+    return VisionTask("digits", 10, {name: ArraySplit(images[who], labels[who]) for name, who in members.items()})
 
 
 TASKS: dict[str, Callable[[], VisionTask]] = {"digits": load_digits_task}
-"""The tasks that need nothing but this package, by name."""
+"""The tasks outside any suite that need nothing but this package, by name."""
+
+SUITES = {"vtab": "vtab", "fgvc": "fgvc", "gic": "folders", "folder": "folders", "datasets": "folders"}
+"""Modules of `san_bench.data` by the part of a task's name before the slash; each has `load(task, data)`."""
 
 
-def load_task(name: str) -> VisionTask:
-    """Loads a task by its name in `TASKS`.
+def load_task(name: str, data: Path | None = None) -> VisionTask:
+    """Loads a task by its name.
+
+    Args:
+        name: A name in `TASKS`, or one below `mini-vision/`, `vtab/`, `fgvc/` or `gic/`; or `folder` or `datasets`, for
+            any image folder and any data set of the `datasets` library.
+        data: Folder of the data. The first two kinds have theirs inside the package.
 
     Raises:
-        SanError: If there is no such task; the message lists those that exist.
+        SanError: If there is no such task, or its data is missing or not as it must be.
     """
-    if name not in TASKS:
-        raise SanError(f"There is no task {name!r}.{_suggest(name, TASKS)}")
-    return TASKS[name]()
+    suite, _, task = name.partition("/")
+    if name in TASKS:
+        return TASKS[name]()
+    if suite == "mini-vision":
+        return import_module("san_bench.data.mini").load(name)
+    if suite not in SUITES:
+        raise SanError(f"There is no task {name!r}.{_suggest(name, [*TASKS, 'mini-vision/count', *SUITES])}")
+    if data is None:
+        raise SanError(f"The task {name!r} needs its data: name the folder as `data`, or with --data.")
+    return import_module(f"san_bench.data.{SUITES[suite]}").load(task or suite, Path(data))
 
 
-def _stratified(
+def stratified(
     members: Int64[np.ndarray, " n"], labels: Int64[np.ndarray, " all"], count: int, seed: int
 ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " rest"]]:
     """Takes `count` members with the classes in proportion (largest remainder); returns them and the rest, sorted.
@@ -162,6 +301,11 @@ def _stratified(
     take[np.argsort(-(share % len(members)), kind="stable")[: count - take.sum()]] += 1
     taken = np.concatenate([shuffled[labels[shuffled] == c][:n] for c, n in zip(classes, take, strict=True)])
     return np.sort(taken), np.setdiff1d(members, taken)
+
+
+def _one_label_each(images: int, labels: Int64[np.ndarray, " n"]) -> None:
+    if images != len(labels):
+        raise SanError(f"A split needs one label per image, but has {images} images and {len(labels)} labels.")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """The demo: SAN and its peers on handwritten digits, trained, reloaded, merged and compared.
 
-Every method is trained in a process of its own, so that its peak of memory is its own. Only those processes import
-torch.
+Every method is trained in a process of its own, so that its peak of memory is its own.
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-import multiprocessing
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from san_bench.recipe import Recipe, load_recipe, shipped_recipes
+from san_bench.recipe import Recipe, load_recipe, shipped
+from san_bench.run.engines import in_fresh_process
 from san_bench.run.folder import check_free
 from san_bench.run.provenance import write_atomically, write_rows
 
@@ -67,7 +63,7 @@ def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
 
 def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
     """Returns the recipes by name, with their output under `out`, if nothing that they need is missing."""
-    known = [name.removeprefix("demo/") for name in shipped_recipes() if name.startswith("demo/")]
+    known = [name.removeprefix("demo/") for name in shipped() if name.startswith("demo/")]
     if not methods:
         raise _error(f"Name one method at least: {', '.join(known)}.")
     for name in methods:
@@ -93,21 +89,6 @@ def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
     return recipes
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a new process and returns what it returns, or raises what it raises.
-
-    On Linux the process is forked from a server that has imported torch and trained nothing, which saves seconds.
-    """
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload(["san_bench.run.train", "peft", "san_peft"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise _error(f"The process of {function.__name__.strip('_')} was killed; was memory short?") from error
-
-
 def _train(recipe: Recipe) -> dict[str, Any]:
     from san_bench.run.train import train
 
@@ -116,12 +97,11 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Loads a run's adapter, compares its predictions with the run's, merges it, and returns both and the scales."""
-    from san_bench.data.vision import load_task
-    from san_bench.run.evaluate import load_model, load_predictions, predict
+    from san_bench.run.evaluate import load_model, load_predictions, predict, prepared, task_of
     from san_peft import SanLayer, merge_and_verify
 
     model, recipe = load_model(run)
-    split, expected = load_task(recipe.task)[recipe.eval_split], load_predictions(Path(run))
+    split, expected = task_of(recipe)[recipe.eval_split], load_predictions(Path(run))
     loaded = predict(model, split, recipe)
     wrong = int((loaded.argmax(-1) != expected.argmax(-1)).sum())
     if wrong:
@@ -133,7 +113,7 @@ def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     for fqn, layer in model.named_modules():
         if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None:
             scales.setdefault(fqn.rpartition(".")[2], []).extend(scale.tolist())
-    report = merge_and_verify(model, {"pixel_values": split.pixel_values[:64]})
+    report = merge_and_verify(model, {"pixel_values": prepared(split, recipe).batch(64)})
     merged = predict(report.model, split, recipe)
     checks = {
         "reload_max_abs_difference": float((loaded - expected).abs().max()),
@@ -154,7 +134,7 @@ def _report(
     from san_bench.report.plots import loss_curves, scale_histograms
     from san_bench.report.table import notes, origin, to_markdown, to_rich
 
-    complete = len(rows) == sum(name.startswith("demo/") for name in shipped_recipes())
+    complete = len(rows) == sum(name.startswith("demo/") for name in shipped())
     command = "san demo" if complete else f"san demo --methods {' '.join(row['run'] for row in rows)}"
     write_rows(out / "results.jsonl", rows)
     write_atomically(out / "table.md", to_markdown(rows, command))

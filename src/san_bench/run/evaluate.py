@@ -15,14 +15,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from san_bench.data.vision import ImageSplit, load_task
+from san_bench.data.preprocess import Prepared, input_settings
+from san_bench.data.vision import Split, VisionTask, load_task
 from san_bench.recipe import Recipe, load_recipe
-from san_bench.run.build import base_model, calm, model_path
+from san_bench.run.build import PLAIN, SAN, base_model, calm, model_path
 from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
 
-def predict(model: Any, split: ImageSplit, recipe: Recipe) -> Float[Tensor, "n classes"]:
+def task_of(recipe: Recipe) -> VisionTask:
+    """Loads the task of a recipe."""
+    return load_task(recipe.task, Path(recipe.data) if recipe.data else None)
+
+
+def prepared(split: Split, recipe: Recipe) -> Prepared:
+    """Returns a split as the model of a recipe reads it in scoring."""
+    return Prepared(split, input_settings(recipe.input, model_path(recipe)))
+
+
+def predict(model: Any, split: Split, recipe: Recipe) -> Float[Tensor, "n classes"]:
     """Returns the logits of a split, on the CPU in float32."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -30,17 +41,19 @@ def predict(model: Any, split: ImageSplit, recipe: Recipe) -> Float[Tensor, "n c
             per_device_eval_batch_size=64,
             bf16_full_eval=False,
             bf16=recipe.precision == "bf16",
+            fp16=recipe.precision == "fp16" and torch.cuda.is_available(),
+            dataloader_num_workers=recipe.data_workers,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             label_names=["labels"],
             report_to=[],
         )
-        output = Trainer(model=model, args=arguments).predict(split)  # type: ignore[arg-type]
+        output = Trainer(model=model, args=arguments).predict(prepared(split, recipe))  # type: ignore[arg-type]
     return torch.as_tensor(output.predictions).float()
 
 
-def score(logits: Float[Tensor, "n classes"], split: ImageSplit) -> dict[str, Any]:
+def score(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, Any]:
     """Returns accuracy, how many were right of how many, and a hash of the predicted classes."""
     predicted = logits.argmax(-1)
     correct = int((predicted == torch.from_numpy(split.labels)).sum())
@@ -82,15 +95,15 @@ def load_model(run: str | Path) -> tuple[Any, Recipe]:
     """
     recipe = run_recipe(run)
     saved = Path(run) / "adapter"
-    if recipe.method.kind in {"linear", "full"}:
+    if recipe.method.kind in PLAIN:
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification.from_pretrained(saved).eval(), recipe
     import peft
 
-    if recipe.method.kind in {"san", "ssf", "san-lora", "san-dora"}:
+    if recipe.method.kind in SAN:
         import san_peft  # noqa: F401 - registers SAN with PEFT
-    model = base_model(recipe, load_task(recipe.task))
+    model = base_model(recipe, task_of(recipe))
     with calm():
         return peft.PeftModel.from_pretrained(model, saved).eval(), recipe  # type: ignore[arg-type]
 
@@ -106,7 +119,7 @@ def evaluate(run: str | Path, split: str | None = None) -> dict[str, Any]:
         Accuracy, n, and the hash of the predictions.
     """
     model, recipe = load_model(run)
-    chosen = load_task(recipe.task)[split or recipe.eval_split]
+    chosen = task_of(recipe)[split or recipe.eval_split]
     result = {"run": str(run), "split": split or recipe.eval_split, **score(predict(model, chosen, recipe), chosen)}
     write_atomically(Path(run) / f"eval-{result['split']}.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -127,8 +140,8 @@ def export(run: str | Path, out: str | Path) -> dict[str, Any]:
     """
     folder = _free(Path(out))
     model, recipe = load_model(run)
-    split = load_task(recipe.task)[recipe.eval_split]
-    plain, difference = merged(model, recipe, {"pixel_values": split.pixel_values[:32]})
+    split = task_of(recipe)[recipe.eval_split]
+    plain, difference = merged(model, recipe, {"pixel_values": prepared(split, recipe).batch(32)})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         complete = Path(scratch) / "model"
@@ -160,10 +173,10 @@ def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
 
     folder = _free(Path(out))
     model, recipe = load_model(run)
-    if recipe.method.kind not in {"san", "ssf", "san-lora", "san-dora"}:
+    if recipe.method.kind not in SAN:
         raise SanError(f"{run} is a run of {recipe.method.kind}, not of SAN: there is nothing to turn into LoRA.")
-    task = load_task(recipe.task)
-    images = task[recipe.eval_split].pixel_values[:256]
+    task = task_of(recipe)
+    images = prepared(task[recipe.eval_split], recipe).batch(256)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         complete = Path(scratch) / "adapter"
@@ -202,9 +215,9 @@ def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, f
     Raises:
         SanError: If they differ by more than `san_peft.export.TOLERANCE` times the largest of them.
     """
-    if recipe.method.kind in {"linear", "full"}:
+    if recipe.method.kind in PLAIN:
         return model, 0.0
-    if recipe.method.kind in {"san", "ssf", "san-lora", "san-dora"}:
+    if recipe.method.kind in SAN:
         from san_peft import merge_and_verify
 
         report = merge_and_verify(model, probe)

@@ -53,9 +53,9 @@ def empty_model(name: str) -> nn.Module:
         'GPT2LMHeadModel'
     """
     if name == "embedded":
-        from san_bench.data.vision import embedded_vit_path
+        from san_bench.data.vision import embedded_path
 
-        return _from_folder(embedded_vit_path())
+        return _from_folder(embedded_path())
     if name and (Path(name) / "config.json").is_file():
         return _from_folder(Path(name))
     if name in _types():

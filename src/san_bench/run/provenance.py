@@ -26,6 +26,27 @@ def provenance() -> dict[str, Any]:
     }
 
 
+class Energy:
+    """Measures the energy of the processors from its making on, where Linux lets RAPL's counters be read."""
+
+    def __init__(self) -> None:
+        self._files = sorted(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
+        self._start = self._read()
+
+    def joules(self) -> float | None:
+        """Returns the joules so far; `None` where there are no counters, or one has wrapped around."""
+        now = self._read()
+        if self._start is None or now is None or any(b < a for a, b in zip(self._start, now, strict=True)):
+            return None
+        return round((sum(now) - sum(self._start)) / 1e6, 1)
+
+    def _read(self) -> list[int] | None:
+        try:
+            return [int(file.read_text(encoding="utf-8")) for file in self._files] or None
+        except OSError:  # for the superuser alone on many machines
+            return None
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader, or a killed process, sees the old one or the new one; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)

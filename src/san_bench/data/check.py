@@ -1,0 +1,299 @@
+"""Checks data against its manifest: lists, counts, classes, every image, images that occur twice, checksums.
+
+Checksums are lines of a sha256 and a path, as `sha256sum` writes and checks them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image
+
+from san_bench.data import fgvc, folders, vtab
+from san_bench.data.found import Found, Problem, item_name
+from san_bench.data.manifest import SUITES, Manifest, load_manifest, suggest
+from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
+from san_bench.run.provenance import write_atomically
+from san_peft.errors import SanError
+
+TOLERATED_OVERLAP = 0.01
+"""Share of a split whose images may occur in another one before that is an error.
+
+Genuine data sets may have some: dSprites' 40 orientations go from 0 to 360 degrees with both ends, which look alike.
+A copy of one split in place of another is far above it.
+"""
+
+CHUNK = 64
+"""Images that a thread reads at a time."""
+
+
+def check(
+    suite: str,
+    folder: Path,
+    images: bool = True,
+    workers: int | None = None,
+    manifest: Manifest | None = None,
+    write_checksums: Path | None = None,
+    checksums: Path | None = None,
+) -> list[Problem]:
+    """Checks the data of a suite, and returns every problem at once.
+
+    Args:
+        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for data
+            of one's own.
+        folder: Its folder.
+        images: Also read and decode every image, and look for those that occur twice.
+        workers: Threads that read images; by default as many as there are processors, up to eight.
+        manifest: What the data must be; the suite's own by default.
+        write_checksums: File to write the checksums of all lists, tables and images to.
+        checksums: File of checksums to compare with.
+
+    Returns:
+        The problems, errors and warnings, in the order of the tasks.
+
+    Raises:
+        SanError: If there is no such suite or folder, or checksums are wanted without images.
+    """
+    found = examine(suite, folder, images, workers, manifest, write_checksums, checksums)
+    return [problem for one in found for problem in one.problems]
+
+
+def examine(
+    suite: str,
+    folder: Path,
+    images: bool = True,
+    workers: int | None = None,
+    manifest: Manifest | None = None,
+    write_checksums: Path | None = None,
+    checksums: Path | None = None,
+    progress: bool = False,
+) -> list[Found]:
+    """Does what `check` does, and returns what was found of each data set; `progress` shows a bar."""
+    from rich.progress import Progress
+
+    if not images and (write_checksums or checksums):
+        raise SanError("Checksums cover the images: leave out --no-images.")
+    expected = _parse(checksums) if checksums else {}
+    found = _read(suite, folder, manifest)
+    if not images:
+        for one in found:
+            _look_for_files(one)
+        return found
+    sums: dict[str, str] = {}
+    total = sum(len(split) for one in found for _, split in _parts(one))
+    workers = workers or min(8, os.cpu_count() or 1)
+    with Progress(disable=not progress) as bar, ThreadPoolExecutor(workers) as pool:
+        line = bar.add_task("reading images", total=total)
+        for one in found:
+            columns = {name: _survey(one, name, split, pool, partial(bar.advance, line)) for name, split in _parts(one)}
+            _find_repeated(one, columns)
+            sums.update(_checksums(one, columns, folder))
+    if checksums:
+        found.append(Found(suite, problems=_compare(suite, expected, sums, found, folder, checksums)))
+    if write_checksums:
+        write_atomically(write_checksums, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    return found
+
+
+def check_command(
+    suite: str,
+    folder: Path,
+    images: bool = True,
+    workers: int | None = None,
+    write_checksums: Path | None = None,
+    checksums: Path | None = None,
+) -> None:
+    """Checks, prints what was found and every problem, and exits with code 1 if there is an error."""
+    found = examine(suite, folder, images, workers, None, write_checksums, checksums, progress=sys.stderr.isatty())
+    for one in found:
+        if one.splits:
+            sizes = ", ".join(f"{name} {len(split):,}" for name, split in one.splits.items())
+            print(f"{one.name}: {one.layout}; {sizes}; {one.classes} classes")
+    problems = [problem for one in found for problem in one.problems]
+    for problem in problems:
+        print(f"{problem.level}: {problem}")
+    errors = sum(problem.level == "error" for problem in problems)
+    print(f"{errors} errors, {len(problems) - errors} warnings" if problems else "No problems.")
+    if errors:
+        sys.exit(1)
+
+
+def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
+    kind, _, task = suite.partition("/")
+    if suite in folders.OWN:
+        return [folders.read(suite, folder)]
+    if kind not in SUITES:
+        raise SanError(f"There is no data called {suite!r} to check.{suggest(kind, [*SUITES, *folders.OWN])}")
+    if not folder.is_dir():
+        raise SanError(f"There is no folder {folder}.")
+    manifest = manifest or load_manifest(kind)
+    read = {"vtab": vtab.read, "fgvc": fgvc.read, "gic": folders.read}[kind]
+    if task:
+        manifest[task]  # an unknown task is an error of its own
+    found = []
+    for name in [task] if task else manifest.tasks:
+        try:
+            found.append(read(name, folder, manifest))
+        except SanError as error:
+            found.append(Found(f"{kind}/{name}", problems=[Problem(f"{kind}/{name}", str(error))]))
+    if len(found) > 1 and not any(one.folder for one in found):
+        raise SanError(f"{folder} holds none of the {len(found)} data sets of {kind}. {found[0].problems[0].text}")
+    return found
+
+
+def _parts(found: Found) -> list[tuple[str, Split]]:
+    """The splits of a data set that hold images of their own, not those of two others."""
+    return [(n, s) for n, s in found.splits.items() if n != "trainval" and not isinstance(s, JoinedSplit)]
+
+
+def _look_for_files(found: Found) -> None:
+    for name, split in _parts(found):
+        if isinstance(split, FileSplit):
+            missing = [file for file in split.files if not (split.root / file).is_file()]
+            if missing:
+                found.add(f"{name}: {len(missing):,} images are missing", missing)
+
+
+def _survey(
+    found: Found, name: str, split: Split, pool: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> list[str | None]:
+    """Reads every image of a split, notes what is missing or unreadable, and returns the sha256 of the others."""
+    chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
+    digests: list[str | None] = []
+    missing, broken = [], []
+    for chunk, results in zip(chunks, pool.map(partial(_look, _reader(split)), chunks), strict=True):
+        for index, result in zip(chunk, results, strict=True):
+            digests.append(None if isinstance(result, Exception) else result)
+            if isinstance(result, FileNotFoundError):
+                missing.append(item_name(split, index))
+            elif isinstance(result, Exception):
+                broken.append(f"{item_name(split, index)} ({result})")
+        advance(len(chunk))
+    if missing:
+        found.add(f"{name}: {len(missing):,} images are missing", missing)
+    if broken:
+        found.add(f"{name}: {len(broken):,} images cannot be read", broken)
+    return digests
+
+
+def _look(read: Callable[[int], tuple[bytes, bool]], indices: range) -> list[str | Exception]:
+    results: list[str | Exception] = []
+    for index in indices:
+        try:
+            content, encoded = read(index)
+            if encoded:
+                with Image.open(io.BytesIO(content)) as image:
+                    image.load()
+            results.append(hashlib.sha256(content).hexdigest())
+        except Exception as error:  # whatever stops an image from being decoded is the finding
+            results.append(error)
+    return results
+
+
+def _reader(split: Split) -> Callable[[int], tuple[bytes, bool]]:
+    """Returns what gives the bytes of an image, and whether they are encoded."""
+    if isinstance(split, FileSplit):
+        return lambda index: ((split.root / split.files[index]).read_bytes(), True)
+    if isinstance(split, ArraySplit):
+        return lambda index: (split.images[index].tobytes(), False)
+    if isinstance(split, TableSplit):
+        import datasets
+
+        table = split.table.cast_column(split.column, datasets.Image(decode=False))
+
+        def read(index: int) -> tuple[bytes, bool]:
+            cell = table[index][split.column]
+            return (Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]), True
+
+        return read
+    raise TypeError(f"The images of a {type(split).__name__} cannot be read one by one.")
+
+
+def _find_repeated(found: Found, columns: dict[str, list[str | None]]) -> None:
+    where: dict[str, dict[str, list[int]]] = {}
+    for name, column in columns.items():
+        places: dict[str, list[int]] = defaultdict(list)
+        for index, digest in enumerate(column):
+            if digest is not None:
+                places[digest].append(index)
+        where[name] = places
+        twins = [indices for indices in places.values() if len(indices) > 1]
+        if twins:
+            items = [" = ".join(item_name(found.splits[name], i) for i in indices) for indices in twins]
+            found.add(f"{name}: {len(twins):,} images occur more than once", items, "warning")
+    for one, other in combinations(where, 2):
+        if other == "train800val200" or (one == "train800val200" and other != "test"):
+            continue
+        common = [digest for digest in where[one] if digest in where[other]]
+        if common:
+            items = [
+                " = ".join(item_name(found.splits[name], where[name][digest][0]) for name in (one, other))
+                for digest in common
+            ]
+            share = max(sum(len(where[n][digest]) for digest in common) / len(columns[n]) for n in (one, other))
+            found.add(
+                f"{one} and {other} have {len(common):,} images in common, {share:.1%} of the smaller",
+                items,
+                "error" if share > TOLERATED_OVERLAP else "warning",
+            )
+    if {"train800", "val200", "train800val200"} <= set(columns):
+        content = {n: Counter(zip(columns[n], found.splits[n].labels.tolist(), strict=True)) for n in columns}
+        other = content["train800val200"] - (content["train800"] + content["val200"])
+        if other:
+            text = (
+                f"train800val200: {other.total():,} images are not those of train800 and val200, or have other labels"
+            )
+            found.add(text, level="warning")
+
+
+def _checksums(found: Found, columns: dict[str, list[str | None]], folder: Path) -> Iterator[tuple[str, str]]:
+    for path in found.files:
+        with path.open("rb") as file:
+            yield path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()
+    for name, column in columns.items():
+        split = found.splits[name]
+        if isinstance(split, FileSplit):
+            for file, digest in zip(split.files, column, strict=True):
+                if digest is not None:
+                    yield (split.root / file).relative_to(folder).as_posix(), digest
+
+
+def _parse(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise SanError(f"There is no file of checksums {path}. A check with --write-checksums makes one.")
+    sums = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if not match:
+            raise SanError(f"{path}, line {number}: {line[:80]!r} is not a sha256, two spaces and a path.")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def _compare(
+    suite: str, expected: dict[str, str], sums: dict[str, str], found: list[Found], folder: Path, path: Path
+) -> list[Problem]:
+    """Compares checksums; where one data set was checked, only those of its files count."""
+    below = [one.folder.relative_to(folder).as_posix() for one in found if one.folder]
+    if "/" in suite:
+        expected = {name: s for name, s in expected.items() if any(b == "." or name.startswith(f"{b}/") for b in below)}
+    differences = {
+        "have other contents": sorted(name for name in set(expected) & set(sums) if expected[name] != sums[name]),
+        "are missing or unreadable": sorted(set(expected) - set(sums)),
+        "are new": sorted(set(sums) - set(expected)),
+    }
+    return [
+        Problem(suite, f"{len(names):,} files {what}, says {path.name}", tuple(names))
+        for what, names in differences.items()
+        if names
+    ]

@@ -1,0 +1,269 @@
+"""The ways in which images and labels lie on disk: list files, folders of classes, tables; and cuts into splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from san_bench.data.found import Found
+from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit, stratified
+from san_peft.errors import SanError
+
+if TYPE_CHECKING:
+    import datasets
+
+CUT_SEED = 2024
+"""Seed of the cuts where a data set brings no validation or no test split. Another seed is another task."""
+
+NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **{name: name for name in ("trainval", "train800", "val200", "train800val200")},
+}
+"""Names of splits in the wild, and what they are called here."""
+
+LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
+"""Columns that hold the label, in the order in which they are looked for."""
+
+
+def read_list(found: Found, split: str, path: Path) -> None:
+    """Reads a list file of a split: on each line the path of an image below the list's folder, a space, and the label.
+
+    Lines that are none, and a list that is missing or empty, become problems.
+    """
+    if not path.is_file():
+        found.add(f"the list {path.name} is missing")
+        return
+    found.files.append(path)
+    files, labels, wrong = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        if name and re.fullmatch(r"-?\d+", label):
+            files.append(name)
+            labels.append(int(label))
+        elif line.strip():
+            wrong.append(f"line {number}, {line.strip()[:60]!r}")
+    if wrong:
+        found.add(f"{path.name}: {len(wrong):,} lines are not a path, a space and a number", wrong)
+    found.splits[split] = FileSplit(path.parent, files, np.asarray(labels, np.int64))
+
+
+def read_folders(found: Found, folder: Path) -> bool:
+    """Reads a folder of splits with a folder of images for each class, or a folder of classes without splits.
+
+    Classes are the names of their folders, sorted: as numbers if all of them are, otherwise as text.
+
+    Args:
+        found: Gets the splits, under the names of `NAMES`, or the one split `all`; and the number of classes.
+        folder: The folder.
+
+    Returns:
+        Whether there was anything of the kind.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    parts = {NAMES[path.name.lower()]: path for path in _folders(folder) if path.name.lower() in NAMES}
+    parts = parts or {"all": folder}
+    inside = {name: [p.name for p in _folders(path)] for name, path in parts.items()}
+    if not any(inside.values()):
+        return False
+    classes = sorted(set().union(*inside.values()))
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
+    index = {name: i for i, name in enumerate(classes)}
+    for name, path in parts.items():
+        if not inside[name]:
+            found.add(f"{path.name} has no folders of classes")
+            continue
+        samples = make_dataset(str(path), {c: index[c] for c in inside[name]}, IMG_EXTENSIONS, allow_empty=True)
+        files = [Path(file).relative_to(folder).as_posix() for file, _ in samples]
+        found.splits[name] = FileSplit(folder, files, np.asarray([label for _, label in samples], np.int64))
+        new = set(inside[name]) - set(inside.get("train", inside.get("trainval", classes)))
+        if new and name in ("val", "test"):
+            found.add(f"{path.name} has classes that are not in training", sorted(new))
+    if not any(len(split) for split in found.splits.values()):
+        found.splits.clear()
+        return False
+    found.layout, found.classes = "folders of classes", len(classes)
+    return True
+
+
+def read_tables(found: Found, folder: Path) -> bool:
+    """Reads what `save_to_disk` of the `datasets` library wrote, or parquet or Arrow files named after their splits.
+
+    Args:
+        found: Gets the splits, under the names of `NAMES`, the number of classes, and the files.
+        folder: The folder.
+
+    Returns:
+        Whether there was anything of the kind.
+
+    Raises:
+        SanError: If a table cannot be read, or has no column of images or labels.
+    """
+    saved = [path.parent for path in sorted([*folder.glob("state.json"), *folder.glob("*/state.json")])]
+    files = [path for s in ("parquet", "arrow") for path in sorted(folder.rglob(f"*.{s}")) if not _hidden(path, folder)]
+    if not saved and not files:
+        return False
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    kind = "" if saved else files[0].suffix[1:]
+    parts = {} if saved else _by_split([path for path in files if path.suffix[1:] == kind])
+    try:
+        if saved:
+            tables: dict[str, Any] = {
+                "all" if path == folder else NAMES.get(path.name.lower(), path.name): datasets.load_from_disk(str(path))
+                for path in saved
+            }
+        else:
+            tables = {
+                split: datasets.load_dataset(kind, data_files=[str(path) for path in paths], split="train")
+                for split, paths in parts.items()
+            }
+    except (DatasetsError, OSError, ValueError) as error:
+        raise SanError(f"The tables in {folder} cannot be read: {error.__cause__ or error}") from error
+    found.files += files
+    found.layout = "tables"
+    found.splits, found.classes = table_splits(tables)
+    return True
+
+
+def table_splits(tables: dict[str, datasets.Dataset]) -> tuple[dict[str, Split], int]:
+    """Finds the columns of images and labels, and makes splits of tables.
+
+    The image column is the only one of type `Image`, or of bytes. The label column is the only `ClassLabel`, or the
+    first of `LABELS` that there is. Labels without names of classes are numbered in their sorted order. A split without
+    labels, all of them -1, is left out.
+
+    Args:
+        tables: The tables by name; they have the same columns.
+
+    Returns:
+        The splits, and the number of classes.
+
+    Raises:
+        SanError: If the columns are not clear.
+    """
+    import datasets
+
+    features = next(iter(tables.values())).features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    raw = [name for name, kind in features.items() if _holds_bytes(kind)]
+    if len(images or raw) != 1:
+        raise SanError(
+            f"One column of images is needed, but there are {len(images or raw)} among {', '.join(features)}. "
+            "Keep one with `select_columns` and save the data set again."
+        )
+    image = (images or raw)[0]
+    named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    label = named[0] if len(named) == 1 else next((name for name in LABELS if name in features), None)
+    if label is None:
+        raise SanError(
+            f"No column of labels is clear among {', '.join(features)}. Rename the one that it is to 'label'."
+        )
+    values = {name: list(table.select_columns([label])[:][label]) for name, table in tables.items()}
+    values = {name: column for name, column in values.items() if any(value != -1 for value in column)}
+    empty = sum(value is None for column in values.values() for value in column)
+    if empty:
+        raise SanError(f"The column {label!r} has {empty:,} rows without a label. Leave them out of the data set.")
+    kind = features[label]
+    if isinstance(kind, datasets.ClassLabel):
+        classes = len(kind.names)
+        numbers = {name: np.asarray(column, np.int64) for name, column in values.items()}
+    else:
+        order = sorted(set().union(*values.values()))
+        classes, index = len(order), {value: i for i, value in enumerate(order)}
+        numbers = {name: np.asarray([index[v] for v in column], np.int64) for name, column in values.items()}
+    ready = {n: tables[n] if images else tables[n].cast_column(image, datasets.Image()) for n in numbers}
+    return {name: TableSplit(ready[name], image, numbers[name]) for name in numbers}, classes
+
+
+def standard(found: Found, val: int | None = None) -> None:
+    """Brings splits to `train`, `val`, `trainval` and `test`.
+
+    Where there is training and validation but no test, as in ImageNet, that validation split is what is reported, so
+    it becomes `test`, and nothing is chosen on it. Where there is neither, a fifth of the images becomes `test`. Where
+    `val` is missing, it is cut from training. Both cuts keep the classes in proportion and always fall on the same
+    images.
+
+    Args:
+        found: Has the splits under the names of `NAMES`, or as `all`.
+        val: Images of `val` where it is cut; a tenth by default.
+    """
+    have = found.splits
+    full = have.get("trainval") or have.get("all")
+    train, kept, test = have.get("train"), have.get("val"), have.get("test")
+    if test is None and train is not None and kept is not None:
+        test, kept = kept, None
+    if full is None:
+        if train is None:
+            found.add(f"there is no training split, only {', '.join(have) or 'nothing'}")
+            return
+        full = train if kept is None else JoinedSplit(train, kept)
+    if test is None:
+        test, full = cut(full, max(1, len(full) // 5))
+        train = kept = None
+        found.layout += ", test cut from all"
+    if train is None or kept is None:
+        kept, train = cut(full, min(val or max(1, len(full) // 10), len(full) - 1))
+        found.layout += ", val cut from training"
+    found.splits = {"train": train, "val": kept, "trainval": full, "test": test}
+
+
+def cut(split: Split, count: int) -> tuple[Split, Split]:
+    """Takes `count` images with the classes in proportion; returns them and the rest, both in the split's order."""
+    chosen, rest = stratified(np.arange(len(split)), split.labels, count, CUT_SEED)
+    return take(split, chosen), take(split, rest)
+
+
+def take(split: Split, indices: Int64[np.ndarray, " k"]) -> Split:
+    """Returns the images at `indices` as a split of their own."""
+    labels = split.labels[indices]
+    if isinstance(split, FileSplit):
+        return FileSplit(split.root, [split.files[i] for i in indices], labels)
+    if isinstance(split, ArraySplit):
+        return ArraySplit(split.images[indices], labels)
+    if isinstance(split, TableSplit):
+        return TableSplit(split.table.select(indices), split.column, labels)
+    raise TypeError(f"No images can be taken from a {type(split).__name__}.")
+
+
+def first_folder(candidates: Sequence[Path], file: str) -> Path:
+    """Returns the first folder that holds a file, or the first of all where none does."""
+    return next((folder for folder in candidates if (folder / file).is_file()), candidates[0])
+
+
+def _by_split(files: list[Path]) -> dict[str, list[Path]]:
+    """Files of each split: by their own names, such as train-00000-of-00002.parquet, or by their folders'."""
+    parts: dict[str, list[Path]] = {}
+    for path in files:
+        name = re.sub(r"-\d+-of-\d+.*$", "", path.stem)
+        name = name if name.lower() in NAMES or not path.stem.replace("-", "").isdecimal() else path.parent.name
+        parts.setdefault(NAMES.get(name.lower(), name), []).append(path)
+    for split, paths in parts.items():
+        folders = sorted({path.parent for path in paths})
+        if len(folders) > 1:
+            names = ", ".join(map(str, folders))
+            raise SanError(f"There are several configurations of {split}: {names}. Name the folder of one of them.")
+    return parts
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import datasets
+
+    return kind == datasets.Value("binary") or (isinstance(kind, dict) and set(kind) == {"bytes", "path"})
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))

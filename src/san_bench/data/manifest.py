@@ -1,0 +1,131 @@
+"""What the data sets of a suite must be: counts, classes, groups, folders, licences, each list with its source.
+
+Example:
+    >>> vtab = load_manifest("vtab")
+    >>> len(vtab.tasks), sum(facts.splits["test"] for facts in vtab.tasks.values())
+    (19, 387904)
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from san_peft.errors import SanError
+
+SUITES = ("vtab", "fgvc", "gic")
+"""Suites with a manifest."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one data set must be, and where it comes from.
+
+    Attributes:
+        title: Its name in print.
+        group: Group of the suite that its score is averaged in, or `None`.
+        classes: Number of classes.
+        splits: Images of each split.
+        folders: Names that its folder goes by; case and signs between letters do not matter.
+        licence: Its licence, in a few words.
+        get: Where to get it, if that differs from the rest of the suite.
+        hub: Data set of the Hugging Face hub that may be fetched.
+        torchvision: Class of `torchvision.datasets` that may fetch it.
+        megabytes: Space that fetching by torchvision needs.
+    """
+
+    title: str
+    group: str | None
+    classes: int
+    splits: dict[str, int]
+    folders: tuple[str, ...]
+    licence: str
+    get: str = ""
+    hub: str | None = None
+    torchvision: str | None = None
+    megabytes: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The data sets of a suite.
+
+    Attributes:
+        suite: Name of the suite.
+        source: Where counts, classes and names come from.
+        get: How to get the data.
+        tasks: The data sets by name.
+    """
+
+    suite: str
+    source: str
+    get: str
+    tasks: dict[str, Facts]
+
+    def __getitem__(self, task: str) -> Facts:
+        if task not in self.tasks:
+            raise SanError(f"The suite {self.suite} has no task {task!r}.{suggest(task, self.tasks)}")
+        return self.tasks[task]
+
+
+@cache
+def load_manifest(suite: str) -> Manifest:
+    """Reads the manifest of a suite that comes with the package.
+
+    Raises:
+        SanError: If there is none.
+    """
+    if suite not in SUITES:
+        raise SanError(f"There is no manifest of {suite!r}.{suggest(suite, SUITES)}")
+    text = (resources.files("san_bench.data") / "manifests" / f"{suite}.json").read_text(encoding="utf-8")
+    raw = json.loads(text)
+    tasks = {name: Facts(**{**facts, "folders": tuple(facts["folders"])}) for name, facts in raw.pop("tasks").items()}
+    return Manifest(**raw, tasks=tasks)
+
+
+def find_folder(data: Path, facts: Facts) -> Path:
+    """Finds the folder of a data set in the folder of its suite, or takes that folder where it has its name.
+
+    Args:
+        data: Folder of the suite.
+        facts: The data set.
+
+    Raises:
+        SanError: If there is none, or there are several.
+    """
+    if not data.is_dir():
+        raise SanError(f"There is no folder {data}.")
+    wanted = {_plain(name) for name in facts.folders}
+    found = {path.resolve(): path for path in _folders(data) if _plain(path.name) in wanted}
+    if len(found) > 1:
+        names = ", ".join(sorted(path.name for path in found.values()))
+        raise SanError(f"{data} has several folders for {facts.title}: {names}. Keep one of them there.")
+    if found:
+        return next(iter(found.values()))
+    if _plain(data.resolve().name) in wanted:
+        return data
+    inside = [path for path in _folders(data) if any(_plain(p.name) in wanted for p in _folders(path))]
+    hint = f" Did you mean {inside[0]}?" if inside else ""
+    there = ", ".join(path.name for path in _folders(data)[:8]) or "no folder at all"
+    raise SanError(f"{data} has no folder for {facts.title}: none of {', '.join(facts.folders)}.{hint} It has {there}.")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown name: the closest one that exists, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Choose from {', '.join(known)}."
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))

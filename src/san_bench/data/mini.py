@@ -1,0 +1,130 @@
+"""The tasks of mini-vision: 1,000 images each to train with, in VTAB's three groups, and nothing to fetch.
+
+All images are drawn, but for the digits, which people wrote. Image `i` of a task is a function of the task's seed and
+`i` alone, the same bytes on every platform. Splits are ranges of `i`, so no image is in two. Classes take turns, so all
+have the same number of images, or nearly.
+
+Example:
+    >>> task = load("mini-vision/count")
+    >>> {name: len(split) for name, split in task.splits.items()}, task.num_classes
+    ({'train800': 800, 'val200': 200, 'train800val200': 1000, 'test': 1000}, 6)
+    >>> sorted({task.group for task in TASKS.values()})
+    ['natural', 'specialised', 'structured']
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+
+from san_bench.data import mini_natural, mini_specialised, mini_structured
+from san_bench.data.canvas import Dice, Drawing
+from san_bench.data.vision import ArraySplit, Split, VisionTask, load_digits_task
+from san_peft.errors import SanError
+
+IMAGES = 2000
+"""Number of images of a drawn task; there are 1,797 digits."""
+
+SPLITS = {"train800": slice(800), "val200": slice(800, 1000), "train800val200": slice(1000), "test": slice(1000, None)}
+"""Which images of a task are in which split."""
+
+EIGHTHS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
+
+
+@dataclass(frozen=True)
+class MiniTask:
+    """One task of mini-vision.
+
+    Attributes:
+        group: VTAB's group.
+        classes: Name of each class.
+        seed: Names the sequence of images.
+        draw: Draws a batch from its dice and its labels; for the digits, from its dice and the scans.
+    """
+
+    group: Literal["natural", "specialised", "structured"]
+    classes: tuple[str, ...]
+    seed: int
+    draw: Callable[[Dice, NDArray[Any]], Drawing]
+
+
+TASKS: dict[str, MiniTask] = {
+    "digits": MiniTask("natural", tuple("0123456789"), 101, mini_natural.digits),
+    "textures": MiniTask("natural", mini_natural.TEXTURES, 102, mini_natural.textures),
+    "flowers": MiniTask("natural", tuple(mini_natural.FLOWERS), 103, mini_natural.flowers),
+    "cells": MiniTask("specialised", mini_specialised.FINDINGS, 104, mini_specialised.cells),
+    "land": MiniTask("specialised", mini_specialised.LAND, 105, mini_specialised.land),
+    "calls": MiniTask("specialised", mini_specialised.CALLS, 106, mini_specialised.calls),
+    "count": MiniTask("structured", tuple("234567"), 107, mini_structured.count),
+    "distance": MiniTask(
+        "structured", tuple(f"up to {depth:g}" for depth in mini_structured.NEAR[1:]), 108, mini_structured.distance
+    ),
+    "location": MiniTask(
+        "structured", tuple(f"row {n // 3}, column {n % 3}" for n in range(9)), 109, mini_structured.location
+    ),
+    "orientation": MiniTask("structured", EIGHTHS, 110, mini_structured.orientation),
+    "azimuth": MiniTask("structured", EIGHTHS, 111, mini_structured.azimuth),
+}
+"""Every task by its name, without the `mini-vision/` before it."""
+
+
+def load(name: str) -> VisionTask:
+    """Loads a task with its four splits; a process draws each task once.
+
+    Args:
+        name: A name in `TASKS`, with or without `mini-vision/` before it.
+
+    Raises:
+        SanError: If there is no such task.
+    """
+    short = name.removeprefix("mini-vision/")
+    if short not in TASKS:
+        close = difflib.get_close_matches(short, TASKS, n=1)
+        hint = f" Did you mean 'mini-vision/{close[0]}'?" if close else ""
+        raise SanError(f"mini-vision has no task {short!r}.{hint} Choose from {', '.join(TASKS)}.")
+    return _load(short)
+
+
+def draw(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.ndarray, " n"]]:
+    """Draws some images of a task.
+
+    Args:
+        name: A name in `TASKS`.
+        index: Which images of the task's sequence; there are 1,797 of the digits, and no end of the others.
+
+    Returns:
+        The drawing with its facts, and the labels.
+    """
+    task = TASKS[name]
+    labels = _digits()[1][index] if name == "digits" else index % len(task.classes)
+    sources = _digits()[0][index] if name == "digits" else labels
+    parts = [  # small ones, which fit into the processor's cache
+        task.draw(Dice(task.seed, index[i : i + 128].astype(np.uint64)), sources[i : i + 128])
+        for i in range(0, len(index), 128)
+    ]
+    facts = {key: np.concatenate([part.facts[key] for part in parts]) for key in parts[0].facts}
+    return Drawing(np.concatenate([part.images for part in parts]), facts), labels
+
+
+@cache
+def _load(name: str) -> VisionTask:
+    index = np.arange(len(_digits()[1]) if name == "digits" else IMAGES)
+    drawing, labels = draw(name, index)
+    splits: dict[str, Split] = {split: ArraySplit(drawing.images[part], labels[part]) for split, part in SPLITS.items()}
+    return VisionTask(f"mini-vision/{name}", len(TASKS[name].classes), splits)
+
+
+@cache
+def _digits() -> tuple[Float[np.ndarray, "1797 32 32"], Int64[np.ndarray, " 1797"]]:
+    """The scans, as ink from 0 to 1, and their labels, in the order of the splits of the task `digits`."""
+    task = load_digits_task()
+    plain: Any = [task[split] for split in ("train800", "val200", "test")]
+    scans = np.concatenate([split.images[..., 0] for split in plain]).astype(np.float32) / np.float32(255)
+    return scans, np.concatenate([split.labels for split in plain])

@@ -1,0 +1,235 @@
+"""From an image to what a model reads: resized and normalised by recipe and checkpoint, augmented in training.
+
+Example:
+    >>> from san_bench.data.vision import embedded_path, load_task
+    >>> images = for_checkpoint(load_task("digits")["val200"], embedded_path())
+    >>> tuple(images[0]["pixel_values"].shape), float(images[0]["pixel_values"].min())
+    ((3, 32, 32), -1.0)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from san_bench.data.vision import ArraySplit, Split
+from san_bench.recipe import Augmentation, Input
+from san_peft.errors import SanError
+
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Means and standard deviations of the channels, on the scale 0 to 1."""
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """How images become the input of a model, in scoring and, but for augmentation, in training.
+
+    Attributes:
+        size: Height and width in pixels.
+        mean: What normalisation subtracts from each channel, on the scale 0 to 1.
+        std: What it then divides by.
+        interpolation: `bilinear`, `bicubic`, or another of Pillow's filters.
+        crop_pct: Share of the shorter side that a centre crop keeps.
+        squash: Resizes to the size whatever the shape, and crops nothing.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    squash: bool = True
+
+    @property
+    def filter(self) -> Image.Resampling:
+        """Pillow's filter of the interpolation."""
+        return Image.Resampling[self.interpolation.upper()]
+
+
+def checkpoint_input(model: str | Path) -> InputSettings:
+    """Reads from a checkpoint how its model wants images: transformers' `preprocessor_config.json`, or timm's settings.
+
+    Args:
+        model: A folder, or a name that transformers resolves.
+
+    Raises:
+        SanError: If it says nothing of the size or the normalisation.
+    """
+    facts = _facts(model)
+    try:
+        return InputSettings(**facts)
+    except TypeError as error:
+        raise SanError(
+            f"{model} does not say how it wants images: {error}. Set input.size and input.normalization in the recipe, "
+            "or put a preprocessor_config.json into the folder."
+        ) from error
+
+
+def input_settings(recipe_input: Input, model: str | Path) -> InputSettings:
+    """Returns how a recipe wants images: what it says, and what the checkpoint says where it leaves that open."""
+    chosen: dict[str, Any] = {"squash": recipe_input.resize == "squash"}
+    if recipe_input.size is not None:
+        chosen["size"] = recipe_input.size
+    if recipe_input.crop_pct is not None:
+        chosen["crop_pct"] = recipe_input.crop_pct
+    if recipe_input.interpolation != "checkpoint":
+        chosen["interpolation"] = recipe_input.interpolation
+    if recipe_input.normalization != "checkpoint":
+        chosen["mean"], chosen["std"] = STATISTICS[recipe_input.normalization]
+    if {"size", "mean", "interpolation"} <= set(chosen):
+        return InputSettings(**chosen)
+    return replace(checkpoint_input(model), **chosen)
+
+
+def for_checkpoint(split: Split, model: str | Path) -> Prepared:
+    """Returns a split as a checkpoint wants it: resized to its size, normalised as it was."""
+    return Prepared(split, checkpoint_input(model))
+
+
+class Prepared(Dataset):
+    """A split as the tensors that a model and transformers' Trainer read.
+
+    Args:
+        split: The images.
+        settings: How they are resized and normalised.
+        augmentation: What is done to them in training; `None` in scoring.
+    """
+
+    def __init__(self, split: Split, settings: InputSettings, augmentation: Augmentation | None = None) -> None:
+        self.split, self.settings = split, settings
+        self._shift, self._scale = (torch.tensor(v)[:, None, None] for v in (settings.mean, settings.std))
+        self._targets = torch.from_numpy(np.ascontiguousarray(split.labels))
+        self._before, self._after = _transforms(settings, augmentation)
+        self._ready: Float32[Tensor, "n 3 size size"] | None = None
+        plain = settings.squash and (augmentation is None or _changes_nothing(augmentation))
+        if plain and isinstance(split, ArraySplit) and split.images.shape[1:3] == (settings.size, settings.size):
+            self._ready = self._normalise(torch.from_numpy(split.images).permute(0, 3, 1, 2)).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Returns `pixel_values` of shape (3, size, size) in float32, and `labels`, a scalar."""
+        if self._ready is not None:
+            return {"pixel_values": self._ready[index], "labels": self._targets[index]}
+        image = self._before(self.split.image(index))
+        pixels = self._normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        return {"pixel_values": self._after(pixels), "labels": self._targets[index]}
+
+    def batch(self, count: int, start: int = 0) -> Float32[Tensor, "count 3 size size"]:
+        """Returns `pixel_values` of `count` images from `start` on, or of as many as there are."""
+        end = min(start + count, len(self))
+        return torch.stack([self[index]["pixel_values"] for index in range(start, end)])
+
+    def _normalise(self, pixels: Tensor) -> Float32[Tensor, "... 3 height width"]:
+        return (pixels.float() / 255 - self._shift) / self._scale
+
+
+def mixing(augmentation: Augmentation, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Returns timm's mixup and cutmix of a batch, which also smooths the labels; `None` where neither is wanted."""
+    if not (augmentation.mixup or augmentation.cutmix):
+        return None
+    from timm.data.mixup import Mixup
+
+    return Mixup(
+        augmentation.mixup, augmentation.cutmix, label_smoothing=augmentation.smoothing, num_classes=num_classes
+    )
+
+
+def _changes_nothing(augmentation: Augmentation) -> bool:
+    alone = augmentation.crop == "none" and not augmentation.flip and augmentation.randaugment is None
+    return alone and not augmentation.erasing
+
+
+def _transforms(
+    settings: InputSettings, augmentation: Augmentation | None
+) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Tensor], Tensor]]:
+    """What happens to the image before normalisation, and to the tensor after it."""
+    if augmentation is None or _changes_nothing(augmentation):
+        return lambda image: _resize_and_crop(image, settings), lambda pixels: pixels
+    from torchvision import transforms
+
+    size, way = settings.size, transforms.InterpolationMode(settings.interpolation)
+    steps: list[Callable[[Any], Any]] = []
+    if augmentation.crop == "random-resized":
+        steps.append(transforms.RandomResizedCrop(size, (augmentation.smallest_crop, 1.0), interpolation=way))
+    elif augmentation.crop == "random":
+        steps += [transforms.Resize(round(size / settings.crop_pct), way), transforms.RandomCrop(size)]
+    else:
+        steps.append(lambda image: _resize_and_crop(image, settings))
+    if augmentation.flip:
+        steps.append(transforms.RandomHorizontalFlip())
+    if augmentation.randaugment is not None:
+        from timm.data.auto_augment import rand_augment_transform
+
+        grey = tuple(min(255, round(255 * x)) for x in settings.mean)
+        options = {"translate_const": int(size * 0.45), "img_mean": grey}
+        steps.append(rand_augment_transform(augmentation.randaugment, options))
+    after: Callable[[Tensor], Tensor] = lambda pixels: pixels  # noqa: E731
+    if augmentation.erasing:
+        from timm.data.random_erasing import RandomErasing
+
+        after = RandomErasing(augmentation.erasing, mode="pixel", device="cpu")
+    return transforms.Compose(steps), after
+
+
+def _resize_and_crop(image: Image.Image, settings: InputSettings) -> Image.Image:
+    size = settings.size
+    if settings.squash:
+        return image if image.size == (size, size) else image.resize((size, size), settings.filter)
+    shorter = round(size / settings.crop_pct)
+    scale = shorter / min(image.size)
+    width, height = (max(shorter, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), settings.filter)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _facts(model: str | Path) -> dict[str, Any]:
+    """What a checkpoint says, as fields of `InputSettings`."""
+    file = Path(model) / "preprocessor_config.json"
+    if file.is_file():
+        return _from_transformers(json.loads(file.read_text(encoding="utf-8")))
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    timm = getattr(config, "pretrained_cfg", None)
+    if isinstance(timm, dict):
+        found = {key: timm[key] for key in ("mean", "std", "interpolation", "crop_pct") if timm.get(key) is not None}
+        found.update({key: tuple(found[key]) for key in ("mean", "std") if key in found})
+        return {"size": timm["input_size"][-1], **found} if "input_size" in timm else found
+    from transformers import AutoImageProcessor
+
+    return _from_transformers(AutoImageProcessor.from_pretrained(model).to_dict())
+
+
+def _from_transformers(facts: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    size = facts.get("crop_size") if facts.get("do_center_crop") else facts.get("size")
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    if size is not None:
+        found["size"] = int(size)
+    if facts.get("do_normalize", True):
+        found.update({n: tuple(facts[f"image_{n}"]) for n in ("mean", "std") if facts.get(f"image_{n}")})
+    else:
+        found["mean"], found["std"] = STATISTICS["none"]
+    if facts.get("crop_pct") is not None:
+        found["crop_pct"] = float(facts["crop_pct"])
+    if isinstance(facts.get("resample"), int):
+        found["interpolation"] = Image.Resampling(facts["resample"]).name.lower()
+    return found

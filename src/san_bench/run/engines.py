@@ -1,0 +1,235 @@
+"""Where the runs of a suite are carried out: here, each in a process of its own, or on a Ray cluster.
+
+An engine calls one function with the value of each job and yields an outcome as soon as a job ends. Another process
+finds the function by its import path, so it stands at the top of a module; no code is sent. A job that raises, or whose
+process is killed, is an outcome like any other.
+
+Example:
+    >>> import math
+    >>> outcomes = LocalEngine(workers=2, threads=1).run(math.sqrt, {"four": 4.0, "minus": -1.0})
+    >>> for outcome in sorted(outcomes, key=lambda outcome: outcome.job):
+    ...     print(outcome.job, outcome.value, (outcome.error or "no error").partition(":")[0])
+    four 2.0 no error
+    minus None ValueError
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pkgutil
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+PRELOAD = ["san_bench.run.train", "peft", "san_peft"]
+"""What the server that processes are forked from imports once, for all of them."""
+
+PATIENCE = 5.0
+"""Seconds that a process has to end after it was asked to, before it is killed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        job: Its name.
+        value: What the function returned.
+        error: Why it returned nothing, else `None`. Errors of SAN are their message; others come with their type in the
+            first line, and their last frames below.
+    """
+
+    job: str
+    value: Any | None
+    error: str | None
+
+
+class Engine(Protocol):
+    """Carries out jobs."""
+
+    def run(self, function: Callable[[Any], Any], jobs: Mapping[str, Any]) -> Iterator[Outcome]:
+        """Calls a function with the value of each job, and yields each outcome as it comes, in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Runs jobs on this machine, each in a fresh process, so that its peak of memory is its own.
+
+    Where there are CUDA devices each job sees one of them, the one with the fewest jobs; so with more workers than
+    devices several share one. Processes end when the iteration is given up or interrupted, and when this process dies.
+
+    Attributes:
+        workers: Jobs at the same time.
+        threads: Threads of torch in each; `None` leaves them to torch.
+    """
+
+    workers: int
+    threads: int | None
+
+    def run(self, function: Callable[[Any], Any], jobs: Mapping[str, Any]) -> Iterator[Outcome]:
+        """Calls a function with the value of each job, and yields each outcome as it comes, in any order.
+
+        Raises:
+            SanError: If another process could not import the function.
+        """
+        path, devices = import_path(function), _devices()
+        waiting, running = deque(jobs.items()), list[_Child]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    job, value = waiting.popleft()
+                    device = min(devices, key=[child.device for child in running].count, default=None)
+                    running.append(_Child(job, (path, value, self.threads), device))
+                wait([source for child in running for source in child.sources])
+                for child in tuple(running):
+                    if child.has_ended():
+                        running.remove(child)
+                        yield child.outcome()
+        finally:
+            for child in running:
+                child.process.terminate()
+            for child in running:
+                child.process.join(PATIENCE)
+                child.process.kill()
+                child.process.join()
+
+
+def in_fresh_process(function: Callable[[Any], Any], value: Any) -> Any:
+    """Calls a function in a new process and returns what it returns.
+
+    Raises:
+        SanError: If the function raises, or the process is killed.
+    """
+    (outcome,) = LocalEngine(workers=1, threads=None).run(function, {function.__name__.strip("_"): value})
+    if outcome.error is not None:
+        raise _error(outcome.error)
+    return outcome.value
+
+
+def import_path(function: Callable[..., Any]) -> str:
+    """Returns the path by which another process imports a function, such as `math:sqrt`.
+
+    Raises:
+        SanError: If there is none.
+    """
+    module, name = function.__module__, getattr(function, "__qualname__", "<no name>")
+    try:
+        found = None if module == "__main__" else pkgutil.resolve_name(f"{module}:{name}")
+    except (AttributeError, ImportError, ValueError):
+        found = None
+    if found is not function:
+        raise _error(f"Another process cannot import {module}.{name}. Define it at the top of a module.")
+    return f"{module}:{name}"
+
+
+def attempt(path: str, value: Any, threads: int | None) -> tuple[Any, str | None]:
+    """Calls the function of an import path, in the process of a job.
+
+    Returns:
+        What it returns, or `None` and the error.
+    """
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that is imported from now on
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+    try:
+        return pkgutil.resolve_name(path)(value), None
+    except Exception as error:
+        return None, describe(error)
+
+
+def describe(error: BaseException) -> str:
+    """Writes an error as one text: the message of a `SanError`; else type and message, then the last frames."""
+    errors = sys.modules.get("san_peft.errors")  # not imported anew: that would take seconds, for torch
+    if errors is not None and isinstance(error, errors.SanError):
+        return str(error)
+    frames = "".join(traceback.format_tb(error.__traceback__, limit=-3))
+    return f"{type(error).__name__}: {error}\n{frames}".rstrip()
+
+
+class _Child:
+    """The process of a job."""
+
+    def __init__(self, job: str, call: tuple[str, Any, int | None], device: str | None) -> None:
+        # On Linux it is forked from a server that has imported torch and trained nothing, which saves seconds.
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            context.set_forkserver_preload(PRELOAD)
+        self.job, self.device = job, device
+        self.reply: tuple[Any, str | None] | None = None
+        inbox, outbox = context.Pipe(duplex=False)
+        self.inbox: Connection | None = inbox
+        self.process = context.Process(target=_work, args=(outbox, device, *call))
+        self.process.start()
+        outbox.close()
+
+    @property
+    def sources(self) -> list[Any]:
+        """What to wait for: the end of the process, and before it the reply."""
+        return [self.process.sentinel, *([self.inbox] if self.inbox else [])]
+
+    def has_ended(self) -> bool:
+        """Takes the reply if it has come; only then can the process end."""
+        ended = not self.process.is_alive()
+        if self.inbox and self.inbox.poll():
+            try:
+                self.reply = self.inbox.recv()
+            except EOFError:
+                self.reply = None
+            except Exception as error:
+                self.reply = None, f"What it returned cannot be read. {describe(error)}"
+            self.inbox.close()
+            self.inbox = None
+        return ended
+
+    def outcome(self) -> Outcome:
+        """What came of the job, once its process has ended."""
+        if self.reply is not None:
+            return Outcome(self.job, *self.reply)
+        code = self.process.exitcode or 0
+        name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        hint = " Was memory short?" if code == -signal.SIGKILL else ""
+        return Outcome(self.job, None, f"The process of {self.job} {name} before it returned anything.{hint}")
+
+
+def _work(outbox: Connection, device: str | None, path: str, value: Any, threads: int | None) -> None:
+    """Carries out one job in its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    reply = attempt(path, value, threads)
+    try:
+        outbox.send(reply)
+    except Exception as error:
+        outbox.send((None, f"What it returned cannot be sent. {describe(error)}"))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _devices() -> list[str]:
+    """Names of the CUDA devices that this process may use, for `CUDA_VISIBLE_DEVICES`."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(index) for index in range(count)]
+
+
+def _error(message: str) -> Exception:
+    from san_peft.errors import SanError  # brings in torch, so only when it is needed
+
+    return SanError(message)

@@ -1,0 +1,152 @@
+"""Running a suite: what is done is skipped, what fails does not stop the rest, and the search for learning rates."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from san_bench.recipe import Recipe
+from san_bench.run.engines import Engine
+from san_bench.run.provenance import write_atomically, write_rows
+from san_bench.suite import Choice, Rates, Run, Suite, best_rates, plan, plan_search
+from san_peft.errors import SanError
+
+Row = dict[str, Any]
+
+
+def bench(
+    suite: Suite, name: str, choice: Choice, out: Path, engine: Engine, search: bool = False, keep_models: bool = False
+) -> list[Row]:
+    """Runs what is chosen of a suite.
+
+    The folder gets `suite.yaml`, `runs/<task>/<backbone>/<method>/<address>/` with the run folders, `rows.jsonl` with a
+    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so a run that
+    is there is not repeated, whoever made it; one that was cut off is resumed or repeated. With `search` the trials
+    come first, in `search/`, and the rates they choose go to `rates.json`, which later calls use.
+
+    Args:
+        suite: The suite.
+        name: What its results are called.
+        choice: Which part of it.
+        out: Folder to write to.
+        engine: Where the runs are carried out.
+        search: Searches for the learning rates first.
+        keep_models: Keeps the whole models that methods without an adapter save.
+
+    Returns:
+        The rows of all finished runs of the choice.
+
+    Raises:
+        SanError: If the choice cannot be run, or every run fails.
+    """
+    console, rates_file = Console(stderr=True), out / "rates.json"
+    rates: Rates = json.loads(rates_file.read_text(encoding="utf-8")) if rates_file.exists() else {}
+    if search:
+        trials = _carry_out(plan_search(suite, choice), name, out / "search", engine, False, console)
+        for backbone, by_method in best_rates(suite, trials).items():
+            for method, rate in by_method.items():
+                known = rates.setdefault(backbone, {}).get(method)
+                both = isinstance(rate, dict) and isinstance(known, dict)
+                rates[backbone][method] = {**known, **rate} if both else rate  # type: ignore[dict-item]
+        write_atomically(rates_file, json.dumps(rates, indent=2) + "\n")
+    runs = plan(suite, choice, rates)
+    text = json.dumps(suite.model_dump(mode="json"), indent=2)  # JSON is YAML
+    write_atomically(out / "suite.yaml", text + "\n")
+    return _carry_out(runs, name, out, engine, keep_models, console)
+
+
+def _carry_out(
+    runs: Sequence[Run], name: str, out: Path, engine: Engine, keep_models: bool, console: Console
+) -> list[Row]:
+    jobs = {}
+    prints = _fingerprints(runs)
+    for run in runs:
+        address = hashlib.sha256(f"{run.recipe.fingerprint} {prints[run.task]}".encode()).hexdigest()[:12]
+        folder = f"runs/{run.task.replace('/', '-')}/{run.backbone}/{run.method}/{address}"
+        labels = {"suite": name, "group": run.group, "backbone": run.backbone, "method": run.method, "run": folder}
+        recipe = run.recipe.model_copy(update={"output": str(out / folder)})
+        jobs[folder] = {"recipe": recipe.model_dump(mode="json"), "labels": labels, "keep": keep_models}
+    rows = {key: _row(out, job) for key, job in jobs.items() if (out / key / "result.json").exists()}
+    todo = {key: job for key, job in jobs.items() if key not in rows}
+    others = {row["run"]: row for row in _read(out / "rows.jsonl") if row["run"] not in jobs}
+    failures: dict[str, Row] = {row["run"]: row for row in _read(out / "failures.jsonl") if row["run"] not in jobs}
+    console.print(f"{len(jobs)} runs, of which {len(rows)} are done. Written to {out}.", highlight=False)
+    try:
+        for outcome in _watched(engine, todo, console):
+            if outcome.error is None:
+                rows[outcome.job] = outcome.value
+            else:
+                job = jobs[outcome.job]
+                facts = {"task": job["recipe"]["task"], "seed": job["recipe"]["seed"], **job["labels"]}
+                failures[outcome.job] = {**facts, "error": outcome.error}
+                console.print(f"{outcome.job} failed: {outcome.error.splitlines()[0]}", style="red", highlight=False)
+            write_rows(out / "rows.jsonl", [*others.values(), *(rows[key] for key in jobs if key in rows)])
+            write_rows(out / "failures.jsonl", list(failures.values()))
+    finally:
+        write_rows(out / "rows.jsonl", [*others.values(), *(rows[key] for key in jobs if key in rows)])
+        write_rows(out / "failures.jsonl", list(failures.values()))
+    failed = [key for key in jobs if key in failures]
+    if failed and not rows:
+        raise SanError(
+            f"All {len(failed)} runs failed; {out / 'failures.jsonl'} says why. The first: "
+            f"{failures[failed[0]]['error']}"
+        )
+    return [rows[key] for key in jobs if key in rows]
+
+
+def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator[Any]:
+    """The outcomes, with a bar over all of them and the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("runs", total=len(jobs))
+        for outcome in engine.run(run_job, jobs):
+            progress.update(bar, advance=1, description=outcome.job.removeprefix("runs/").rpartition("/")[0])
+            yield outcome
+
+
+def run_job(job: dict[str, Any]) -> Row:
+    """Carries out one run of a suite, in a process of its own, and returns its row."""
+    os.environ["TQDM_DISABLE"] = "1"  # one bar is enough, and it is the suite's
+    from san_bench.run.build import PLAIN
+    from san_bench.run.train import train
+
+    recipe = Recipe.model_validate(job["recipe"])
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        result = train(recipe)
+    if recipe.method.kind in PLAIN and not job["keep"]:
+        shutil.rmtree(Path(recipe.output) / "adapter", ignore_errors=True)
+    return {**result, **job["labels"]}
+
+
+def _row(out: Path, job: dict[str, Any]) -> Row:
+    result = json.loads((out / job["labels"]["run"] / "result.json").read_text(encoding="utf-8"))
+    return {**result, **job["labels"]}
+
+
+def _read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _fingerprints(runs: Sequence[Run]) -> dict[str, str]:
+    """Fingerprint of each task's data, which also shows that all of it can be loaded before anything runs."""
+    from san_bench.run.evaluate import task_of
+
+    prints, problems = {}, []
+    for recipe in {run.task: run.recipe for run in runs}.values():
+        try:
+            prints[recipe.task] = task_of(recipe).fingerprint
+        except SanError as error:
+            problems.append(f"{recipe.task}: {error}")
+    if problems:
+        raise SanError("\n".join(problems))
+    return prints

@@ -1,0 +1,160 @@
+"""Trackers beside `log.jsonl`: W&B, trackio and TensorBoard, by the callbacks that transformers has for them.
+
+What they write lies below the folder of the run, unless `WANDB_DIR` or `TRACKIO_DIR` says otherwise. Beside the curves
+they get the recipe, and at the end of every epoch a histogram of the scales of each layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from san_bench.recipe import Recipe
+from san_peft import SanLayer
+from san_peft.errors import SanError
+
+PROJECT = "san-peft"
+"""Project of the runs in W&B and trackio, unless `WANDB_PROJECT` or `TRACKIO_PROJECT` is set."""
+
+STEP = "train/global_step"
+"""Under which transformers' callbacks log the step."""
+
+
+def tracking(names: Sequence[str], recipe: Recipe, folder: Path) -> tuple[dict[str, Any], list[TrainerCallback]]:
+    """Returns what a Trainer needs to report to trackers.
+
+    Args:
+        names: Some of `wandb`, `trackio` and `tensorboard`.
+        recipe: Of the run; the trackers get it as its configuration.
+        folder: Of the run; the trackers write below it.
+
+    Returns:
+        Fields for `TrainingArguments`, and callbacks. The fields keep `report_to` empty, since the callbacks stand for
+        themselves.
+
+    Raises:
+        SanError: If a name is unknown, or a tracker is not installed.
+    """
+    unknown = [name for name in names if name not in TRACKERS]
+    missing = [name for name in names if name in TRACKERS and importlib.util.find_spec(name) is None]
+    problems = []
+    if unknown:
+        problems.append(f"There is no tracker {', '.join(unknown)}. Choose from {', '.join(TRACKERS)}.")
+    if missing:
+        problems.append(f'Not installed: {", ".join(missing)}. pip install "san-peft[track]"')
+    if problems:
+        raise SanError("\n".join(problems))
+    name = f"{recipe.task} {recipe.method.kind} seed {recipe.seed} {recipe.fingerprint[:8]}"
+    fields = {"report_to": [], "run_name": name, "project": os.environ.get("TRACKIO_PROJECT", PROJECT)}
+    return fields, [TRACKERS[name](recipe, folder) for name in dict.fromkeys(names)]
+
+
+def scales_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the scale of every layer of SAN by the layer's name; of a sharded model, all processes have to ask."""
+    scales = {}
+    for fqn, layer in model.named_modules():
+        if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None:
+            scales[fqn] = scale.detach().float().cpu().numpy()
+    return scales
+
+
+class _TensorBoard(TensorBoardCallback):
+    """Writes event files to `tensorboard/`."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        super().__init__()
+        self.recipe, self.logging_dir = recipe, str(folder / "tensorboard")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.tb_writer is not None:
+            self.tb_writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for fqn, scale in scales_of(model).items():
+            if self.tb_writer is not None:
+                self.tb_writer.add_histogram(f"scale/{fqn}", scale, state.global_step)
+
+
+class _Wandb(WandbCallback):
+    """Writes to `wandb/`: online where there is a login, else offline, for `wandb sync`."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        super().__init__()
+        self.recipe, self.folder = recipe, folder
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=args.run_name,
+                config={"recipe": self.recipe.model_dump(mode="json")},
+                dir=os.environ.get("WANDB_DIR") or self.folder,
+                mode=None if "WANDB_MODE" in os.environ else _mode(),
+                reinit="finish_previous",
+            )
+        super().setup(args, state, model, **kwargs)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        scales = scales_of(model)
+        if state.is_world_process_zero and scales:
+            histograms = {f"scale/{fqn}": self._wandb.Histogram(scale.tolist()) for fqn, scale in scales.items()}
+            self._wandb.log({**histograms, STEP: state.global_step})
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, model, processing_class, **kwargs)
+        if state.is_world_process_zero:
+            self._wandb.finish()  # else another run of this process would go on with this one
+
+
+def _mode() -> Literal["online", "offline"]:
+    """How W&B writes where nothing says so: it asks for no key, and calls nobody."""
+    import wandb
+
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
+class _Trackio(TrackioCallback):
+    """Writes to `trackio/`."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        home = os.environ.get("TRACKIO_DIR")
+        if home is None:  # trackio reads the variable once, when it is imported
+            os.environ["TRACKIO_DIR"] = str(folder / "trackio")
+        try:
+            super().__init__()
+        finally:
+            if home is None:
+                del os.environ["TRACKIO_DIR"]
+        wanted = Path(home or folder / "trackio")
+        if wanted != self._trackio.TRACKIO_DIR:
+            raise SanError(
+                f"The trackio of this process writes to {self._trackio.TRACKIO_DIR}, and cannot to {wanted} any more. "
+                "Start another process, or set TRACKIO_DIR to one folder for all runs before trackio is imported."
+            )
+        self.recipe = recipe
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        super().setup(args, state, model, **kwargs)
+        if state.is_world_process_zero:
+            self._trackio.config["recipe"] = self.recipe.model_dump(mode="json")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        scales = scales_of(model)
+        if state.is_world_process_zero and scales:
+            histograms = {f"scale/{fqn}": self._trackio.Histogram(scale) for fqn, scale in scales.items()}
+            self._trackio.log({**histograms, STEP: state.global_step})
+
+
+TRACKERS = {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}

@@ -1,0 +1,265 @@
+"""transformers' Trainer as a recipe wants it: optimiser, schedule, mixing, average of weights, selection, journal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from san_bench.data.preprocess import Prepared, input_settings, mixing
+from san_bench.data.vision import VisionTask
+from san_bench.recipe import VALIDATION, Recipe
+from san_bench.run.build import model_path
+from san_bench.run.provenance import write_atomically, write_rows
+from san_bench.run.tracking import tracking
+from san_peft.errors import SanError
+
+COMPLETE = "complete"
+"""Marker inside a checkpoint that was written to its end; it holds the seconds of training so far."""
+
+AVERAGE = "average.safetensors"
+"""The moving average of the trained weights inside a checkpoint."""
+
+
+class _Bar(ProgressCallback):
+    """Trainer's progress bar with the loss beside it in place of a line per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+
+class _Trainer(Trainer):
+    """Trainer for images.
+
+    It resumes whole models too (transformers saves a ViT under older names, which its resuming skips), may
+    decay no vector, and takes the loss of labels that are smoothed or mixed.
+    """
+
+    decay_vectors: bool = True
+    smoothing: float = 0.0
+    mixed: bool = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, or in training the cross-entropy with smoothed or mixed labels."""
+        if not model.training or not (self.smoothing or self.mixed):
+            return super().compute_loss(model, inputs, return_outputs)
+        outputs = model(pixel_values=inputs["pixel_values"])
+        smoothing = 0.0 if self.mixed else self.smoothing  # mixing has smoothed them already
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Neither biases nor norms, and vectors where the recipe says so."""
+        if self.decay_vectors:
+            return super().get_decay_parameter_names(model)
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        whole = model or self.model
+        if isinstance(whole, PreTrainedModel):
+            whole.load_state_dict(type(whole).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class Journal(TrainerCallback):
+    """Writes `log.jsonl`, marks checkpoints as complete, and stops a training whose loss is not finite."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.earlier, self.start = folder, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Starts the clock, at the seconds that a checkpoint was written after."""
+        self.earlier = float((checkpoint / COMPLETE).read_text(encoding="utf-8")) if checkpoint else 0.0
+        self.start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Stops at a loss that is not finite."""
+        if logs and not math.isfinite(float(logs.get("loss", 0))):
+            raise SanError(
+                f"The loss of {self.folder} is not finite in step {state.global_step}. "
+                f"Try a smaller optimizer.lr than {args.learning_rate:g}, with another output."
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the log, and marks the checkpoint as complete."""
+        write_rows(self.folder / "log.jsonl", state.log_history)
+        marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+        write_atomically(marker, f"{self.seconds:.3f}\n")
+
+
+class Average(TrainerCallback):
+    """timm's exponential moving average of the weights, kept in checkpoints, and what is scored in the end.
+
+    Args:
+        model: What is trained.
+        decay: Share of the average that every step keeps.
+    """
+
+    def __init__(self, model: Any, decay: float) -> None:
+        from timm.utils.model_ema import ModelEmaV3
+
+        self.average: Any = ModelEmaV3(model, decay=decay)
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Reads the average that a checkpoint holds."""
+        if checkpoint is not None:
+            self.average.module.load_state_dict(load_file(checkpoint / AVERAGE), strict=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Takes the new weights into the average."""
+        self.average.update(model, step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the average into the checkpoint."""
+        save_file(self._trained(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Puts the average into the place of the weights."""
+        model.load_state_dict(self._trained(), strict=False)
+
+    def _trained(self) -> dict[str, Tensor]:
+        parameters = dict(self.average.module.named_parameters())
+        return {name: parameters[name].detach().contiguous() for name in self.names}
+
+
+def make_trainer(
+    model: Any, recipe: Recipe, task: VisionTask, folder: Path, track: Sequence[str] = ()
+) -> tuple[Trainer, Journal]:
+    """Builds the Trainer of a recipe, and its journal; the order of the data follows from the recipe's seed alone.
+
+    Raises:
+        SanError: If the batch cannot be divided among the devices, or half precision is asked of the CPU.
+    """
+    optimizer, split, gpu = recipe.optimizer, task[recipe.train_split], torch.cuda.is_available()
+    steps = math.ceil(len(split) / optimizer.batch_size) * optimizer.epochs
+    if recipe.precision == "fp16" and not gpu:
+        raise SanError("precision fp16 needs a GPU. Choose bf16 or fp32.")
+    parts = optimizer.accumulation * max(1, torch.cuda.device_count())
+    if optimizer.batch_size % parts:
+        raise SanError(
+            f"A batch of {optimizer.batch_size} images cannot be divided into {parts} parts ({optimizer.accumulation} "
+            f"accumulated on {torch.cuda.device_count()} devices). Change optimizer.batch_size or "
+            "optimizer.accumulation."
+        )
+    fields, trackers = tracking(track, recipe, folder)
+    selects, saves = recipe.selection != "last", "steps" if recipe.checkpoint_steps else "no"
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=optimizer.batch_size // parts,
+        per_device_eval_batch_size=64,
+        gradient_accumulation_steps=optimizer.accumulation,
+        num_train_epochs=optimizer.epochs,
+        learning_rate=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=round(optimizer.warmup * steps),
+        **_schedule(recipe),
+        max_grad_norm=optimizer.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        torch_compile=recipe.compile,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        dataloader_num_workers=recipe.data_workers,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if selects else "no",
+        save_strategy="epoch" if selects else saves,
+        save_steps=recipe.checkpoint_steps or 500,
+        save_total_limit=2,
+        load_best_model_at_end=selects,
+        metric_for_best_model="accuracy" if selects else None,
+        label_names=["labels"],
+        **fields,
+    )
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    settings, journal = input_settings(recipe.input, model_path(recipe)), Journal(folder)
+    mix = mixing(recipe.augmentation, task.num_classes)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Prepared(split, settings, recipe.augmentation),
+        eval_dataset=Prepared(task[_chosen_by(recipe, task)], settings) if selects else None,
+        compute_metrics=(lambda result: {"accuracy": float((result[0].argmax(-1) == result[1]).mean())}),
+        callbacks=[journal, *trackers],
+        optimizer_cls_and_kwargs=_optimizer(recipe),
+    )
+    trainer.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
+    trainer.decay_vectors = optimizer.decay_vectors
+    trainer.smoothing, trainer.mixed = recipe.augmentation.smoothing, mix is not None
+    plain = trainer.data_collator
+
+    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = default_collate(items)
+        if mix is not None and len(items) % 2 == 0:
+            batch["pixel_values"], batch["labels"] = mix(batch["pixel_values"], batch["labels"])
+        elif mix is not None:  # an odd rest of an epoch cannot be paired
+            batch["labels"] = F.one_hot(batch["labels"], task.num_classes).float()
+        if recipe.channels_last:
+            batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return batch
+
+    if mix is not None or recipe.channels_last:
+        scoring = trainer.get_eval_dataloader
+
+        def with_plain_labels(*words: Any, **options: Any) -> Any:
+            trainer.data_collator = plain
+            try:
+                return scoring(*words, **options)
+            finally:
+                trainer.data_collator = collate
+
+        trainer.data_collator, trainer.get_eval_dataloader = collate, with_plain_labels
+    if recipe.ema is not None:
+        trainer.add_callback(Average(model, recipe.ema))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar())
+    return trainer, journal
+
+
+def _schedule(recipe: Recipe) -> dict[str, Any]:
+    optimizer = recipe.optimizer
+    if not (optimizer.min_lr or optimizer.warmup_lr):
+        return {"lr_scheduler_type": optimizer.schedule}
+    options = {"min_lr_rate": optimizer.min_lr, "warmup_lr_rate": optimizer.warmup_lr}
+    return {"lr_scheduler_type": "cosine_warmup_with_min_lr", "lr_scheduler_kwargs": options}
+
+
+def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    if recipe.optimizer.kind == "sgd":
+        return torch.optim.SGD, {"lr": recipe.optimizer.lr, "momentum": 0.9}
+    return torch.optim.AdamW, {"lr": recipe.optimizer.lr}
+
+
+def _chosen_by(recipe: Recipe, task: VisionTask) -> str:
+    """Name of the split that the best epoch is chosen on."""
+    if recipe.selection == "best-test":
+        return recipe.eval_split
+    names = [joined.split("+")[1] for joined in VALIDATION.values()]
+    return next((name for name in names if name in task.splits), names[0])

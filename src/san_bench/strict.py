@@ -1,0 +1,242 @@
+"""Strict and frozen models read from YAML: every problem at once, each with its line, its place and the likely word.
+
+Recipes, protocols and suites are such files. Every key must be there, and no other key may be.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+
+class Strict(BaseModel):
+    """A model of which every key has to be given, no other may be, and none changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=Strict)
+Loc = tuple[str, ...]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[tuple[Loc, str]]]:
+    """Reads a mapping from a YAML file.
+
+    Returns:
+        The data, the line of every key, and the problems that YAML itself lets pass.
+
+    Raises:
+        SanError: If the file is not YAML, or no mapping.
+    """
+    data, lines, problems = None, {}, []
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+        if isinstance(root, yaml.MappingNode):
+            lines, problems = _lines(root)
+            data = _Loader("").construct_document(root)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise san_error(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if data is None:
+        raise san_error(f"{path}: a recipe is a mapping of keys to values. `san recipes --copy demo/san` gives one.")
+    return data, lines, problems
+
+
+def read_model(model: type[Model], path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Model:
+    """Reads and checks a model.
+
+    Args:
+        model: What the file holds.
+        path: YAML file.
+        overrides: Values by dotted key, or as `key=value` texts whose values are read as YAML.
+
+    Raises:
+        SanError: If anything is wrong with it; the message lists every problem with its place.
+    """
+    data, lines, problems = read_yaml(path)
+    for key, value in parse_overrides(overrides).items():
+        put(data, key, value)
+        *parents, last = key.split(".")
+        for depth in range(1, len(parents) + 1):
+            lines.setdefault(tuple(parents[:depth]), None)
+        lines[(*parents, last)] = None
+    return check(model, data, lambda loc: _place(path, lines, loc), problems)
+
+
+def check(model: type[Model], data: Any, place: Any = None, problems: Sequence[tuple[Loc, str]] = ()) -> Model:
+    """Checks data against a model.
+
+    Args:
+        model: The model.
+        data: What should be one.
+        place: Says where a key stands; its dotted name by default.
+        problems: What is known to be wrong already.
+
+    Raises:
+        SanError: With every problem and its place.
+    """
+    place, found = place or (lambda loc: ".".join(loc) or model.__name__), list(problems)
+    try:
+        result = model.model_validate(data)
+    except ValidationError as error:
+        found += [_describe(dict(e), model) for e in error.errors(include_url=False)]
+        result = None
+    if found or result is None:
+        raise san_error("\n".join(f"{place(loc)}: {text}" for loc, text in found))
+    return result
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a value by its dotted key.
+
+    Raises:
+        SanError: If a key on the way holds a value.
+    """
+    place = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise san_error(f"--set {key}: {parent!r} holds a value, no keys.")
+    place[last] = value
+
+
+def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Mapping[str, Any]:
+    """Returns overrides as values by dotted key; see `read_model`."""
+    if isinstance(overrides, Mapping):
+        return overrides
+    return dict(_parse_override(text) for text in overrides)
+
+
+def suggest(word: str, known: Any) -> str:
+    """Returns the known word that is close to a mistyped one, and all of them, to end an error with."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return (f" Did you mean {close[0]!r}?" if close else "") + f" Choose from {', '.join(known)}."
+
+
+def san_error(message: str) -> Exception:
+    """Returns a `SanError`, whose import brings in torch, so only when it is needed."""
+    from san_peft.errors import SanError
+
+    return SanError(message)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats may be written 1e-3, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise san_error(f"--set {text}: write key=value, such as optimizer.lr=1e-3.")
+    try:
+        return key, yaml.load(value, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise san_error(f"--set {text}: {value!r} is not YAML.") from error
+
+
+def _lines(root: yaml.MappingNode) -> tuple[dict[Loc, int | None], list[tuple[Loc, str]]]:
+    """Line of every key, and the keys that are there twice (YAML would silently take the last)."""
+    lines: dict[Loc, int | None] = {}
+    twice: list[tuple[Loc, str]] = []
+
+    def walk(node: yaml.Node, loc: Loc) -> Iterator[None]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*loc, str(key.value))
+                if here in lines:
+                    twice.append((here, f"is there twice, first in line {lines[here]}"))
+                lines[here] = key.start_mark.line + 1
+                yield from walk(value, here)
+
+    list(walk(root, ()))
+    return lines, twice
+
+
+def _place(path: Path, lines: Mapping[Loc, int | None], loc: Loc) -> str:
+    known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
+    line = lines.get(known)
+    if known and line is None:
+        return f"--set {'.'.join(loc)}"
+    return f"{path}{f':{line}' if line else ''}: {'.'.join(loc) or 'recipe'}"
+
+
+def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
+    """Place and text of one of pydantic's errors; the tags of unions are taken out of the place."""
+    raw = [str(part) for part in error["loc"]]
+    loc, model, kinds = _resolve(root, raw)
+    kind, given = error["type"], error.get("input")
+    if kind == "value_error":
+        key, _, text = str(error["ctx"]["error"]).partition("|")  # a validator names the key that it means
+        return (*loc, *([key] if text else [])), f"{text or key}."
+    if kind == "extra_forbidden":
+        return loc, f"unknown key.{suggest(loc[-1], model.model_fields)}"
+    if kind == "missing":
+        return loc, "is missing; a recipe leaves nothing to defaults."
+    if kind == "union_tag_invalid":
+        tag = given.get("kind") if isinstance(given, Mapping) else given
+        return (*loc, "kind"), f"unknown {loc[-1]} {tag!r}.{suggest(str(tag), kinds)}"
+    if kind == "union_tag_not_found":
+        return (*loc, "kind"), f"is missing. Choose from {', '.join(kinds)}."
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return loc, f"{given!r} is not a choice.{suggest(str(given), choices)}"
+    return loc, f"{error['msg'][0].lower()}{error['msg'][1:]}, but it is {given!r}."
+
+
+def _resolve(model: type[BaseModel], raw: Sequence[str]) -> tuple[Loc, type[BaseModel], dict[str, type[BaseModel]]]:
+    """Follows the place of an error: the keys without tags, the model that its last key is of, and kinds to choose."""
+    loc: list[str] = []
+    kinds: dict[str, type[BaseModel]] = {}
+    rest = list(raw)
+    while rest:
+        key = rest.pop(0)
+        loc.append(key)
+        field: FieldInfo | None = model.model_fields.get(key)
+        if field is None:
+            break
+        inner = _models(field.annotation)
+        kinds = _kinds(inner)
+        if rest and not kinds and not inner:
+            loc += rest
+            break
+        if rest and _is_mapping(field.annotation):
+            loc.append(rest.pop(0))
+        if rest and kinds and rest[0] in kinds:
+            model = kinds[rest.pop(0)]
+        elif rest and inner:
+            model = inner[0]
+    return tuple(loc), model, kinds
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is dict
+
+
+def _kinds(models: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The models of a union that a `kind` tells apart, by kind."""
+    return {
+        str(kind): model
+        for model in models
+        if "kind" in model.model_fields
+        for kind in get_args(model.model_fields["kind"].annotation)
+    }

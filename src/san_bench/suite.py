@@ -1,0 +1,236 @@
+"""Suites: tasks, models, methods and a protocol, in one strict YAML file, and the recipes that follow from it.
+
+Example:
+    >>> suite = load_suite("mini-vision")
+    >>> part = Choice(("san", "linear"), tasks=("mini-vision/count",), seeds=2, overrides={"optimizer.lr": 0.01})
+    >>> chosen = plan(suite, part)
+    >>> [(run.method, run.backbone, run.recipe.seed) for run in chosen]
+    [('san', 'vit', 0), ('san', 'vit', 1), ('linear', 'vit', 0), ('linear', 'vit', 1)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from san_bench.recipe import VALIDATION, Method, Recipe, find
+from san_bench.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
+
+Rates = dict[str, dict[str, float | dict[str, float]]]
+"""Learning rates: by backbone and method, one for all tasks or one for each."""
+
+
+class Search(Strict):
+    """How learning rates are chosen: on validation images, with the same effort for every method.
+
+    Attributes:
+        seeds: Seeds of the trials, other than those of the suite.
+        grid: Learning rates by method; `default` for those that are not named.
+        per: One rate for each `task`, or one for the whole `suite`.
+    """
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, strict=False)]]
+    per: Literal["task", "suite"]
+
+    @model_validator(mode="after")
+    def _has_default(self) -> Search:
+        if "default" not in self.grid:
+            raise ValueError("grid|needs a default for the methods that it does not name")
+        return self
+
+
+class Suite(Strict):
+    """What a table compares.
+
+    Attributes:
+        protocol: Name of a shipped protocol, or a file: everything of a recipe that is the same in all runs.
+        groups: Tasks by group.
+        models: Models by short name, the backbone.
+        methods: What is trained, by the name in tables.
+        settings: Values in place of the protocol's for single tasks, by task and dotted key.
+        search: How learning rates are chosen.
+        rates: The rates that were chosen.
+    """
+
+    protocol: str
+    groups: dict[str, Annotated[tuple[str, ...], Field(min_length=1, strict=False)]]
+    models: dict[str, str]
+    methods: dict[str, Method]
+    settings: dict[str, dict[str, Any]]
+    search: Search
+    rates: Rates
+
+    @model_validator(mode="after")
+    def _knows_its_tasks(self) -> Suite:
+        strange = [task for task in self.settings if task not in self.tasks]
+        if strange:
+            raise ValueError(f"settings|{', '.join(strange)} is no task of the suite")
+        return self
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """The group of each task."""
+        return {task: group for group, tasks in self.groups.items() for task in tasks}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Part of a suite; an empty part is all of it.
+
+    Attributes:
+        methods: Names of methods.
+        models: Names of backbones.
+        tasks: Names of tasks.
+        seeds: How many seeds, from 0.
+        data: Folder of the data.
+        protocol: Another protocol than the suite's.
+        overrides: Other values in the recipes, by dotted key or as `key=value` texts.
+    """
+
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    seeds: int = 1
+    data: Path | None = None
+    protocol: str | None = None
+    overrides: Mapping[str, Any] | Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a suite: its recipe, without a place yet, and what tables call its parts."""
+
+    task: str
+    group: str
+    backbone: str
+    method: str
+    recipe: Recipe
+
+
+def load_suite(name: str | Path) -> Suite:
+    """Reads and checks a suite, by its file or the name under which it ships.
+
+    Raises:
+        SanError: If there is none, or anything is wrong with it; the message lists every problem with its place.
+    """
+    return read_model(Suite, find(name, "suites"))
+
+
+def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
+    """Returns the runs of a suite: every task, backbone, method and seed that is chosen.
+
+    Args:
+        suite: The suite.
+        choice: Which part of it.
+        rates: Learning rates in place of the suite's.
+
+    Raises:
+        SanError: If a name is unknown, a learning rate is missing, or a recipe would be wrong.
+    """
+    rates = {
+        backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models
+    }
+    overrides = dict(parse_overrides(choice.overrides))
+    runs, missing = [], []
+    for task, backbone, method in _cells(suite, choice):
+        found = rates[backbone].get(method)
+        rate = overrides.get("optimizer.lr", found.get(task) if isinstance(found, dict) else found)
+        if rate is None:
+            missing.append(f"{method} on {backbone}")
+            continue
+        for seed in range(choice.seeds):
+            values = {"seed": seed, "optimizer.lr": rate, **overrides}
+            runs.append(_run(suite, choice, (task, backbone, method), _splits(task)[0], values))
+    if missing:
+        raise san_error(
+            f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
+            "or give one with --set optimizer.lr=..."
+        )
+    return runs
+
+
+def plan_search(suite: Suite, choice: Choice) -> list[Run]:
+    """Returns the trials of the search for learning rates; see `Search`."""
+    search, overrides = suite.search, dict(parse_overrides(choice.overrides))
+    return [
+        _run(suite, choice, cell, _splits(cell[0])[1], {**overrides, "seed": seed, "optimizer.lr": float(rate)})
+        for cell in _cells(suite, choice)
+        for rate in search.grid.get(cell[2], search.grid["default"])
+        for seed in search.seeds
+    ]
+
+
+def best_rates(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Rates:
+    """Chooses learning rates by the mean accuracy of trials; the smaller where means are equal.
+
+    Args:
+        suite: The suite.
+        rows: Results of the trials of `plan_search`. A trial that failed counts as accuracy 0, by being absent.
+    """
+    scores: dict[tuple[str, str, str], dict[float, float]] = {}
+    for row in rows:
+        for place in ("", row["task"]):
+            by_rate = scores.setdefault((row["backbone"], row["method"], place), {})
+            by_rate[row["lr"]] = by_rate.get(row["lr"], 0.0) + row["accuracy"]
+    best = {key: min(by_rate, key=lambda lr: (-round(by_rate[lr], 9), lr)) for key, by_rate in scores.items()}
+    rates: Rates = {}
+    for backbone, method, task in best:
+        if suite.search.per == "suite" and not task:
+            rates.setdefault(backbone, {})[method] = best[backbone, method, ""]
+        elif suite.search.per == "task" and task:
+            by_task = rates.setdefault(backbone, {}).setdefault(method, {})
+            assert isinstance(by_task, dict)
+            by_task[task] = best[backbone, method, task]
+    return rates
+
+
+def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
+    kinds: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
+        "task": (choice.tasks, suite.tasks),
+        "model": (choice.models, suite.models),
+    }
+    kinds["method"] = (choice.methods, suite.methods)
+    wrong = [
+        f"The suite has no {kind} {name!r}.{suggest(name, known)}"
+        for kind, (chosen, known) in kinds.items()
+        for name in chosen
+        if name not in known
+    ]
+    if choice.seeds < 1:
+        wrong.append(f"The number of seeds must be 1 or more, but it is {choice.seeds}.")
+    if wrong:
+        raise san_error("\n".join(wrong))
+    tasks, models, methods = (chosen or tuple(known) for chosen, known in kinds.values())
+    return [(task, model, method) for model in models for task in tasks for method in methods]
+
+
+def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What runs train with and are scored on, and what trials do, by the names of the task's splits."""
+    fit, val = ("train800", "val200") if task.startswith(("digits", "mini-vision/", "vtab/")) else ("train", "val")
+    joined = next(name for name, parts in VALIDATION.items() if parts == f"{fit}+{val}")
+    return {"train_split": joined, "eval_split": "test"}, {"train_split": fit, "eval_split": val}
+
+
+def _run(
+    suite: Suite, choice: Choice, cell: tuple[str, str, str], splits: Mapping[str, str], values: Mapping[str, Any]
+) -> Run:
+    task, backbone, method = cell
+    protocol = choice.protocol or suite.protocol
+    data, _, problems = read_yaml(find(protocol, "protocols"))
+    data |= {
+        "task": task,
+        "data": str(choice.data) if choice.data else None,
+        "model": suite.models[backbone],
+        "method": suite.methods[method].model_dump(mode="json"),
+        "protocol": Path(protocol).stem,
+        "output": "nowhere",
+    }
+    for key, value in {**splits, **suite.settings.get(task, {}), **values}.items():
+        put(data, key, value)
+    recipe = check(Recipe, data, lambda loc: f"{protocol}, {method} on {task}: {'.'.join(loc)}", problems)
+    return Run(task, suite.tasks[task], backbone, method, recipe)

@@ -1,0 +1,179 @@
+"""Suites: what they plan, what they skip, what they survive, and how they choose learning rates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from san_bench import cli
+from san_bench.data.vision import load_task
+from san_bench.recipe import load_recipe, shipped
+from san_bench.run.build import build_model
+from san_bench.run.engines import Outcome
+from san_bench.run.suite import bench, run_job
+from san_bench.suite import Choice, best_rates, load_suite, plan, plan_search
+from san_peft.errors import SanError
+
+SMALL = {"optimizer.epochs": 1, "optimizer.lr": 0.01}
+COUNT = ("mini-vision/count",)
+
+
+class Here:
+    """An engine without processes, which fails the methods that it is told to."""
+
+    def __init__(self, fail=()):
+        self.fail, self.ran = fail, []
+
+    def run(self, function, jobs):
+        for name, job in jobs.items():
+            self.ran.append(job["labels"]["method"])
+            if job["labels"]["method"] in self.fail:
+                yield Outcome(name, None, "no luck\nand its trace")
+            else:
+                yield Outcome(name, function(job), None)
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return load_suite("mini-vision")
+
+
+@pytest.mark.parametrize("name", shipped("suites"))
+def test_shipped_suites_plan_complete_recipes(name):
+    suite = load_suite(name)
+    runs = plan(suite, Choice(data=Path("there"), overrides=["optimizer.lr=0.01"]))
+    assert len(runs) == len(suite.tasks) * len(suite.models) * len(suite.methods)
+    assert len({run.recipe.fingerprint for run in runs}) == len(runs)
+    assert {run.recipe.eval_split for run in runs} == {"test"}
+    assert {run.recipe.eval_split for run in plan_search(suite, Choice(data=Path("there")))} <= {"val", "val200"}
+
+
+def test_all_wrong_names_come_at_once(suite):
+    with pytest.raises(SanError) as caught:
+        plan(suite, Choice(("sam",), ("vot",), ("mini-vision/coutn",), seeds=0))
+    for words in (
+        "method 'sam'. Did you mean 'san'?",
+        "model 'vot'",
+        "Did you mean 'mini-vision/count'?",
+        "but it is 0",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(SanError, match=r"No learning rate is known for san on vit. Search for them first"):
+        plan(suite.model_copy(update={"rates": {}}), Choice(("san",)))
+    with pytest.raises(SanError, match=r"mini, san on mini-vision/count: optimizer.epochs: input should be greater"):
+        plan(suite, Choice(("san",), tasks=COUNT, overrides={"optimizer.epochs": 0, "optimizer.lr": 1.0}))
+
+
+def test_rates_of_a_task_go_before_those_of_all(suite):
+    rates = {"vit": {"san": {"mini-vision/count": 0.5}, "ssf": 0.25}}
+    runs = plan(suite, Choice(("san", "ssf"), tasks=COUNT), rates)
+    assert [run.recipe.optimizer.lr for run in runs] == [0.5, 0.25]
+
+
+def test_the_best_rate_has_the_best_mean_and_ties_go_to_the_smaller(suite):
+    trials = [("a", 0.1, 0.5), ("b", 0.1, 0.7), ("a", 0.01, 0.9), ("b", 0.01, 0.3), ("a", 1.0, 0.2), ("b", 1.0, 0.8)]
+    rows = [{"backbone": "vit", "method": "san", "task": t, "lr": lr, "accuracy": a} for t, lr, a in trials]
+    assert best_rates(suite, rows) == {"vit": {"san": 0.01}}
+    each = suite.model_copy(update={"search": suite.search.model_copy(update={"per": "task"})})
+    assert best_rates(each, rows) == {"vit": {"san": {"a": 0.01, "b": 1.0}}}
+
+
+def test_a_search_looks_at_no_test_images(suite):
+    trials = plan_search(suite, Choice(("san", "full"), tasks=COUNT))
+    assert {(r.recipe.train_split, r.recipe.eval_split) for r in trials} == {("train800", "val200")}
+    by_method = {m: sorted(r.recipe.optimizer.lr for r in trials if r.method == m) for m in ("san", "full")}
+    assert len(by_method["san"]) == len(by_method["full"]) == 4
+
+
+def test_what_is_done_is_skipped_and_what_fails_stops_nothing(suite, tmp_path):
+    choice = Choice(("linear", "norm", "san"), tasks=COUNT, overrides=SMALL)
+    first = Here(fail=("norm",))
+    rows = bench(suite, "mini-vision", choice, tmp_path, first)
+    assert first.ran == ["linear", "norm", "san"]
+    assert [row["method"] for row in rows] == ["linear", "san"]
+    failure = json.loads((tmp_path / "failures.jsonl").read_text())
+    assert (failure["method"], failure["seed"], failure["error"]) == ("norm", 0, "no luck\nand its trace")
+    assert rows[0]["run"].startswith("runs/mini-vision-count/vit/linear/")
+    assert not (tmp_path / rows[0]["run"] / "adapter").exists()
+    assert (tmp_path / rows[1]["run"] / "adapter" / "adapter_model.safetensors").exists()
+    alone = load_recipe(tmp_path / rows[1]["run"] / "recipe.yaml")
+    assert alone.fingerprint == rows[1]["recipe_fingerprint"]
+
+    second = Here()
+    rows = bench(suite, "mini-vision", choice, tmp_path, second)
+    assert second.ran == ["norm"]
+    assert [row["method"] for row in rows] == ["linear", "norm", "san"]
+    assert (tmp_path / "failures.jsonl").read_text() == ""
+    stored = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert stored == rows
+    assert {"group", "backbone", "suite", "checkpoint_sha256", "energy_joules"} <= set(stored[0])
+
+    third = Here()
+    bench(suite, "mini-vision", Choice(("linear",), tasks=COUNT, seeds=2, overrides=SMALL), tmp_path, third)
+    assert third.ran == ["linear"], "one more seed"
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4, "rows of other choices stay"
+
+
+def test_all_failing_is_an_error(suite, tmp_path):
+    with pytest.raises(SanError, match=r"All 1 runs failed; \S*failures.jsonl says why. The first: no luck"):
+        bench(suite, "mini-vision", Choice(("san",), tasks=COUNT, overrides=SMALL), tmp_path, Here(("san",)))
+
+
+def test_missing_data_is_found_before_anything_runs(suite, tmp_path):
+    other = suite.model_copy(update={"groups": {"natural": ("vtab/cifar", "vtab/dtd")}})
+    engine = Here()
+    with pytest.raises(SanError) as caught:
+        bench(other, "vtab", Choice(("san",), data=tmp_path / "nowhere", overrides=SMALL), tmp_path / "out", engine)
+    assert "vtab/cifar: " in str(caught.value)
+    assert "vtab/dtd: " in str(caught.value)
+    assert engine.ran == []
+
+
+def test_a_search_writes_the_rates_that_runs_then_use(suite, tmp_path):
+    grid = {"default": (1e-6, 0.01)}
+    quick = suite.model_copy(update={"search": suite.search.model_copy(update={"grid": grid})})
+    choice = Choice(("san",), tasks=("mini-vision/digits",), overrides={"optimizer.epochs": 1})
+    rows = bench(quick, "mini-vision", choice, tmp_path, Here(), search=True)
+    assert json.loads((tmp_path / "rates.json").read_text()) == {"vit": {"san": 0.01}}
+    assert [row["lr"] for row in rows] == [0.01]
+    trials = [json.loads(line) for line in (tmp_path / "search/rows.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in trials} == {"val200"}
+    again = Here()
+    bench(quick, "mini-vision", choice, tmp_path, again)
+    assert again.ran == []
+
+
+def test_the_command_runs_in_processes(tmp_path, capsys):
+    words = ["bench", "mini-vision", "--methods", "linear", "--tasks", *COUNT, "--out", str(tmp_path / "out")]
+    cli.main([*words, "--set", "optimizer.lr=0.01", "optimizer.epochs=1"])
+    assert "1 runs are done" in capsys.readouterr().out
+    cli.main(["table", str(tmp_path / "out")])
+    assert "linear" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "mini-vison"])
+    assert stop.value.code == 2
+    assert "Did you mean 'mini-vision'?" in capsys.readouterr().err
+
+
+def test_an_ablation_of_order_trains_other_edges(tmp_path):
+    """The broken graph is in the adapter that is saved, and follows from the seed."""
+    order, edges = load_suite("order"), {}
+    runs = plan(order, Choice(tasks=("mini-vision/digits",), overrides=SMALL))
+    task = load_task("digits")
+    for run in runs:
+        model = build_model(run.recipe, task)
+        edges[run.method] = tuple(map(str, model.base_model.propagation_graph.edges))
+    assert edges["san-none"] == ()
+    assert len({edges[name] for name in ("san", "san-reversed", "san-skip-one", "san-permuted")}) == 4
+    graphs = {run.method: model_graph(run.recipe, task) for run in runs if run.method in ("san", "san-shuffled")}
+    assert graphs["san"] != graphs["san-shuffled"]
+
+
+def model_graph(recipe, task):
+    return build_model(recipe, task).base_model.propagation_graph
+
+
+def test_a_job_is_what_other_processes_find():
+    assert run_job.__module__ == "san_bench.run.suite"
