@@ -114,7 +114,8 @@ def suite(tmp_path_factory):
         {"task": "mine/sand", "backbone": "vit", "method": "dora", "seed": 3, "error": "the disk was full"},
     ]
     (folder / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in failures))
-    (folder / "suite.yaml").write_text("command: san bench mine --seeds 2\n")
+    (folder / "commands.txt").write_text("san bench mine --seeds 2\n")
+    (folder / "suite.yaml").write_text('{"protocol": "mine"}\n')
     write_report(folder, folder / "report.html")
     return folder
 
@@ -151,15 +152,11 @@ def test_it_holds_everything_itself(suite):
 
 def test_it_says_what_was_done(suite):
     elements = check_structure((suite / "report.html").read_text())
-    assert elements.texts("h2") == [
-        "made-up, vit (embedded), test",
-        "Pictures",
-        "Recipes",
-        "Failures",
-        "Runs",
-        "Provenance",
-    ]
-    assert "san bench mine --seeds 2" in elements.texts("pre")[-2]
+    title, *others = elements.texts("h2")
+    assert title == "mine of made-up, vit (embedded), test"
+    assert others == ["Pictures", "Recipes", "Failures", "Runs", "Provenance"]
+    assert elements.all("pre")[-2][1].splitlines()[0] == "san bench mine --seeds 2"
+    assert elements.texts("pre")[-1] == '{"protocol": "mine"}'
     assert elements.texts("article") == [
         "the disk was full san, mine/leaves, vit, seed 0: finished since "
         "dora, mine/sand, vit, seed 3: missing from the results"
@@ -244,9 +241,8 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(tmp_path):
     (tmp_path / one["run"] / "recipe.yaml").write_text("task: [\n")
     with pytest.raises(SanError, match=r"(?s)1 recipes cannot be read.*recipe.yaml: not YAML"):
         write_report(tmp_path, out)
-    (tmp_path / one["run"] / "recipe.yaml").unlink()
-    (tmp_path / "suite.yaml").write_text("- a\n")
-    with pytest.raises(SanError, match=r"suite.yaml: must be a mapping"):
+    (tmp_path / one["run"] / "recipe.yaml").write_text("- task\n")
+    with pytest.raises(SanError, match=r"recipe.yaml: must be a mapping"):
         write_report(tmp_path, out)
     assert not out.exists()
 

@@ -131,12 +131,12 @@ def read_page(folder: Path, out: Path) -> Page:
 
         pictures = figures(folder)
     suites = dict.fromkeys(str(row["suite"]) for row in rows if row.get("suite"))
-    plan, made_by = _read_plan(folder / "suite.yaml")
+    plan = folder / "suite.yaml"
     to = "" if out == folder / "report.html" else f" --out {out}"
     return Page(
         title=", ".join(suites) or folder.resolve().name,
         when=_when(rows),
-        command=(*made_by, f"san report {folder}{to}"),
+        command=(*_commands(folder, rows), f"san report {folder}{to}"),
         facts=_facts(rows, failures),
         tables=tuple(tables(rows)) if rows else (),
         pictures=tuple(pictures),
@@ -145,7 +145,7 @@ def read_page(folder: Path, out: Path) -> Page:
         failures=_failures(failures, rows),
         data=_data(rows),
         origins=_origins(rows),
-        plan=plan,
+        plan=plan.read_text(encoding="utf-8") if plan.is_file() else "",
     )
 
 
@@ -321,15 +321,13 @@ def _read_failures(file: Path) -> list[Row]:
     return failures
 
 
-def _read_plan(file: Path) -> tuple[str, tuple[str, ...]]:
-    """Returns the text of a suite's file, and the command that it names, if it does."""
-    if not file.is_file():
-        return "", ()
-    try:
-        command = _read_yaml(file).get("command")
-    except ValueError as error:
-        raise _error(f"{file}: {error}") from error
-    return file.read_text(encoding="utf-8"), (str(command),) if command else ()
+def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
+    """Returns what was called: as the suite wrote it down, else the short form that follows from the rows."""
+    file = folder / "commands.txt"
+    if file.is_file():
+        return file.read_text(encoding="utf-8").splitlines()
+    suites = dict.fromkeys(row.get("suite") for row in rows)
+    return [f"san bench {suite}" if suite else "san train recipe.yaml" for suite in suites]
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
