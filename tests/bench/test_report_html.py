@@ -245,6 +245,9 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(SanError, match=r"recipe.yaml: must be a mapping"):
         write_report(tmp_path, out)
     assert not out.exists()
+    (tmp_path / one["run"] / "recipe.yaml").unlink()
+    with pytest.raises(SanError, match=r"cannot be written: Is a directory. Choose another file with --out"):
+        write_report(tmp_path, tmp_path)
 
 
 def test_in_a_browser(suite, tmp_path):

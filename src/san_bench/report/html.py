@@ -106,9 +106,13 @@ def write_report(folder: Path, out: Path) -> None:
         out: HTML file to write, atomically.
 
     Raises:
-        SanError: If there are no results, or what is there cannot be read.
+        SanError: If there are no results, what is there cannot be read, or the file cannot be written.
     """
-    write_atomically(out, to_html(read_page(folder, out)))
+    text = to_html(read_page(folder, out))
+    try:
+        write_atomically(out, text)
+    except OSError as error:
+        raise _error(f"{out} cannot be written: {error.strerror}. Choose another file with --out.") from error
 
 
 def read_page(folder: Path, out: Path) -> Page:
