@@ -317,6 +317,24 @@ class Plot:
             print(path)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write a suite as one page that needs nothing else: tables, pictures, recipes, failures, provenance."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of the suite."""
+    out: Path | None = None
+    """File to write; `report.html` in the same folder by default."""
+
+    def run(self) -> None:
+        """Writes the page and names it."""
+        from san_bench.report.html import write_report
+
+        out = self.out or self.folder / "report.html"
+        write_report(self.folder, out)
+        print(out)
+
+
 EXTRAS = {
     "sklearn": "demo",
     "matplotlib": "plot",
@@ -324,12 +342,13 @@ EXTRAS = {
     "datasets": "vision",
     "torchvision": "vision",
     "scipy": "vision",
+    "jinja2": "plot",
 }
 """Which extra brings a module that a verb may need."""
 
-VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot)
+VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot, Report)
 
-Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot
+Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot | Report
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:
