@@ -81,11 +81,12 @@ class RayEngine:
                 _check_reachable(wanted)
                 ray.init(address=wanted, **options)
                 return
-            except (OSError, RuntimeError, ValueError) as error:
-                if wanted != "auto":
+            except Exception as error:
+                nobody_here = wanted == "auto" and isinstance(error, ConnectionError)
+                if not nobody_here:
                     raise _error(
-                        f"No Ray cluster answers at {wanted}: {error}. Start one there with `ray start --head`, or "
-                        "choose another address or RAY_ADDRESS (`local` is a Ray of this process). "
+                        f"No Ray cluster can be joined at {wanted}: {error}. Start one there with `ray start --head`, "
+                        "or choose another address or RAY_ADDRESS (`local` is a Ray of this process). "
                         "If the cluster asks for a token, set RAY_AUTH_MODE=token here as well."
                     ) from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
