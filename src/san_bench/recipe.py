@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, field_validator, model_validator
 
-from san_bench.strict import Strict, read_model, san_error, suggest
+from san_bench.strict import Strict, did_you_mean, read_model, san_error, suggest
 
 Propagation = Literal[
     "all", "exact", "feedforward", "reference", "none", "reversed", "skip-one", "permuted", "shuffled"
@@ -194,7 +193,7 @@ class Recipe(Strict):
             carries the fingerprint of the data itself.
         train_split: Split to train with.
         eval_split: Split to score once, after training.
-        model: `embedded`, `embedded/swin`, `embedded/convnext`, a folder, or a name that transformers resolves, such as
+        model: `embedded` (the small ViT of the package), a folder, or a name that transformers resolves, such as
             `timm/vit_base_patch16_224.augreg_in21k`.
         method: What is trained; the task's head always is.
         input: How an image becomes what the model reads.
@@ -307,8 +306,7 @@ def find(name: str | Path, kind: str = "recipes") -> Path:
         return Path(name)
     if str(name) in known:
         return known[str(name)]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(name), known)
     raise san_error(f"There is no {kind[:-1]} {str(name)!r}.{hint} Give a file, or one of {', '.join(known)}.")
 
 

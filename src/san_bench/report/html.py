@@ -18,6 +18,7 @@ from san_bench.report.results import Cell, Row, Table, read_rows
 from san_bench.report.settings import Setting, side_by_side
 from san_bench.report.table import tables
 from san_bench.run.provenance import write_atomically
+from san_bench.strict import san_error
 
 if TYPE_CHECKING:
     from san_bench.report.analysis import Picture
@@ -112,7 +113,7 @@ def write_report(folder: Path, out: Path) -> None:
     try:
         write_atomically(out, text)
     except OSError as error:
-        raise _error(f"{out} cannot be written: {error.strerror}. Choose another file with --out.") from error
+        raise san_error(f"{out} cannot be written: {error.strerror}. Choose another file with --out.") from error
 
 
 def read_page(folder: Path, out: Path) -> Page:
@@ -226,7 +227,7 @@ def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
             else:
                 found.setdefault(row["method"], []).append({k: v for k, v in recipe.items() if k != "output"})
     if problems:
-        raise _error("\n".join([f"{len(problems)} recipes cannot be read; repair or remove them:", *problems]))
+        raise san_error("\n".join([f"{len(problems)} recipes cannot be read; repair or remove them:", *problems]))
     return Compared(tuple(found), tuple(side_by_side(list(found.values()))))
 
 
@@ -321,7 +322,7 @@ def _read_failures(file: Path) -> list[Row]:
             else:
                 problems.append(f"{file}:{number}: holds no keys and values.")
     if problems:
-        raise _error("\n".join(["Some failures cannot be read; repair or remove these lines:", *problems]))
+        raise san_error("\n".join(["Some failures cannot be read; repair or remove these lines:", *problems]))
     return failures
 
 
@@ -345,9 +346,3 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError("must be a mapping of keys to values.")
     return data
-
-
-def _error(message: str) -> Exception:
-    from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-    return SanError(message)
