@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from san_bench.data.vision import VisionTask, embedded_path
 from san_bench.recipe import Ia3, Lora, Recipe, San, SanOver, Ssf
 from san_peft.errors import SanError
+from san_peft.tuner.resolve import norms_of
 
 
 def head_of(model: Any) -> str:
@@ -156,7 +157,7 @@ def _plain_parameters(model: nn.Module, kind: str) -> set[str]:
     if kind == "bitfit":
         return {name for name in names if name.rpartition(".")[2] == "bias"}
     if kind == "norm":
-        norms = [n for n, m in model.named_modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
+        norms = set(norms_of(model))
         return {name for name in names if name.rpartition(".")[0] in norms}
     return names if kind == "full" else set()
 
