@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
     rates = {
         backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models
     }
-    overrides = dict(parse_overrides(choice.overrides))
+    overrides, protocol = parse_overrides(choice.overrides), _protocol(suite, choice)
     runs, missing = [], []
     for task, backbone, method in _cells(suite, choice):
         found = rates[backbone].get(method)
@@ -144,8 +145,8 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
             missing.append(f"{method} on {backbone}")
             continue
         for seed in range(choice.seeds):
-            values = {"seed": seed, "optimizer.lr": rate, **overrides}
-            runs.append(_run(suite, choice, (task, backbone, method), _splits(task)[0], values))
+            values = {**_splits(task)[0], **suite.settings.get(task, {}), "seed": seed, "optimizer.lr": rate}
+            runs.append(_run(suite, protocol, (task, backbone, method), {**values, **overrides}))
     if missing:
         raise san_error(
             f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
@@ -156,13 +157,14 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
 
 def plan_search(suite: Suite, choice: Choice) -> list[Run]:
     """Returns the trials of the search for learning rates; see `Search`."""
-    search, overrides = suite.search, dict(parse_overrides(choice.overrides))
-    return [
-        _run(suite, choice, cell, _splits(cell[0])[1], {**overrides, "seed": seed, "optimizer.lr": float(rate)})
-        for cell in _cells(suite, choice)
-        for rate in search.grid.get(cell[2], search.grid["default"])
-        for seed in search.seeds
-    ]
+    search, overrides, protocol = suite.search, parse_overrides(choice.overrides), _protocol(suite, choice)
+    runs = []
+    for cell in _cells(suite, choice):
+        shared = {**suite.settings.get(cell[0], {}), **overrides, **_splits(cell[0])[1]}  # never the test split
+        for rate in search.grid.get(cell[2], search.grid["default"]):
+            for seed in search.seeds:
+                runs.append(_run(suite, protocol, cell, {**shared, "seed": seed, "optimizer.lr": float(rate)}))
+    return runs
 
 
 def best_rates(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Rates:
@@ -193,8 +195,8 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
     kinds: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
         "task": (choice.tasks, suite.tasks),
         "model": (choice.models, suite.models),
+        "method": (choice.methods, suite.methods),
     }
-    kinds["method"] = (choice.methods, suite.methods)
     wrong = [
         f"The suite has no {kind} {name!r}.{suggest(name, known)}"
         for kind, (chosen, known) in kinds.items()
@@ -216,21 +218,27 @@ def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
     return {"train_split": joined, "eval_split": "test"}, {"train_split": fit, "eval_split": val}
 
 
-def _run(
-    suite: Suite, choice: Choice, cell: tuple[str, str, str], splits: Mapping[str, str], values: Mapping[str, Any]
-) -> Run:
+@dataclass(frozen=True)
+class _Protocol:
+    """What all recipes of a suite have in common, and what is wrong with its file."""
+
+    name: str
+    data: dict[str, Any]
+    problems: list[tuple[tuple[str, ...], str]]
+
+
+def _protocol(suite: Suite, choice: Choice) -> _Protocol:
+    name = choice.protocol or suite.protocol
+    data, _, problems = read_yaml(find(name, "protocols"))
+    data |= {"data": str(choice.data) if choice.data else None, "protocol": Path(name).stem, "output": "nowhere"}
+    return _Protocol(name, data, problems)
+
+
+def _run(suite: Suite, protocol: _Protocol, cell: tuple[str, str, str], values: Mapping[str, Any]) -> Run:
     task, backbone, method = cell
-    protocol = choice.protocol or suite.protocol
-    data, _, problems = read_yaml(find(protocol, "protocols"))
-    data |= {
-        "task": task,
-        "data": str(choice.data) if choice.data else None,
-        "model": suite.models[backbone],
-        "method": suite.methods[method].model_dump(mode="json"),
-        "protocol": Path(protocol).stem,
-        "output": "nowhere",
-    }
-    for key, value in {**splits, **suite.settings.get(task, {}), **values}.items():
+    data = copy.deepcopy(protocol.data)
+    data |= {"task": task, "model": suite.models[backbone], "method": suite.methods[method].model_dump(mode="json")}
+    for key, value in values.items():
         put(data, key, value)
-    recipe = check(Recipe, data, lambda loc: f"{protocol}, {method} on {task}: {'.'.join(loc)}", problems)
+    recipe = check(Recipe, data, lambda loc: f"{protocol.name}, {method} on {task}: {'.'.join(loc)}", protocol.problems)
     return Run(task, suite.tasks[task], backbone, method, recipe)

@@ -83,6 +83,9 @@ def test_the_best_rate_has_the_best_mean_and_ties_go_to_the_smaller(suite):
 def test_a_search_looks_at_no_test_images(suite):
     trials = plan_search(suite, Choice(("san", "full"), tasks=COUNT))
     assert {(r.recipe.train_split, r.recipe.eval_split) for r in trials} == {("train800", "val200")}
+    for words in (["eval_split=test"], ["train_split=train800val200", "optimizer.epochs=1"]):
+        asked = plan_search(suite, Choice(("san",), tasks=COUNT, overrides=words))
+        assert {(r.recipe.train_split, r.recipe.eval_split) for r in asked} == {("train800", "val200")}
     by_method = {m: sorted(r.recipe.optimizer.lr for r in trials if r.method == m) for m in ("san", "full")}
     assert len(by_method["san"]) == len(by_method["full"]) == 4
 
