@@ -151,7 +151,8 @@ class Optimizer(Strict):
         kind: AdamW, or SGD with momentum 0.9.
         lr: Largest learning rate, after the warm-up.
         weight_decay: Of matrices and kernels.
-        decay_vectors: Decays vectors as well, apart from biases and norms: scales are then pulled towards zero.
+        decay_vectors: Decays vectors as well, apart from biases and norms: scales, which are stored as their offset
+            from one, are then pulled towards one.
         epochs: Passes over the images.
         batch_size: Images in a step, over all devices and accumulated parts.
         accumulation: Into how many parts a batch is divided.
