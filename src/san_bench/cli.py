@@ -90,19 +90,13 @@ class Bench:
 
     def run(self) -> None:
         """Runs the suite and prints where the results are."""
-        from san_bench.suite import Choice, load_suite, plan
-
-        suite = load_suite(self.suite)
-        overrides = self.set
-        choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, overrides)
-        if not self.search:  # names and settings are checked before torch is imported
-            rates = (self.out or Path("runs") / Path(self.suite).stem) / "rates.json"
-            plan(suite, choice, json.loads(rates.read_text(encoding="utf-8")) if rates.exists() else None)
         from san_bench.run.cluster import RayEngine
         from san_bench.run.engines import LocalEngine
         from san_bench.run.suite import bench
+        from san_bench.suite import Choice, load_suite
 
-        name = Path(self.suite).stem
+        suite, name = load_suite(self.suite), Path(self.suite).stem
+        choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, self.set)
         threads = self.threads or (1 if self.workers > 1 else None)
         engine = (
             RayEngine(self.workers, threads or 1, self.gpus_per_run)
@@ -317,6 +311,24 @@ class Plot:
             print(path)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write a suite as one page that needs nothing else: tables, pictures, recipes, failures, provenance."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of the suite."""
+    out: Path | None = None
+    """File to write; `report.html` in the same folder by default."""
+
+    def run(self) -> None:
+        """Writes the page and names it."""
+        from san_bench.report.html import write_report
+
+        out = self.out or self.folder / "report.html"
+        write_report(self.folder, out)
+        print(out)
+
+
 EXTRAS = {
     "sklearn": "demo",
     "matplotlib": "plot",
@@ -324,12 +336,13 @@ EXTRAS = {
     "datasets": "vision",
     "torchvision": "vision",
     "scipy": "vision",
+    "jinja2": "plot",
 }
 """Which extra brings a module that a verb may need."""
 
-VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot)
+VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot, Report)
 
-Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot
+Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot | Report
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:

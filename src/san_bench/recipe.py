@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -25,9 +24,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, field_validator, model_validator
 
-from san_bench.strict import Strict, read_model, san_error, suggest
+from san_bench.strict import Strict, did_you_mean, read_model, san_error, suggest
 
-Propagation = Literal["all", "exact", "feedforward", "reference", "none"]
+Propagation = Literal[
+    "all", "exact", "feedforward", "reference", "none", "reversed", "skip-one", "permuted", "shuffled"
+]
+"""A scheme, or one of the ways to break the order of propagation, drawn with the recipe's seed."""
+
 Targets = Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | Literal["all-linear"]
 
 
@@ -148,7 +151,8 @@ class Optimizer(Strict):
         kind: AdamW, or SGD with momentum 0.9.
         lr: Largest learning rate, after the warm-up.
         weight_decay: Of matrices and kernels.
-        decay_vectors: Decays vectors as well, apart from biases and norms: scales are then pulled towards zero.
+        decay_vectors: Decays vectors as well, apart from biases and norms: scales, which are stored as their offset
+            from one, are then pulled towards one.
         epochs: Passes over the images.
         batch_size: Images in a step, over all devices and accumulated parts.
         accumulation: Into how many parts a batch is divided.
@@ -190,7 +194,7 @@ class Recipe(Strict):
             carries the fingerprint of the data itself.
         train_split: Split to train with.
         eval_split: Split to score once, after training.
-        model: `embedded`, `embedded/swin`, `embedded/convnext`, a folder, or a name that transformers resolves, such as
+        model: `embedded` (the small ViT of the package), a folder, or a name that transformers resolves, such as
             `timm/vit_base_patch16_224.augreg_in21k`.
         method: What is trained; the task's head always is.
         input: How an image becomes what the model reads.
@@ -303,8 +307,7 @@ def find(name: str | Path, kind: str = "recipes") -> Path:
         return Path(name)
     if str(name) in known:
         return known[str(name)]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(name), known)
     raise san_error(f"There is no {kind[:-1]} {str(name)!r}.{hint} Give a file, or one of {', '.join(known)}.")
 
 

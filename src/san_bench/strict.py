@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -116,10 +116,16 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Mapping[str
     return dict(_parse_override(text) for text in overrides)
 
 
-def suggest(word: str, known: Any) -> str:
-    """Returns the known word that is close to a mistyped one, and all of them, to end an error with."""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns a question after the known word that is close to a mistyped one; nothing where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Choose from {', '.join(known)}."
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Returns the known word that is close to a mistyped one, and all of them, to end an error with."""
+    words = list(known)
+    return f"{did_you_mean(word, words)} Choose from {', '.join(words)}."
 
 
 def san_error(message: str) -> Exception:

@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from san_bench.recipe import Method, Recipe, find
+from san_bench.recipe import VALIDATION, Method, Recipe, find
 from san_bench.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
 
 Rates = dict[str, dict[str, float | dict[str, float]]]
@@ -28,15 +29,11 @@ class Search(Strict):
     """How learning rates are chosen: on validation images, with the same effort for every method.
 
     Attributes:
-        train_split: What the trials train with.
-        eval_split: What they are scored on.
         seeds: Seeds of the trials, other than those of the suite.
         grid: Learning rates by method; `default` for those that are not named.
         per: One rate for each `task`, or one for the whole `suite`.
     """
 
-    train_split: Literal["train800", "train"]
-    eval_split: Literal["val200", "val"]
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, strict=False)]]
     per: Literal["task", "suite"]
@@ -56,8 +53,7 @@ class Suite(Strict):
         groups: Tasks by group.
         models: Models by short name, the backbone.
         methods: What is trained, by the name in tables.
-        train_split: What the runs train with.
-        eval_split: What they are scored on.
+        settings: Values in place of the protocol's for single tasks, by task and dotted key.
         search: How learning rates are chosen.
         rates: The rates that were chosen.
     """
@@ -66,10 +62,16 @@ class Suite(Strict):
     groups: dict[str, Annotated[tuple[str, ...], Field(min_length=1, strict=False)]]
     models: dict[str, str]
     methods: dict[str, Method]
-    train_split: Literal["train800", "train800val200", "train", "trainval"]
-    eval_split: Literal["val200", "val", "test"]
+    settings: dict[str, dict[str, Any]]
     search: Search
     rates: Rates
+
+    @model_validator(mode="after")
+    def _knows_its_tasks(self) -> Suite:
+        strange = [task for task in self.settings if task not in self.tasks]
+        if strange:
+            raise ValueError(f"settings|{', '.join(strange)} is no task of the suite")
+        return self
 
     @property
     def tasks(self) -> dict[str, str]:
@@ -134,8 +136,7 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
     rates = {
         backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models
     }
-    splits = {"train_split": suite.train_split, "eval_split": suite.eval_split}
-    overrides = dict(parse_overrides(choice.overrides))
+    overrides, protocol = parse_overrides(choice.overrides), _protocol(suite, choice)
     runs, missing = [], []
     for task, backbone, method in _cells(suite, choice):
         found = rates[backbone].get(method)
@@ -144,7 +145,8 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
             missing.append(f"{method} on {backbone}")
             continue
         for seed in range(choice.seeds):
-            runs.append(_run(suite, choice, (task, backbone, method), {**splits, "seed": seed, "optimizer.lr": rate}))
+            values = {**_splits(task)[0], **suite.settings.get(task, {}), "seed": seed, "optimizer.lr": rate}
+            runs.append(_run(suite, protocol, (task, backbone, method), {**values, **overrides}))
     if missing:
         raise san_error(
             f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
@@ -155,14 +157,14 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
 
 def plan_search(suite: Suite, choice: Choice) -> list[Run]:
     """Returns the trials of the search for learning rates; see `Search`."""
-    search = suite.search
-    splits = {"train_split": search.train_split, "eval_split": search.eval_split}
-    return [
-        _run(suite, choice, cell, {**splits, "seed": seed, "optimizer.lr": float(rate)})
-        for cell in _cells(suite, choice)
-        for rate in search.grid.get(cell[2], search.grid["default"])
-        for seed in search.seeds
-    ]
+    search, overrides, protocol = suite.search, parse_overrides(choice.overrides), _protocol(suite, choice)
+    runs = []
+    for cell in _cells(suite, choice):
+        shared = {**suite.settings.get(cell[0], {}), **overrides, **_splits(cell[0])[1]}  # never the test split
+        for rate in search.grid.get(cell[2], search.grid["default"]):
+            for seed in search.seeds:
+                runs.append(_run(suite, protocol, cell, {**shared, "seed": seed, "optimizer.lr": float(rate)}))
+    return runs
 
 
 def best_rates(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Rates:
@@ -193,8 +195,8 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
     kinds: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
         "task": (choice.tasks, suite.tasks),
         "model": (choice.models, suite.models),
+        "method": (choice.methods, suite.methods),
     }
-    kinds["method"] = (choice.methods, suite.methods)
     wrong = [
         f"The suite has no {kind} {name!r}.{suggest(name, known)}"
         for kind, (chosen, known) in kinds.items()
@@ -209,19 +211,34 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
     return [(task, model, method) for model in models for task in tasks for method in methods]
 
 
-def _run(suite: Suite, choice: Choice, cell: tuple[str, str, str], values: Mapping[str, Any]) -> Run:
+def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What runs train with and are scored on, and what trials do, by the names of the task's splits."""
+    fit, val = ("train800", "val200") if task.startswith(("digits", "mini-vision/", "vtab/")) else ("train", "val")
+    joined = next(name for name, parts in VALIDATION.items() if parts == f"{fit}+{val}")
+    return {"train_split": joined, "eval_split": "test"}, {"train_split": fit, "eval_split": val}
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What all recipes of a suite have in common, and what is wrong with its file."""
+
+    name: str
+    data: dict[str, Any]
+    problems: list[tuple[tuple[str, ...], str]]
+
+
+def _protocol(suite: Suite, choice: Choice) -> _Protocol:
+    name = choice.protocol or suite.protocol
+    data, _, problems = read_yaml(find(name, "protocols"))
+    data |= {"data": str(choice.data) if choice.data else None, "protocol": Path(name).stem, "output": "nowhere"}
+    return _Protocol(name, data, problems)
+
+
+def _run(suite: Suite, protocol: _Protocol, cell: tuple[str, str, str], values: Mapping[str, Any]) -> Run:
     task, backbone, method = cell
-    protocol = choice.protocol or suite.protocol
-    data, _, problems = read_yaml(find(protocol, "protocols"))
-    data |= {
-        "task": task,
-        "data": str(choice.data) if choice.data else None,
-        "model": suite.models[backbone],
-        "method": suite.methods[method].model_dump(mode="json"),
-        "protocol": Path(protocol).stem,
-        "output": "nowhere",
-    }
-    for key, value in {**dict(parse_overrides(choice.overrides)), **values}.items():
+    data = copy.deepcopy(protocol.data)
+    data |= {"task": task, "model": suite.models[backbone], "method": suite.methods[method].model_dump(mode="json")}
+    for key, value in values.items():
         put(data, key, value)
-    recipe = check(Recipe, data, lambda loc: f"{protocol}, {method} on {task}: {'.'.join(loc)}", problems)
+    recipe = check(Recipe, data, lambda loc: f"{protocol.name}, {method} on {task}: {'.'.join(loc)}", protocol.problems)
     return Run(task, suite.tasks[task], backbone, method, recipe)

@@ -47,6 +47,7 @@ def run(capsys, *words):
             "table runs/a runs/b --format latex --no-published --reference ssf",
             cli.Table((Path("runs/a"), Path("runs/b")), "latex", False, "ssf"),
         ),
+        ("report runs/a --out page.html", cli.Report(Path("runs/a"), Path("page.html"))),
         ("plot runs/a --format svg", cli.Plot(Path("runs/a"), format="svg")),
         ("data check vtab/cifar there --no-images", cli.Data("check", "vtab/cifar", Path("there"), images=False)),
         ("data fetch gic there", cli.Data("fetch", "gic", Path("there"))),

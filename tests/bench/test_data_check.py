@@ -9,7 +9,7 @@ import pytest
 from tests.bench import copies
 from tests.bench.copies import FGVC, VTAB, class_folders, community, encoded, parquet, picture, table, write_picture
 
-from san_bench.data.check import check, check_command
+from san_bench.data.check import check_command, examine
 from san_bench.data.manifest import Manifest
 from san_peft.errors import SanError
 
@@ -24,6 +24,10 @@ def data(tmp_path):
     for seed, facts in enumerate(VTAB.tasks.values()):
         community(tmp_path / "data", facts, seed=seed)
     return tmp_path / "data"
+
+
+def check(*words, **options):
+    return [problem for found in examine(*words, **options) for problem in found.problems]
 
 
 def said(problems):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import ConvNextImageProcessor
 from san_bench.data.preprocess import InputSettings, Prepared, checkpoint_input, input_settings, mixing
 from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, embedded_path
 from san_bench.recipe import Input, load_recipe
+from san_bench.run.trainer import Collate
 from san_peft.errors import SanError
 
 HALF = (0.5, 0.5, 0.5)
@@ -114,6 +116,19 @@ def test_augmentation_changes_training_images_by_the_seed(change):
     plain = Prepared(split(), settings).batch(6)
     assert not torch.equal(once(0), plain)
     assert torch.equal(Prepared(split(), settings, NOTHING).batch(6), plain)
+
+
+def test_workers_of_any_start_method_can_be_sent_it():
+    """Data loaders pickle their data set and collate function where processes are not forked."""
+    settings = InputSettings(8, HALF, HALF, "bilinear", 0.5, squash=False)
+    heavy = NOTHING.model_copy(update={"crop": "random-resized", "flip": True, "mixup": 0.8, "erasing": 0.25})
+    for augmentation in (None, heavy, NOTHING.model_copy(update={"flip": True})):
+        train = Prepared(split(), settings, augmentation)
+        assert pickle.loads(pickle.dumps(train)).batch(2).shape == (2, 3, 8, 8)
+    collate = pickle.loads(pickle.dumps(Collate(mixing(heavy, 3), 3, channels_last=True)))
+    batch = collate([train[index] for index in range(4)])
+    assert batch["labels"].shape == (4, 3)
+    assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_mixing_gives_shares_of_classes():

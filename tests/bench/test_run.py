@@ -261,6 +261,13 @@ def test_an_export_that_changes_outputs_writes_nothing(kind, runs, tmp_path, mon
 # ---------------------------------------------------------------------------------------------- once, and only this one
 
 
+def test_a_run_without_a_suite_has_a_table(runs, capsys):
+    cli.main(["table", *(runs[kind][0].output for kind in ("san", "linear"))])
+    printed = capsys.readouterr().out
+    assert "embedded" in printed
+    assert "linear" in printed
+
+
 def test_a_finished_run_is_not_repeated(runs, monkeypatch, capsys):
     recipe, result = runs["san"]
     monkeypatch.setattr(training, "base_model", lambda *_: pytest.fail("it was built again"))

@@ -111,10 +111,10 @@ def test_a_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # nobody listens
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(SanError, match=rf"No Ray cluster answers at {address}: .*refused.*ray start --head"):
+        with pytest.raises(SanError, match=rf"No Ray cluster can be joined at {address}: .*refused.*ray start --head"):
             RayEngine(workers=1, address=address)._connect()
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(SanError, match=f"No Ray cluster answers at {address}"):
+        with pytest.raises(SanError, match=f"No Ray cluster can be joined at {address}"):
             RayEngine(workers=1)._connect()
 
 

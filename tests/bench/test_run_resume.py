@@ -28,7 +28,7 @@ KILLED = """
 import os, signal, sys
 from san_bench import cli
 from san_bench.data import vision
-from san_bench.run import train
+from san_bench.run import trainer
 from tests.bench.small import small_task
 
 vision.TASKS["digits"] = small_task
@@ -37,7 +37,7 @@ def die(self, args, state, control, **kwargs):
     if state.global_step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train._Journal.on_step_end = die
+trainer.Journal.on_step_end = die
 for recipe in sys.argv[1:]:
     child = os.fork()  # before any training, so the children start from imports alone
     if not child:

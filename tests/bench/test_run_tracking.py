@@ -15,7 +15,8 @@ from tests.bench.small import short_recipe, small_scale, small_task
 from san_bench.run import tracking as module
 from san_bench.run.build import build_model
 from san_bench.run.engines import in_fresh_process
-from san_bench.run.tracking import scales_of, tracking
+from san_bench.run.scales import scale_vectors
+from san_bench.run.tracking import tracking
 from san_bench.run.trainer import make_trainer
 from san_peft.errors import SanError
 
@@ -65,7 +66,7 @@ def test_tensorboard_has_curves_histograms_and_the_recipe(tmp_path):
     assert [event.step for event in losses] == list(range(1, STEPS + 1))
     assert [event.value for event in losses] == pytest.approx([row["loss"] for row in log])
     assert {"train/learning_rate", "train/grad_norm", "train/epoch"} <= set(events.Tags()["scalars"])
-    scales = scales_of(model)
+    scales = scale_vectors(model)
     assert set(events.Tags()["histograms"]) == {f"scale/{fqn}" for fqn in scales}
     for fqn, scale in scales.items():
         epochs = events.Histograms(f"scale/{fqn}")
@@ -96,7 +97,7 @@ def test_wandb_writes_offline_below_the_folder(tmp_path):
     ]
     losses = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert losses == {step: pytest.approx(row["loss"]) for step, row in enumerate(log, 1)}
-    for fqn, scale in scales_of(model).items():
+    for fqn, scale in scale_vectors(model).items():
         found = {row["train/global_step"]: row for row in rows if f"scale/{fqn}|_type" in row}
         assert list(found) == [STEPS // EPOCHS, STEPS]
         assert {row[f"scale/{fqn}|_type"] for row in found.values()} == {"histogram"}
@@ -135,7 +136,7 @@ def track_by_trackio(folder):
         recipe, model, _ = trained(Path(folder), ["trackio"])
         with pytest.raises(SanError) as caught:
             tracking(["trackio"], recipe, Path(folder) / "other")
-    return recipe.model_dump(mode="json"), {fqn: len(s) for fqn, s in scales_of(model).items()}, str(caught.value)
+    return recipe.model_dump(mode="json"), {fqn: len(s) for fqn, s in scale_vectors(model).items()}, str(caught.value)
 
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is in the extra track")
@@ -170,7 +171,7 @@ def test_a_method_without_scales_has_no_histograms(tmp_path):
 def test_a_host_has_the_scale_that_is_taken_out_of_it(tmp_path):
     recipe = short_recipe("hosts/san-lora", tmp_path, method__rank=2)
     model = build_model(recipe, small_task())
-    scales = scales_of(model)
+    scales = scale_vectors(model)
     assert scales
     assert all((scale == 1).all() for scale in scales.values())
 

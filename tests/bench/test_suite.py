@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from san_bench import cli
+from san_bench.data.vision import load_task
 from san_bench.recipe import load_recipe, shipped
+from san_bench.run.build import build_model
 from san_bench.run.engines import Outcome
 from san_bench.run.suite import bench, run_job
 from san_bench.suite import Choice, best_rates, load_suite, plan, plan_search
@@ -44,9 +46,8 @@ def test_shipped_suites_plan_complete_recipes(name):
     runs = plan(suite, Choice(data=Path("there"), overrides=["optimizer.lr=0.01"]))
     assert len(runs) == len(suite.tasks) * len(suite.models) * len(suite.methods)
     assert len({run.recipe.fingerprint for run in runs}) == len(runs)
-    assert {run.recipe.train_split for run in plan_search(suite, Choice(data=Path("there")))} == {
-        suite.search.train_split
-    }
+    assert {run.recipe.eval_split for run in runs} == {"test"}
+    assert {run.recipe.eval_split for run in plan_search(suite, Choice(data=Path("there")))} <= {"val", "val200"}
 
 
 def test_all_wrong_names_come_at_once(suite):
@@ -82,6 +83,9 @@ def test_the_best_rate_has_the_best_mean_and_ties_go_to_the_smaller(suite):
 def test_a_search_looks_at_no_test_images(suite):
     trials = plan_search(suite, Choice(("san", "full"), tasks=COUNT))
     assert {(r.recipe.train_split, r.recipe.eval_split) for r in trials} == {("train800", "val200")}
+    for words in (["eval_split=test"], ["train_split=train800val200", "optimizer.epochs=1"]):
+        asked = plan_search(suite, Choice(("san",), tasks=COUNT, overrides=words))
+        assert {(r.recipe.train_split, r.recipe.eval_split) for r in asked} == {("train800", "val200")}
     by_method = {m: sorted(r.recipe.optimizer.lr for r in trials if r.method == m) for m in ("san", "full")}
     assert len(by_method["san"]) == len(by_method["full"]) == 4
 
@@ -154,6 +158,24 @@ def test_the_command_runs_in_processes(tmp_path, capsys):
         cli.main(["bench", "mini-vison"])
     assert stop.value.code == 2
     assert "Did you mean 'mini-vision'?" in capsys.readouterr().err
+
+
+def test_an_ablation_of_order_trains_other_edges(tmp_path):
+    """The broken graph is in the adapter that is saved, and follows from the seed."""
+    order, edges = load_suite("order"), {}
+    runs = plan(order, Choice(tasks=("mini-vision/digits",), overrides=SMALL))
+    task = load_task("digits")
+    for run in runs:
+        model = build_model(run.recipe, task)
+        edges[run.method] = tuple(map(str, model.base_model.propagation_graph.edges))
+    assert edges["san-none"] == ()
+    assert len({edges[name] for name in ("san", "san-reversed", "san-skip-one", "san-permuted")}) == 4
+    graphs = {run.method: model_graph(run.recipe, task) for run in runs if run.method in ("san", "san-shuffled")}
+    assert graphs["san"] != graphs["san-shuffled"]
+
+
+def model_graph(recipe, task):
+    return build_model(recipe, task).base_model.propagation_graph
 
 
 def test_a_job_is_what_other_processes_find():

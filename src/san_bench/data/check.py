@@ -21,9 +21,10 @@ from PIL import Image
 
 from san_bench.data import fgvc, folders, vtab
 from san_bench.data.found import Found, Problem, item_name
-from san_bench.data.manifest import SUITES, Manifest, load_manifest, suggest
+from san_bench.data.manifest import SUITES, Manifest, load_manifest
 from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
 from san_bench.run.provenance import write_atomically
+from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 TOLERATED_OVERLAP = 0.01
@@ -37,37 +38,6 @@ CHUNK = 64
 """Images that a thread reads at a time."""
 
 
-def check(
-    suite: str,
-    folder: Path,
-    images: bool = True,
-    workers: int | None = None,
-    manifest: Manifest | None = None,
-    write_checksums: Path | None = None,
-    checksums: Path | None = None,
-) -> list[Problem]:
-    """Checks the data of a suite, and returns every problem at once.
-
-    Args:
-        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for data
-            of one's own.
-        folder: Its folder.
-        images: Also read and decode every image, and look for those that occur twice.
-        workers: Threads that read images; by default as many as there are processors, up to eight.
-        manifest: What the data must be; the suite's own by default.
-        write_checksums: File to write the checksums of all lists, tables and images to.
-        checksums: File of checksums to compare with.
-
-    Returns:
-        The problems, errors and warnings, in the order of the tasks.
-
-    Raises:
-        SanError: If there is no such suite or folder, or checksums are wanted without images.
-    """
-    found = examine(suite, folder, images, workers, manifest, write_checksums, checksums)
-    return [problem for one in found for problem in one.problems]
-
-
 def examine(
     suite: str,
     folder: Path,
@@ -78,7 +48,25 @@ def examine(
     checksums: Path | None = None,
     progress: bool = False,
 ) -> list[Found]:
-    """Does what `check` does, and returns what was found of each data set; `progress` shows a bar."""
+    """Checks the data of a suite, and notes every problem at once.
+
+    Args:
+        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for data
+            of one's own.
+        folder: Its folder.
+        images: Also read and decode every image, and look for those that occur twice.
+        workers: Threads that read images; by default as many as there are processors, up to eight.
+        manifest: What the data must be; the suite's own by default.
+        write_checksums: File to write the checksums of all lists, tables and images to.
+        checksums: File of checksums to compare with.
+        progress: Shows a bar.
+
+    Returns:
+        What was found of each data set, with its problems, in the order of the tasks.
+
+    Raises:
+        SanError: If there is no such suite or folder, or checksums are wanted without images.
+    """
     from rich.progress import Progress
 
     if not images and (write_checksums or checksums):

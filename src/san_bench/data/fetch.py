@@ -1,6 +1,6 @@
 """Fetches data where its licence and a maintained source allow it, and says for the rest where to get what.
 
-What is fetched lies in a folder `.fetching` until every file is there and `check` has nothing against it; then it is
+What is fetched lies in a folder `.fetching` until every file is there and a check has nothing against it; then it is
 renamed into place. The same command goes on from what an interrupted one has fetched.
 """
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from san_bench.data.check import examine
 from san_bench.data.found import Problem
-from san_bench.data.manifest import SUITES, Facts, Manifest, find_folder, load_manifest, suggest
+from san_bench.data.manifest import SUITES, Facts, Manifest, find_folder, load_manifest
+from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 STAGE = ".fetching"

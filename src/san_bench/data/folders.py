@@ -13,8 +13,9 @@ import numpy as np
 
 from san_bench.data.found import Found
 from san_bench.data.layouts import NAMES, read_folders, read_tables, standard, table_splits
-from san_bench.data.manifest import Manifest, find_folder, load_manifest, suggest
+from san_bench.data.manifest import Manifest, find_folder, load_manifest
 from san_bench.data.vision import ArraySplit, VisionTask
+from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 OWN = ("folder", "datasets")

@@ -8,15 +8,14 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 SUITES = ("vtab", "fgvc", "gic")
@@ -114,13 +113,6 @@ def find_folder(data: Path, facts: Facts) -> Path:
     hint = f" Did you mean {inside[0]}?" if inside else ""
     there = ", ".join(path.name for path in _folders(data)[:8]) or "no folder at all"
     raise SanError(f"{data} has no folder for {facts.title}: none of {', '.join(facts.folders)}.{hint} It has {there}.")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error message about an unknown name: the closest one that exists, and all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Choose from {', '.join(known)}."
 
 
 def _plain(name: str) -> str:

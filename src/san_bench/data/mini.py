@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from san_bench.data import mini_natural, mini_specialised, mini_structured
 from san_bench.data.canvas import Dice, Drawing
 from san_bench.data.vision import ArraySplit, Split, VisionTask, load_digits_task
+from san_bench.strict import did_you_mean
 from san_peft.errors import SanError
 
 IMAGES = 2000
@@ -86,8 +86,7 @@ def load(name: str) -> VisionTask:
     """
     short = name.removeprefix("mini-vision/")
     if short not in TASKS:
-        close = difflib.get_close_matches(short, TASKS, n=1)
-        hint = f" Did you mean 'mini-vision/{close[0]}'?" if close else ""
+        hint = did_you_mean(f"mini-vision/{short}", (f"mini-vision/{task}" for task in TASKS))
         raise SanError(f"mini-vision has no task {short!r}.{hint} Choose from {', '.join(TASKS)}.")
     return _load(short)
 

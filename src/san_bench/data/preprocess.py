@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,9 @@ def _changes_nothing(augmentation: Augmentation) -> bool:
 def _transforms(
     settings: InputSettings, augmentation: Augmentation | None
 ) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Tensor], Tensor]]:
-    """What happens to the image before normalisation, and to the tensor after it."""
+    """What happens to the image before normalisation, and to the tensor after it; other processes can be sent both."""
     if augmentation is None or _changes_nothing(augmentation):
-        return lambda image: _resize_and_crop(image, settings), lambda pixels: pixels
+        return partial(_resize_and_crop, settings=settings), _same
     from torchvision import transforms
 
     size, way = settings.size, transforms.InterpolationMode(settings.interpolation)
@@ -170,7 +171,7 @@ def _transforms(
     elif augmentation.crop == "random":
         steps += [transforms.Resize(round(size / settings.crop_pct), way), transforms.RandomCrop(size)]
     else:
-        steps.append(lambda image: _resize_and_crop(image, settings))
+        steps.append(partial(_resize_and_crop, settings=settings))
     if augmentation.flip:
         steps.append(transforms.RandomHorizontalFlip())
     if augmentation.randaugment is not None:
@@ -179,12 +180,16 @@ def _transforms(
         grey = tuple(min(255, round(255 * x)) for x in settings.mean)
         options = {"translate_const": int(size * 0.45), "img_mean": grey}
         steps.append(rand_augment_transform(augmentation.randaugment, options))
-    after: Callable[[Tensor], Tensor] = lambda pixels: pixels  # noqa: E731
+    after: Callable[[Tensor], Tensor] = _same
     if augmentation.erasing:
         from timm.data.random_erasing import RandomErasing
 
         after = RandomErasing(augmentation.erasing, mode="pixel", device="cpu")
     return transforms.Compose(steps), after
+
+
+def _same(pixels: Tensor) -> Tensor:
+    return pixels
 
 
 def _resize_and_crop(image: Image.Image, settings: InputSettings) -> Image.Image:

@@ -16,11 +16,10 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -30,7 +29,8 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from san_bench.data.procedural import enlarge
+from san_bench.data.canvas import enlarge
+from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DIGITS_SEED = 2024
 """Seed of the stratified split of the digits. Another seed is another task."""
 
-EMBEDDED = ("vit", "swin", "convnext")
+EMBEDDED = ("vit",)
 """The small models that ship with the package."""
 
 
@@ -210,7 +210,7 @@ class VisionTask:
 
     def __getitem__(self, split: str) -> Split:
         if split not in self.splits:
-            raise SanError(f"Task {self.name!r} has no split {split!r}.{_suggest(split, self.splits)}")
+            raise SanError(f"Task {self.name!r} has no split {split!r}.{suggest(split, self.splits)}")
         return self.splits[split]
 
     @property
@@ -229,9 +229,8 @@ def embedded_path(name: str = "vit") -> Path:
         SanError: If there is no such model.
     """
     if name not in EMBEDDED:
-        raise SanError(f"No model {name!r} ships with the package.{_suggest(name, EMBEDDED)}")
-    kind = "vit-tiny" if name == "vit" else f"{name}-tiny"
-    return Path(str(resources.files("san_bench.data") / "assets" / f"{kind}-procedural"))
+        raise SanError(f"No model {name!r} ships with the package.{suggest(name, EMBEDDED)}")
+    return Path(str(resources.files("san_bench.data") / "assets" / f"{name}-tiny-procedural"))
 
 
 def load_digits_task() -> VisionTask:
@@ -280,7 +279,7 @@ def load_task(name: str, data: Path | None = None) -> VisionTask:
     if suite == "mini-vision":
         return import_module("san_bench.data.mini").load(name)
     if suite not in SUITES:
-        raise SanError(f"There is no task {name!r}.{_suggest(name, [*TASKS, 'mini-vision/count', *SUITES])}")
+        raise SanError(f"There is no task {name!r}.{suggest(name, [*TASKS, 'mini-vision/count', *SUITES])}")
     if data is None:
         raise SanError(f"The task {name!r} needs its data: name the folder as `data`, or with --data.")
     return import_module(f"san_bench.data.{SUITES[suite]}").load(task or suite, Path(data))
@@ -306,8 +305,3 @@ def stratified(
 def _one_label_each(images: int, labels: Int64[np.ndarray, " n"]) -> None:
     if images != len(labels):
         raise SanError(f"A split needs one label per image, but has {images} images and {len(labels)} labels.")
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return (f" Did you mean {close[0]!r}?" if close else "") + f" Choose from {', '.join(known)}."

@@ -87,7 +87,7 @@ def read_groups(folder: Path) -> list[Group]:
         for row in rows:
             run = folder / row["run"] if suite else folder
             try:
-                found = Run(row, _losses(run / "log.jsonl"), load_scales(run))
+                found = Run(row, losses_of(run), load_scales(run))
             except SanError as error:
                 problems.append(f"{row['run']}: {error}")
             else:
@@ -110,7 +110,9 @@ def _named(parts: Sequence[Section]) -> Iterator[tuple[tuple[str, str], list[Row
             yield (part.backbone if len(models) == 1 else part.model, name), rows
 
 
-def _losses(log: Path) -> tuple[float, ...]:
+def losses_of(run: Path) -> tuple[float, ...]:
+    """Returns the training loss of every step of a run, in order; none where it has no log."""
+    log = run / "log.jsonl"
     if not log.is_file():
         return ()
     rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from san_bench.strict import san_error
+
 Row = dict[str, Any]
 
 
@@ -108,9 +110,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             if key not in found or row["finished"] >= found[key]["finished"]:
                 found[key] = row
     if problems:
-        from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-        raise SanError("\n".join(["Some results cannot be read; repair or remove them:", *problems]))
+        raise san_error("\n".join(["Some results cannot be read; repair or remove them:", *problems]))
     return list(found.values())
 
 

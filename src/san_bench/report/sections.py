@@ -10,6 +10,7 @@ from typing import Any
 
 from san_bench.report.published import tasks_of
 from san_bench.report.results import Row
+from san_bench.strict import san_error
 
 KINDS = ("full", "linear", "norm", "bitfit", "ia3", "ssf", "lora", "dora", "san-lora", "san-dora", "san")
 """The order of methods in tables, by kind."""
@@ -112,10 +113,8 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         problems += _problems(parts[key])
         made.append(Section(*key, _ordered(key[1], tasks[key[0], key[1]]), _lines(parts[key], problems)))
     if problems:
-        from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
         advice = "Make tables of their folders one by one, or remove the runs that do not belong."
-        raise SanError("\n".join(["Some results cannot be compared.", *problems, advice]))
+        raise san_error("\n".join(["Some results cannot be compared.", *problems, advice]))
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from san_bench.report.published import published as published_rows
 from san_bench.report.results import Cell, Row, Table, read_rows
 from san_bench.report.sections import sections
 from san_bench.run.provenance import write_atomically
+from san_bench.strict import did_you_mean, san_error
 
 WIDTH = 200
 """Columns of what is printed where there is no terminal."""
@@ -52,11 +52,8 @@ def tables(rows: Sequence[Row], published: bool = True, reference: str | None = 
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     if reference is not None and reference not in methods:
-        from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-        close = difflib.get_close_matches(reference, methods, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise SanError(f"No result has the method {reference!r}.{hint} There are {', '.join(sorted(methods))}.")
+        hint = did_you_mean(reference, methods)
+        raise san_error(f"No result has the method {reference!r}.{hint} There are {', '.join(sorted(methods))}.")
     made: list[Table] = []
     for section in sections(rows):
         fits = published and section.split == "test"

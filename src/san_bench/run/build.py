@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from san_bench.data.vision import VisionTask, embedded_path
 from san_bench.recipe import Ia3, Lora, Recipe, San, SanOver, Ssf
 from san_peft.errors import SanError
+from san_peft.tuner.resolve import norms_of
 
 
 def head_of(model: Any) -> str:
@@ -156,7 +157,7 @@ def _plain_parameters(model: nn.Module, kind: str) -> set[str]:
     if kind == "bitfit":
         return {name for name in names if name.rpartition(".")[2] == "bias"}
     if kind == "norm":
-        norms = [n for n, m in model.named_modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
+        norms = set(norms_of(model))
         return {name for name in names if name.rpartition(".")[0] in norms}
     return names if kind == "full" else set()
 
@@ -176,14 +177,26 @@ def peft_config(recipe: Recipe, model: nn.Module) -> Any:
 
     if isinstance(method, SanOver):
         names = ("propagation", "decomposition", "exponent", "bound", "detach")
-        return SanConfig(inner=_lora(method, model), **{name: getattr(method, name) for name in names})
+        options = {name: getattr(method, name) for name in names}
+        return SanConfig(inner=_lora(method, model), **_broken(options, recipe, model))
     if isinstance(method, San):
-        options = method.model_dump(exclude={"kind"})
+        options = _broken(method.model_dump(exclude={"kind"}), recipe, model)
     elif isinstance(method, Ssf):
         options = {"propagation": "none", "shift": True, "train_norms": method.train_norms}
     else:
         raise SanError(f"Method {method.kind!r} has no adapter.")
     return SanConfig(modules_to_save=[head], **options)
+
+
+def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """The options of SAN, with the graph itself where the recipe wants its order broken."""
+    from san_peft import trace
+    from san_peft.propagation import ABLATIONS, ablate
+
+    if options["propagation"] not in ABLATIONS:
+        return options
+    graph = ablate(trace(model).select("all"), options["propagation"], seed=recipe.seed)
+    return {**options, "propagation": graph}
 
 
 def _lora(method: Lora | SanOver, model: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from san_bench.run.engines import Outcome, attempt, import_path
+from san_bench.strict import san_error
 
 RETRIES = 3
 """How often a job starts again whose worker was lost."""
@@ -47,7 +48,7 @@ class RayEngine:
         """
         path = import_path(function)
         if importlib.util.find_spec("ray") is None:
-            raise _error('The engine "ray" needs Ray: pip install "san-peft[sweep]"')
+            raise san_error('The engine "ray" needs Ray: pip install "san-peft[sweep]"')
         import ray
 
         own = not ray.is_initialized()
@@ -81,11 +82,12 @@ class RayEngine:
                 _check_reachable(wanted)
                 ray.init(address=wanted, **options)
                 return
-            except (OSError, RuntimeError, ValueError) as error:
-                if wanted != "auto":
-                    raise _error(
-                        f"No Ray cluster answers at {wanted}: {error}. Start one there with `ray start --head`, or "
-                        "choose another address or RAY_ADDRESS (`local` is a Ray of this process). "
+            except Exception as error:
+                nobody_here = wanted == "auto" and isinstance(error, ConnectionError)
+                if not nobody_here:
+                    raise san_error(
+                        f"No Ray cluster can be joined at {wanted}: {error}. Start one there with `ray start --head`, "
+                        "or choose another address or RAY_ADDRESS (`local` is a Ray of this process). "
                         "If the cluster asks for a token, set RAY_AUTH_MODE=token here as well."
                     ) from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -106,7 +108,7 @@ class RayEngine:
         need = {"CPU": self.cpus_per_job, "GPU": self.gpus_per_job}
         if not any(all(machine.get(kind, 0) >= count for kind, count in need.items()) for machine in machines):
             have = "; ".join(f"{m.get('CPU', 0):g} CPU and {m.get('GPU', 0):g} GPU" for m in machines)
-            raise _error(
+            raise san_error(
                 f"A job takes {self.cpus_per_job:g} CPU and {self.gpus_per_job:g} GPU, but no machine of the Ray "
                 f"cluster has as many. Machines: {have}."
             )
@@ -129,9 +131,3 @@ def _outcome(job: str, reference: Any) -> Outcome:
     except RayError as error:
         cause = " ".join(str(error).split())
         return Outcome(job, None, f"Ray gave {job} up ({type(error).__name__}): {cause}")
-
-
-def _error(message: str) -> Exception:
-    from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-    return SanError(message)

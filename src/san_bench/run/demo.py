@@ -5,9 +5,7 @@ Every method is trained in a process of its own, so that its peak of memory is i
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from san_bench.recipe import Recipe, load_recipe, shipped
 from san_bench.run.engines import in_fresh_process
 from san_bench.run.folder import check_free
 from san_bench.run.provenance import write_atomically, write_rows
+from san_bench.strict import san_error, suggest
 
 NEEDED = ("sklearn", "matplotlib")
 """Modules of the extra `demo`."""
@@ -42,12 +41,14 @@ def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
             adapter predicts other classes once it is loaded, or changes the outputs when it is merged.
     """
     recipes = chosen(out, methods)
+    from san_bench.report.groups import losses_of
+
     console = Console()
     rows, losses, scales = [], {}, {}
     for place, (name, recipe) in enumerate(recipes.items(), 1):
         console.rule(f"{place} of {len(recipes)}: {name}")
         row = in_fresh_process(_train, recipe)
-        losses[name] = _losses(Path(recipe.output))
+        losses[name] = losses_of(Path(recipe.output))
         if recipe.method.kind in {"san", "ssf"}:
             checks, scales[name] = in_fresh_process(_examine, recipe.output)
             row.update(checks)
@@ -65,15 +66,13 @@ def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
     """Returns the recipes by name, with their output under `out`, if nothing that they need is missing."""
     known = [name.removeprefix("demo/") for name in shipped() if name.startswith("demo/")]
     if not methods:
-        raise _error(f"Name one method at least: {', '.join(known)}.")
+        raise san_error(f"Name one method at least: {', '.join(known)}.")
     for name in methods:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise _error(f"The demo has no method {name!r}.{hint} Choose from {', '.join(known)}.")
+            raise san_error(f"The demo has no method {name!r}.{suggest(name, known)}")
     missing = [module for module in NEEDED if importlib.util.find_spec(module) is None]
     if missing:
-        raise _error(f'The demo needs {" and ".join(missing)}: pip install "san-peft[demo]"')
+        raise san_error(f'The demo needs {" and ".join(missing)}: pip install "san-peft[demo]"')
     recipes = {name: load_recipe(f"demo/{name}", {"output": str(out / name)}) for name in dict.fromkeys(methods)}
     strange = []
     for name, recipe in recipes.items():
@@ -82,7 +81,7 @@ def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
         except ValueError:
             strange.append(name)
     if strange:
-        raise _error(
+        raise san_error(
             f"{out} holds runs of other recipes than today's, so they cannot be compared: {', '.join(strange)}. "
             f"Keep them and pass another folder, such as --out {out}-2, or remove {out}."
         )
@@ -105,7 +104,7 @@ def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     loaded = predict(model, split, recipe)
     wrong = int((loaded.argmax(-1) != expected.argmax(-1)).sum())
     if wrong:
-        raise _error(
+        raise san_error(
             f"The adapter in {run} predicts another class than the run did for {wrong} of {len(split)} images. "
             "Was it changed since? Remove the folder to train it again."
         )
@@ -121,11 +120,6 @@ def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
         "merge_changed_classes": int((merged.argmax(-1) != expected.argmax(-1)).sum()),
     }
     return checks, scales
-
-
-def _losses(run: Path) -> list[float]:
-    rows = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def _report(
@@ -149,9 +143,3 @@ def _report(
     console.print(to_rich(rows))
     console.print(f"{notes(rows)}\n{origin(rows, command)}", markup=False, highlight=False)
     console.print(f"Written to {out}: {', '.join(names)}, and a folder per run.", markup=False, highlight=False)
-
-
-def _error(message: str) -> Exception:
-    from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-    return SanError(message)

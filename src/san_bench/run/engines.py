@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from san_bench.strict import san_error
+
 PRELOAD = ["san_bench.run.train", "peft", "san_peft"]
 """What the server that processes are forked from imports once, for all of them."""
 
@@ -110,7 +112,7 @@ def in_fresh_process(function: Callable[[Any], Any], value: Any) -> Any:
     """
     (outcome,) = LocalEngine(workers=1, threads=None).run(function, {function.__name__.strip("_"): value})
     if outcome.error is not None:
-        raise _error(outcome.error)
+        raise san_error(outcome.error)
     return outcome.value
 
 
@@ -126,7 +128,7 @@ def import_path(function: Callable[..., Any]) -> str:
     except (AttributeError, ImportError, ValueError):
         found = None
     if found is not function:
-        raise _error(f"Another process cannot import {module}.{name}. Define it at the top of a module.")
+        raise san_error(f"Another process cannot import {module}.{name}. Define it at the top of a module.")
     return f"{module}:{name}"
 
 
@@ -227,9 +229,3 @@ def _devices() -> list[str]:
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(index) for index in range(count)]
-
-
-def _error(message: str) -> Exception:
-    from san_peft.errors import SanError  # brings in torch, so only when it is needed
-
-    return SanError(message)

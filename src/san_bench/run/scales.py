@@ -6,12 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from san_bench.run.provenance import write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FILE = "scales.safetensors"
 """File of the scales inside the folder of a run."""
@@ -62,6 +65,17 @@ class Scales:
         return scale * propagate(torch.from_numpy(scale), None, self.exponent, self.bound).numpy()
 
 
+def scale_vectors(module: nn.Module) -> dict[str, Float32[np.ndarray, " channels"]]:
+    """Returns the scale of every layer of SAN by its name in a module; of a sharded one, all processes have to ask."""
+    from san_peft import SanLayer
+
+    return {
+        name: scale.detach().float().cpu().numpy()
+        for name, layer in module.named_modules()
+        if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None
+    }
+
+
 def scales_of(model: Any) -> Scales:
     """Reads the scales out of a model with an adapter of SAN, LoRA or DoRA, which may be changed by it.
 
@@ -71,18 +85,13 @@ def scales_of(model: Any) -> Scales:
     Args:
         model: A `PeftModel`.
     """
-    from san_peft import SanLayer, propagate
+    from san_peft import propagate
 
     if model.peft_type != "SAN":
         model = propagate(model, propagation="none")
     config, tuner = model.peft_config["default"], model.base_model
-    vectors = {
-        name: scale.detach().float().cpu().numpy()
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None
-    }
     anteriors = frozenset(edge.anterior for edge in tuner.propagation_graph.edges)
-    return Scales(vectors, anteriors, float(config.exponent), config.bound)
+    return Scales(scale_vectors(model.get_base_model()), anteriors, float(config.exponent), config.bound)
 
 
 def save_scales(run: Path, scales: Scales) -> None:

@@ -78,23 +78,24 @@ def _carry_out(
         jobs[folder] = {"recipe": recipe.model_dump(mode="json"), "labels": labels, "keep": keep_models}
     rows = {key: _row(out, job) for key, job in jobs.items() if (out / key / "result.json").exists()}
     todo = {key: job for key, job in jobs.items() if key not in rows}
-    others = {row["run"]: row for row in _read(out / "rows.jsonl") if row["run"] not in jobs}
+    others = [row for row in _read(out / "rows.jsonl") if row["run"] not in jobs]
     failures: dict[str, Row] = {row["run"]: row for row in _read(out / "failures.jsonl") if row["run"] not in jobs}
     console.print(f"{len(jobs)} runs, of which {len(rows)} are done. Written to {out}.", highlight=False)
-    try:
-        for outcome in _watched(engine, todo, console):
-            if outcome.error is None:
-                rows[outcome.job] = outcome.value
-            else:
-                job = jobs[outcome.job]
-                facts = {"task": job["recipe"]["task"], "seed": job["recipe"]["seed"], **job["labels"]}
-                failures[outcome.job] = {**facts, "error": outcome.error}
-                console.print(f"{outcome.job} failed: {outcome.error.splitlines()[0]}", style="red", highlight=False)
-            write_rows(out / "rows.jsonl", [*others.values(), *(rows[key] for key in jobs if key in rows)])
-            write_rows(out / "failures.jsonl", list(failures.values()))
-    finally:
-        write_rows(out / "rows.jsonl", [*others.values(), *(rows[key] for key in jobs if key in rows)])
+
+    def store() -> None:
+        write_rows(out / "rows.jsonl", [*others, *(rows[key] for key in jobs if key in rows)])
         write_rows(out / "failures.jsonl", list(failures.values()))
+
+    store()
+    for outcome in _watched(engine, todo, console):
+        if outcome.error is None:
+            rows[outcome.job] = outcome.value
+        else:
+            job = jobs[outcome.job]
+            facts = {"task": job["recipe"]["task"], "seed": job["recipe"]["seed"], **job["labels"]}
+            failures[outcome.job] = {**facts, "error": outcome.error}
+            console.print(f"{outcome.job} failed: {outcome.error.splitlines()[0]}", style="red", highlight=False)
+        store()
     failed = [key for key in jobs if key in failures]
     if failed and not rows:
         raise SanError(

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from san_bench.recipe import Recipe
-from san_peft import SanLayer
+from san_bench.run.scales import scale_vectors
 from san_peft.errors import SanError
 
 PROJECT = "san-peft"
@@ -57,15 +55,6 @@ def tracking(names: Sequence[str], recipe: Recipe, folder: Path) -> tuple[dict[s
     return fields, [TRACKERS[name](recipe, folder) for name in dict.fromkeys(names)]
 
 
-def scales_of(model: nn.Module) -> dict[str, np.ndarray]:
-    """Returns the scale of every layer of SAN by the layer's name; of a sharded model, all processes have to ask."""
-    scales = {}
-    for fqn, layer in model.named_modules():
-        if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None:
-            scales[fqn] = scale.detach().float().cpu().numpy()
-    return scales
-
-
 class _TensorBoard(TensorBoardCallback):
     """Writes event files to `tensorboard/`."""
 
@@ -79,7 +68,7 @@ class _TensorBoard(TensorBoardCallback):
             self.tb_writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for fqn, scale in scales_of(model).items():
+        for fqn, scale in scale_vectors(model).items():
             if self.tb_writer is not None:
                 self.tb_writer.add_histogram(f"scale/{fqn}", scale, state.global_step)
 
@@ -105,7 +94,7 @@ class _Wandb(WandbCallback):
         super().setup(args, state, model, **kwargs)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        scales = scales_of(model)
+        scales = scale_vectors(model)
         if state.is_world_process_zero and scales:
             histograms = {f"scale/{fqn}": self._wandb.Histogram(scale.tolist()) for fqn, scale in scales.items()}
             self._wandb.log({**histograms, STEP: state.global_step})
@@ -151,7 +140,7 @@ class _Trackio(TrackioCallback):
             self._trackio.config["recipe"] = self.recipe.model_dump(mode="json")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        scales = scales_of(model)
+        scales = scale_vectors(model)
         if state.is_world_process_zero and scales:
             histograms = {f"scale/{fqn}": self._trackio.Histogram(scale) for fqn, scale in scales.items()}
             self._trackio.log({**histograms, STEP: state.global_step})

@@ -19,7 +19,7 @@ from san_bench.run.evaluate import predict, save_predictions, score, task_of
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
-from san_bench.run.trainer import COMPLETE, Average, make_trainer
+from san_bench.run.trainer import COMPLETE, make_trainer
 from san_peft.errors import SanError
 
 
@@ -27,8 +27,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     """Trains a recipe, or finishes the training that was interrupted, and scores it once.
 
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
-    adapter, or the whole model for a linear probe and full fine-tuning), `predictions.safetensors` and `result.json`. A
-    finished run is not repeated: its result is returned.
+    adapter, or the whole model for methods without one), `predictions.safetensors`, `scales.safetensors` where there
+    are scales, and `result.json`. A finished run is not repeated: its result is returned.
 
     Args:
         recipe: What to run.
@@ -56,8 +56,6 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()
     journal.begin(checkpoint)
-    for average in (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Average)):
-        average.begin(checkpoint)
     energy = Energy()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, peak = journal.seconds, _peak_rss()
@@ -82,6 +80,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "kind": recipe.method.kind,
         "task": recipe.task,
         "model": recipe.model,
+        "backbone": Path(recipe.model).name,
         "protocol": recipe.protocol,
         "selection": recipe.selection,
         "split": recipe.eval_split,

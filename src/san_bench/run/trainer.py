@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -39,6 +40,32 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
 
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch to train with out of its items.
+
+    Attributes:
+        mix: timm's mixing of a batch of even size, or `None`.
+        num_classes: Number of classes.
+        channels_last: Whether images lie channels-last in memory.
+    """
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    num_classes: int
+    channels_last: bool
+
+    def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns `pixel_values`, and `labels`: classes, or their shares where images are mixed."""
+        batch = default_collate(items)
+        if self.mix is not None and len(items) % 2 == 0:
+            batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"])
+        elif self.mix is not None:  # an odd rest of an epoch cannot be paired
+            batch["labels"] = F.one_hot(batch["labels"], self.num_classes).float()
+        if self.channels_last:
+            batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return batch
+
+
 class _Trainer(Trainer):
     """Trainer for images.
 
@@ -46,24 +73,34 @@ class _Trainer(Trainer):
     decay no vector, and takes the loss of labels that are smoothed or mixed.
     """
 
-    decay_vectors: bool = True
-    smoothing: float = 0.0
-    mixed: bool = False
+    def __init__(self, recipe: Recipe, collate: Collate, **options: Any) -> None:
+        super().__init__(optimizer_cls_and_kwargs=_optimizer(recipe), **options)
+        self.recipe, self.collate = recipe, collate
+        self.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The images to train with, mixed; those to score with are not."""
+        scoring, self.data_collator = self.data_collator, self.collate
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = scoring
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss, or in training the cross-entropy with smoothed or mixed labels."""
-        if not model.training or not (self.smoothing or self.mixed):
+        mixed, smoothing = self.collate.mix is not None, self.recipe.augmentation.smoothing
+        if not model.training or not (smoothing or mixed):
             return super().compute_loss(model, inputs, return_outputs)
         outputs = model(pixel_values=inputs["pixel_values"])
-        smoothing = 0.0 if self.mixed else self.smoothing  # mixing has smoothed them already
+        smoothing = 0.0 if mixed else smoothing  # mixing has smoothed them already
         loss = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
         return (loss, outputs) if return_outputs else loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Neither biases nor norms, and vectors where the recipe says so."""
-        if self.decay_vectors:
+        if self.recipe.optimizer.decay_vectors:
             return super().get_decay_parameter_names(model)
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
@@ -123,10 +160,10 @@ class Average(TrainerCallback):
         self.average: Any = ModelEmaV3(model, decay=decay)
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def begin(self, checkpoint: Path | None) -> None:
-        """Reads the average that a checkpoint holds."""
-        if checkpoint is not None:
-            self.average.module.load_state_dict(load_file(checkpoint / AVERAGE), strict=False)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reads the average of the checkpoint that the training goes on from, if any."""
+        if state.global_step:
+            self.average.module.load_state_dict(load_file(self._file(args, state)), strict=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Takes the new weights into the average."""
@@ -134,11 +171,14 @@ class Average(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the average into the checkpoint."""
-        save_file(self._trained(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE)
+        save_file(self._trained(), self._file(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Puts the average into the place of the weights."""
         model.load_state_dict(self._trained(), strict=False)
+
+    def _file(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / AVERAGE
 
     def _trained(self) -> dict[str, Tensor]:
         parameters = dict(self.average.module.named_parameters())
@@ -201,40 +241,15 @@ def make_trainer(
     settings, journal = input_settings(recipe.input, model_path(recipe)), Journal(folder)
     mix = mixing(recipe.augmentation, task.num_classes)
     trainer = _Trainer(
+        recipe,
+        Collate(mix, task.num_classes, recipe.channels_last),
         model=model,
         args=arguments,
         train_dataset=Prepared(split, settings, recipe.augmentation),
         eval_dataset=Prepared(task[_chosen_by(recipe, task)], settings) if selects else None,
         compute_metrics=(lambda result: {"accuracy": float((result[0].argmax(-1) == result[1]).mean())}),
         callbacks=[journal, *trackers],
-        optimizer_cls_and_kwargs=_optimizer(recipe),
     )
-    trainer.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
-    trainer.decay_vectors = optimizer.decay_vectors
-    trainer.smoothing, trainer.mixed = recipe.augmentation.smoothing, mix is not None
-    plain = trainer.data_collator
-
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = default_collate(items)
-        if mix is not None and len(items) % 2 == 0:
-            batch["pixel_values"], batch["labels"] = mix(batch["pixel_values"], batch["labels"])
-        elif mix is not None:  # an odd rest of an epoch cannot be paired
-            batch["labels"] = F.one_hot(batch["labels"], task.num_classes).float()
-        if recipe.channels_last:
-            batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        return batch
-
-    if mix is not None or recipe.channels_last:
-        scoring = trainer.get_eval_dataloader
-
-        def with_plain_labels(*words: Any, **options: Any) -> Any:
-            trainer.data_collator = plain
-            try:
-                return scoring(*words, **options)
-            finally:
-                trainer.data_collator = collate
-
-        trainer.data_collator, trainer.get_eval_dataloader = collate, with_plain_labels
     if recipe.ema is not None:
         trainer.add_callback(Average(model, recipe.ema))
     trainer.remove_callback(PrinterCallback)

@@ -37,7 +37,7 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Ed
             n for n in chosen if n not in heads and not _inside(n, norms) and not (wide and _is_convolution(names[n]))
         }
     if config.train_norms:
-        norms = sorted({*(norms or []), *(n for n in _norms(model) if not _inside(n, norms))})
+        norms = sorted({*(norms or []), *(n for n in norms_of(model) if not _inside(n, norms))})
     draft = dataclasses.replace(config, target_modules=targets, edges=None)
     stored = None if config.edges is None else config.resolved_edges()
     _check_edges(stored or (), names)
@@ -250,8 +250,8 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def _norms(model: nn.Module) -> list[str]:
-    """Names of the modules that normalise: no children, a class named so, nothing but vectors to train."""
+def norms_of(model: nn.Module) -> list[str]:
+    """Returns the names of the modules that normalise: no children, a class named so, nothing but vectors to train."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
