@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DIGITS_SEED = 2024
 """Seed of the stratified split of the digits. Another seed is another task."""
 
-EMBEDDED = ("vit",)
+EMBEDDED = ("vit", "swin", "convnext")
 """The small models that ship with the package."""
 
 

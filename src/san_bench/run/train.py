@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from san_bench.recipe import Recipe
 from san_bench.run.build import base_model, check_trainable, checkpoint_sha256, saved_activation_bytes, with_method
+from san_bench.run.comparison import comparison
 from san_bench.run.evaluate import predict, save_predictions, score, task_of
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
@@ -35,7 +37,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         track: Names of trackers that also get the log; see `san_bench.run.tracking`.
 
     Returns:
-        The result: accuracy with n, trained parameters, seconds, memory, and where all that comes from.
+        The result: accuracy with n, trained parameters, seconds, memory, and where all that comes from; the same once
+        more in the blocks of PEFT's method comparison.
 
     Raises:
         SanError: If the folder holds another recipe's run, or the loss or a prediction is not finite.
@@ -45,6 +48,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     claim(folder, recipe)
     if result_file.exists():
         return json.loads(result_file.read_text(encoding="utf-8"))
+    created, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     task = task_of(recipe)
     plain = base_model(recipe, task)
     pretrained = checkpoint_sha256(plain)
@@ -72,8 +76,6 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
             f"{folder} predicts values that are not finite. Try a smaller optimizer.lr, with another output."
         )
     save_predictions(folder / "predictions.safetensors", logits)
-    if getattr(model, "peft_type", None) in CARRIERS:
-        save_scales(folder, scales_of(model))
     result = {
         "run": folder.name,
         "method": recipe.method.kind,
@@ -106,6 +108,9 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         **provenance(),
     }
+    result |= comparison(recipe, result, model, created, time.perf_counter() - began, journal.memory)
+    if getattr(model, "peft_type", None) in CARRIERS:
+        save_scales(folder, scales_of(model))  # may change the model
     write_atomically(result_file, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result

@@ -116,10 +116,15 @@ class _Trainer(Trainer):
 
 
 class Journal(TrainerCallback):
-    """Writes `log.jsonl`, marks checkpoints as complete, and stops a training whose loss is not finite."""
+    """Writes `log.jsonl`, marks checkpoints as complete, and stops a training whose loss is not finite.
+
+    Attributes:
+        memory: Bytes that the allocator of the GPU held after each step; empty without one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.earlier, self.start = folder, 0.0, time.perf_counter()
+        self.memory: list[int] = []
 
     @property
     def seconds(self) -> float:
@@ -138,6 +143,11 @@ class Journal(TrainerCallback):
                 f"The loss of {self.folder} is not finite in step {state.global_step}. "
                 f"Try a smaller optimizer.lr than {args.learning_rate:g}, with another output."
             )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the memory of the GPU."""
+        if torch.cuda.is_available():
+            self.memory.append(torch.cuda.memory_reserved())
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the log, and marks the checkpoint as complete."""
