@@ -29,19 +29,23 @@ class Search(Strict):
     """How learning rates are chosen: on validation images, with the same effort for every method.
 
     Attributes:
+        tasks: Tasks that trials train on; empty for all. Where a choice has none of them, the trials take all it has.
         seeds: Seeds of the trials, other than those of the suite.
         grid: Learning rates by method; `default` for those that are not named.
         per: One rate for each `task`, or one for the whole `suite`.
     """
 
+    tasks: Annotated[tuple[str, ...], Field(strict=False)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, strict=False)]]
     per: Literal["task", "suite"]
 
     @model_validator(mode="after")
-    def _has_default(self) -> Search:
+    def _is_complete(self) -> Search:
         if "default" not in self.grid:
             raise ValueError("grid|needs a default for the methods that it does not name")
+        if self.tasks and self.per == "task":
+            raise ValueError("tasks|must be empty where each task has a rate of its own (per: task)")
         return self
 
 
@@ -68,9 +72,10 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _knows_its_tasks(self) -> Suite:
-        strange = [task for task in self.settings if task not in self.tasks]
-        if strange:
-            raise ValueError(f"settings|{', '.join(strange)} is no task of the suite")
+        for place, named in (("settings", self.settings), ("search", self.search.tasks)):
+            strange = [task for task in named if task not in self.tasks]
+            if strange:
+                raise ValueError(f"{place}|{', '.join(strange)} is no task of the suite")
         return self
 
     @property
@@ -158,8 +163,8 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
 def plan_search(suite: Suite, choice: Choice) -> list[Run]:
     """Returns the trials of the search for learning rates; see `Search`."""
     search, overrides, protocol = suite.search, parse_overrides(choice.overrides), _protocol(suite, choice)
-    runs = []
-    for cell in _cells(suite, choice):
+    cells, runs = _cells(suite, choice), []
+    for cell in [cell for cell in cells if cell[0] in search.tasks] or cells:
         shared = {**suite.settings.get(cell[0], {}), **overrides, **_splits(cell[0])[1]}  # never the test split
         for rate in search.grid.get(cell[2], search.grid["default"]):
             for seed in search.seeds:

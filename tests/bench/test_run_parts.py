@@ -10,6 +10,7 @@ import torch
 from tests.bench.small import short_recipe, small_task
 from torch import nn
 
+from san_bench.data.vision import EMBEDDED
 from san_bench.run import build, provenance
 from san_peft.errors import SanError
 
@@ -29,6 +30,18 @@ def test_parameters_that_are_not_the_methods_are_refused(tmp_path):
     model.requires_grad_(False)
     with pytest.raises(SanError, match="The head 'classifier' would not be trained"):
         build.check_trainable(model, recipe)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("method", ["san", "ssf", "lora-equal", "linear", "full"])
+def test_every_small_model_trains_what_the_method_says(name, method, tmp_path):
+    """Norms count as such by their class: those before a ConvNeXt's downsampling are not called so."""
+    more = {"method__targets": "all-linear"} if method == "lora-equal" else {}
+    recipe = short_recipe(method, tmp_path, model=f"embedded/{name}", **more)
+    model = build.build_model(recipe, small_task())
+    counts = build.check_trainable(model, recipe)
+    assert counts["head"] == 10 * {"vit": 161, "swin": 193, "convnext": 193}[name]
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_full_fine_tuning_freezes_nothing(tmp_path):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from san_bench import cli
 from san_bench.data.vision import load_task
@@ -13,7 +14,7 @@ from san_bench.recipe import load_recipe, shipped
 from san_bench.run.build import build_model
 from san_bench.run.engines import Outcome
 from san_bench.run.suite import bench, run_job
-from san_bench.suite import Choice, best_rates, load_suite, plan, plan_search
+from san_bench.suite import Choice, Suite, best_rates, load_suite, plan, plan_search
 from san_peft.errors import SanError
 
 SMALL = {"optimizer.epochs": 1, "optimizer.lr": 0.01}
@@ -37,7 +38,7 @@ class Here:
 
 @pytest.fixture(scope="module")
 def suite():
-    return load_suite("mini-vision")
+    return load_suite("mini-vision").model_copy(update={"models": {"vit": "embedded"}})
 
 
 @pytest.mark.parametrize("name", shipped("suites"))
@@ -88,6 +89,17 @@ def test_a_search_looks_at_no_test_images(suite):
         assert {(r.recipe.train_split, r.recipe.eval_split) for r in asked} == {("train800", "val200")}
     by_method = {m: sorted(r.recipe.optimizer.lr for r in trials if r.method == m) for m in ("san", "full")}
     assert len(by_method["san"]) == len(by_method["full"]) == 4
+
+
+def test_a_search_may_keep_to_some_tasks(suite):
+    few = suite.search.tasks
+    assert {run.task for run in plan_search(suite, Choice(("san",), models=("vit",)))} == set(few) < set(suite.tasks)
+    assert {run.task for run in plan_search(suite, Choice(("san",), tasks=(*few[:1], *COUNT)))} == {few[0]}
+    assert {run.task for run in plan_search(suite, Choice(("san",), tasks=COUNT))} == set(COUNT)
+    data = suite.model_dump()
+    for search, problem in (({"per": "task"}, "must be empty"), ({"tasks": ["mini-vision/cuont"]}, "no task of")):
+        with pytest.raises(ValidationError, match=problem):
+            Suite.model_validate({**data, "search": {**data["search"], **search}})
 
 
 def test_what_is_done_is_skipped_and_what_fails_stops_nothing(suite, tmp_path):
@@ -149,7 +161,7 @@ def test_a_search_writes_the_rates_that_runs_then_use(suite, tmp_path):
 
 
 def test_the_command_runs_in_processes(tmp_path, capsys):
-    words = ["bench", "mini-vision", "--methods", "linear", "--tasks", *COUNT, "--out", str(tmp_path / "out")]
+    words = ["bench", "mini-vision", "--models", "vit", "--methods", "linear", "--tasks", *COUNT, "--out", str(tmp_path / "out")]
     cli.main([*words, "--set", "optimizer.lr=0.01", "optimizer.epochs=1"])
     assert "1 runs are done" in capsys.readouterr().out
     cli.main(["table", str(tmp_path / "out")])

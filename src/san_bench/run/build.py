@@ -229,7 +229,8 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
     """
     method = recipe.method
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    place = head_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    inside: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    place = head_of(inside)
     head = {name for name in trained if re.search(rf"(^|\.){re.escape(place)}\.", name)}
     if method.kind in PLAIN:
         wanted = _plain_parameters(model, method.kind)
@@ -237,7 +238,8 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         complete = wanted <= set(trained)
     else:
         own = "san_" if method.kind in ("san", "ssf") else "ia3_" if method.kind == "ia3" else "lora_"
-        words = [own, "norm"] if getattr(method, "train_norms", False) else [own]
+        norms = norms_of(inside) if getattr(method, "train_norms", False) else []
+        words = [own, *(f".{name}." for name in norms)]
         strange = [name for name in trained if name not in head and not any(word in name for word in words)]
         complete = any(own in name for name in trained)
     if strange:
