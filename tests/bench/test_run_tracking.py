@@ -86,6 +86,7 @@ def test_wandb_writes_offline_below_the_folder(tmp_path):
     (run,) = (folder / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
     records = read_wandb(file)
+    assert records[-1].WhichOneof("record_type") == "exit"  # all of it is there when the training ends
     config = {item.key or "/".join(item.nested_key): item.value_json for r in records for item in r.run.config.update}
     assert json.loads(config["recipe"]) == recipe.model_dump(mode="json")
     (project,) = {r.run.project for r in records if r.run.project}

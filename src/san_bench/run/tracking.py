@@ -105,6 +105,7 @@ class _Wandb(WandbCallback):
         super().on_train_end(args, state, control, model, processing_class, **kwargs)
         if state.is_world_process_zero:
             self._wandb.finish()  # else another run of this process would go on with this one
+            self._wandb.teardown()  # and its service might still be writing when this process ends
 
 
 def _mode() -> Literal["online", "offline"]:
