@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,19 @@ class Bench:
     keep_models: bool = False
     """Keep the whole models that methods without an adapter save."""
 
+    @property
+    def command(self) -> str:
+        """What to type to get the same once more."""
+        words = ["san", "bench", self.suite]
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            if value != option.default:
+                words += [
+                    f"--{option.name.replace('_', '-')}",
+                    *([] if value is True else map(str, value if isinstance(value, tuple) else [value])),
+                ]
+        return shlex.join(words)
+
     def run(self) -> None:
         """Runs the suite and prints where the results are."""
         from san_bench.run.cluster import RayEngine
@@ -96,7 +110,8 @@ class Bench:
         from san_bench.suite import Choice, load_suite
 
         suite, name = load_suite(self.suite), Path(self.suite).stem
-        choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, self.set)
+        data = self.data and self.data.absolute()  # as other processes, and machines, may start elsewhere
+        choice = Choice(self.methods, self.models, self.tasks, self.seeds, data, self.protocol, self.set)
         threads = self.threads or (1 if self.workers > 1 else None)
         engine = (
             RayEngine(self.workers, threads or 1, self.gpus_per_run)
@@ -104,7 +119,7 @@ class Bench:
             else LocalEngine(self.workers, threads)
         )
         out = self.out or Path("runs") / name
-        rows = bench(suite, name, choice, out, engine, self.search, self.keep_models)
+        rows = bench(suite, name, choice, out, engine, self.search, self.keep_models, self.command)
         print(f"{len(rows)} runs are done: {out / 'rows.jsonl'}. `san table {out}` compares them.")
 
 
@@ -142,22 +157,22 @@ class Check:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the recipes that come with the package, or copy one."""
+    """List the recipes, suites and protocols that come with the package, or copy one."""
 
     copy: str | None = None
-    """Name of a recipe to copy."""
+    """Name of one to copy."""
     out: Path | None = None
-    """File to copy it to; the recipe's own name in this folder by default."""
+    """File to copy it to; its own name in this folder by default."""
 
     def run(self) -> None:
         """Lists or copies."""
         from san_bench.recipe import find, shipped
 
         if self.copy is None:
-            for name, path in shipped().items():
-                print(f"{name:<18} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            for name, path in shipped(None).items():
+                print(f"{name:<22} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
-        source = find(self.copy)
+        source = shipped(None).get(self.copy) or find(self.copy)
         target = self.out or Path(source.name)
         if target.exists():
             raise FileExistsError(f"{target} is there already. Choose another file with --out.")

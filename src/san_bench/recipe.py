@@ -288,12 +288,17 @@ VALIDATION = {"train800val200": "train800+val200", "trainval": "train+val"}
 """Splits that join a training and a validation split, with the names of both."""
 
 
-def shipped(kind: str = "recipes") -> dict[str, Path]:
-    """Returns the files of a kind that come with the package, by name, such as `demo/san`."""
+def shipped(kind: str | None = "recipes") -> dict[str, Path]:
+    """Returns the files of a kind that come with the package, by name, such as `demo/san`.
+
+    Args:
+        kind: `recipes`, `suites` or `protocols`; `None` for all, with the kind in the names of the last two.
+    """
     root = Path(str(resources.files("san_bench"))) / "recipes"
-    folder = root if kind == "recipes" else root / kind
+    folder = root if kind in (None, "recipes") else root / kind
     names = {str(p.relative_to(folder).with_suffix("").as_posix()): p for p in sorted(folder.rglob("*.yaml"))}
-    return {name: path for name, path in names.items() if not name.startswith(("suites/", "protocols/"))}
+    others = () if kind is None else ("suites/", "protocols/")
+    return {name: path for name, path in names.items() if not name.startswith(others)}
 
 
 def find(name: str | Path, kind: str = "recipes") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from san_bench import cli
 from san_bench.recipe import load_recipe, shipped
+from san_bench.suite import load_suite
 
 
 def run(capsys, *words):
@@ -55,6 +57,13 @@ def run(capsys, *words):
 )
 def test_words_become_verbs(words, verb):
     assert cli.parse(words.split()) == verb
+
+
+def test_a_suites_command_is_written_as_it_can_be_typed():
+    words = "bench vtab --out 'my runs' --methods san ssf --seeds 5 --search --set optimizer.lr=0.1 --gpus-per-run 0.5"
+    verb = cli.parse(shlex.split(words))
+    assert cli.parse(shlex.split(verb.command)[1:]) == verb
+    assert verb.command == f"san {words}"
 
 
 def test_every_verb_has_words_above():
@@ -113,7 +122,8 @@ def test_recipes_are_listed_with_what_they_are(capsys):
     code, out, _ = run(capsys, "recipes")
     assert code == 0
     listed = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert list(listed) == list(shipped())
+    assert list(listed) == list(shipped(None))
+    assert {"suites/mini-vision", "protocols/ssf", "demo/san"} <= set(listed)
     assert listed["demo/linear"] == "Linear probe: the frozen model with a trained head."
 
 
@@ -125,6 +135,8 @@ def test_a_recipe_is_copied_and_nothing_overwritten(capsys, tmp_path, monkeypatc
     code, _, err = run(capsys, "recipes", "--copy", "demo/san")
     assert (code, err) == (2, "san: san.yaml is there already. Choose another file with --out.\n")
     assert Path("san.yaml").read_text(encoding="utf-8") == "mine"
+    assert run(capsys, "recipes", "--copy", "suites/mini-vision", "--out", "my-suite.yaml")[0] == 0
+    assert load_suite("my-suite.yaml") == load_suite("mini-vision")
     assert run(capsys, "recipes", "--copy", "demo/ssf", "--out", "new/other.yaml")[0] == 0
     assert load_recipe("new/other.yaml") == load_recipe("demo/ssf")
 

@@ -8,8 +8,9 @@ import pytest
 from tests.bench.copies import SIZES, VTAB, class_folders, community, parquet, picture, table
 
 from san_bench.data import vtab
+from san_bench.data.layouts import take
 from san_bench.data.manifest import load_manifest
-from san_bench.data.vision import load_task
+from san_bench.data.vision import TableSplit, load_task
 from san_peft.errors import SanError
 
 
@@ -148,3 +149,25 @@ def test_fingerprints_follow_labels_and_images(tmp_path):
     lines = (place / "test.txt").read_text()
     (place / "test.txt").write_text(lines.replace("000000.jpg 0", "000000.jpg 1"))
     assert vtab.load("cifar", tmp_path, VTAB).fingerprint != first
+
+
+def test_fingerprints_of_tables_follow_what_they_hold_and_not_where(tmp_path):
+    labels = np.arange(6) % 2
+    copies = []
+    for name in ("here.parquet", "there.parquet"):
+        table(6, 2).to_parquet(tmp_path / name)
+        copy = datasets.Dataset.from_parquet(str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
+        copies.append(TableSplit(copy, "image", labels))
+    first, moved = copies
+    assert first.fingerprint == moved.fingerprint
+    parts = [first, take(first, np.arange(5)), take(first, np.arange(6)[::-1])]
+    assert len({part.fingerprint for part in parts}) == 3
+    file = tmp_path / "one.png"
+    first.image(0).save(file)
+    inside = datasets.Dataset.from_dict({"image": [{"bytes": file.read_bytes(), "path": None}]})
+    beside = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(file)}]})
+    label = np.zeros(1, np.int64)
+    prints = {
+        TableSplit(t.cast_column("image", datasets.Image()), "image", label).fingerprint for t in (inside, beside)
+    }
+    assert len(prints) == 1

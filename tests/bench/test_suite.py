@@ -161,9 +161,12 @@ def test_a_search_writes_the_rates_that_runs_then_use(suite, tmp_path):
 
 
 def test_the_command_runs_in_processes(tmp_path, capsys):
-    words = ["bench", "mini-vision", "--models", "vit", "--methods", "linear", "--tasks", *COUNT, "--out", str(tmp_path / "out")]
+    words = ["bench", "mini-vision", "--models", "vit", "--methods", "linear", "--tasks", *COUNT]
+    words += ["--out", str(tmp_path / "out")]
     cli.main([*words, "--set", "optimizer.lr=0.01", "optimizer.epochs=1"])
     assert "1 runs are done" in capsys.readouterr().out
+    (command,) = (tmp_path / "out" / "commands.txt").read_text().splitlines()
+    assert command.startswith("san bench mini-vision --out ")
     cli.main(["table", str(tmp_path / "out")])
     assert "linear" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:

@@ -151,10 +151,19 @@ class TableSplit(Split):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 over the table's own fingerprint, which follows its content and transforms, and the labels."""
-        digest = hashlib.sha256(f"{self.table._fingerprint}\t{self.column}".encode())
-        digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()
+        """The sha256 over a line per row: stored bytes of its image, label. Where the table lies is no part."""
+        import datasets
+        import pyarrow.compute as pc
+
+        stored = self.table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
+        sizes: list[int] = []
+        for batch in stored.with_format("arrow").iter(batch_size=1000):
+            images = batch.column(0).combine_chunks()
+            files = images.field("path").to_pylist()
+            for size, file in zip(pc.binary_length(images.field("bytes")).to_pylist(), files, strict=True):
+                sizes.append(size if size is not None else Path(file).stat().st_size if Path(file).is_file() else -1)
+        lines = (f"{size}\t{label}\n" for size, label in zip(sizes, self.labels, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class JoinedSplit(Split):

@@ -25,7 +25,14 @@ Row = dict[str, Any]
 
 
 def bench(
-    suite: Suite, name: str, choice: Choice, out: Path, engine: Engine, search: bool = False, keep_models: bool = False
+    suite: Suite,
+    name: str,
+    choice: Choice,
+    out: Path,
+    engine: Engine,
+    search: bool = False,
+    keep_models: bool = False,
+    command: str | None = None,
 ) -> list[Row]:
     """Runs what is chosen of a suite.
 
@@ -42,6 +49,7 @@ def bench(
         engine: Where the runs are carried out.
         search: Searches for the learning rates first.
         keep_models: Keeps the whole models that methods without an adapter save.
+        command: What was typed; it is added to `commands.txt`, for reports.
 
     Returns:
         The rows of all finished runs of the choice.
@@ -49,6 +57,7 @@ def bench(
     Raises:
         SanError: If the choice cannot be run, or every run fails.
     """
+    out = out.absolute()  # as other processes may start elsewhere
     console, rates_file = Console(stderr=True), out / "rates.json"
     rates: Rates = json.loads(rates_file.read_text(encoding="utf-8")) if rates_file.exists() else {}
     if search:
@@ -62,6 +71,9 @@ def bench(
     runs = plan(suite, choice, rates)
     text = json.dumps(suite.model_dump(mode="json"), indent=2)  # JSON is YAML
     write_atomically(out / "suite.yaml", text + "\n")
+    if command is not None:
+        known = file.read_text(encoding="utf-8").splitlines() if (file := out / "commands.txt").exists() else []
+        write_atomically(file, "".join(f"{line}\n" for line in dict.fromkeys([*known, command])))
     return _carry_out(runs, name, out, engine, keep_models, console)
 
 
