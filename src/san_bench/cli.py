@@ -131,12 +131,14 @@ class Eval:
     """Folder of the run."""
     split: str | None = None
     """Name of a split; the recipe's eval_split by default."""
+    mode: Literal["both", "neuron", "synapse", "off"] = "both"
+    """What of an adapter of SAN acts: its own scales, the propagated ones, both or none."""
 
     def run(self) -> None:
         """Scores and prints."""
         from san_bench.run.evaluate import evaluate
 
-        _table(evaluate(self.folder, self.split))
+        _table(evaluate(self.folder, self.split, self.mode))
 
 
 @dataclass(frozen=True)

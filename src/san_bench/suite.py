@@ -57,6 +57,7 @@ class Suite(Strict):
         groups: Tasks by group.
         models: Models by short name, the backbone.
         methods: What is trained, by the name in tables.
+        modes: In which modes trained adapters of SAN are scored beside `both`.
         settings: Values in place of the protocol's for single tasks, by task and dotted key.
         search: How learning rates are chosen.
         rates: The rates that were chosen.
@@ -66,6 +67,7 @@ class Suite(Strict):
     groups: dict[str, Annotated[tuple[str, ...], Field(min_length=1, strict=False)]]
     models: dict[str, str]
     methods: dict[str, Method]
+    modes: Annotated[tuple[Literal["neuron", "synapse", "off"], ...], Field(strict=False)]
     settings: dict[str, dict[str, Any]]
     search: Search
     rates: Rates

@@ -34,6 +34,7 @@ def run(capsys, *words):
         ("train mine.yaml --set seed=1 optimizer.lr=1e-3", cli.Train("mine.yaml", ("seed=1", "optimizer.lr=1e-3"))),
         ("eval runs/demo/san", cli.Eval(Path("runs/demo/san"))),
         ("eval runs/demo/san --split val200", cli.Eval(Path("runs/demo/san"), "val200")),
+        ("eval runs/demo/san --mode neuron", cli.Eval(Path("runs/demo/san"), mode="neuron")),
         ("check demo/san --set seed=1", cli.Check("demo/san", ("seed=1",))),
         ("recipes", cli.Recipes()),
         ("recipes --copy demo/san --out mine.yaml", cli.Recipes("demo/san", Path("mine.yaml"))),

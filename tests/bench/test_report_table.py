@@ -49,6 +49,22 @@ def test_a_suite_has_means_tasks_differences_and_cost(both):
     assert all(len(row) == len(table.columns) for table in tables(both) for row in table.rows)
 
 
+def test_modes_stand_beside_what_was_trained(both):
+    for row in both:
+        if row["method"] == "san":
+            row["modes"] = {"neuron": row["accuracy"] - 0.1, "synapse": 0.25, "off": 0.2}
+    (modes,) = [table for table in tables(both) if table.title.endswith("modes")]
+    assert texts(modes, "san") == {
+        "Method": "san",
+        "n": "2",
+        "both: as trained": "75.5 ± 3.1",
+        "neuron: own scales alone": "65.5 ± 3.1",
+        "synapse: propagated scales alone": "25.0 ± 0.0",
+        "off: none": "20.0 ± 0.0",
+    }
+    assert [row[0].text for row in modes.rows] == ["san"]
+
+
 def test_means_over_groups_tasks_and_groups_of_groups(both):
     means = tables(both)[0]
     assert [row[0].text for row in means.rows] == ["lora-r8", "san"]

@@ -13,6 +13,7 @@ from san_bench.data.vision import load_task
 from san_bench.recipe import load_recipe, shipped
 from san_bench.run.build import build_model
 from san_bench.run.engines import Outcome
+from san_bench.run.evaluate import evaluate
 from san_bench.run.suite import bench, run_job
 from san_bench.suite import Choice, Suite, best_rates, load_suite, plan, plan_search
 from san_peft.errors import SanError
@@ -158,6 +159,24 @@ def test_a_search_writes_the_rates_that_runs_then_use(suite, tmp_path):
     again = Here()
     bench(quick, "mini-vision", choice, tmp_path, again)
     assert again.ran == []
+
+
+def test_trained_adapters_are_scored_in_the_modes_of_a_suite(suite, tmp_path):
+    """A run that was killed between training and scoring is not done."""
+    several = suite.model_copy(update={"modes": ("neuron", "off")})
+    choice = Choice(("linear", "san"), tasks=COUNT, overrides={**SMALL, "optimizer.lr": 0.1})
+    linear, san = bench(several, "mini-vision", choice, tmp_path, Here())
+    assert "modes" not in linear
+    assert set(san["modes"]) == {"neuron", "off"}
+    (tmp_path / san["run"] / "eval-test-off.json").unlink()
+    again = Here()
+    assert bench(several, "mini-vision", choice, tmp_path, again)[1] == san
+    assert again.ran == ["san"]
+    both = evaluate(tmp_path / san["run"])["accuracy"]
+    assert (both, san["accuracy"]) == (san["accuracy"], pytest.approx(both))
+    assert evaluate(tmp_path / san["run"], mode="neuron")["accuracy"] == san["modes"]["neuron"] != both
+    with pytest.raises(SanError, match=r"Mode 'off' needs an adapter of SAN, but .* has method 'linear'"):
+        evaluate(tmp_path / linear["run"], mode="off")
 
 
 def test_the_command_runs_in_processes(tmp_path, capsys):

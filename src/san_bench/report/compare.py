@@ -45,6 +45,14 @@ COSTS = (
 )
 """Columns of the table of costs, and the keys of rows that they show."""
 
+MODES = {
+    "both": "as trained",
+    "neuron": "own scales alone",
+    "synapse": "propagated scales alone",
+    "off": "none",
+}
+"""What of an adapter of SAN acts in scoring, in words."""
+
 
 @dataclass(frozen=True)
 class _Value:
@@ -140,6 +148,41 @@ def difference_table(section: Section, reference: str | None) -> Table | None:
         tuple(rows),
         (*notes, *_origin(section)),
     )
+
+
+def modes_table(section: Section) -> Table | None:
+    """Returns what of trained adapters of SAN is how accurate; `None` where no run was scored in other modes."""
+    scored = {
+        line: {t: {s: r for s, r in seeds.items() if r.get("modes")} for t, seeds in tasks.items()}
+        for line, tasks in section.lines.items()
+    }
+    scored = {line: tasks for line, tasks in scored.items() if all(tasks.get(task) for task in section.tasks)}
+    if not scored:
+        return None
+    rows = []
+    for line, tasks in scored.items():
+        values = [
+            _mean(
+                {t: {s: {**r, **_in_mode(r, mode)} for s, r in seeds.items()} for t, seeds in tasks.items()}, [[*tasks]]
+            )
+            for mode in MODES
+        ]
+        most = max((value.estimate.n for value in values if value.estimate), default=0)
+        rows.append((Cell(line.method), Cell(str(most), most), *(value.cell(most, 1, 100) for value in values)))
+    return Table(
+        f"{section.title}: modes",
+        ("Method", "n", *(f"{mode}: {words}" for mode, words in MODES.items())),
+        tuple(rows),
+        (
+            READING,
+            "One training, scored four times: parts of the adapter are switched off after it.",
+            *_origin(section),
+        ),
+    )
+
+
+def _in_mode(row: Row, mode: str) -> Row:
+    return {} if mode == "both" else {"accuracy": row["modes"][mode]}
 
 
 def cost_table(section: Section) -> Table:

@@ -85,6 +85,7 @@ class _Result(BaseModel):
     saved_activation_mib: float | None = None
     peak_rss_mib: float | None = None
     energy_joules: float | None = None
+    modes: dict[str, float] | None = None
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:

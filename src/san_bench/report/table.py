@@ -11,7 +11,7 @@ import rich.table
 from rich.console import Console
 
 from san_bench.report import render
-from san_bench.report.compare import cost_table, difference_table, means_table, task_tables
+from san_bench.report.compare import cost_table, difference_table, means_table, modes_table, task_tables
 from san_bench.report.estimate import wilson
 from san_bench.report.origin import label, origin
 from san_bench.report.published import backbone_of
@@ -61,7 +61,8 @@ def tables(rows: Sequence[Row], published: bool = True, reference: str | None = 
         made += [means_table(section, papers)] if section.groups else []
         made += task_tables(section, papers)
         differences = difference_table(section, reference)
-        made += [*([differences] if differences else []), cost_table(section)]
+        modes = modes_table(section)
+        made += [*(table for table in (differences, modes) if table), cost_table(section)]
     return made
 
 

@@ -108,21 +108,37 @@ def load_model(run: str | Path) -> tuple[Any, Recipe]:
         return peft.PeftModel.from_pretrained(model, saved).eval(), recipe  # type: ignore[arg-type]
 
 
-def evaluate(run: str | Path, split: str | None = None) -> dict[str, Any]:
+def evaluate(run: str | Path, split: str | None = None, mode: str = "both") -> dict[str, Any]:
     """Loads a run and scores it.
 
     Args:
         run: Folder of the run.
         split: Name of a split; the recipe's `eval_split` by default.
+        mode: What of an adapter of SAN acts; see `san_peft.SanModel.set_mode`.
 
     Returns:
         Accuracy, n, and the hash of the predictions.
+
+    Raises:
+        SanError: If the run has not finished, or lacks the split, or has no adapter of SAN for another mode than
+            `both`.
     """
+    kind = run_recipe(run).method.kind
+    if mode != "both" and kind not in SAN:
+        raise SanError(f"Mode {mode!r} needs an adapter of SAN, but {run} has method {kind!r}.")
     model, recipe = load_model(run)
-    chosen = task_of(recipe)[split or recipe.eval_split]
-    result = {"run": str(run), "split": split or recipe.eval_split, **score(predict(model, chosen, recipe), chosen)}
-    write_atomically(Path(run) / f"eval-{result['split']}.json", json.dumps(result, indent=2) + "\n")
+    if mode != "both":
+        model.base_model.set_mode(mode)
+    name = split or recipe.eval_split
+    chosen = task_of(recipe)[name]
+    result = {"run": str(run), "split": name, "mode": mode, **score(predict(model, chosen, recipe), chosen)}
+    write_atomically(eval_file(Path(run), name, mode), json.dumps(result, indent=2) + "\n")
     return result
+
+
+def eval_file(run: Path, split: str, mode: str = "both") -> Path:
+    """Returns where `evaluate` writes."""
+    return run / f"eval-{split}{'' if mode == 'both' else f'-{mode}'}.json"
 
 
 def export(run: str | Path, out: str | Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def bench(
     console, rates_file = Console(stderr=True), out / "rates.json"
     rates: Rates = json.loads(rates_file.read_text(encoding="utf-8")) if rates_file.exists() else {}
     if search:
-        trials = _carry_out(plan_search(suite, choice), name, out / "search", engine, False, console)
+        trials = _carry_out(plan_search(suite, choice), name, out / "search", engine, console)
         for backbone, by_method in best_rates(suite, trials).items():
             for method, rate in by_method.items():
                 known = rates.setdefault(backbone, {}).get(method)
@@ -74,12 +74,20 @@ def bench(
     if command is not None:
         known = file.read_text(encoding="utf-8").splitlines() if (file := out / "commands.txt").exists() else []
         write_atomically(file, "".join(f"{line}\n" for line in dict.fromkeys([*known, command])))
-    return _carry_out(runs, name, out, engine, keep_models, console)
+    return _carry_out(runs, name, out, engine, console, keep_models, suite.modes)
 
 
 def _carry_out(
-    runs: Sequence[Run], name: str, out: Path, engine: Engine, keep_models: bool, console: Console
+    runs: Sequence[Run],
+    name: str,
+    out: Path,
+    engine: Engine,
+    console: Console,
+    keep_models: bool = False,
+    modes: Sequence[str] = (),
 ) -> list[Row]:
+    from san_bench.run.build import SAN
+
     jobs = {}
     prints = _fingerprints(runs)
     for run in runs:
@@ -87,8 +95,14 @@ def _carry_out(
         folder = f"runs/{run.task.replace('/', '-')}/{run.backbone}/{run.method}/{address}"
         labels = {"suite": name, "group": run.group, "backbone": run.backbone, "method": run.method, "run": folder}
         recipe = run.recipe.model_copy(update={"output": str(out / folder)})
-        jobs[folder] = {"recipe": recipe.model_dump(mode="json"), "labels": labels, "keep": keep_models}
-    rows = {key: _row(out, job) for key, job in jobs.items() if (out / key / "result.json").exists()}
+        wanted = list(modes) if recipe.method.kind in SAN else []
+        jobs[folder] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "labels": labels,
+            "keep": keep_models,
+            "modes": wanted,
+        }
+    rows = {key: row for key, job in jobs.items() if (row := _row(job)) is not None}
     todo = {key: job for key, job in jobs.items() if key not in rows}
     others = [row for row in _read(out / "rows.jsonl") if row["run"] not in jobs]
     failures: dict[str, Row] = {row["run"]: row for row in _read(out / "failures.jsonl") if row["run"] not in jobs}
@@ -131,19 +145,33 @@ def run_job(job: dict[str, Any]) -> Row:
     """Carries out one run of a suite, in a process of its own, and returns its row."""
     os.environ["TQDM_DISABLE"] = "1"  # one bar is enough, and it is the suite's
     from san_bench.run.build import PLAIN
+    from san_bench.run.evaluate import eval_file, evaluate
     from san_bench.run.train import train
 
     recipe = Recipe.model_validate(job["recipe"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        result = train(recipe)
+        train(recipe)
+        for mode in job["modes"]:
+            if not eval_file(Path(recipe.output), recipe.eval_split, mode).exists():
+                evaluate(recipe.output, mode=mode)
     if recipe.method.kind in PLAIN and not job["keep"]:
         shutil.rmtree(Path(recipe.output) / "adapter", ignore_errors=True)
-    return {**result, **job["labels"]}
+    row = _row(job)
+    assert row is not None
+    return row
 
 
-def _row(out: Path, job: dict[str, Any]) -> Row:
-    result = json.loads((out / job["labels"]["run"] / "result.json").read_text(encoding="utf-8"))
-    return {**result, **job["labels"]}
+def _row(job: Row) -> Row | None:
+    """The row of a run that has finished and was scored in every mode, from its files; else `None`."""
+    from san_bench.run.evaluate import eval_file
+
+    folder, split = Path(job["recipe"]["output"]), job["recipe"]["eval_split"]
+    files = {mode: eval_file(folder, split, mode) for mode in job["modes"]}
+    if not all(file.exists() for file in (folder / "result.json", *files.values())):
+        return None
+    row = {**json.loads((folder / "result.json").read_text(encoding="utf-8")), **job["labels"]}
+    scores = {mode: json.loads(file.read_text(encoding="utf-8"))["accuracy"] for mode, file in files.items()}
+    return {**row, "modes": scores} if scores else row
 
 
 def _read(path: Path) -> list[Row]:
