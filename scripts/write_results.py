@@ -3,6 +3,8 @@
     san demo && python scripts/write_results.py                # runs/demo/table.md into README.md
     python scripts/write_results.py runs/another/table.md
     python benchmarks/step.py && python scripts/write_results.py runs/benchmarks/step.md docs/guides/speed.md
+    san table results/order --format markdown --out runs/order.md
+    python scripts/write_results.py runs/order.md docs/guides/evidence.md order      # a page with several tables
 
 The table is copied as it is, with the lines that say where its numbers come from.
 """
@@ -16,13 +18,13 @@ from pathlib import Path
 from san_bench.run.provenance import write_atomically
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- results:start -->\n", "<!-- results:end -->"
 
 
-def insert(page: str, table: str) -> str:
-    parts = re.fullmatch(f"(.*{START}).*({END}.*)", page, re.S)
+def insert(page: str, table: str, name: str = "results") -> str:
+    start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
+    parts = re.fullmatch(f"(.*{start}).*({end}.*)", page, re.S)
     if not parts:
-        raise SystemExit(f"The page lacks {START.strip()} or {END}")
+        raise SystemExit(f"The page lacks {start.strip()} or {end}")
     return f"{parts[1]}{table.strip()}\n{parts[2]}"
 
 
@@ -34,7 +36,7 @@ def main() -> None:
     table = source.read_text(encoding="utf-8")
     if "+changes" in table or "commit unknown" in table:
         print("Note: these numbers come from code that no commit holds.", file=sys.stderr)
-    write_atomically(page, insert(page.read_text(encoding="utf-8"), table))
+    write_atomically(page, insert(page.read_text(encoding="utf-8"), table, *sys.argv[3:4]))
 
 
 if __name__ == "__main__":

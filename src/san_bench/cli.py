@@ -299,6 +299,8 @@ class Table:
     """Add published numbers where suite and backbone are theirs."""
     reference: str | None = None
     """Method that the others are compared with; san by default."""
+    only: tuple[str, ...] = ()
+    """Which tables, by how their names begin, such as means, difference, natural, cost; all by default."""
     out: Path | None = None
     """File to write to."""
 
@@ -306,7 +308,7 @@ class Table:
         """Reads, compares and prints."""
         from san_bench.report.table import table_command
 
-        table_command(self.folders, self.format, self.published, self.reference, self.out)
+        table_command(self.folders, self.format, self.published, self.reference, self.only, self.out)
 
 
 @dataclass(frozen=True)

@@ -194,8 +194,8 @@ class Recipe(Strict):
             carries the fingerprint of the data itself.
         train_split: Split to train with.
         eval_split: Split to score once, after training.
-        model: `embedded` (the small ViT of the package), a folder, or a name that transformers resolves, such as
-            `timm/vit_base_patch16_224.augreg_in21k`.
+        model: `embedded` (the small ViT of the package), `embedded/swin`, `embedded/convnext`, a folder, or a name that
+            transformers resolves, such as `timm/vit_base_patch16_224.augreg_in21k`.
         method: What is trained; the task's head always is.
         input: How an image becomes what the model reads.
         augmentation: What is done to images in training alone.

@@ -362,6 +362,16 @@ def test_the_command_prints_and_writes_the_same(tmp_path, capsys, both, form, ha
     assert capsys.readouterr().out == f"5 tables written to {tmp_path / 'new' / 'table.txt'}\n"
 
 
+def test_the_command_shows_the_tables_that_are_named(tmp_path, capsys, both):
+    write_rows(tmp_path / "rows.jsonl", both)
+    table_command([tmp_path], "markdown", only=("means", "difference"))
+    out = capsys.readouterr().out
+    titles = [line.rpartition(": ")[2] for line in out.splitlines() if "mini-vision, vit (embedded), test: " in line]
+    assert [title.strip("*#") for title in titles] == ["means", "difference to san"]
+    with pytest.raises(SanError, match=r"No table is called maens\. There are means, natural, structured, difference"):
+        table_command([tmp_path], only=("maens",))
+
+
 def test_the_command_leaves_published_lines_out_and_takes_a_reference(tmp_path, capsys):
     rows = real("vtab", ["cifar"], group="natural")
     write_rows(tmp_path / "rows.jsonl", [*rows, {**rows[0], "method": "ssf", "kind": "ssf"}])

@@ -71,6 +71,7 @@ def table_command(
     form: Literal["rich", "markdown", "latex", "csv"] = "rich",
     published: bool = True,
     reference: str | None = None,
+    only: Sequence[str] = (),
     out: Path | None = None,
 ) -> None:
     """Prints or writes the tables of suites and runs.
@@ -80,12 +81,20 @@ def table_command(
         form: Of the text.
         published: Whether to add published numbers.
         reference: Method that the others are compared with.
+        only: How the last parts of the titles begin that are wanted, such as `means` and `difference`; all by default.
         out: File to write; standard output by default.
 
     Raises:
         SanError: If there are no results, or they cannot be read or compared.
     """
     made = tables(read_rows(folders), published, reference)
+    kinds = [table.title.rpartition(": ")[2] for table in made]
+    unknown = [word for word in only if not any(kind.startswith(word) for kind in kinds)]
+    if unknown:
+        known = list(dict.fromkeys(kinds))
+        raise san_error(f"No table is called {', '.join(unknown)}. There are {', '.join(known)}.")
+    if only:
+        made = [table for table, kind in zip(made, kinds, strict=True) if kind.startswith(tuple(only))]
     if form == "rich":
         shown = io.StringIO()
         console = Console() if out is None else Console(file=shown, width=WIDTH)
