@@ -157,10 +157,11 @@ class TableSplit(Split):
 
         stored = self.table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
         sizes: list[int] = []
+        batch: Any  # a pyarrow.Table
         for batch in stored.with_format("arrow").iter(batch_size=1000):
             images = batch.column(0).combine_chunks()
-            files = images.field("path").to_pylist()
-            for size, file in zip(pc.binary_length(images.field("bytes")).to_pylist(), files, strict=True):
+            lengths = pc.call_function("binary_length", [images.field("bytes")]).to_pylist()
+            for size, file in zip(lengths, images.field("path").to_pylist(), strict=True):
                 sizes.append(size if size is not None else Path(file).stat().st_size if Path(file).is_file() else -1)
         lines = (f"{size}\t{label}\n" for size, label in zip(sizes, self.labels, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
