@@ -2,7 +2,8 @@
 
 Example:
     >>> suite = load_suite("mini-vision")
-    >>> part = Choice(("san", "linear"), tasks=("mini-vision/count",), seeds=2, overrides={"optimizer.lr": 0.01})
+    >>> few = {"models": ("vit",), "tasks": ("mini-vision/count",), "seeds": 2}
+    >>> part = Choice(("san", "linear"), **few, overrides={"optimizer.lr": 0.01})
     >>> chosen = plan(suite, part)
     >>> [(run.method, run.backbone, run.recipe.seed) for run in chosen]
     [('san', 'vit', 0), ('san', 'vit', 1), ('linear', 'vit', 0), ('linear', 'vit', 1)]
