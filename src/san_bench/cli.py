@@ -51,7 +51,8 @@ class Train:
 
         result = train(recipe, self.track)
         keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
-        _table({key: result[key] for key in keys})
+        if os.environ.get("RANK", "0") == "0":  # of the processes that accelerate or torchrun started
+            _table({key: result[key] for key in keys})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from san_bench.recipe import Recipe
 from san_bench.run.build import base_model, check_trainable, checkpoint_sha256, saved_activation_bytes, with_method
@@ -30,7 +31,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
 
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
     adapter, or the whole model for methods without one), `predictions.safetensors`, `scales.safetensors` where there
-    are scales, and `result.json`. A finished run is not repeated: its result is returned.
+    are scales, and `result.json`. A finished run is not repeated: its result is returned. Of several processes, as
+    `accelerate launch` or `torchrun` start them, each trains on its part of every batch, and the first one writes.
 
     Args:
         recipe: What to run.
@@ -45,7 +47,9 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     """
     folder = Path(recipe.output)
     result_file = folder / "result.json"
-    claim(folder, recipe)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with processes.main_process_first():
+        claim(folder, recipe)
     if result_file.exists():
         return json.loads(result_file.read_text(encoding="utf-8"))
     created, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
@@ -54,10 +58,12 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     pretrained = checkpoint_sha256(plain)
     model = with_method(plain, recipe)
     trained = check_trainable(model, recipe)
-    print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters and {trained['head']:,} of the head.")
+    if processes.is_main_process:
+        print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters and {trained['head']:,} of the head.")
     split = task[recipe.train_split]
     trainer, journal = make_trainer(model, recipe, task, folder, track)
-    checkpoint = _last_checkpoint(folder / "checkpoints")
+    with processes.main_process_first():
+        checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()
     journal.begin(checkpoint)
     energy = Energy()
@@ -68,14 +74,14 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         model, _batch(trainer.train_dataset, recipe.optimizer.batch_size, trainer.args.device)
     )
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    _save(model, folder / "adapter")
-    write_rows(folder / "log.jsonl", trainer.state.log_history)
+    if processes.is_main_process:
+        _save(model, folder / "adapter")
+        write_rows(folder / "log.jsonl", trainer.state.log_history)
     logits = predict(model, task[recipe.eval_split], recipe)
     if not logits.isfinite().all():
         raise SanError(
             f"{folder} predicts values that are not finite. Try a smaller optimizer.lr, with another output."
         )
-    save_predictions(folder / "predictions.safetensors", logits)
     result = {
         "run": folder.name,
         "method": recipe.method.kind,
@@ -105,14 +111,18 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "recipe_fingerprint": recipe.fingerprint,
         "task_fingerprint": task.fingerprint,
         "checkpoint_sha256": pretrained,
+        "processes": processes.num_processes,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         **provenance(),
     }
-    result |= comparison(recipe, result, model, created, time.perf_counter() - began, journal.memory)
-    if getattr(model, "peft_type", None) in CARRIERS:
-        save_scales(folder, scales_of(model))  # may change the model
-    write_atomically(result_file, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if processes.is_main_process:
+        result |= comparison(recipe, result, model, created, time.perf_counter() - began, journal.memory)
+        save_predictions(folder / "predictions.safetensors", logits)
+        if getattr(model, "peft_type", None) in CARRIERS:
+            save_scales(folder, scales_of(model))  # may change the model
+        write_atomically(result_file, json.dumps(result, indent=2) + "\n")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    processes.wait_for_everyone()
     return result
 
 

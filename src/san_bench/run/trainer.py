@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -151,6 +152,8 @@ class Journal(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the log, and marks the checkpoint as complete."""
+        if not state.is_world_process_zero:
+            return
         write_rows(self.folder / "log.jsonl", state.log_history)
         marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
         write_atomically(marker, f"{self.seconds:.3f}\n")
@@ -181,7 +184,8 @@ class Average(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the average into the checkpoint."""
-        save_file(self._trained(), self._file(args, state))
+        if state.is_world_process_zero:
+            save_file(self._trained(), self._file(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Puts the average into the place of the weights."""
@@ -207,11 +211,13 @@ def make_trainer(
     steps = math.ceil(len(split) / optimizer.batch_size) * optimizer.epochs
     if recipe.precision == "fp16" and not gpu:
         raise SanError("precision fp16 needs a GPU. Choose bf16 or fp32.")
-    parts = optimizer.accumulation * max(1, torch.cuda.device_count())
+    processes = PartialState(cpu=not gpu).num_processes
+    devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+    parts = optimizer.accumulation * devices
     if optimizer.batch_size % parts:
         raise SanError(
             f"A batch of {optimizer.batch_size} images cannot be divided into {parts} parts ({optimizer.accumulation} "
-            f"accumulated on {torch.cuda.device_count()} devices). Change optimizer.batch_size or "
+            f"accumulated on {devices} devices). Change optimizer.batch_size or "
             "optimizer.accumulation."
         )
     fields, trackers = tracking(track, recipe, folder)

@@ -1,0 +1,81 @@
+"""Training in two processes, each with its half of every batch, is the training of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.bench.small import short_recipe, small_scale
+
+from san_bench.run.evaluate import load_predictions
+from san_bench.run.train import train
+
+PROGRAM = """
+import sys
+from san_bench import cli
+from tests.bench.small import small_scale
+with small_scale():
+    for recipe in sys.argv[1:]:
+        cli.main(["train", recipe])
+"""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The same two recipes, trained by one process and by two."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    best = {"selection": "best-val", "train_split": "train800"}
+    settings = {"san": ("san", {"ema": 0.5, "checkpoint_steps": 3}), "full": ("full", best)}
+    made: dict[str, list] = {}
+    with small_scale():
+        for name, (recipe, more) in settings.items():
+            alone, shared = (short_recipe(recipe, folder / kind / name, **more) for kind in ("alone", "shared"))
+            (folder / f"{name}.yaml").write_text(shared.to_yaml(), encoding="utf-8")
+            made[name] = [alone, shared, train(alone)]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-endpoint", "localhost:0", str(folder / "program.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, *words, *(str(folder / f"{name}.yaml") for name in settings)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("recipe_fingerprint") == len(settings), "the first process alone prints"
+    return made
+
+
+@pytest.mark.parametrize("name", ["san", "full"])
+def test_two_processes_train_as_one(both, name):
+    alone, shared, result = both[name]
+    folder = Path(shared.output)
+    again = json.loads((folder / "result.json").read_text())
+    assert (result["processes"], again["processes"]) == (1, 2)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in Path(alone.output).iterdir()}
+    for key in ("recipe_fingerprint", "steps", "trainable_parameters", "correct", "n_test", "n_train"):
+        assert again[key] == result[key], key
+    logs = [
+        [
+            row["loss"]
+            for row in map(json.loads, (Path(r.output) / "log.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
+        for r in (alone, shared)
+    ]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+    torch.testing.assert_close(
+        load_predictions(folder), load_predictions(Path(alone.output)), atol=1e-3, rtol=1e-3, check_stride=False
+    )
+    weights = [next((Path(r.output) / "adapter").glob("*.safetensors")) for r in (alone, shared)]
+    one, two = map(load_file, weights)
+    assert one.keys() == two.keys()
