@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -398,10 +399,20 @@ def main(words: Sequence[str] | None = None) -> None:
     except Exception as error:
         from san_peft.errors import SanError
 
-        if not isinstance(error, SanError | FileExistsError):
+        if _is_disk_full(error):
+            hint = "Free some space; the same command goes on from what is finished."
+            print(f"san: No space is left to write to: {error}. {hint}", file=sys.stderr)
+        elif isinstance(error, SanError | FileExistsError):
+            print(f"san: {error}", file=sys.stderr)
+        else:
             raise
-        print(f"san: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether a disk, a quota or the size of files is exhausted; safetensors, in Rust, says so in its text alone."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def _table(facts: dict[str, Any]) -> None:

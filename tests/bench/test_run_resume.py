@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from tests.bench.small import short_recipe, small_scale
 
+from san_bench import cli
 from san_bench.run import train as training
-from san_bench.run.evaluate import load_predictions
+from san_bench.run.evaluate import evaluate, load_predictions
 from san_bench.run.train import train
 
 
@@ -110,3 +112,26 @@ def test_a_training_starts_anew_where_the_only_checkpoint_is_half_written(tmp_pa
     recipe = short_recipe("linear", tmp_path / "run", optimizer__epochs=1, checkpoint_steps=3)
     assert train(recipe)["resumed_from_step"] == 0
     assert [p.name for p in (tmp_path / "run" / "adapter").iterdir() if p.name.startswith("model")]
+
+
+@pytest.mark.parametrize("name", ["full", "san"])
+def test_a_full_disk_is_one_message_and_nothing_is_half_written(name, tmp_path, capsys):
+    """Files that may not grow stand for the disk: the adapter, or the model, is the first that does not fit."""
+    recipe = short_recipe(name, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", str(tmp_path / "recipe.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert last.startswith("san: No space is left to write to: ")
+    assert last.endswith("the same command goes on from what is finished.")
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
+    cli.main(["train", str(tmp_path / "recipe.yaml")])
+    assert not list((tmp_path / "run").glob(".*"))
+    assert evaluate(tmp_path / "run")["correct"] == json.loads((tmp_path / "run/result.json").read_text())["correct"]
