@@ -1,0 +1,58 @@
+"""Results that the repository keeps: whose code, which rates, and whether the pages still say what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from san_bench.report.results import read_rows
+from san_bench.report.table import table_command
+from san_bench.suite import best_rates, load_suite
+
+ROOT = Path(__file__).parents[2]
+KEPT = sorted(path.parent for path in (ROOT / "results").glob("*/rows.jsonl"))
+PAGE = ROOT / "docs" / "guides" / "evidence.md"
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_rows_have_their_origin_and_belong_to_the_suite(folder):
+    suite = load_suite(folder.name)
+    for row in read_rows([folder]):
+        assert re.fullmatch("[0-9a-f]{40}", row["commit"]), row["run"]
+        assert row["suite"] == folder.name
+        assert suite.tasks[row["task"]] == row["group"]
+        assert row["split"] == "test"
+        assert row["method"] in suite.methods
+        rate = suite.rates[row["backbone"]][row["method"]]
+        assert row["lr"] == rate, f"{row['run']} has another learning rate than the suite now ships, {rate}"
+        assert "/work" not in json.dumps(row)
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_the_rates_that_ship_are_those_that_the_trials_chose(folder):
+    trials = read_rows([folder / "search"])
+    suite = load_suite(folder.name)
+    assert {row["split"] for row in trials} == {"val200"}
+    assert {row["task"] for row in trials} == set(suite.search.tasks)
+    assert {row["seed"] for row in trials} == set(suite.search.seeds)
+    assert best_rates(suite, trials) == suite.rates
+    for backbone, rates in suite.rates.items():
+        for method in rates:
+            grid = suite.search.grid.get(method, suite.search.grid["default"])
+            tried = {row["lr"] for row in trials if (row["backbone"], row["method"]) == (backbone, method)}
+            assert tried >= set(grid), f"{method} on {backbone} was not tried with {set(grid) - tried}"
+
+
+def test_the_page_shows_the_rows(tmp_path):
+    """Every table between marks is what its command, which the page names, makes of the rows now."""
+    text = PAGE.read_text(encoding="utf-8")
+    marks = re.findall(r"<!-- (\S+):start -->\n(.*?)<!-- \1:end -->", text, re.S)
+    assert [name for name, _ in marks] == [folder.name for folder in KEPT]
+    for name, block in marks:
+        (words,) = re.findall(rf"san table results/{name} (.*) --format markdown --out", text)
+        only = words.removeprefix("--only ").split()
+        table_command([ROOT / "results" / name], "markdown", only=only, out=tmp_path / name)
+        assert block.strip() == (tmp_path / name).read_text(encoding="utf-8").strip(), f"{name}: write it anew"
