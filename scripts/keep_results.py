@@ -1,7 +1,8 @@
 """Keeps what a suite found in this repository: `python scripts/keep_results.py runs/mini-vision`.
 
 Rows and trials go to `results/SUITE/`, without the blocks of PEFT's method comparison, which repeat them at length. The
-learning rates that the trials chose go into the suite that ships. Rows of code that no commit holds are refused.
+learning rates that the trials chose go into the suite that ships; rows of other rates are left out. Rows of code that
+no commit holds are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import yaml
 
 from san_bench.recipe import find
 from san_bench.run.provenance import write_atomically, write_rows
-from san_bench.suite import load_suite
+from san_bench.suite import Rates, load_suite
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = ("run_info", "train_info", "meta_info")
@@ -27,27 +28,29 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
     return {row["run"]: row for row in map(json.loads, lines)}
 
 
-def keep(source: Path, target: Path) -> int:
-    """Adds the rows of one file to another; returns how many are there then."""
+def keep(source: Path, target: Path, rates: Rates | None = None) -> int:
+    """Adds the rows of one file to another, those of the given rates alone; returns how many are there then."""
     rows = read(target)
     for run, row in read(source).items():
         if not row["commit"] or row["commit"].endswith("+changes"):
             raise SystemExit(f"{source}: {run} comes from code that no commit holds. Commit first, and run it again.")
         rows[run] = {key: value for key, value in row.items() if key not in BLOCKS}
+    if rates is not None:
+        rows = {run: row for run, row in rows.items() if rates[row["backbone"]].get(row["method"]) == row["lr"]}
     if rows:
         write_rows(target, [rows[run] for run in sorted(rows)])
     return len(rows)
 
 
-def ship(rates: dict[str, dict[str, Any]], suite: str) -> None:
-    """Writes learning rates into the file of a suite, whose last key they are."""
+def ship(rates: Rates, suite: str) -> Rates:
+    """Writes learning rates into the file of a suite, whose last key they are; returns all that it has then."""
     file = find(suite, "suites")
     known = load_suite(suite).rates
     merged = {backbone: {**known.get(backbone, {}), **rates.get(backbone, {})} for backbone in {**known, **rates}}
     head, _, _ = file.read_text(encoding="utf-8").rpartition("rates:")
     body = yaml.safe_dump({"rates": merged}, sort_keys=False, default_flow_style=None, width=100)
     write_atomically(file, head + body)
-    load_suite(suite)
+    return load_suite(suite).rates
 
 
 def main() -> None:
@@ -57,10 +60,11 @@ def main() -> None:
     args = parser.parse_args()
     name = args.folder.name
     place = ROOT / "results" / name
-    counts = {part: keep(args.folder / part, place / part) for part in ("rows.jsonl", "search/rows.jsonl")}
-    rates = args.folder / "rates.json"
-    if rates.exists():
-        ship(json.loads(rates.read_text(encoding="utf-8")), name)
+    rates = ship(json.loads((args.folder / "rates.json").read_text(encoding="utf-8")), name)
+    counts = {
+        "rows.jsonl": keep(args.folder / "rows.jsonl", place / "rows.jsonl", rates),
+        "search/rows.jsonl": keep(args.folder / "search" / "rows.jsonl", place / "search" / "rows.jsonl"),
+    }
     print(f"{place.relative_to(ROOT)}: {', '.join(f'{count} in {part}' for part, count in counts.items())}")
 
 
