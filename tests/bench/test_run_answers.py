@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from tests.bench.texts import PAD, TASKS, gpt2, llama, llama2, llama3, record
@@ -16,6 +18,7 @@ from san_bench.data.tokens import prepare_tokenizer
 from san_bench.run import answers as module
 from san_bench.run.answers import TaskAnswers, answer_task, generate_texts, response, summarise
 from san_bench.run.likelihood import choose, harness_scores, log_likelihoods, read_harness
+from san_peft import SanConfig
 from san_peft.errors import SanError
 
 RECORDS = [record(task) for task in TASKS]
@@ -62,6 +65,20 @@ def test_the_texts_are_what_the_model_itself_goes_on_with(ready, model):
     assert ready.eos not in tokens
     (text,) = generate_texts(model, ready, PROMPTS[:1], 1, 1, 6)
     assert text == ready.decode(tokens[-6:])
+
+
+def test_an_adapter_answers_as_its_merged_model_does(ready):
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(llama(len(ready.tokenizer)), SanConfig(target_modules=targets, task_type="CAUSAL_LM"))
+    plain = generate_texts(adapted, ready, PROMPTS, 8, 4, 6)
+    with torch.no_grad():
+        for name, scale in adapted.named_parameters():
+            if "san_scale" in name:
+                scale.uniform_(0.5, 1.5)
+    texts = generate_texts(adapted, ready, PROMPTS, 1, 4, 6)
+    assert texts != plain
+    assert generate_texts(adapted, ready, PROMPTS, 8, 4, 6) == texts
+    assert generate_texts(adapted.merge_and_unload(), ready, PROMPTS, 3, 4, 6) == texts
 
 
 def test_a_beam_finds_what_is_likelier(ready, model):
@@ -256,6 +273,19 @@ def test_lm_eval_is_asked_for_where_it_is_missing(ready, model, monkeypatch):
         harness_scores(model, ready)
 
 
+def test_lm_eval_gets_the_model_in_memory_and_its_own_names(ready, model, monkeypatch):
+    made = []
+    output = {"results": {"boolq": {"acc,none": 0.5}, "social_iqa": {"acc,none": 0.25}}}
+    harness = SimpleNamespace(simple_evaluate=lambda **given: made.append(given) or output)
+    wrapper = SimpleNamespace(HFLM=lambda **given: made.append(given) or "wrapped")
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", wrapper)
+    scores = harness_scores(model, ready, ("boolq", "siqa"), batch_size=4, limit=2)
+    assert scores == {"boolq": {"acc": 0.5}, "social_i_qa": {"acc": 0.25}}
+    assert made[0] == {"pretrained": model, "tokenizer": ready.tokenizer, "batch_size": 4, "add_bos_token": True}
+    assert made[1] == {"model": "wrapped", "tasks": ["boolq", "social_iqa"], "num_fewshot": 0, "limit": 2}
+
+
 def test_lm_eval_knows_the_tasks_and_scores_as_we_do(ready, model):
     pytest.importorskip("lm_eval")
     tasks = importlib.import_module("lm_eval.tasks").TaskManager().all_tasks
@@ -263,8 +293,8 @@ def test_lm_eval_knows_the_tasks_and_scores_as_we_do(ready, model):
     assert set(names) <= set(tasks)
     wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     request = importlib.import_module("lm_eval.api.instance").Instance
-    wrapped = wrapper(pretrained=model, tokenizer=ready.tokenizer, batch_size=2)
-    pairs = [(text, f" {one.answer}") for text, one in zip(PROMPTS, RECORDS, strict=True)]
+    wrapped = wrapper(pretrained=model, tokenizer=ready.tokenizer, batch_size=2, add_bos_token=True)
+    pairs = [(text.rstrip(), f" {one.answer}") for text, one in zip(PROMPTS, RECORDS, strict=True)]
     asked = [request("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     assert [score for score, _ in wrapped.loglikelihood(asked)] == pytest.approx(
         log_likelihoods(model, ready, pairs, 2), rel=1e-3

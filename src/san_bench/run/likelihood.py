@@ -169,7 +169,12 @@ def harness_scores(
     except ModuleNotFoundError as error:
         raise SanError(f'lm-eval needs {error.name}, which is missing: pip install "san-peft[language]"') from error
     with scoring(model):
-        wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer.tokenizer, batch_size=batch_size)
+        wrapped = models.HFLM(
+            pretrained=model,
+            tokenizer=tokenizer.tokenizer,
+            batch_size=batch_size,
+            add_bos_token=tokenizer.bos is not None,  # versions differ in what they do by default
+        )
         try:
             output = lm_eval.simple_evaluate(model=wrapped, tasks=list(names.values()), num_fewshot=0, limit=limit)
         except (OSError, ValueError) as error:
