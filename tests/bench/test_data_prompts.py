@@ -7,7 +7,7 @@ from tests.bench.texts import PAD, llama2, llama3, record
 
 from san_bench.data.instructions import Record
 from san_bench.data.prompts import Collator, prompt, tokenise
-from san_bench.data.tokens import prepare_tokenizer
+from san_bench.data.tokens import PreparedTokenizer, prepare_tokenizer
 from san_peft.errors import SanError
 
 # Prompts
@@ -187,6 +187,15 @@ def test_a_tokenizer_that_knows_no_characters_is_refused_where_they_matter():
     assert ready.encode_after("### Response:\n", "true")[1] == len(ready.encode("### Response:\n"))
     with pytest.raises(SanError, match="Slow cannot say where an answer begins"):
         ready.encode_after("### Response:\n    ", "true")
+
+
+def test_a_token_that_ends_with_the_prompt_is_the_prompts():
+    """Where the prompt alone is cut otherwise, characters decide: (a)(bc)(d) for the prompt abc, alone (ab)(c)."""
+    whole = {"input_ids": [1, 2, 3], "offset_mapping": [(0, 1), (1, 3), (3, 4)]}
+    read = {"abc": {"input_ids": [4, 5]}, "abcd": whole}
+    tokenizer = type("Cut", (), {"is_fast": True, "__call__": lambda self, text, **options: read[text]})()
+    for bos, expected in ((None, ([1, 2, 3], 2)), (9, ([9, 1, 2, 3], 3))):
+        assert PreparedTokenizer(tokenizer, "other", bos, 8, (8,), 8).encode_after("abc", "d") == expected
 
 
 def test_padding_is_masked_and_without_loss():

@@ -48,7 +48,9 @@ def model(ready):
 
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_text_does_not_depend_on_what_it_is_generated_with(ready, make, beams):
+@pytest.mark.parametrize("pad", ["unk", "eos"])  # a mask could be guessed from the one, but not from the other
+def test_a_text_does_not_depend_on_what_it_is_generated_with(make, beams, pad):
+    ready = prepare_tokenizer(llama2(), pad)
     model = make(len(ready.tokenizer))
     assert len({len(ready.encode(text)) for text in PROMPTS}) > 5
     alone = generate_texts(model, ready, PROMPTS, 1, beams, 12)
