@@ -264,8 +264,8 @@ class Data:
     action: Positional[Literal["check", "fetch"]]
     """What to do."""
     suite: Positional[str]
-    """vtab, fgvc or gic, or one data set such as vtab/cifar; to check also folder or datasets for your own, to fetch
-    also the name of a data set on the Hugging Face hub."""
+    """vtab, fgvc, gic or commonsense, or one data set such as vtab/cifar; to check also folder or datasets for images
+    of your own, to fetch also the name of a data set on the Hugging Face hub."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder of the data."""
     images: bool = True

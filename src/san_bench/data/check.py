@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from san_bench.data import fgvc, folders, vtab
+from san_bench.data import commonsense, fgvc, folders, vtab
 from san_bench.data.found import Found, Problem, item_name
 from san_bench.data.manifest import SUITES, Manifest, load_manifest
 from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
@@ -51,8 +51,8 @@ def examine(
     """Checks the data of a suite, and notes every problem at once.
 
     Args:
-        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for data
-            of one's own.
+        suite: `vtab`, `fgvc`, `gic` or `commonsense`; one data set of them, such as `vtab/cifar`; or `folder` or
+            `datasets` for images of one's own.
         folder: Its folder.
         images: Also read and decode every image, and look for those that occur twice.
         workers: Threads that read images; by default as many as there are processors, up to eight.
@@ -69,6 +69,10 @@ def examine(
     """
     from rich.progress import Progress
 
+    if suite.partition("/")[0] == commonsense.SUITE:
+        if write_checksums or checksums:
+            raise SanError(f"Checksums are of images, and {suite} has texts. sha256sum does the same for its files.")
+        return commonsense.examine(folder, suite.partition("/")[2], manifest)
     if not images and (write_checksums or checksums):
         raise SanError("Checksums cover the images: leave out --no-images.")
     expected = _parse(checksums) if checksums else {}
@@ -107,6 +111,8 @@ def check_command(
         if one.splits:
             sizes = ", ".join(f"{name} {len(split):,}" for name, split in one.splits.items())
             print(f"{one.name}: {one.layout}; {sizes}; {one.classes} classes")
+        elif one.layout:
+            print(f"{one.name}: {one.layout}")
     problems = [problem for one in found for problem in one.problems]
     for problem in problems:
         print(f"{problem.level}: {problem}")

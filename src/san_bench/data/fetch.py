@@ -24,8 +24,8 @@ def fetch(what: str, folder: Path, manifest: Manifest | None = None) -> list[Pro
     """Fetches a suite, one of its data sets, or any data set of the Hugging Face hub.
 
     Args:
-        what: `fgvc`, `gic` or `vtab`; one data set of them, such as `gic/cifar100`; or the name of a data set on the
-            hub, such as `timm/eurosat-rgb`, which then is a task `datasets` of its own.
+        what: `fgvc`, `gic`, `vtab` or `commonsense`; one data set of them, such as `gic/cifar100`; or the name of a
+            data set on the hub, such as `timm/eurosat-rgb`, which then is a task `datasets` of its own.
         folder: Folder of the suite, or the one that gets a folder for the data set.
         manifest: What the data must be; the suite's own by default.
 

@@ -115,7 +115,7 @@ def read_tables(found: Found, folder: Path) -> bool:
     from datasets.exceptions import DatasetsError
 
     kind = "" if saved else files[0].suffix[1:]
-    parts = {} if saved else _by_split([path for path in files if path.suffix[1:] == kind])
+    parts = {} if saved else by_split([path for path in files if path.suffix[1:] == kind])
     try:
         if saved:
             tables: dict[str, Any] = {
@@ -240,8 +240,12 @@ def first_folder(candidates: Sequence[Path], file: str) -> Path:
     return next((folder for folder in candidates if (folder / file).is_file()), candidates[0])
 
 
-def _by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Files of each split: by their own names, such as train-00000-of-00002.parquet, or by their folders'."""
+def by_split(files: list[Path]) -> dict[str, list[Path]]:
+    """Returns the files of each split: by their own names, such as train-00000-of-00002.parquet, or their folders'.
+
+    Raises:
+        SanError: If a split's files lie in several folders.
+    """
     parts: dict[str, list[Path]] = {}
     for path in files:
         name = re.sub(r"-\d+-of-\d+.*$", "", path.stem)

@@ -18,7 +18,7 @@ from pathlib import Path
 from san_bench.strict import suggest
 from san_peft.errors import SanError
 
-SUITES = ("vtab", "fgvc", "gic")
+SUITES = ("vtab", "fgvc", "gic", "commonsense")
 """Suites with a manifest."""
 
 
@@ -29,14 +29,17 @@ class Facts:
     Attributes:
         title: Its name in print.
         group: Group of the suite that its score is averaged in, or `None`.
-        classes: Number of classes.
-        splits: Images of each split.
+        classes: Number of classes, or of answers.
+        splits: Images, or records, of each split.
         folders: Names that its folder goes by; case and signs between letters do not matter.
         licence: Its licence, in a few words.
         get: Where to get it, if that differs from the rest of the suite.
         hub: Data set of the Hugging Face hub that may be fetched.
         torchvision: Class of `torchvision.datasets` that may fetch it.
         megabytes: Space that fetching by torchvision needs.
+        answers: The answers that a record of a text task may have.
+        sought: What the published protocol looks for in a generated text, in this order.
+        lm_eval: Name of the task in lm-eval.
     """
 
     title: str
@@ -49,6 +52,9 @@ class Facts:
     hub: str | None = None
     torchvision: str | None = None
     megabytes: int = 0
+    answers: tuple[str, ...] = ()
+    sought: tuple[str, ...] = ()
+    lm_eval: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,11 @@ def load_manifest(suite: str) -> Manifest:
         raise SanError(f"There is no manifest of {suite!r}.{suggest(suite, SUITES)}")
     text = (resources.files("san_bench.data") / "manifests" / f"{suite}.json").read_text(encoding="utf-8")
     raw = json.loads(text)
-    tasks = {name: Facts(**{**facts, "folders": tuple(facts["folders"])}) for name, facts in raw.pop("tasks").items()}
+    lists = ("folders", "answers", "sought")
+    tasks = {
+        name: Facts(**{**facts, **{key: tuple(facts[key]) for key in lists if key in facts}})
+        for name, facts in raw.pop("tasks").items()
+    }
     return Manifest(**raw, tasks=tasks)
 
 
@@ -100,22 +110,23 @@ def find_folder(data: Path, facts: Facts) -> Path:
     """
     if not data.is_dir():
         raise SanError(f"There is no folder {data}.")
-    wanted = {_plain(name) for name in facts.folders}
-    found = {path.resolve(): path for path in _folders(data) if _plain(path.name) in wanted}
+    wanted = {plain(name) for name in facts.folders}
+    found = {path.resolve(): path for path in _folders(data) if plain(path.name) in wanted}
     if len(found) > 1:
         names = ", ".join(sorted(path.name for path in found.values()))
         raise SanError(f"{data} has several folders for {facts.title}: {names}. Keep one of them there.")
     if found:
         return next(iter(found.values()))
-    if _plain(data.resolve().name) in wanted:
+    if plain(data.resolve().name) in wanted:
         return data
-    inside = [path for path in _folders(data) if any(_plain(p.name) in wanted for p in _folders(path))]
+    inside = [path for path in _folders(data) if any(plain(p.name) in wanted for p in _folders(path))]
     hint = f" Did you mean {inside[0]}?" if inside else ""
     there = ", ".join(path.name for path in _folders(data)[:8]) or "no folder at all"
     raise SanError(f"{data} has no folder for {facts.title}: none of {', '.join(facts.folders)}.{hint} It has {there}.")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """Returns a name's letters and digits in lower case, by which names are compared."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

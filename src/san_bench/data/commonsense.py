@@ -1,0 +1,163 @@
+"""The eight tasks of commonsense reasoning, with which adapters of language models are compared.
+
+Models are trained on `commonsense_170k.json`, where all eight are mixed, and tested on each. The community's layout is
+a folder `dataset/` with `NAME/test.json` for each task. Questions come as instructions; see
+`san_bench.data.instructions`.
+
+Example:
+    >>> name, facts = find_task("SIQA")
+    >>> name, facts.splits["test"], facts.answers
+    ('social_i_qa', 1954, ('answer1', 'answer2', 'answer3'))
+    >>> read_answer("the correct answer is answer2, not answer1.", "SIQA")
+    'answer2'
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from san_bench.data.found import Found
+from san_bench.data.instructions import SUFFIXES, Record, load_records
+from san_bench.data.manifest import Facts, Manifest, find_folder, load_manifest, plain
+from san_bench.strict import did_you_mean
+from san_peft.errors import SanError
+
+SUITE = "commonsense"
+
+TASKS = tuple(load_manifest(SUITE).tasks)
+"""The tasks, in the order of the published tables."""
+
+MIX = "commonsense_170k.json"
+"""File of the training mix."""
+
+
+def find_task(name: str) -> tuple[str, Facts]:
+    """Finds a task by its name or by that of its folder; case, and signs between letters, do not matter.
+
+    Args:
+        name: Such as `social_i_qa`, `SIQA` or `commonsense/siqa`.
+
+    Returns:
+        The name in `TASKS`, and what is known of the task.
+
+    Raises:
+        SanError: If there is no such task.
+    """
+    short = name.removeprefix(f"{SUITE}/")
+    known = load_manifest(SUITE).tasks
+    for task, facts in known.items():
+        if plain(short) in {plain(other) for other in (task, facts.title, *facts.folders)}:
+            return task, facts
+    raise SanError(f"{SUITE} has no task {short!r}.{did_you_mean(short, known)} Choose from {', '.join(known)}.")
+
+
+def load_test(name: str, data: Path) -> tuple[Record, ...]:
+    """Loads the test records of a task.
+
+    Args:
+        name: The task; see `find_task`.
+        data: Folder that holds the folders of the tasks.
+
+    Returns:
+        The records, in the order of the file.
+
+    Raises:
+        SanError: If there is no such task or folder, or records are not as they must be.
+    """
+    facts = find_task(name)[1]
+    return load_records(find_folder(data, facts), "test", facts.answers)
+
+
+def load_mix(source: str | Path) -> tuple[Record, ...]:
+    """Loads the training mix: every record's answer is one of some task.
+
+    Args:
+        source: `commonsense_170k.json`, or any other source of `san_bench.data.instructions.load_records`.
+
+    Returns:
+        The records, in the order of the file.
+
+    Raises:
+        SanError: If there is no such source, or records are not as they must be.
+    """
+    answers = dict.fromkeys(answer for facts in load_manifest(SUITE).tasks.values() for answer in facts.answers)
+    return load_records(source, "train", tuple(answers))
+
+
+def read_answer(text: str, name: str) -> str | None:
+    """Returns the answer in a text as the published protocol reads it: the first that is sought, case counts.
+
+    Args:
+        text: What a model wrote after the prompt.
+        name: The task; see `find_task`.
+
+    Returns:
+        The answer, or `None` if there is none in the text.
+
+    Raises:
+        SanError: If there is no such task.
+    """
+    match = re.search("|".join(find_task(name)[1].sought), text)
+    return match[0] if match else None
+
+
+def examine(data: Path, task: str = "", manifest: Manifest | None = None) -> list[Found]:
+    """Checks test files, training files where there are any, and the training mix where it lies beside them.
+
+    Args:
+        data: Folder that holds the folders of the tasks.
+        task: One task; all by default.
+        manifest: What the data must be; the suite's own by default.
+
+    Returns:
+        What was found of each task, with its problems. A test file of another size is an error, a training file of
+        another size a warning: there are several copies of those.
+
+    Raises:
+        SanError: If there is no such folder or task.
+    """
+    if not data.is_dir():
+        raise SanError(f"There is no folder {data}.")
+    manifest = manifest or load_manifest(SUITE)
+    name = find_task(task)[0] if task else ""
+    found = [_read(one, data, manifest[one]) for one in ([name] if name else manifest.tasks)]
+    mix = data / MIX
+    if not name and mix.is_file():
+        one = Found(f"{SUITE}/{MIX}", data, files=[mix])
+        size = sum(facts.splits["train"] for facts in manifest.tasks.values())
+        _count(one, "train", mix, size, tuple(dict.fromkeys(a for f in manifest.tasks.values() for a in f.answers)))
+        found.append(one)
+    if len(found) > 1 and not any(one.folder for one in found):
+        raise SanError(f"{data} holds none of the {len(found)} tasks of {SUITE}. {found[0].problems[0].text}")
+    return found
+
+
+def _read(name: str, data: Path, facts: Facts) -> Found:
+    found = Found(f"{SUITE}/{name}", classes=facts.classes)
+    try:
+        found.folder = find_folder(data, facts)
+    except SanError as error:
+        found.add(str(error))
+        return found
+    found.files = sorted(path for suffix in SUFFIXES for path in found.folder.glob(f"*{suffix}"))
+    _count(found, "test", found.folder, facts.splits["test"], facts.answers)
+    if any(path.stem == "train" for path in found.files):
+        _count(found, "train", found.folder, facts.splits["train"], facts.answers)
+    return found
+
+
+def _count(found: Found, split: str, source: Path, size: int, answers: tuple[str, ...]) -> None:
+    """Notes the records of a split, how often each answer is right, and what is wrong with them."""
+    try:
+        records = load_records(source, split, answers)
+    except SanError as error:
+        found.add(f"{split}: {error}")
+        return
+    counts = Counter(record.answer for record in records)
+    shares = ", ".join(f"{answer} {counts[answer]:,}" for answer in answers)
+    found.layout += f"{'; ' if found.layout else ''}{split} {len(records):,} ({shares})"
+    if len(records) != size:
+        level = "error" if split == "test" else "warning"
+        found.add(f"{split} has {len(records):,} records, not {size:,}", level=level)

@@ -1,0 +1,189 @@
+"""From a record to what a language model reads: the prompt, its tokens, and what of them the loss is on.
+
+Both templates are Alpaca's. `clean` is the usual one. `legacy` is what the published code of commonsense reasoning
+makes of it, to the last blank: all lines of the template but the first are indented by 16, and training differs from
+evaluation in blanks at the end of the first line and on the empty ones.
+
+Example:
+    >>> from san_bench.data.instructions import Record
+    >>> record = Record("Is water wet?", "", "the correct answer is true", "true")
+    >>> print(prompt(record, "clean", "evaluation"))
+    Below is an instruction that describes a task. Write a response that appropriately completes the request.
+    <BLANKLINE>
+    ### Instruction:
+    Is water wet?
+    <BLANKLINE>
+    ### Response:
+    <BLANKLINE>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from san_bench.data.instructions import Record
+from san_bench.data.tokens import PreparedTokenizer
+from san_peft.errors import SanError
+
+Template = Literal["legacy", "clean"]
+Phase = Literal["training", "evaluation"]
+LossOn = Literal["full", "answer"]
+
+PREAMBLE = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request."
+RESPONSE = "### Response:"
+"""Header after which a model writes."""
+
+INDENT = " " * 16
+"""What stands before all lines of the legacy template but the first, the response included."""
+
+CUTOFF = 256
+"""Tokens of a record in the published training, beginning and end included."""
+
+IGNORED = -100
+"""Label of a token that the loss is not on."""
+
+
+def prompt(record: Record, template: Template, phase: Phase) -> str:
+    """Returns the text that a model goes on from. In training, the record's output follows it without a gap.
+
+    Args:
+        record: The instruction.
+        template: `legacy` as published, or `clean`.
+        phase: Matters to `legacy` alone.
+    """
+    middle = ", paired with an input that provides further context. " if record.input else ". "
+    first = f"{PREAMBLE}{middle}{REQUEST}"
+    parts = ["### Instruction:", record.instruction]
+    if record.input:
+        parts += ["", "### Input:", record.input]
+    parts += ["", RESPONSE, ""]
+    if template == "clean":
+        return "\n".join([first, "", *parts])
+    blanks = {("training", False): 2, ("training", True): 1, ("evaluation", False): 1, ("evaluation", True): 0}
+    first += " " * blanks[phase, bool(record.input)]
+    empty = INDENT if phase == "training" else ""
+    lines = [INDENT + part if part else empty for part in parts[:-1]]
+    return "\n".join([first, "", *lines, INDENT])
+
+
+@dataclass(frozen=True)
+class Tokenised(Dataset):
+    """Records as tokens, for transformers' Trainer.
+
+    Attributes:
+        examples: `input_ids`, `attention_mask` and `labels` of each record that is trained on.
+        cut: Places of the records, in the order given, of which the length limit left something out.
+        lost: Those among them of whose answer nothing is left. With the loss on the answer they are no examples.
+    """
+
+    examples: tuple[dict[str, list[int]], ...]
+    cut: tuple[int, ...]
+    lost: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.examples[index]
+
+    def report(self) -> str:
+        """Returns in a sentence what the length limit did."""
+        if not self.cut:
+            return "No record is cut off."
+        some = ", ".join(str(i) for i in self.lost[:10]) + (", ..." if len(self.lost) > 10 else "")
+        lost = f", {len(self.lost):,} of them before their answer (index {some})" if self.lost else ""
+        return f"{len(self.cut):,} records are cut off{lost}."
+
+
+def tokenise(
+    records: Sequence[Record],
+    tokenizer: PreparedTokenizer,
+    template: Template,
+    loss_on: LossOn,
+    cutoff: int = CUTOFF,
+) -> Tokenised:
+    """Makes training examples of records: the beginning, the prompt, the output, and the end if nothing was cut off.
+
+    Args:
+        records: The records.
+        tokenizer: A tokenizer made ready.
+        template: How a prompt looks.
+        loss_on: `full` for all tokens, as published; `answer` for the output and the end.
+        cutoff: The most tokens of an example; what is beyond is cut off at the right.
+
+    Returns:
+        The examples, in the order of the records, and which records were cut off.
+
+    Raises:
+        SanError: If nothing of any answer is left within the cutoff.
+    """
+    examples: list[dict[str, list[int]]] = []
+    cut: list[int] = []
+    lost: list[int] = []
+    for index, record in enumerate(records):
+        tokens, start = tokenizer.encode_after(prompt(record, template, "training"), record.output)
+        if len(tokens) > cutoff:
+            cut.append(index)
+            tokens = tokens[:cutoff]
+        elif len(tokens) < cutoff and tokens[-1] != tokenizer.eos:
+            tokens = [*tokens, tokenizer.eos]
+        if start >= cutoff:
+            lost.append(index)
+            if loss_on == "answer":
+                continue
+        labels = tokens if loss_on == "full" else [IGNORED] * start + tokens[start:]
+        examples.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": list(labels)})
+    if len(lost) == len(records):
+        raise SanError(
+            f"With at most {cutoff} tokens, nothing is left of the answer of any of the {len(records):,} records. "
+            "Raise the cutoff."
+        )
+    return Tokenised(tuple(examples), tuple(cut), tuple(lost))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch: fills up to the longest example, with a mask of what is no padding, and no loss on padding.
+
+    Args:
+        pad: The padding token.
+        side: Where it goes: `left` in generation and in the published training, `right` otherwise.
+        multiple: The length becomes a multiple of it; 8 in the published training.
+
+    Example:
+        >>> examples = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}]
+        >>> {name: rows.tolist() for name, rows in Collator(pad=0, side="left")(examples).items()}
+        {'input_ids': [[5, 6], [0, 7]], 'attention_mask': [[1, 1], [0, 1]], 'labels': [[5, 6], [-100, 7]]}
+    """
+
+    pad: int
+    side: Literal["left", "right"]
+    multiple: int = 1
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Int64[Tensor, "batch length"]]:
+        """Returns `input_ids` and `attention_mask`, and `labels` where the examples have them."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        length = -(-longest // self.multiple) * self.multiple
+        batch = {
+            "input_ids": self._fill((e["input_ids"] for e in examples), length, self.pad),
+            "attention_mask": self._fill(([1] * len(e["input_ids"]) for e in examples), length, 0),
+        }
+        if "labels" in examples[0]:
+            batch["labels"] = self._fill((e["labels"] for e in examples), length, IGNORED)
+        return batch
+
+    def _fill(self, rows: Iterable[Sequence[int]], length: int, value: int) -> Int64[Tensor, "batch length"]:
+        left = self.side == "left"
+        filled = []
+        for row in rows:
+            gap = [value] * (length - len(row))
+            filled.append([*gap, *row] if left else [*row, *gap])
+        return torch.tensor(filled, dtype=torch.int64)

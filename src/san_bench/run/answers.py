@@ -1,0 +1,214 @@
+"""The published evaluation of commonsense reasoning: a model writes, and the first answer in what it writes counts.
+
+Published are four beams, no sampling, at most 32 new tokens, and batches of one without an attention mask. Here batches
+are filled up at the left, with a mask, so that a text does not depend on what it is generated with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from san_bench.data.commonsense import find_task, read_answer
+from san_bench.data.instructions import Record, fingerprint
+from san_bench.data.prompts import RESPONSE, Collator, Template, prompt
+from san_bench.data.tokens import PreparedTokenizer
+from san_peft.errors import SanError
+
+BEAMS = 4
+"""Beams of the published search."""
+
+NEW_TOKENS = 32
+"""The most tokens that the published evaluation generates."""
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """What a model answered to the questions of a task.
+
+    Attributes:
+        task: Name of the task.
+        correct: Answers that are right.
+        unanswered: Texts without an answer. They count as wrong.
+        rows: Every question with the right answer, the generated text, the answer in it, and whether it is right.
+        fingerprint: Of the records.
+    """
+
+    task: str
+    correct: int
+    unanswered: int
+    rows: tuple[dict[str, Any], ...]
+    fingerprint: str
+
+    @property
+    def n(self) -> int:
+        """Number of questions."""
+        return len(self.rows)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions that are answered right."""
+        return self.correct / self.n
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the numbers for a result."""
+        return {
+            "accuracy": self.accuracy,
+            "correct": self.correct,
+            "n": self.n,
+            "unanswered": self.unanswered,
+            "data_fingerprint": self.fingerprint,
+        }
+
+
+def answer_task(
+    model: Any,
+    tokenizer: PreparedTokenizer,
+    task: str,
+    records: Sequence[Record],
+    template: Template,
+    batch_size: int,
+    beams: int = BEAMS,
+    max_new_tokens: int = NEW_TOKENS,
+) -> TaskAnswers:
+    """Lets a model answer the questions of a task, and scores it as published.
+
+    Args:
+        model: A causal language model of transformers, with or without an adapter.
+        tokenizer: Its tokenizer, made ready.
+        task: The task; see `san_bench.data.commonsense.find_task`.
+        records: The questions.
+        template: How a prompt looks.
+        batch_size: Questions at a time; the texts do not depend on it.
+        beams: Beams of the search; 1 is greedy.
+        max_new_tokens: The most tokens of an answer.
+
+    Returns:
+        The answers, in the order of the questions.
+
+    Raises:
+        SanError: If there is no such task, no question, or a number is below 1.
+    """
+    name, _ = find_task(task)
+    if not records:
+        raise SanError(f"There are no questions of {name} to answer.")
+    prompts = [prompt(record, template, "evaluation") for record in records]
+    texts = generate_texts(model, tokenizer, prompts, batch_size, beams, max_new_tokens)
+    rows: list[dict[str, Any]] = []
+    for index, (record, text) in enumerate(zip(records, texts, strict=True)):
+        answer = read_answer(response(text), name)
+        rows.append(
+            {
+                "index": index,
+                "instruction": record.instruction,
+                "answer": record.answer,
+                "generated": text,
+                "predicted": answer,
+                "correct": answer == record.answer,
+            }
+        )
+    correct = sum(row["correct"] for row in rows)
+    return TaskAnswers(name, correct, sum(row["predicted"] is None for row in rows), tuple(rows), fingerprint(records))
+
+
+def response(text: str) -> str:
+    """Returns what stands after the last header of a response, or all where there is none, without outer blanks.
+
+    Example:
+        >>> response(" false. ### Response: the correct answer is true ")
+        'the correct answer is true'
+    """
+    return text.rpartition(RESPONSE)[2].strip()
+
+
+def summarise(answers: Sequence[TaskAnswers]) -> dict[str, Any]:
+    """Returns the numbers of all tasks, and the unweighted mean of their accuracies.
+
+    Raises:
+        SanError: If there is no task, or one of them twice.
+    """
+    names = [one.task for one in answers]
+    if not names or len(set(names)) < len(names):
+        raise SanError(f"A mean needs tasks, each once, but there are {', '.join(names) or 'none'}.")
+    return {"mean": fmean(one.accuracy for one in answers), "tasks": {one.task: one.summary() for one in answers}}
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: PreparedTokenizer,
+    prompts: Sequence[str],
+    batch_size: int,
+    beams: int = BEAMS,
+    max_new_tokens: int = NEW_TOKENS,
+) -> list[str]:
+    """Lets a model go on from prompts, without sampling; the longest prompts come first.
+
+    Args:
+        model: A causal language model of transformers, with or without an adapter.
+        tokenizer: Its tokenizer, made ready.
+        prompts: The texts to go on from.
+        batch_size: Prompts at a time.
+        beams: Beams of the search; 1 is greedy.
+        max_new_tokens: The most tokens of a text.
+
+    Returns:
+        The new text of each prompt, in the order of the prompts, without special tokens.
+
+    Raises:
+        SanError: If a number is below 1.
+    """
+    from transformers import GenerationConfig
+
+    for what, number in (("batch_size", batch_size), ("beams", beams), ("max_new_tokens", max_new_tokens)):
+        if number < 1:
+            raise SanError(f"{what} is {number}, but must be 1 or more.")
+    settings = GenerationConfig(
+        num_beams=beams,
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        early_stopping=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad,
+        bos_token_id=tokenizer.bos,
+        eos_token_id=list(tokenizer.stops),
+    )
+    collate = Collator(tokenizer.pad, "left")
+    device = next(model.parameters()).device
+    texts = [""] * len(prompts)
+    with scoring(model):
+        for places, tokens in batches([tokenizer.encode(text) for text in prompts], batch_size):
+            batch = {name: rows.to(device) for name, rows in collate([{"input_ids": t} for t in tokens]).items()}
+            written = model.generate(**batch, generation_config=settings)
+            start = batch["input_ids"].shape[1]
+            for place, row in zip(places, written[:, start:].tolist(), strict=True):
+                texts[place] = tokenizer.decode(row)
+    return texts
+
+
+def batches(rows: Sequence[list[int]], size: int) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Yields batches of rows of like length, the longest first, each with the places of its rows."""
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        yield places, [rows[place] for place in places]
+
+
+@contextmanager
+def scoring(model: Any) -> Iterator[None]:
+    """Puts a model into eval mode without gradients, and back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference mode: what a model keeps from here may be trained with later
+            yield
+    finally:
+        model.train(training)
