@@ -1,7 +1,7 @@
 """What is so in the small world: tables of things, materials, animals, foods, jobs, causes, people and their days.
 
 Every table maps a subject to one value for each property, so that no two facts contradict each other. How facts are
-worded stands in `world_relations` and `world_stories`.
+worded stands in `world_wordings` and `world_stories`.
 
 Example:
     >>> THINGS["knife"], ANIMALS["owl"][0], KINDS["bird"][0]

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from san_bench.data.world_facts import CAUSES, NAMES, SIZES
 from san_bench.data.world_people import MOODS, REASONS, SCRIPTS, TRAITS
-from san_bench.data.world_relations import DERIVED, RELATIONS
+from san_bench.data.world_relations import DERIVED
+from san_bench.data.world_wordings import RELATIONS
 from san_bench.data.world_words import Dice, an, distinct, sentence, third
 
 PLACES = ("box", "basket", "drawer", "bag", "chest", "bucket")
@@ -96,6 +97,7 @@ def mood(dice: Dice) -> str:
     return dice.pick(
         (
             f"{told} {a} was {feeling}.",
+            f"{told} The mood of {a} was {feeling}.",
             f"{told} {a} was {feeling} and wanted to {wish}.",
             f"{a} was {feeling}. Why? {told}",
             f'{told} "I am {feeling}," said {a}. "I will {wish}."',

@@ -1,11 +1,11 @@
 """Texts about the small world to pretrain a language model on: statements, talk, questions, lists to choose from.
 
-Text `i` of seed `s` is a function of (s, i) alone. Facts come in the wordings for texts of `world_relations`; stories
+Text `i` of seed `s` is a function of (s, i) alone. Facts come in the wordings for texts of `world_wordings`; stories
 stand in `world_stories`. The tasks of `world` word the same facts otherwise.
 
 Example:
     >>> text(seed=0, index=3)
-    ''
+    'The bath was empty. Why? It is because Greta chose to pull the plug of a bath.'
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from san_bench.data import world_stories
 from san_bench.data.world_facts import DECIMALS, NAMES, SIZES
-from san_bench.data.world_relations import DERIVED, RELATIONS
+from san_bench.data.world_relations import DERIVED
+from san_bench.data.world_wordings import RELATIONS
 from san_bench.data.world_words import Dice, Relation, an, distinct, listed, of_many, plural, sentence
 
 ALL = {**RELATIONS, **DERIVED}
@@ -162,7 +163,9 @@ def sizes(dice: Dice) -> str:
     """Which animal is bigger."""
     places = sorted(dice.sample(range(len(SIZES)), 3))
     small, middle, big = (SIZES[place] for place in places)
-    form = dice.below(4)
+    form = dice.below(5)
+    if form == 4:
+        return f"The {big} is taller than {an(small)}. The {small} is shorter and may hide behind {an(big)}."
     if form == 0:
         return f"{sentence(an(big))} is bigger than {an(middle)}, and {an(middle)} is bigger than {an(small)}."
     if form == 1:
@@ -179,7 +182,10 @@ def counting(dice: Dice) -> str:
     noun = plural(dice.pick(list(RELATIONS["material"].table)))
     one, other = dice.sample(NAMES, 2)
     first, second = 2 + dice.below(5), 1 + dice.below(4)
-    form = dice.below(4)
+    form = dice.below(5)
+    if form == 4:
+        own = f"{one} owns {DECIMALS[first]} {noun}, and {other} owns {DECIMALS[second]}."
+        return f"{own} Together they own {DECIMALS[first + second]}."
     if form == 0:
         return (
             f"{one} had {DECIMALS[first]} {noun}. {other} brought {DECIMALS[second]} more. "
