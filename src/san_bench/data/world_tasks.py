@@ -59,7 +59,7 @@ _ROLES = (
     ("{a} let {b} carry the chest, since _ was {}.", "weak", "strong"),
     ("{a} handed a glass of water to {b}, since _ was {}.", "at the well", "thirsty"),
     ("{a} fetched a doctor for {b}, since _ was {}.", "healthy", "sick"),
-    ("{a} could not hear {b}, since _ was {}.", "far off", "too quiet"),
+    ("{a} could not hear {b}, since _ was {}.", "deaf", "too quiet"),
     ("{a} overtook {b} on the road, since _ was {}.", "fast", "slow"),
 )
 """A person first, another second: what fits the first, and what the second."""
