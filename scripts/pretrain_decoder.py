@@ -1,0 +1,220 @@
+"""Pretrains the small LLaMA of san_bench on texts about a small world: `python scripts/pretrain_decoder.py`.
+
+The texts are those of `san_bench.data.world_text`; no text of the tasks of mini-language is among them. A byte-level
+tokenizer is trained on the first of them, so any text can be encoded; `<unk>`, which no text needs, pads. The decoder
+has grouped-query attention: three query heads share one key and value head. Sequences are packed: texts in a row,
+`</s>` after each, cut at their length.
+
+The folder is written next to its final place and moved there when complete.
+
+`--probe` trains nothing: it measures how often the shipped model finds the right answer of each task's validation split
+the likeliest, without having been trained on any, and beside it what guessing gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+
+from san_bench.data import world
+from san_bench.data.world_text import text
+
+ASSETS = Path(__file__).parents[1] / "src/san_bench/data/assets"
+VALIDATION_SEED = 1_000_003
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def new_tokenizer(seed: int, texts: int, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Trains byte-level BPE: every byte is a token, digits stand alone, `<s>` begins a text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator((text(seed, index) for index in range(texts)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        model_max_length=512, clean_up_tokenization_spaces=False, padding_side="left",
+    )  # fmt: skip
+
+
+def new_decoder(vocabulary: int, layers: int) -> LlamaForCausalLM:
+    """Builds a LLaMA of about 1.9 million values, with one key and value head for three query heads."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=layers,
+            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5,
+            tie_word_embeddings=True, bos_token_id=SPECIAL.index("<s>"), eos_token_id=SPECIAL.index("</s>"),
+            pad_token_id=SPECIAL.index("<unk>"),
+        )
+    )  # fmt: skip
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch: int, length: int) -> Iterator[torch.Tensor]:
+    """Packed sequences of tokens without end; what is cut off at the end of one begins the next."""
+    rest: list[int] = []
+    index, need = 0, batch * length
+    while True:
+        while len(rest) < need:
+            texts = [text(seed, index + n) for n in range(256)]
+            index += len(texts)
+            for tokens in tokenizer(texts)["input_ids"]:
+                rest += [*tokens, tokenizer.eos_token_id]
+        yield torch.tensor(rest[:need]).view(batch, length)
+        rest = rest[need:]
+
+
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean over all tokens but the first of each sequence, of what the next one costs in nats."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validate(model: LlamaForCausalLM, held_out: list[torch.Tensor]) -> dict[str, float]:
+    """Loss in nats per token, and the share of tokens that are guessed right, on texts of another seed."""
+    model.eval()
+    losses, right = [], []
+    for tokens in held_out:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
+        right.append((logits.argmax(-1) == tokens[:, 1:]).float().mean().item())
+    model.train()
+    mean = sum(losses) / len(losses)
+    return {
+        "loss": round(mean, 4), "perplexity": round(math.exp(mean), 3), "accuracy": round(sum(right) / len(right), 4)
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def probe(folder: Path) -> dict[str, dict[str, float]]:
+    """How often the right output is the likeliest of the allowed ones on each task's validation split, untrained."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    found: dict[str, dict[str, float]] = {}
+    for name, task in world.TASKS.items():
+        right = 0
+        records = world.load(name)["val"]
+        for record in records:
+            prompt = tokenizer(f"{record.instruction}\n")["input_ids"]
+            scores = []
+            for answer in task.answers:
+                said = tokenizer(record.output.removesuffix(record.answer) + answer, add_special_tokens=False)
+                tokens = torch.tensor([prompt + said["input_ids"]])
+                logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
+                scores.append(-F.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum").item())
+            right += task.answers[scores.index(max(scores))] == record.answer
+        found[name] = {"accuracy": round(right / len(records), 3), "chance": round(1 / len(task.answers), 3)}
+    return found
+
+
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, log: list[dict], provenance: dict
+) -> None:
+    """Writes the decoder in half precision, its tokenizer, log and provenance, then moves them into place at once."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.half().save_pretrained(part)
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float32"  # what `from_pretrained` computes in; the file stays small
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(part)
+    (part / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    provenance["sha256"] = hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest()
+    provenance["parameters"] = sum(p.numel() for p in model.parameters())
+    (part / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def main() -> None:
+    """Trains for a fixed number of steps and saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences")
+    parser.add_argument("--length", type=int, default=192, help="tokens of a sequence")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=1536, help="tokens, among them 256 bytes and 3 special ones")
+    parser.add_argument("--tokenizer-texts", type=int, default=20000, help="texts that the tokenizer is trained on")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the texts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ASSETS / "decoder-tiny-procedural")
+    parser.add_argument("--probe", action="store_true", help="score the model in --out on the tasks, train nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.probe:
+        print(json.dumps(probe(args.out)))
+        return
+
+    set_seed(args.seed)
+    began, busy = time.monotonic(), time.process_time()
+    tokenizer = new_tokenizer(args.seed, args.tokenizer_texts, args.vocabulary)
+    model = new_decoder(len(tokenizer), args.layers)
+    held_out = [batch for batch, _ in zip(batches(tokenizer, VALIDATION_SEED, 16, args.length), range(8), strict=False)]
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    log: list[dict] = []
+    stream = batches(tokenizer, args.seed, args.batch_size, args.length)
+    for step, tokens in zip(range(args.steps), stream, strict=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % 50 == 0 or step + 1 == args.steps:
+            row = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - began, 1)}
+            if (step + 1) % 250 == 0 or step + 1 == args.steps:
+                row["validation"] = validate(model, held_out)
+            log.append(row)
+            print(json.dumps(row), flush=True)
+    provenance = {
+        "command": "python scripts/pretrain_decoder.py",
+        "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k != "probe"},
+        "tokens": args.steps * args.batch_size * args.length,
+        "data": "san_bench.data.world_text.text, drawn by rule; no person's text and no task of mini-language",
+        "validation": f"{len(held_out) * 16} sequences of texts of seed {VALIDATION_SEED}",
+        "precision": "bfloat16 autocast in training, saved in float16",
+        "machine": f"{platform.machine()} processor, {args.threads} threads, no accelerator",
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(time.process_time() - busy, 1),
+        "versions": {n: version(n) for n in ("torch", "transformers", "tokenizers")}
+        | {"python": platform.python_version()},
+        "final": log[-1],
+    }
+    save(model, tokenizer, args.out, log, provenance)
+
+
+if __name__ == "__main__":
+    main()
