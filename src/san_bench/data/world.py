@@ -22,29 +22,13 @@ from dataclasses import asdict, dataclass
 from functools import cache
 
 from san_bench.data import world_tasks
+from san_bench.data.instructions import Record
 from san_bench.data.world_tasks import Item
 from san_bench.data.world_words import Dice, sentence
 from san_bench.strict import did_you_mean, san_error
 
 SPLITS = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 800)}
 """Which items of a task are in which split."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One item, as `commonsense_170k` has it.
-
-    Attributes:
-        instruction: The task in words, the question, its options, and the answers that are allowed.
-        input: Nothing.
-        output: What a model has to say: a fixed phrase and the answer.
-        answer: The right one of the allowed answers.
-    """
-
-    instruction: str
-    input: str
-    output: str
-    answer: str
 
 
 @dataclass(frozen=True)
