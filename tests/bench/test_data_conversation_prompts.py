@@ -11,7 +11,15 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from PIL import Image
 from tests.bench.copies import write_picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from san_bench.data.conversation_batches import ModalityBatches
 from san_bench.data.conversation_prompts import (
@@ -174,6 +182,27 @@ def test_a_batch_of_different_lengths(tmp_path):
     assert batch["labels"][1, short:].unique().tolist() == [IGNORED]
     assert batch["pixel_values"].shape == (1, 3, 8, 8)
     assert set(collate([data[1], data[1]])) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_a_small_llava_reads_both_kinds_of_batches(tmp_path):
+    write_picture(tmp_path / "x.png", 1)
+    data = ConversationDataset([SEEN, UNSEEN], tmp_path, processor(), max_length=100)
+    collate = ConversationCollator(VOCABULARY["<pad>"])
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCABULARY["<image>"])
+    ).eval()
+    with torch.no_grad():
+        mixed, alone = model(**collate([data[0], data[1]])), model(**collate([data[1]]))
+    assert torch.isfinite(mixed.loss)
+    assert torch.isfinite(alone.loss)
+    n = alone.logits.shape[1]  # what fills up a row is not attended to
+    torch.testing.assert_close(mixed.logits[1, :n], alone.logits[0], atol=1e-5, rtol=1e-4)
 
 
 def mix(pictured, texts, seed=0):

@@ -201,7 +201,7 @@ def test_mmbench_turns_the_options_and_wants_all_to_be_right():
     always_b = ["B"] * 5
     assert score("mmbench", questions, ["B", "dog", "c.", "A", "B"]).score == 1
     assert score_mmbench(questions, always_b, circular=False).score == 2 / 5  # 7 and 1,000,008
-    assert score("mmbench", questions, ["B", "A", "C", "B", None]) == Score("mmbench", 0.5, 2, 1, {"rows": 5})
+    assert score("mmbench", questions, ["B", "A", "C", "A", None]) == Score("mmbench", 0.5, 2, 1, {"rows": 5})
 
 
 def test_scores_that_cannot_be_are_explained():
