@@ -1,0 +1,193 @@
+"""The images of conversations: looked at before the training, and padded to squares in it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from PIL import Image
+
+from san_bench.data.conversations import Conversation, leaves_root
+from san_bench.data.found import Problem
+from san_peft.errors import SanError
+
+CHUNK = 64
+"""Images that a thread reads at a time."""
+
+State = Literal["good", "outside", "missing", "unreadable", "mislabelled"]
+"""What an image is found to be; what is mislabelled can be read, but its name says another format."""
+
+KINDRED = {"MPO": "JPEG"}
+"""Formats that files of another one's ending may hold: cameras write JPEG files with a second picture."""
+
+TEXTS: dict[State, str] = {
+    "outside": "paths leave the folder of images",
+    "missing": "images are missing",
+    "unreadable": "images cannot be read",
+    "mislabelled": "images are of another format than their names say",
+}
+
+
+@dataclass(frozen=True)
+class FolderCount:
+    """How the images of one folder are; each file counts once, however many conversations are about it."""
+
+    images: int
+    missing: int
+    unreadable: int
+    mislabelled: int
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found of the images of conversations.
+
+    Attributes:
+        kept: The conversations to train with: all of them, unless dropping was asked for.
+        dropped: The conversations that were left out.
+        problems: What is wrong, each with all its files. What is mislabelled is a warning: it can be trained with.
+        folders: Counts for each folder of images.
+    """
+
+    kept: tuple[Conversation, ...]
+    dropped: tuple[Conversation, ...]
+    problems: tuple[Problem, ...]
+    folders: dict[str, FolderCount]
+
+    def require(self) -> tuple[Conversation, ...]:
+        """Returns the conversations to train with.
+
+        Raises:
+            SanError: If any of them has an image that cannot be read; the message lists all that is wrong.
+        """
+        errors = [str(problem) for problem in self.problems if problem.level == "error"]
+        if errors and not self.dropped:
+            raise SanError(
+                "The images are not as they must be:\n  " + "\n  ".join(errors) + "\n"
+                "Mend them, or leave these conversations out with preflight(..., drop=True)."
+            )
+        return self.kept
+
+
+def preflight(
+    records: Sequence[Conversation], root: str | Path, drop: bool = False, workers: int | None = None
+) -> Preflight:
+    """Decodes every image of conversations, and notes every problem at once.
+
+    Args:
+        records: The conversations.
+        root: Folder that their images are below. Links inside it are followed.
+        drop: Leaves out the conversations whose images are missing, cannot be read or are not below the folder.
+        workers: Threads that read; by default as many as there are processors, up to eight.
+
+    Returns:
+        What was found. A path that leaves the folder is never opened.
+
+    Raises:
+        SanError: If there is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise SanError(f"There is no folder of images {root}.")
+    uses = Counter(record.image for record in records if record.image is not None)
+    files = list(uses)
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+    endings = Image.registered_extensions()
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda chunk: [_look(root, file, endings) for file in chunk], chunks)
+        looks = dict(zip(files, chain.from_iterable(found), strict=True))
+    problems = []
+    for state, text in TEXTS.items():
+        items = [f"{file}{f' ({why})' if why else ''}" for file, (seen, why) in looks.items() if seen == state]
+        if items:
+            concerned = sum(uses[file] for file, (seen, _) in looks.items() if seen == state)
+            said = f"{len(items):,} {text}, which {concerned:,} conversations are about"
+            problems.append(Problem("images", said, tuple(items), "warning" if state == "mislabelled" else "error"))
+    bad = {file for file, (state, _) in looks.items() if state not in ("good", "mislabelled")} if drop else set()
+    return Preflight(
+        tuple(record for record in records if record.image not in bad),
+        tuple(record for record in records if record.image in bad),
+        tuple(problems),
+        _folders({file: state for file, (state, _) in looks.items()}),
+    )
+
+
+def read_image(root: str | Path, image: str) -> Image.Image:
+    """Reads the image of a conversation, in RGB.
+
+    Raises:
+        SanError: If its path leaves the folder, or it is missing or cannot be decoded.
+    """
+    if leaves_root(image):
+        raise SanError(f"The image {image!r} leaves the folder of images {root}, so it is not opened.")
+    try:
+        with Image.open(Path(root) / image) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SanError(
+            f"The image {Path(root) / image} cannot be read: {error}. "
+            "san_bench.data.conversation_images.preflight lists all such images."
+        ) from error
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Returns an image in the middle of the smallest square that holds it, as LLaVA-1.5's `image_aspect_ratio pad`.
+
+    Args:
+        image: An image in RGB.
+        colour: Colour of the two borders. Where their widths differ by a pixel, the second one is wider.
+
+    Example:
+        >>> padded = pad_to_square(Image.new("RGB", (4, 1), "white"), (122, 116, 104))
+        >>> padded.size, padded.getpixel((0, 0)), padded.getpixel((0, 1)), padded.getpixel((0, 2))
+        ((4, 4), (122, 116, 104), (255, 255, 255), (122, 116, 104))
+    """
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """Returns the means of a processor, on the scale 0 to 1, as a colour; LLaVA rounds down.
+
+    Example:
+        >>> mean_colour((0.48145466, 0.4578275, 0.40821073))
+        (122, 116, 104)
+    """
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return red, green, blue
+
+
+def _look(root: Path, file: str, endings: dict[str, str]) -> tuple[State, str]:
+    if leaves_root(file):
+        return "outside", ""
+    path = root / file
+    if not path.is_file():
+        return "missing", ""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            found = image.format or "no format"
+    except Exception as error:  # whatever stops an image from being decoded is the finding
+        return "unreadable", str(error).replace(str(path), path.name)
+    if endings.get(path.suffix.lower()) in (found, KINDRED.get(found)):
+        return "good", ""
+    return "mislabelled", found
+
+
+def _folders(states: dict[str, State]) -> dict[str, FolderCount]:
+    counts: dict[str, Counter[str]] = {}
+    for file, state in states.items():
+        if state != "outside":
+            counts.setdefault(PurePosixPath(file).parent.as_posix(), Counter())[state] += 1
+    return {
+        folder: FolderCount(count.total(), count["missing"], count["unreadable"], count["mislabelled"])
+        for folder, count in sorted(counts.items())
+    }

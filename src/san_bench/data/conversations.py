@@ -1,0 +1,278 @@
+r"""Conversations about images, in the format of LLaVA's `llava_v1_5_mix665k.json`.
+
+A record has an `id`, turns that alternate between `human` and `gpt`, and perhaps an `image`: a path below a folder of
+images. The first turn of the human holds the marker `<image>` exactly where there is an image. Other keys, such as
+`model`, are left aside.
+
+Example:
+    >>> record = {
+    ...     "id": "000000033471",
+    ...     "image": "coco/train2017/000000033471.jpg",
+    ...     "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}],
+    ... }
+    >>> parse_conversation(record).turns[1]
+    Turn(role='gpt', text='A bus.')
+    >>> problems_of({**record, "image": None})
+    ['the marker <image> stands in turn 0, but there is no image']
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from san_bench.strict import suggest
+from san_peft.errors import SanError
+
+MARKER = "<image>"
+"""What stands for the image in a turn."""
+
+ROLES = ("human", "gpt")
+"""Who speaks, in the order in which they do."""
+
+SHOWN = 20
+"""Bad records that a message lists; it counts the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        role: `human` asks, `gpt` answers.
+        text: The words, with the marker of the image where the record has it.
+    """
+
+    role: Literal["human", "gpt"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One record.
+
+    Attributes:
+        id: Its name in the data set; several records may share one.
+        turns: Questions and answers in turn, a question first and an answer last.
+        image: Path of the image below the folder of images, with forward slashes; `None` without an image.
+    """
+
+    id: str | int
+    turns: tuple[Turn, ...]
+    image: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that is not as it must be.
+
+    Attributes:
+        index: Its place in the file, from 0.
+        id: Its id, as far as it has one.
+        problems: All that is wrong with it.
+    """
+
+    index: int
+    id: Any
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"record {self.index} (id {self.id!r}): {'; '.join(self.problems)}"
+
+
+def load_conversations(path: str | Path) -> list[Conversation]:
+    """Reads a file of conversations, all of which must be right.
+
+    Args:
+        path: A JSON list (`.json`), JSON lines (`.jsonl`), or a table (`.parquet`).
+
+    Raises:
+        SanError: If the file cannot be read, holds no record, or holds bad ones; the message lists up to `SHOWN` of
+            them, each with its index and id, and says how many there are.
+    """
+    records, bad = read_conversations(path)
+    if bad:
+        lines = [f"  {record}" for record in bad[:SHOWN]]
+        if len(bad) > SHOWN:
+            lines.append(f"  and {len(bad) - SHOWN:,} more")
+        raise SanError(
+            f"{path}: {len(bad):,} of {len(records) + len(bad):,} records are not as they must be:\n"
+            + "\n".join(lines)
+            + "\nMend them in the file, or take the others with san_bench.data.conversations.read_conversations."
+        )
+    return records
+
+
+def read_conversations(path: str | Path) -> tuple[list[Conversation], list[BadRecord]]:
+    """Reads a file of conversations, and sets aside those that are not right.
+
+    Args:
+        path: A JSON list (`.json`), JSON lines (`.jsonl`), or a table (`.parquet`).
+
+    Returns:
+        The right ones and the bad ones, both in the order of the file.
+
+    Raises:
+        SanError: If the file cannot be read, or holds no record.
+    """
+    raw = _raw_records(Path(path))
+    if not raw:
+        raise SanError(f"{path} holds no record.")
+    records: list[Conversation] = []
+    bad: list[BadRecord] = []
+    for index, record in enumerate(raw):
+        if problems := problems_of(record):
+            bad.append(BadRecord(index, record.get("id") if isinstance(record, dict) else None, tuple(problems)))
+        else:
+            records.append(_converted(record))
+    return records, bad
+
+
+def parse_conversation(record: Any) -> Conversation:
+    """Returns a record as a conversation.
+
+    Raises:
+        SanError: If it is not right; the message says all that is wrong with it.
+    """
+    if problems := problems_of(record):
+        raise SanError(str(BadRecord(0, record.get("id") if isinstance(record, dict) else None, tuple(problems))))
+    return _converted(record)
+
+
+def problems_of(record: Any) -> list[str]:
+    """Returns all that is wrong with a record, as it was read from a file; nothing if it is right."""
+    if not isinstance(record, dict):
+        return [f"it is a {type(record).__name__}, not an object with id and conversations"]
+    problems = []
+    if not isinstance(record.get("id"), str | int) or isinstance(record["id"], bool):
+        problems.append("id is missing" if record.get("id") is None else f"id is {record['id']!r}, no text or integer")
+    image = record.get("image")
+    if image is not None:
+        problems += _problems_of_path(image)
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        what = "missing" if turns is None else "empty" if turns == [] else f"a {type(turns).__name__}, not a list"
+        return [*problems, f"conversations is {what}"]
+    for number, turn in enumerate(turns):
+        problems += [f"turn {number}: {text}" for text in _problems_of_turn(turn, number)]
+    if len(turns) % 2:
+        problems.append(f"it has {len(turns)} turns, so the last one is not an answer")
+    marked = [(n, t["value"].count(MARKER)) for n, t in enumerate(turns) if _has_text(t) and MARKER in t["value"]]
+    if image is None:
+        problems += [f"the marker {MARKER} stands in turn {n}, but there is no image" for n, _ in marked]
+    elif not marked:
+        problems.append(f"there is an image, but no marker {MARKER} in turn 0")
+    else:
+        problems += [f"the marker {MARKER} stands in turn {n}, not in turn 0" for n, _ in marked if n]
+        problems += [f"the marker {MARKER} stands {k} times in turn 0" for n, k in marked if n == 0 and k > 1]
+    return problems
+
+
+def fingerprint(records: Sequence[Conversation], images: str | Path | None = None) -> str:
+    """Returns a sha256 over the records: ids, turns and names of images, in order, wherever the files lie.
+
+    Args:
+        records: The conversations.
+        images: Folder of the images; with it the size in bytes of every image counts too, -1 where it is missing.
+    """
+    digest = hashlib.sha256()
+    sizes: dict[str, int] = {}
+    for record in records:
+        content: list[Any] = [record.id, record.image, [[turn.role, turn.text] for turn in record.turns]]
+        if images is not None and record.image is not None:
+            if record.image not in sizes:
+                path = Path(images) / record.image
+                sizes[record.image] = path.stat().st_size if path.is_file() else -1
+            content.append(sizes[record.image])
+        digest.update(json.dumps(content).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def leaves_root(image: str) -> bool:
+    """Returns whether a path is absolute, or climbs out of the folder that it should be below."""
+    plain = posixpath.normpath(image.replace("\\", "/"))
+    return plain.startswith("/") or plain == ".." or plain.startswith("../") or plain[1:2] == ":"
+
+
+def _problems_of_path(image: Any) -> Iterable[str]:
+    if not isinstance(image, str) or not image.strip():
+        yield f"image is {str(image)[:40]!r}, no path"
+    elif leaves_root(image):
+        yield f"image {image!r} leaves the folder of images"
+
+
+def _problems_of_turn(turn: Any, number: int) -> Iterable[str]:
+    if not isinstance(turn, dict):
+        yield f"it is a {type(turn).__name__}, not an object with from and value"
+        return
+    role, due = turn.get("from"), ROLES[number % 2]
+    if role is None:
+        yield "from is missing"
+    elif role not in ROLES:
+        yield f"unknown role {role!r}.{suggest(str(role), ROLES)}"
+    elif role != due:
+        yield f"it is {role}'s, but turns alternate and {due} is due"
+    if not isinstance(turn.get("value"), str):
+        yield "value is missing" if turn.get("value") is None else f"value is a {type(turn['value']).__name__}, no text"
+    elif role == "gpt" and not turn["value"].strip():
+        yield "the answer is empty"
+
+
+def _has_text(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), str)
+
+
+def _converted(record: dict[str, Any]) -> Conversation:
+    turns = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
+    return Conversation(record["id"], turns, record.get("image"))
+
+
+def _raw_records(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise SanError(f"There is no file of conversations {path}.")
+    readers = {".json": _from_json, ".jsonl": _from_lines, ".parquet": _from_parquet}
+    if path.suffix not in readers:
+        raise SanError(f"{path} ends in {path.suffix!r}.{suggest(path.suffix, readers)}")
+    return readers[path.suffix](path)
+
+
+def _from_json(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        hint = " It may be JSON lines: then call it .jsonl." if "Extra data" in str(error) else ""
+        raise SanError(f"{path} is not JSON: {error}.{hint}") from error
+    if not isinstance(content, list):
+        raise SanError(f"{path} holds a {type(content).__name__}, not a list of records.")
+    return content
+
+
+def _from_lines(path: Path) -> list[Any]:
+    records, wrong = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                wrong.append(f"line {number} ({error})")
+    if wrong:
+        more = f" and {len(wrong) - SHOWN:,} more" if len(wrong) > SHOWN else ""
+        raise SanError(f"{path}: {len(wrong):,} lines are not JSON: {', '.join(wrong[:SHOWN])}{more}.")
+    return records
+
+
+def _from_parquet(path: Path) -> list[Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise SanError(f"{path} is a parquet file, which needs pyarrow: `pip install datasets` brings it.") from error
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise SanError(f"{path} is not a parquet file that can be read: {error}") from error

@@ -1,0 +1,273 @@
+"""Files of the benchmarks: their questions, and what is right.
+
+The layouts are those of LLaVA's evaluation (haotian-liu/LLaVA, docs/Evaluation.md, scripts/v1_5/eval) and of the data
+sets themselves. Every loader gives all questions in the order of their file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from san_bench.run.vqa import CATEGORIES, CIRCLE, LETTER, SHORT, UNANSWERABLE, Question
+from san_bench.run.vqa_answers import LETTERS
+from san_bench.run.vqa_rows import read_json, read_lines, read_list, read_part, read_table, require_keys
+from san_bench.strict import san_error
+
+OCR = "Reference OCR token: "
+"""What TextVQA's words in the image stand behind, in LLaVA's questions."""
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads LLaVA's questions: JSON lines with `question_id`, `image`, `text` and `category`.
+
+    Raises:
+        SanError: If the file cannot be read, or lines lack something; the message lists them.
+    """
+    rows = read_lines(Path(path))
+    require_keys(path, rows, ("question_id", "text"))
+    return [Question(r["question_id"], r.get("image"), r["text"], category=r.get("category", "default")) for r in rows]
+
+
+def load_vqav2(questions: str | Path, annotations: str | Path | None = None) -> list[Question]:
+    """Reads VQAv2.
+
+    Args:
+        questions: LLaVA's JSON lines, or a `v2_OpenEnded_mscoco_*_questions.json`.
+        annotations: A `v2_mscoco_*_annotations.json`; the test splits have none.
+
+    Raises:
+        SanError: If a file cannot be read, or lacks something.
+    """
+    asked = read_questions(questions) if Path(questions).suffix == ".jsonl" else _official_vqav2(Path(questions))
+    if annotations is None:
+        return asked
+    rows = read_part(Path(annotations), "annotations")
+    require_keys(annotations, rows, ("question_id", "answers"))
+    right = {row["question_id"]: tuple(answer["answer"] for answer in row["answers"]) for row in rows}
+    return _answered(asked, right, lambda question: question.id, annotations)
+
+
+def load_vizwiz(annotations: str | Path, questions: str | Path | None = None) -> list[Question]:
+    """Reads VizWiz; an image has one question.
+
+    Args:
+        annotations: `val.json` or `test.json`; the latter has no answers.
+        questions: LLaVA's JSON lines; without them the questions are made of the annotations, as LLaVA asks them.
+
+    Raises:
+        SanError: If a file cannot be read, or lacks something.
+    """
+    rows = read_list(Path(annotations))
+    require_keys(annotations, rows, ("image", "question"))
+    right = {row["image"]: tuple(answer["answer"] for answer in row.get("answers", ())) for row in rows}
+    if questions is None:
+        return [
+            Question(n, row["image"], f"{row['question']}\n{UNANSWERABLE}\n{SHORT}", right[row["image"]])
+            for n, row in enumerate(rows)
+        ]
+    return _answered(read_questions(questions), right, lambda question: question.image, annotations)
+
+
+def load_textvqa(questions: str | Path, annotations: str | Path, ocr: bool = True) -> list[Question]:
+    """Reads TextVQA.
+
+    Args:
+        questions: LLaVA's JSON lines, whose ids are those of the images.
+        annotations: `TextVQA_0.5.1_val.json`.
+        ocr: Insists on reference OCR tokens in the questions, as in the papers.
+
+    Raises:
+        SanError: If a file cannot be read, or lacks something.
+    """
+    asked = read_questions(questions)
+    if ocr and not any(OCR in question.text for question in asked):
+        raise san_error(
+            f"{questions}: no question has a line {OCR!r}, which the papers' setting has. "
+            "Take llava_textvqa_val_v051_ocr.jsonl, or ask without with ocr=False."
+        )
+    rows = read_part(Path(annotations), "data")
+    require_keys(annotations, rows, ("image_id", "question", "answers"))
+    right = {(row["image_id"], row["question"].lower()): tuple(row["answers"]) for row in rows}
+    return _answered(asked, right, lambda question: (question.id, _textvqa_question(question.text)), annotations)
+
+
+def textvqa_prompt(question: str, tokens: Sequence[str]) -> str:
+    r"""Returns a question of TextVQA as LLaVA asks it.
+
+    Example:
+        >>> textvqa_prompt("what brand is it?", ["DAKOTA", "DIGITAL"]).splitlines()[:2]
+        ['What brand is it?', 'Reference OCR token: DAKOTA, DIGITAL']
+    """
+    return f"{question.capitalize()}\n{OCR}{', '.join(tokens)}\n{SHORT}"
+
+
+def load_gqa(annotations: str | Path, questions: str | Path | None = None) -> list[Question]:
+    """Reads GQA.
+
+    Args:
+        annotations: `testdev_balanced_questions.json`, which holds the answers too.
+        questions: LLaVA's JSON lines; without them the questions are made of the annotations, as LLaVA asks them.
+
+    Raises:
+        SanError: If a file cannot be read, or lacks something.
+    """
+    found = read_json(Path(annotations))
+    if not isinstance(found, dict):
+        raise san_error(f"{annotations} is no file of GQA: it holds no questions by id.")
+    require_keys(annotations, list(found.values()), ("imageId", "question", "answer"))
+    right = {key: (row["answer"],) for key, row in found.items()}
+    if questions is not None:
+        return _answered(read_questions(questions), right, lambda question: str(question.id), annotations)
+    return [Question(k, f"{r['imageId']}.jpg", f"{r['question']}\n{SHORT}", right[k]) for k, r in found.items()]
+
+
+def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
+    """Reads POPE.
+
+    Args:
+        questions: LLaVA's JSON lines, with the categories.
+        labels: Folder of `coco_pope_adversarial.json`, `coco_pope_popular.json` and `coco_pope_random.json`: JSON lines
+            in the order of LLaVA's questions of that category.
+
+    Raises:
+        SanError: If a file cannot be read, lacks something, or is about other questions.
+    """
+    asked = read_questions(questions)
+    out: dict[int, Question] = {}
+    for category in CATEGORIES:
+        path = Path(labels) / f"coco_pope_{category}.json"
+        rows = read_lines(path)
+        require_keys(path, rows, ("image", "text", "label"))
+        mine = [(index, question) for index, question in enumerate(asked) if question.category == category]
+        if len(mine) != len(rows):
+            raise san_error(f"{path} has {len(rows):,} labels, but {questions} {len(mine):,} {category} questions.")
+        for (index, question), row in zip(mine, rows, strict=True):
+            if question.image != row["image"] or not question.text.startswith(row["text"]):
+                raise san_error(f"{path} is about {row['text']!r} where {questions} asks {question.text!r}.")
+            out[index] = replace(question, answers=(row["label"],))
+    return [out[index] for index in sorted(out)]
+
+
+def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | None = None) -> list[Question]:
+    """Reads the questions of ScienceQA that have an image.
+
+    Args:
+        folder: Folder of `problems.json` and `pid_splits.json`.
+        split: One of the splits there.
+        questions: LLaVA's `llava_test_CQM-A.json`; without it the questions are made as lmms-eval asks them.
+
+    Returns:
+        The questions; the images are below `images/SPLIT`.
+
+    Raises:
+        SanError: If a file cannot be read, or lacks something.
+    """
+    folder = Path(folder)
+    problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
+    if split not in splits:
+        raise san_error(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}.")
+    texts = {}
+    if questions is not None:
+        for row in read_list(Path(questions)):
+            texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
+    out = []
+    for key in splits[split]:
+        problem = problems[key]
+        if problem["image"] is None:
+            continue
+        if questions is not None and key not in texts:
+            raise san_error(f"{questions} does not ask the question {key}, which {split} has.")
+        context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+        options = tuple(problem["choices"])
+        text = texts.get(key) or context + problem["question"] + _choices(options)
+        out.append(Question(key, f"{key}/{problem['image']}", text, (LETTERS[problem["answer"]],), "default", options))
+    return out
+
+
+def load_mmbench(table: str | Path) -> list[Question]:
+    """Reads MMBench's table, with the images decoded from base64; a cell of a few digits names another row's image.
+
+    Raises:
+        SanError: If it cannot be read, lacks a column, or an image is no base64.
+    """
+    header, rows = read_table(Path(table))
+    if missing := [name for name in ("index", "question", "A", "B", "image") if name not in header]:
+        raise san_error(f"{table} has no column {', '.join(missing)}; MMBench's tables do.")
+    images = {row["index"]: row["image"] for row in rows}
+    out = []
+    for row in rows:
+        options = []
+        for letter in LETTERS[:4]:
+            if _empty(row.get(letter)):
+                break
+            options.append(row[letter])
+        stem = row["question"] if _empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
+        answers = () if _empty(row.get("answer")) else (row["answer"],)
+        try:
+            image = base64.b64decode(images.get(row["image"], row["image"]), validate=True)
+        except binascii.Error as error:
+            raise san_error(f"{table}, index {row['index']}: the image is no base64: {error}.") from error
+        category = row.get("category") or "default"
+        text = stem + _choices(options)
+        out.append(Question(int(row["index"]), image, text, answers, category, tuple(options)))
+    return out
+
+
+def with_rotations(questions: Sequence[Question]) -> list[Question]:
+    """Adds the rotations of MMBench's questions that have none, for the circular rule.
+
+    A rotation moves the first option to the end, once more in each; its id is larger by another `CIRCLE`.
+    """
+    turned = {int(question.id) % CIRCLE for question in questions if int(question.id) >= CIRCLE}
+    out = []
+    for question in questions:
+        out.append(question)
+        if int(question.id) in turned or int(question.id) >= CIRCLE:
+            continue
+        stem = question.text.removesuffix(_choices(question.options))
+        for by in range(1, len(question.options)):
+            options = question.options[by:] + question.options[:by]
+            right = tuple(LETTERS[(LETTERS.index(letter) - by) % len(options)] for letter in question.answers)
+            text = stem + _choices(options)
+            out.append(replace(question, id=int(question.id) + by * CIRCLE, text=text, answers=right, options=options))
+    return out
+
+
+def _official_vqav2(path: Path) -> list[Question]:
+    rows = read_part(path, "questions")
+    require_keys(path, rows, ("question_id", "image_id", "question"))
+    name = str(read_json(path).get("data_subtype", ""))
+    return [
+        Question(r["question_id"], f"COCO_{name}_{r['image_id']:012d}.jpg", f"{r['question']}\n{SHORT}") for r in rows
+    ]
+
+
+def _textvqa_question(text: str) -> str:
+    lines = text.split("\n")
+    return lines[1 if lines[0].startswith(OCR.strip()) else 0].lower()
+
+
+def _choices(options: Iterable[str]) -> str:
+    return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)) + f"\n{LETTER}"
+
+
+def _answered(
+    questions: Sequence[Question],
+    right: Mapping[Any, tuple[str, ...]],
+    key: Callable[[Question], Any],
+    path: str | Path,
+) -> list[Question]:
+    """Gives each question what is right."""
+    missing = [key(question) for question in questions if key(question) not in right]
+    if missing:
+        raise san_error(f"{path} lacks {len(missing):,} of {len(questions):,} questions, such as {missing[0]!r}.")
+    return [replace(question, answers=right[key(question)]) for question in questions]
+
+
+def _empty(cell: str | None) -> bool:
+    return cell is None or cell.strip().lower() in ("", "nan", "none")

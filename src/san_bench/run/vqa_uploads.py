@@ -1,0 +1,108 @@
+"""A model's answers to the benchmarks' questions: read, and written as servers take them.
+
+The layouts are those of LLaVA (scripts/convert_vqav2_for_submission.py and its neighbours).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from san_bench.run.provenance import write_atomically
+from san_bench.run.vqa import Question
+from san_bench.run.vqa_answers import normalise_for_upload
+from san_bench.run.vqa_rows import read_lines, read_table, require_keys
+from san_bench.strict import san_error
+
+LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
+"""Columns of MMBench's table that are not uploaded."""
+
+
+def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str | None]:
+    """Reads a model's answers, as LLaVA writes them: JSON lines with `question_id` and `text`, and perhaps `prompt`.
+
+    Args:
+        path: The file.
+        questions: The questions; where several share an id, the prompt tells them apart.
+
+    Returns:
+        The answer to each question, `None` where there is none.
+
+    Raises:
+        SanError: If the file cannot be read, answers a question twice, or one that is not asked.
+    """
+    rows = read_lines(Path(path))
+    require_keys(path, rows, ("question_id", "text"))
+    ids = [question.id for question in questions]
+    shared = len(set(ids)) < len(ids)
+    if shared:
+        require_keys(path, rows, ("prompt",))
+    given: dict[Any, str] = {}
+    for row in rows:
+        key = (row["question_id"], row["prompt"]) if shared else row["question_id"]
+        if key in given:
+            raise san_error(f"{path} answers the question {key!r} twice.")
+        given[key] = row["text"]
+    keys = [(question.id, question.text) if shared else question.id for question in questions]
+    if strange := list(set(given) - set(keys)):
+        raise san_error(f"{path} answers {len(strange):,} questions that are not asked, such as {strange[0]!r}.")
+    return [given.get(key) for key in keys]
+
+
+def write_vqav2(path: str | Path, questions: Sequence[Question], answers: Sequence[str | None]) -> None:
+    """Writes what VQAv2's server takes: a list of `question_id` and `answer`, normalised as LLaVA does."""
+    pairs = zip(questions, answers, strict=True)
+    rows = [{"question_id": q.id, "answer": normalise_for_upload(answer or "")} for q, answer in pairs]
+    write_atomically(Path(path), json.dumps(rows))
+
+
+def write_vizwiz(path: str | Path, questions: Sequence[Question], answers: Sequence[str | None]) -> None:
+    """Writes what VizWiz's server takes: a list of `image` and `answer`, normalised as LLaVA does."""
+    pairs = zip(questions, answers, strict=True)
+    rows = [{"image": q.image, "answer": normalise_for_upload(answer or "")} for q, answer in pairs]
+    write_atomically(Path(path), json.dumps(rows))
+
+
+def write_mmbench(
+    path: str | Path, table: str | Path, questions: Sequence[Question], answers: Sequence[str | None]
+) -> Path:
+    """Writes what MMBench's server takes: the table without its images, and with a column `prediction`.
+
+    Args:
+        path: An `.xlsx` file, which needs openpyxl. Without it a `.tsv` beside it is written, with a warning.
+        table: MMBench's table.
+        questions: Its questions.
+        answers: The model's answers.
+
+    Returns:
+        The file that was written.
+    """
+    path = Path(path)
+    header, rows = read_table(Path(table))
+    columns = [name for name in header if name not in LEFT_OUT]
+    said = {str(question.id): answer or "" for question, answer in zip(questions, answers, strict=True)}
+    columns.insert(min(6, len(columns)), "prediction")
+    cells = [columns, *([{**row, "prediction": said.get(row["index"], "")}[c] for c in columns] for row in rows)]
+    try:
+        workbook = import_module("openpyxl").Workbook()
+    except ImportError:
+        path = path.with_suffix(".tsv")
+        warnings.warn(f"openpyxl is not installed, so {path} is a table, no spreadsheet.", stacklevel=2)
+        text = io.StringIO()
+        csv.writer(text, delimiter="\t", lineterminator="\n").writerows(cells)
+        write_atomically(path, text.getvalue())
+        return path
+    for row in cells:
+        workbook.active.append(
+            [int(c) if name == "index" and c.isdecimal() else c for name, c in zip(columns, row, strict=True)]
+        )
+    content = io.BytesIO()
+    workbook.save(content)
+    write_atomically(path, content.getvalue())
+    return path
