@@ -113,9 +113,13 @@ def test_ctrl_c_ends_the_jobs_and_keeps_what_is_done(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        next(run)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(run)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     thread.join()
     assert gone(int(file.read_text()))
 
