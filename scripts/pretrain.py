@@ -19,6 +19,7 @@ import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -143,18 +144,18 @@ def load(name: str, folder: Path) -> PreTrainedModel:
     return (SwinModel if name == "swin" else ConvNextModel).from_pretrained(folder)
 
 
-def save(model: Pretraining, folder: Path, log: list[dict], provenance: dict) -> None:
-    """Writes the backbone in half precision, its processor, log and provenance, then moves them into place at once."""
+def save(model: PreTrainedModel, reader: Any, folder: Path, log: list[dict], provenance: dict) -> None:
+    """Writes a model in half precision, its processor or tokenizer, log and provenance, then moves them at once."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.backbone.half().save_pretrained(part)
+    model.half().save_pretrained(part)
     config = json.loads((part / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"  # what `from_pretrained` computes in; the file stays small
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(part)
+    reader.save_pretrained(part)
     (part / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
     provenance["sha256"] = hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest()
-    provenance["parameters"] = sum(p.numel() for p in model.backbone.parameters())
+    provenance["parameters"] = sum(p.numel() for p in model.parameters())
     (part / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -260,7 +261,8 @@ def main() -> None:
         "final": log[-1],
         "continued_from": earlier,
     }
-    save(model, out, log, provenance)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    save(model.backbone, processor, out, log, provenance)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,16 @@ the likeliest, without having been trained on any, and beside it what guessing g
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pretrain import ASSETS, VALIDATION_SEED, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import (
@@ -37,10 +36,10 @@ from transformers import (
 )
 
 from san_bench.data import world
+from san_bench.data.tokens import prepare_tokenizer
 from san_bench.data.world_text import text
+from san_bench.run.likelihood import log_likelihoods
 
-ASSETS = Path(__file__).parents[1] / "src/san_bench/data/assets"
-VALIDATION_SEED = 1_000_003
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -113,44 +112,20 @@ def validate(model: LlamaForCausalLM, held_out: list[torch.Tensor]) -> dict[str,
     }  # fmt: skip
 
 
-@torch.no_grad()
 def probe(folder: Path) -> dict[str, dict[str, float]]:
     """How often the right output is the likeliest of the allowed ones on each task's validation split, untrained."""
-    model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
     found: dict[str, dict[str, float]] = {}
     for name, task in world.TASKS.items():
-        right = 0
-        records = world.load(name)["val"]
+        records, right = world.load(name)["val"], 0
         for record in records:
-            prompt = tokenizer(f"{record.instruction}\n")["input_ids"]
-            scores = []
-            for answer in task.answers:
-                said = tokenizer(record.output.removesuffix(record.answer) + answer, add_special_tokens=False)
-                tokens = torch.tensor([prompt + said["input_ids"]])
-                logits = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].float()
-                scores.append(-F.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum").item())
+            outputs = [record.output.removesuffix(record.answer) + answer for answer in task.answers]
+            pairs = [(f"{record.instruction}\n", output) for output in outputs]
+            scores = log_likelihoods(model, tokenizer, pairs, len(pairs))
             right += task.answers[scores.index(max(scores))] == record.answer
         found[name] = {"accuracy": round(right / len(records), 3), "chance": round(1 / len(task.answers), 3)}
     return found
-
-
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, log: list[dict], provenance: dict
-) -> None:
-    """Writes the decoder in half precision, its tokenizer, log and provenance, then moves them into place at once."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.half().save_pretrained(part)
-    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = "float32"  # what `from_pretrained` computes in; the file stays small
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(part)
-    (part / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
-    provenance["sha256"] = hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest()
-    provenance["parameters"] = sum(p.numel() for p in model.parameters())
-    (part / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
 
 
 def main() -> None:

@@ -112,8 +112,7 @@ class Bench:
         from san_bench.suite import Choice, load_suite
 
         suite, name = load_suite(self.suite), Path(self.suite).stem
-        data = self.data and self.data.absolute()  # as other processes, and machines, may start elsewhere
-        choice = Choice(self.methods, self.models, self.tasks, self.seeds, data, self.protocol, self.set)
+        choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, self.set)
         threads = self.threads or (1 if self.workers > 1 else None)
         engine = (
             RayEngine(self.workers, threads or 1, self.gpus_per_run)
@@ -176,7 +175,7 @@ class Recipes:
             for name, path in shipped(None).items():
                 print(f"{name:<22} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
-        source = shipped(None).get(self.copy) or find(self.copy)
+        source = find(self.copy, None)
         target = self.out or Path(source.name)
         if target.exists():
             raise FileExistsError(f"{target} is there already. Choose another file with --out.")

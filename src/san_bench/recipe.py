@@ -301,8 +301,12 @@ def shipped(kind: str | None = "recipes") -> dict[str, Path]:
     return {name: path for name, path in names.items() if not name.startswith(others)}
 
 
-def find(name: str | Path, kind: str = "recipes") -> Path:
+def find(name: str | Path, kind: str | None = "recipes") -> Path:
     """Finds a file by its path, or by the name under which it ships.
+
+    Args:
+        name: The path or the name.
+        kind: Where to look; see `shipped`.
 
     Raises:
         SanError: If there is neither.
@@ -313,7 +317,9 @@ def find(name: str | Path, kind: str = "recipes") -> Path:
     if str(name) in known:
         return known[str(name)]
     hint = did_you_mean(str(name), known)
-    raise san_error(f"There is no {kind[:-1]} {str(name)!r}.{hint} Give a file, or one of {', '.join(known)}.")
+    raise san_error(
+        f"There is no {(kind or 'recipes')[:-1]} {str(name)!r}.{hint} Give a file, or one of {', '.join(known)}."
+    )
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:

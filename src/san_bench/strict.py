@@ -128,6 +128,19 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{did_you_mean(word, words)} Choose from {', '.join(words)}."
 
 
+def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
+    """Returns a task's name without its suite's before it.
+
+    Raises:
+        SanError: If the suite has no such task.
+    """
+    short, tasks = name.removeprefix(f"{suite}/"), list(known)
+    if short not in tasks:
+        hint = did_you_mean(f"{suite}/{short}", (f"{suite}/{task}" for task in tasks))
+        raise san_error(f"{suite} has no task {short!r}.{hint} Choose from {', '.join(tasks)}.")
+    return short
+
+
 def san_error(message: str) -> Exception:
     """Returns a `SanError`, whose import brings in torch, so only when it is needed."""
     from san_peft.errors import SanError

@@ -28,10 +28,8 @@ from torch.utils.data import Dataset
 
 from san_bench.data.conversation_images import mean_colour, pad_to_square, read_image
 from san_bench.data.conversations import MARKER, Conversation
+from san_bench.data.prompts import IGNORED
 from san_peft.errors import SanError
-
-IGNORED = -100
-"""Label of a token that is not learnt."""
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from san_bench.data.vision import stored_bytes
 from san_bench.strict import suggest
 from san_peft.errors import SanError
 
@@ -186,8 +187,7 @@ def fingerprint(records: Sequence[Conversation], images: str | Path | None = Non
         content: list[Any] = [record.id, record.image, [[turn.role, turn.text] for turn in record.turns]]
         if images is not None and record.image is not None:
             if record.image not in sizes:
-                path = Path(images) / record.image
-                sizes[record.image] = path.stat().st_size if path.is_file() else -1
+                sizes[record.image] = stored_bytes(Path(images) / record.image)
             content.append(sizes[record.image])
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()

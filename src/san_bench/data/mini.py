@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from san_bench.data import mini_natural, mini_specialised, mini_structured
 from san_bench.data.canvas import Dice, Drawing
 from san_bench.data.vision import ArraySplit, Split, VisionTask, load_digits_task
-from san_bench.strict import did_you_mean
-from san_peft.errors import SanError
+from san_bench.strict import task_of_suite
 
 IMAGES = 2000
 """Number of images of a drawn task; there are 1,797 digits."""
@@ -84,11 +83,7 @@ def load(name: str) -> VisionTask:
     Raises:
         SanError: If there is no such task.
     """
-    short = name.removeprefix("mini-vision/")
-    if short not in TASKS:
-        hint = did_you_mean(f"mini-vision/{short}", (f"mini-vision/{task}" for task in TASKS))
-        raise SanError(f"mini-vision has no task {short!r}.{hint} Choose from {', '.join(TASKS)}.")
-    return _load(short)
+    return _load(task_of_suite("mini-vision", name, TASKS))
 
 
 def draw(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.ndarray, " n"]]:

@@ -43,6 +43,11 @@ EMBEDDED = ("vit", "swin", "convnext")
 """The small models that ship with the package."""
 
 
+def stored_bytes(path: Path) -> int:
+    """Returns the size of a file in bytes, -1 where it is missing, as fingerprints count it."""
+    return path.stat().st_size if path.is_file() else -1
+
+
 class Split(ABC):
     """Images with their labels, decoded when they are asked for.
 
@@ -123,9 +128,7 @@ class FileSplit(Split):
         """The sha256 over a line per file: name, bytes, label. A file that is missing counts -1 bytes."""
         digest = hashlib.sha256()
         for name, label in zip(self.files, self.labels, strict=True):
-            path = self.root / name
-            size = path.stat().st_size if path.is_file() else -1
-            digest.update(f"{name}\t{size}\t{label}\n".encode())
+            digest.update(f"{name}\t{stored_bytes(self.root / name)}\t{label}\n".encode())
         return digest.hexdigest()
 
 
@@ -162,7 +165,7 @@ class TableSplit(Split):
             images = batch.column(0).combine_chunks()
             lengths = pc.call_function("binary_length", [images.field("bytes")]).to_pylist()
             for size, file in zip(lengths, images.field("path").to_pylist(), strict=True):
-                sizes.append(size if size is not None else Path(file).stat().st_size if Path(file).is_file() else -1)
+                sizes.append(stored_bytes(Path(file)) if size is None else size)
         lines = (f"{size}\t{label}\n" for size, label in zip(sizes, self.labels, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 

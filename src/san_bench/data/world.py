@@ -25,7 +25,7 @@ from san_bench.data import world_tasks
 from san_bench.data.instructions import Record
 from san_bench.data.world_tasks import Item
 from san_bench.data.world_words import Dice, sentence
-from san_bench.strict import did_you_mean, san_error
+from san_bench.strict import task_of_suite
 
 SPLITS = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 800)}
 """Which items of a task are in which split."""
@@ -88,11 +88,7 @@ def load(name: str) -> dict[str, tuple[Record, ...]]:
     Raises:
         SanError: If there is no such task.
     """
-    short = name.removeprefix("mini-language/")
-    if short not in TASKS:
-        hint = did_you_mean(f"mini-language/{short}", (f"mini-language/{task}" for task in TASKS))
-        raise san_error(f"mini-language has no task {short!r}.{hint} Choose from {', '.join(TASKS)}.")
-    return dict(_load(short))
+    return dict(_load(task_of_suite("mini-language", name, TASKS)))
 
 
 def record(name: str, index: int) -> Record:

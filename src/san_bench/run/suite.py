@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def bench(
     Raises:
         SanError: If the choice cannot be run, or every run fails.
     """
-    out = out.absolute()  # as other processes may start elsewhere
+    # Other processes, and machines, may start elsewhere.
+    out, choice = out.absolute(), replace(choice, data=choice.data and choice.data.absolute())
     console, rates_file = Console(stderr=True), out / "rates.json"
     rates: Rates = json.loads(rates_file.read_text(encoding="utf-8")) if rates_file.exists() else {}
     if search:
