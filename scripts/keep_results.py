@@ -2,7 +2,7 @@
 
 Rows and trials go to `results/SUITE/`, without the blocks of PEFT's method comparison, which repeat them at length. The
 learning rates that the trials chose go into the suite that ships; rows of other rates are left out. Rows of code that
-no commit holds are refused.
+no commit holds are refused. What `san plot` found on the variance of scales is kept too.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ def main() -> None:
         "rows.jsonl": keep(args.folder / "rows.jsonl", place / "rows.jsonl", rates),
         "search/rows.jsonl": keep(args.folder / "search" / "rows.jsonl", place / "search" / "rows.jsonl"),
     }
+    analysis = args.folder / "plots" / "analysis.json"
+    if analysis.exists():
+        variance = json.loads(analysis.read_text(encoding="utf-8"))["variance"]
+        write_atomically(place / "variance.json", json.dumps(variance, indent=1) + "\n")
     print(f"{place.relative_to(ROOT)}: {', '.join(f'{count} in {part}' for part, count in counts.items())}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,21 @@ def test_the_page_shows_the_rows(tmp_path):
         only = words.removeprefix("--only ").split()
         table_command([ROOT / "results" / name], "markdown", only=only, out=tmp_path / name)
         assert block.strip() == (tmp_path / name).read_text(encoding="utf-8").strip(), f"{name}: write it anew"
+
+
+def test_the_page_says_how_variances_compare():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "compare_variance.py"], capture_output=True, text=True, check=True
+    )
+    found = re.search(
+        r"n = (\S+) runs: (\S+) in .* of (\S+) layers \((\S+) to (\S+)\), below one in (\S+); acting (\S+)", done.stdout
+    )
+    assert found is not None
+    n, ratio, layers, low, high, below, acting = found.groups()
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert f"n = {n} runs of each method" in text
+    assert (
+        f"{ratio} times as much in the median of {layers} layers, from {low} to {high}, and less in {below} of them"
+        in text
+    )
+    assert f"the squares vary {acting} times as much as SSF's scales" in text
