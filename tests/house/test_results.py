@@ -60,16 +60,22 @@ def test_the_page_shows_the_rows(tmp_path):
         assert block.strip() == (tmp_path / name).read_text(encoding="utf-8").strip(), f"{name}: write it anew"
 
 
-def test_the_page_says_how_variances_compare():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "compare_variance.py"], capture_output=True, text=True, check=True
-    )
+def compared(backbone):
+    command = [sys.executable, ROOT / "scripts" / "compare_variance.py", "san", "ssf", backbone]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(
         r"n = (\S+) runs: (\S+) in .* of (\S+) layers \((\S+) to (\S+)\), below one in (\S+); acting (\S+)", done.stdout
     )
     assert found is not None
-    n, ratio, layers, low, high, below, acting = found.groups()
+    return found.groups()
+
+
+def test_the_page_says_how_variances_compare():
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    for words, backbone in (("On the Swin the median is", "swin"), ("on the ConvNeXt", "convnext")):
+        _, ratio, layers, low, high, _, acting = compared(backbone)
+        assert f"{words} {ratio} ({low} to {high}, {layers} layers; the squares {acting})" in text
+    n, ratio, layers, low, high, below, acting = compared("vit")
     assert f"n = {n} runs of each method" in text
     assert (
         f"{ratio} times as much in the median of {layers} layers, from {low} to {high}, and less in {below} of them"
