@@ -98,11 +98,10 @@ def scales(adapter: Path, recipe: Any) -> dict[str, float]:
     import torch
     from peft import PeftModel
 
-    from san_bench.data.vision import load_task
-    from san_bench.run.build import base_model
+    from san_bench.run.domain import domain_of
     from san_peft import SanLayer
 
-    model = PeftModel.from_pretrained(base_model(recipe, load_task(recipe.task)), adapter).eval()
+    model = PeftModel.from_pretrained(domain_of(recipe).base_model(), adapter).eval()
     with torch.no_grad():
         found = [m.get_scale() for m in model.modules() if isinstance(m, SanLayer)]
     every = torch.cat([scale for scale in found if scale is not None])

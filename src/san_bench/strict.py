@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -61,6 +62,28 @@ def read_model(model: type[Model], path: Path, overrides: Mapping[str, Any] | Se
     Raises:
         SanError: If anything is wrong with it; the message lists every problem with its place.
     """
+    return check_file(model, read_file(path, overrides))
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file holds, before it is checked.
+
+    Attributes:
+        path: The file.
+        data: The mapping in it, with other values where some were given.
+        lines: The line of every key; `None` for those that were given.
+        problems: What YAML itself lets pass.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[Loc, int | None]
+    problems: list[tuple[Loc, str]]
+
+
+def read_file(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> File:
+    """Reads a YAML file and puts other values into it; see `read_model`."""
     data, lines, problems = read_yaml(path)
     for key, value in parse_overrides(overrides).items():
         put(data, key, value)
@@ -68,7 +91,12 @@ def read_model(model: type[Model], path: Path, overrides: Mapping[str, Any] | Se
         for depth in range(1, len(parents) + 1):
             lines.setdefault(tuple(parents[:depth]), None)
         lines[(*parents, last)] = None
-    return check(model, data, lambda loc: _place(path, lines, loc), problems)
+    return File(path, data, lines, problems)
+
+
+def check_file(model: type[Model], file: File) -> Model:
+    """Checks what a file holds; see `read_model`."""
+    return check(model, file.data, lambda loc: _place(file.path, file.lines, loc), file.problems)
 
 
 def check(model: type[Model], data: Any, place: Any = None, problems: Sequence[tuple[Loc, str]] = ()) -> Model:

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from san_bench.recipe import VALIDATION, Method, Recipe, find
+from san_bench.methods import Method
+from san_bench.recipe import VALIDATION, Recipe, find, recipe_class
 from san_bench.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
 
 Rates = dict[str, dict[str, float | dict[str, float]]]
@@ -56,6 +57,7 @@ class Suite(Strict):
     Attributes:
         protocol: Name of a shipped protocol, or a file: everything of a recipe that is the same in all runs.
         groups: Tasks by group.
+        mix: What one training covers all tasks with, such as `mini-language`; `null` where each task is trained alone.
         models: Models by short name, the backbone.
         methods: What is trained, by the name in tables.
         modes: In which modes trained adapters of SAN are scored beside `both`.
@@ -66,6 +68,7 @@ class Suite(Strict):
 
     protocol: str
     groups: dict[str, Annotated[tuple[str, ...], Field(min_length=1, strict=False)]]
+    mix: str | None
     models: dict[str, str]
     methods: dict[str, Method]
     modes: Annotated[tuple[Literal["neuron", "synapse", "off"], ...], Field(strict=False)]
@@ -79,6 +82,8 @@ class Suite(Strict):
             strange = [task for task in named if task not in self.tasks]
             if strange:
                 raise ValueError(f"{place}|{', '.join(strange)} is no task of the suite")
+        if self.mix and (self.settings or self.search.tasks or self.search.per == "task"):
+            raise ValueError("mix|with one training for all tasks, single ones have no settings, trials or rates")
         return self
 
     @property
@@ -112,10 +117,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a suite: its recipe, without a place yet, and what tables call its parts."""
+    """One run of a suite: its recipe, without a place yet, and what tables call its parts.
+
+    Attributes:
+        task: What is trained on: a task, or the suite's mix.
+        groups: The group of each task that may be scored.
+        backbone: Short name of the model.
+        method: Name of the method.
+        recipe: Its recipe.
+    """
 
     task: str
-    group: str
+    groups: dict[str, str]
     backbone: str
     method: str
     recipe: Recipe
@@ -153,7 +166,8 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
             missing.append(f"{method} on {backbone}")
             continue
         for seed in range(choice.seeds):
-            values = {**_splits(task)[0], **suite.settings.get(task, {}), "seed": seed, "optimizer.lr": rate}
+            splits = {key: split for key, split in _splits(task)[0].items() if key not in protocol.data}
+            values = {**splits, **suite.settings.get(task, {}), "seed": seed, "optimizer.lr": rate}
             runs.append(_run(suite, protocol, (task, backbone, method), {**values, **overrides}))
     if missing:
         raise san_error(
@@ -183,7 +197,7 @@ def best_rates(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Rates:
         rows: Results of the trials of `plan_search`. A trial that failed counts as accuracy 0, by being absent.
     """
     scores: dict[tuple[str, str, str], dict[float, float]] = {}
-    for row in rows:
+    for row in (row for row in rows if row.get("way") == rows[0].get("way")):  # of several, the first one counts
         for place in ("", row["task"]):
             by_rate = scores.setdefault((row["backbone"], row["method"], place), {})
             by_rate[row["lr"]] = by_rate.get(row["lr"], 0.0) + row["accuracy"]
@@ -213,9 +227,14 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
     ]
     if choice.seeds < 1:
         wrong.append(f"The number of seeds must be 1 or more, but it is {choice.seeds}.")
+    if suite.mix and choice.tasks:
+        wrong.append(
+            f"One training on {suite.mix} covers all tasks of the suite, so none can be chosen. Leave --tasks out."
+        )
     if wrong:
         raise san_error("\n".join(wrong))
     tasks, models, methods = (chosen or tuple(known) for chosen, known in kinds.values())
+    tasks = (suite.mix,) if suite.mix else tasks
     return [(task, model, method) for model in models for task in tasks for method in methods]
 
 
@@ -248,5 +267,7 @@ def _run(suite: Suite, protocol: _Protocol, cell: tuple[str, str, str], values: 
     data |= {"task": task, "model": suite.models[backbone], "method": suite.methods[method].model_dump(mode="json")}
     for key, value in values.items():
         put(data, key, value)
-    recipe = check(Recipe, data, lambda loc: f"{protocol.name}, {method} on {task}: {'.'.join(loc)}", protocol.problems)
-    return Run(task, suite.tasks[task], backbone, method, recipe)
+    recipe = check(
+        recipe_class(data), data, lambda loc: f"{protocol.name}, {method} on {task}: {'.'.join(loc)}", protocol.problems
+    )
+    return Run(task, suite.tasks, backbone, method, recipe)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from san_bench.data import vision
 from san_bench.data.vision import ArraySplit, VisionTask, load_digits_task
-from san_bench.recipe import Recipe, load_recipe
+from san_bench.recipe import load_recipe
+from san_bench.recipe_image import ImageRecipe
+from san_bench.run.build import with_method
+from san_bench.run.images import Images
 
 SIZES = {"train800": 48, "val200": 16, "train800val200": 64, "test": 40}
 
@@ -39,6 +43,11 @@ def small_scale() -> Iterator[pytest.MonkeyPatch]:
             torch.set_num_threads(threads)
 
 
-def short_recipe(name: str, output: Path, **overrides: object) -> Recipe:
+def short_recipe(name: str, output: Path, **overrides: object) -> ImageRecipe:
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
     return load_recipe(name if "/" in name else f"demo/{name}", {**SHORT, "output": str(output), **changes})
+
+
+def built(recipe: ImageRecipe, task: VisionTask | None = None) -> Any:
+    """The model of a recipe, ready to be trained."""
+    return with_method(Images(recipe, task or small_task()).base_model(), recipe)

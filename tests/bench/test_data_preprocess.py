@@ -13,8 +13,9 @@ from transformers import ConvNextImageProcessor
 
 from san_bench.data.preprocess import InputSettings, Prepared, checkpoint_input, input_settings, mixing
 from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, embedded_path
-from san_bench.recipe import Input, load_recipe
-from san_bench.run.trainer import Collate
+from san_bench.recipe import load_recipe
+from san_bench.recipe_image import Input
+from san_bench.run.images import Collate
 from san_peft.errors import SanError
 
 HALF = (0.5, 0.5, 0.5)

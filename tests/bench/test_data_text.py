@@ -14,7 +14,7 @@ from tests.bench.texts import TASKS, record, write
 from san_bench.data import commonsense
 from san_bench.data.check import check_command, examine
 from san_bench.data.fetch import fetch
-from san_bench.data.instructions import FIELDS, Record, fingerprint, load_records
+from san_bench.data.instructions import FIELDS, Questions, Record, fingerprint, load_records
 from san_bench.data.manifest import Facts, Manifest, load_manifest
 from san_peft.errors import SanError
 
@@ -176,7 +176,8 @@ def test_an_unknown_task_is_an_error():
     ],
 )
 def test_the_first_answer_counts_and_so_does_its_case(task, text, answer):
-    assert commonsense.read_answer(text, task) == answer
+    facts = commonsense.find_task(task)[1]
+    assert Questions((), facts.answers, facts.sought).read_answer(text) == answer
 
 
 def small(**splits):
@@ -199,7 +200,10 @@ def said(found):
 
 def test_every_task_loads_from_the_layout_of_the_community(data):
     for task in TASKS:
-        assert commonsense.load_test(task, data) == (record(task),) * 3
+        facts = PUBLISHED[task]
+        assert commonsense.load_test(task, data) == Questions(
+            (record(task),) * 3, facts.answers, facts.sought, facts.lm_eval
+        )
     write(data / "boolq" / "test.json", [record("piqa")])
     with pytest.raises(SanError, match="index 0: answer 'solution1' is none of true, false"):
         commonsense.load_test("boolq", data)

@@ -92,7 +92,7 @@ def test_the_saved_adapter_was_loaded_and_merged(done):
 def test_again_it_prints_the_table_and_trains_nothing(done, capsys, monkeypatch):
     out, rows = done
     before = (out / "table.md").read_text()
-    monkeypatch.setattr(training, "base_model", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(training, "with_method", lambda *_: pytest.fail("it was trained again"))
     cli.main(["demo", "--out", str(out), "--methods", *METHODS])
     printed = capsys.readouterr().out
     assert "linear probe" in printed

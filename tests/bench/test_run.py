@@ -19,7 +19,8 @@ from san_bench.data.preprocess import for_checkpoint
 from san_bench.data.vision import embedded_path
 from san_bench.run import build
 from san_bench.run import train as training
-from san_bench.run.evaluate import evaluate, export, export_lora, load_model, load_predictions
+from san_bench.run.evaluate import evaluate, export, export_lora, load_model
+from san_bench.run.images import base_model, load_predictions
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
@@ -76,7 +77,7 @@ def test_the_result_has_its_origin(one):
     assert (result["seed"], result["lr"], result["steps"]) == (0, recipe.optimizer.lr, 8)
     assert {"versions", "commit", "cpu", "threads", "python", "device", "finished"} <= set(result)
     assert result["resumed_from_step"] == 0
-    assert result["checkpoint_sha256"] == build.checkpoint_sha256(build.base_model(recipe, small_task()))
+    assert result["checkpoint_sha256"] == build.checkpoint_sha256(base_model(recipe, small_task()))
     assert (result["model"], result["selection"], result["protocol"]) == ("embedded", "last", None)
     assert result["saved_activation_mib"] > 0
     assert result["peak_rss_mib"] > result["peak_rss_growth_mib"]
@@ -126,7 +127,7 @@ def test_what_is_trained_is_the_methods(one, runs):
     """From the files alone: what the adapter holds, or what differs from the pretrained model."""
     recipe, result = one
     kind = recipe.method.kind
-    base = build.base_model(recipe, small_task()).state_dict()
+    base = base_model(recipe, small_task()).state_dict()
     if kind in build.PLAIN:
         saved = AutoModelForImageClassification.from_pretrained(Path(recipe.output) / "adapter").state_dict()
         assert saved.keys() == base.keys()
@@ -252,7 +253,7 @@ def test_the_closest_lora_by_the_command(kind, runs, tmp_path, capsys):
         assert shown["rank"] == str(rank)
     assert lost[0] > lost[1]
     assert lost[1] < 1e-4
-    lora = PeftModel.from_pretrained(build.base_model(recipe, small_task()), tmp_path / "160").eval()
+    lora = PeftModel.from_pretrained(base_model(recipe, small_task()), tmp_path / "160").eval()
     with torch.no_grad():
         logits = lora(pixel_values=for_checkpoint(small_task()["test"], embedded_path()).batch(40)).logits
     torch.testing.assert_close(logits, load_predictions(Path(recipe.output)), atol=1e-3, rtol=1e-3)
@@ -277,7 +278,7 @@ def test_export_overwrites_nothing(runs, exported, tmp_path):
 @pytest.mark.parametrize("kind", ["san", "lora"])
 def test_an_export_that_changes_outputs_writes_nothing(kind, runs, tmp_path, monkeypatch):
     recipe, _ = runs[kind]
-    model, recipe = load_model(recipe.output)
+    model, _ = load_model(recipe.output)
     layer = next(m for name, m in model.named_modules() if name.endswith("fc1"))
     merge = type(layer).merge
 
@@ -303,7 +304,7 @@ def test_a_run_without_a_suite_has_a_table(runs, capsys):
 
 def test_a_finished_run_is_not_repeated(runs, monkeypatch, capsys):
     recipe, result = runs["san"]
-    monkeypatch.setattr(training, "base_model", lambda *_: pytest.fail("it was built again"))
+    monkeypatch.setattr(training, "with_method", lambda *_: pytest.fail("it was built again"))
     assert train(recipe) == result
     cli.main(["train", str(Path(recipe.output) / "recipe.yaml")])
     assert f"n_test                {SIZES['test']}" in capsys.readouterr().out

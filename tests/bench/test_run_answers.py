@@ -12,7 +12,8 @@ import pytest
 import torch
 from tests.bench.texts import PAD, TASKS, gpt2, llama, llama2, llama3, record
 
-from san_bench.data.instructions import Record, fingerprint
+from san_bench.data.commonsense import find_task
+from san_bench.data.instructions import Questions, Record, fingerprint
 from san_bench.data.prompts import Collator, prompt, tokenise
 from san_bench.data.tokens import prepare_tokenizer
 from san_bench.run import answers as module
@@ -23,6 +24,12 @@ from san_peft.errors import SanError
 
 RECORDS = [record(task) for task in TASKS]
 PROMPTS = [prompt(one, "legacy", "evaluation") for one in RECORDS]
+
+
+def questions(task, records):
+    """Records as questions of a task, with what is sought in answers to it."""
+    facts = find_task(task)[1]
+    return Questions(tuple(records), facts.answers, facts.sought)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +155,7 @@ def test_the_published_protocol_by_hand(ready, monkeypatch):
     ]
     asked = []
     monkeypatch.setattr(module, "generate_texts", lambda *given: asked.append(given) or texts)
-    result = answer_task(None, ready, "SIQA", records, "legacy", 8)
+    result = answer_task(None, ready, "SIQA", questions("social_i_qa", records), "legacy", 8)
     assert asked[0][2:] == ([prompt(one, "legacy", "evaluation") for one in records], 8, 4, 32)
     assert result.summary() == {
         "accuracy": 0.4,
@@ -167,7 +174,7 @@ def test_the_published_protocol_by_hand(ready, monkeypatch):
         "correct": True,
     }
     with pytest.raises(SanError, match="no questions of boolq"):
-        answer_task(None, ready, "boolq", [], "legacy", 8)
+        answer_task(None, ready, "boolq", questions("boolq", []), "legacy", 8)
 
 
 def test_the_mean_is_over_tasks_and_not_over_questions():
@@ -192,10 +199,11 @@ def test_a_model_that_learnt_the_answers_is_scored_right(ready):
         optimiser.zero_grad()
     assert loss < 0.05
     for task, one in zip(TASKS, RECORDS, strict=True):
-        result = answer_task(model, ready, task, [one], "clean", 4)
+        result = answer_task(model, ready, task, questions(task, [one]), "clean", 4)
         assert (result.rows[0]["generated"], result.accuracy) == (one.output, 1.0)  # it ends by itself
     answers = ("answer1", "answer2", "answer3", "answer4", "answer5")
-    chosen = choose(model, ready, [record("ARC-Easy"), record("openbookqa")], answers, "clean", 4)
+    asked = Questions((record("ARC-Easy"), record("openbookqa")), answers, answers)
+    chosen = choose(model, ready, asked, "clean", 4)
     assert (chosen.accuracy, chosen.n) == (1.0, 2)
 
 
@@ -221,7 +229,7 @@ def test_the_likelihood_of_a_text_by_hand(ready, make):
 
 def test_the_likeliest_answer_is_chosen_in_every_batch_size(ready, model):
     records, choices = [record("ARC-Easy"), record("social_i_qa")], ("answer1", "answer2", "answer5")
-    results = [choose(model, ready, records, choices, "clean", size) for size in (1, 3, 8)]
+    results = [choose(model, ready, Questions(tuple(records), choices, choices), "clean", size) for size in (1, 3, 8)]
     assert [[row["predicted"] for row in one.rows] for one in results[1:]] == [
         [row["predicted"] for row in results[0].rows]
     ] * 2
@@ -235,13 +243,13 @@ def test_the_likeliest_answer_is_chosen_in_every_batch_size(ready, model):
 
 
 def test_a_record_without_its_answer_cannot_be_chosen_for(ready, model):
-    records = [record("boolq"), Record("a", "", "I do not know", "true"), record("piqa")]
+    asked = questions("boolq", [record("boolq"), Record("a", "", "I do not know", "true"), record("piqa")])
     with pytest.raises(
         SanError, match=r"2 of 3 records have no answer to choose from, such as index 1, 2: .* true, false"
     ):
-        choose(model, ready, records, ("true", "false"), "clean", 1)
+        choose(model, ready, asked, "clean", 1)
     with pytest.raises(SanError, match="There are no questions"):
-        choose(model, ready, [], ("true", "false"), "clean", 1)
+        choose(model, ready, questions("boolq", []), "clean", 1)
     with pytest.raises(SanError, match=r"The text '' after .* has no tokens"):
         log_likelihoods(model, ready, [("a", "")], 1)
 

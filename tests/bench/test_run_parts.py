@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.bench.small import short_recipe, small_task
+from tests.bench.small import built, short_recipe
 from torch import nn
 
 from san_bench.data.vision import EMBEDDED
@@ -17,7 +17,7 @@ from san_peft.errors import SanError
 
 def test_parameters_that_are_not_the_methods_are_refused(tmp_path):
     recipe = short_recipe("san", tmp_path)
-    model = build.build_model(recipe, small_task())
+    model = built(recipe)
     frozen = next(p for name, p in model.named_parameters() if name.endswith("fc1.base_layer.weight"))
     frozen.requires_grad_(True)
     with pytest.raises(SanError, match=r"san would also train \S*fc1.base_layer.weight; 1 parameters too many"):
@@ -38,7 +38,7 @@ def test_every_small_model_trains_what_the_method_says(name, method, tmp_path):
     """Norms count as such by their class: those before a ConvNeXt's downsampling are not called so."""
     more = {"method__targets": "all-linear"} if method == "lora-equal" else {}
     recipe = short_recipe(method, tmp_path, model=f"embedded/{name}", **more)
-    model = build.build_model(recipe, small_task())
+    model = built(recipe)
     counts = build.check_trainable(model, recipe)
     assert counts["head"] == 10 * {"vit": 161, "swin": 193, "convnext": 193}[name]
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -46,7 +46,7 @@ def test_every_small_model_trains_what_the_method_says(name, method, tmp_path):
 
 def test_full_fine_tuning_freezes_nothing(tmp_path):
     recipe = short_recipe("full", tmp_path)
-    model = build.build_model(recipe, small_task())
+    model = built(recipe)
     next(iter(model.parameters())).requires_grad_(False)
     with pytest.raises(SanError, match=r"full would train too little.* 1 are frozen"):
         build.check_trainable(model, recipe)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.bench.small import short_recipe, small_scale
 
-from san_bench.run.evaluate import load_predictions
+from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
 PROGRAM = """

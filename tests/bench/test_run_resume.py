@@ -16,7 +16,8 @@ from tests.bench.small import short_recipe, small_scale
 
 from san_bench import cli
 from san_bench.run import train as training
-from san_bench.run.evaluate import evaluate, load_predictions
+from san_bench.run.evaluate import evaluate
+from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
 

@@ -64,9 +64,9 @@ def test_layers_come_in_the_order_of_the_model(runs):
 @pytest.mark.parametrize("name", ["lora", "san-lora"])
 def test_scales_of_hosts_are_ratios_of_row_norms(runs, name):
     scales = load_scales(runs[name])
-    model, recipe = load_model(runs[name])
+    model, domain = load_model(runs[name])
     saved = load_file(runs[name] / "adapter" / "adapter_model.safetensors")
-    factor = recipe.method.alpha / recipe.method.rank
+    factor = domain.recipe.method.alpha / domain.recipe.method.rank
     frozen = {key.replace(".base_layer", ""): value for key, value in model.named_parameters()}
     pairs = {key.split(".lora_A.")[0]: key for key in saved if ".lora_A." in key}
     assert {key.removeprefix("base_model.model.").replace(".base_layer", "") for key in pairs} == set(scales.vectors)

@@ -10,10 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.bench.small import short_recipe, small_scale, small_task
+from tests.bench.small import built, short_recipe, small_scale, small_task
 
 from san_bench.run import tracking as module
-from san_bench.run.build import build_model
 from san_bench.run.engines import in_fresh_process
 from san_bench.run.scales import scale_vectors
 from san_bench.run.tracking import tracking
@@ -42,9 +41,9 @@ def nothing_set(monkeypatch, tmp_path):
 def trained(folder, names, method="san"):
     """Trains a small model with trackers; returns the recipe, the model and the log."""
     recipe, task = short_recipe(method, folder), small_task()
-    model = build_model(recipe, task)
+    model = built(recipe, task)
     fields, callbacks = tracking(names, recipe, folder)
-    trainer, _ = make_trainer(model, recipe, task, folder)
+    trainer, _ = make_trainer(model, Images(recipe, task), folder)
     assert trainer.args.report_to == fields.pop("report_to")
     for name, value in fields.items():
         assert hasattr(trainer.args, name)
@@ -171,7 +170,7 @@ def test_a_method_without_scales_has_no_histograms(tmp_path):
 
 def test_a_host_has_the_scale_that_is_taken_out_of_it(tmp_path):
     recipe = short_recipe("hosts/san-lora", tmp_path, method__rank=2)
-    model = build_model(recipe, small_task())
+    model = built(recipe, small_task())
     scales = scale_vectors(model)
     assert scales
     assert all((scale == 1).all() for scale in scales.values())

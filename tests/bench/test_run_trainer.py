@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from tests.bench.small import SIZES, short_recipe, small_scale, small_task
+from tests.bench.small import SIZES, built, short_recipe, small_scale, small_task
 
-from san_bench.run.build import build_model
-from san_bench.run.evaluate import evaluate, load_predictions
+from san_bench.run.evaluate import evaluate
+from san_bench.run.images import Images, load_predictions
 from san_bench.run.train import train
 from san_bench.run.trainer import make_trainer
 from san_peft.errors import SanError
@@ -34,7 +34,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
     recipe = short_recipe("san", tmp_path, precision="fp16")
     if not torch.cuda.is_available():
         with pytest.raises(SanError, match="fp16 needs a GPU"):
-            make_trainer(build_model(recipe, small_task()), recipe, small_task(), tmp_path)
+            make_trainer(built(recipe), Images(recipe, small_task()), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["san", "full"])
@@ -51,7 +51,7 @@ def test_the_best_epoch_is_what_is_saved(kind, tmp_path):
 
 
 def test_validation_images_in_the_training_split_select_nothing(tmp_path):
-    with pytest.raises(SanError, match="selection: train800val200 contains the validation images"):
+    with pytest.raises(SanError, match="selection: train800val200 contains the validation split"):
         short_recipe("san", tmp_path, selection="best-val")
     with pytest.raises(SanError, match="selection: an average over steps goes with last"):
         short_recipe("san", tmp_path, selection="best-test", ema=0.9)
@@ -63,9 +63,9 @@ def test_the_average_is_what_is_scored(tmp_path):
     train(plain)
     for name, decay in (("slow", 1 - 1e-9), ("quick", 1e-9)):
         train(short_recipe("san", tmp_path / name, ema=decay))
-    untrained = build_model(plain, small_task()).eval()
+    untrained = built(plain).eval()
     last, slow, quick = (load_predictions(tmp_path / name) for name in ("plain", "slow", "quick"))
-    from san_bench.run.evaluate import predict
+    from san_bench.run.images import predict
 
     torch.testing.assert_close(slow, predict(untrained, small_task()["test"], plain), atol=1e-4, rtol=0)
     torch.testing.assert_close(quick, last, atol=1e-5, rtol=0)
@@ -78,7 +78,7 @@ def test_an_average_resumes(tmp_path):
     train(short_recipe("san", tmp_path / "whole", **changes))
     recipe = short_recipe("san", tmp_path / "cut", **changes)
     task = small_task()
-    trainer, journal = make_trainer(build_model(recipe, task), recipe, task, tmp_path / "cut")
+    trainer, journal = make_trainer(built(recipe, task), Images(recipe, task), tmp_path / "cut")
     journal.begin(None)
 
     def stop(args, state, control, **kwargs):
@@ -104,7 +104,7 @@ def test_sgd_with_a_floor_and_vectors_without_decay(tmp_path):
     changes = {"kind": "sgd", "warmup_lr": 0.1, "min_lr": 0.2, "decay_vectors": False, "warmup": 0.25}
     recipe = short_recipe("san", tmp_path, **{f"optimizer__{key}": value for key, value in changes.items()})
     task = small_task()
-    trainer, journal = make_trainer(build_model(recipe, task), recipe, task, tmp_path)
+    trainer, journal = make_trainer(built(recipe, task), Images(recipe, task), tmp_path)
     journal.begin(None)
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from tests.bench.small import built
 
 from san_bench import cli
 from san_bench.data.vision import load_task
 from san_bench.recipe import load_recipe, shipped
-from san_bench.run.build import build_model
 from san_bench.run.engines import Outcome
 from san_bench.run.evaluate import evaluate
 from san_bench.run.suite import bench, run_job
@@ -200,7 +200,7 @@ def test_an_ablation_of_order_trains_other_edges(tmp_path):
     runs = plan(order, Choice(tasks=("mini-vision/digits",), overrides=SMALL))
     task = load_task("digits")
     for run in runs:
-        model = build_model(run.recipe, task)
+        model = built(run.recipe, task)
         edges[run.method] = tuple(map(str, model.base_model.propagation_graph.edges))
     assert edges["san-none"] == ()
     assert len({edges[name] for name in ("san", "san-reversed", "san-skip-one", "san-permuted")}) == 4
@@ -209,7 +209,7 @@ def test_an_ablation_of_order_trains_other_edges(tmp_path):
 
 
 def model_graph(recipe, task):
-    return build_model(recipe, task).base_model.propagation_graph
+    return built(recipe, task).base_model.propagation_graph
 
 
 def test_a_job_is_what_other_processes_find():

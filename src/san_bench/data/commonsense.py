@@ -8,18 +8,15 @@ Example:
     >>> name, facts = find_task("SIQA")
     >>> name, facts.splits["test"], facts.answers
     ('social_i_qa', 1954, ('answer1', 'answer2', 'answer3'))
-    >>> read_answer("the correct answer is answer2, not answer1.", "SIQA")
-    'answer2'
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 
 from san_bench.data.found import Found
-from san_bench.data.instructions import SUFFIXES, Record, load_records
+from san_bench.data.instructions import SUFFIXES, Questions, Record, load_records
 from san_bench.data.manifest import Facts, Manifest, find_folder, load_manifest, plain
 from san_bench.strict import did_you_mean
 from san_peft.errors import SanError
@@ -53,21 +50,22 @@ def find_task(name: str) -> tuple[str, Facts]:
     raise SanError(f"{SUITE} has no task {short!r}.{did_you_mean(short, known)} Choose from {', '.join(known)}.")
 
 
-def load_test(name: str, data: Path) -> tuple[Record, ...]:
-    """Loads the test records of a task.
+def load_test(name: str, data: Path) -> Questions:
+    """Loads the test questions of a task, with what the published protocol seeks in an answer to them.
 
     Args:
         name: The task; see `find_task`.
         data: Folder that holds the folders of the tasks.
 
     Returns:
-        The records, in the order of the file.
+        The questions, in the order of the file.
 
     Raises:
         SanError: If there is no such task or folder, or records are not as they must be.
     """
     facts = find_task(name)[1]
-    return load_records(find_folder(data, facts), "test", facts.answers)
+    records = load_records(find_folder(data, facts), "test", facts.answers)
+    return Questions(records, facts.answers, facts.sought, facts.lm_eval)
 
 
 def load_mix(source: str | Path) -> tuple[Record, ...]:
@@ -84,23 +82,6 @@ def load_mix(source: str | Path) -> tuple[Record, ...]:
     """
     answers = dict.fromkeys(answer for facts in load_manifest(SUITE).tasks.values() for answer in facts.answers)
     return load_records(source, "train", tuple(answers))
-
-
-def read_answer(text: str, name: str) -> str | None:
-    """Returns the answer in a text as the published protocol reads it: the first that is sought, case counts.
-
-    Args:
-        text: What a model wrote after the prompt.
-        name: The task; see `find_task`.
-
-    Returns:
-        The answer, or `None` if there is none in the text.
-
-    Raises:
-        SanError: If there is no such task.
-    """
-    match = re.search("|".join(find_task(name)[1].sought), text)
-    return match[0] if match else None
 
 
 def examine(data: Path, task: str = "", manifest: Manifest | None = None) -> list[Found]:

@@ -58,6 +58,28 @@ class Record:
         return dict(zip(FIELDS, astuple(self), strict=True))
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Questions of one task.
+
+    Attributes:
+        records: The questions with their answers.
+        answers: What may be answered.
+        sought: Patterns of what counts as an answer in a text; the first one that is found counts.
+        lm_eval: The task's name in lm-eval, or `None`.
+    """
+
+    records: tuple[Record, ...]
+    answers: tuple[str, ...]
+    sought: tuple[str, ...]
+    lm_eval: str | None = None
+
+    def read_answer(self, text: str) -> str | None:
+        """Returns the first answer in a text, or `None`; case counts."""
+        match = re.search("|".join(self.sought), text)
+        return match[0] if match else None
+
+
 def load_records(
     source: str | Path, split: str | None = None, answers: Collection[str] | None = None
 ) -> tuple[Record, ...]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from san_bench.data.vision import ArraySplit, Split
-from san_bench.recipe import Augmentation, Input
+from san_bench.recipe_image import Augmentation, Input
 from san_peft.errors import SanError
 
 STATISTICS = {

@@ -35,8 +35,8 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Task and seed."""
-        return self.row["task"], self.row["seed"]
+        """What was trained on, and seed."""
+        return self.row.get("trained_on") or self.row["task"], self.row["seed"]
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,12 @@ def read_groups(folder: Path) -> list[Group]:
     suite = (folder / "rows.jsonl").is_file()
     problems: list[str] = []
     groups: dict[tuple[str, str], list[Run]] = {}
+    seen: set[str] = set()
     for (backbone, method), rows in _named(sections(read_rows([folder]))):
         for row in rows:
+            if row.get("trained_on") and row["run"] in seen:  # scored on several tasks, but trained once
+                continue
+            seen.add(row["run"])
             run = folder / row["run"] if suite else folder
             try:
                 found = Run(row, losses_of(run), load_scales(run))

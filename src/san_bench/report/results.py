@@ -73,6 +73,7 @@ class _Result(BaseModel):
     cpu: str
     threads: int
     device: str
+    way: str | None = None
     suite: str | None = None
     group: str | None = None
     model: str | None = None
@@ -106,13 +107,30 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     found: dict[tuple[Any, ...], Row] = {}
     for folder in folders:
         for row in _read(folder, problems):
-            key = tuple(row.get(name) for name in ("suite", "task", "backbone", "method", "split"))
+            key = tuple(row.get(name) for name in ("suite", "task", "backbone", "method", "split", "way"))
             key += (row["recipe_fingerprint"], row["task_fingerprint"])
             if key not in found or row["finished"] >= found[key]["finished"]:
                 found[key] = row
     if problems:
         raise san_error("\n".join(["Some results cannot be read; repair or remove them:", *problems]))
     return list(found.values())
+
+
+def by_task(result: Row) -> list[Row]:
+    """Returns a result as rows: one for each task, and each way to score it, where it holds several.
+
+    Example:
+        >>> tasks = {"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}}
+        >>> by_task({"task": "mix", "accuracy": 0.75, "seed": 0, "way": "generation", "tasks": tasks, "ways": {}})[1]
+        {'task': 'b', 'accuracy': 1.0, 'seed': 0, 'way': 'generation'}
+    """
+    if not isinstance(result, dict) or "tasks" not in result:
+        return [result]
+    rest = {key: value for key, value in result.items() if key not in ("tasks", "ways")}
+    found = {result["way"]: result["tasks"], **result["ways"]}
+    return [
+        {**rest, "task": task, **numbers, "way": way} for way, tasks in found.items() for task, numbers in tasks.items()
+    ]
 
 
 def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
@@ -131,9 +149,9 @@ def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-                _Result.model_validate(row)
-                yield row
+                for row in by_task(json.loads(line)):
+                    _Result.model_validate(row)
+                    yield row
             except json.JSONDecodeError as error:
                 problems.append(f"{file}{'' if whole else f':{number}'}: no JSON: {error.msg}, {len(line)} characters.")
             except ValidationError as error:

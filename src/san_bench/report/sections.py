@@ -49,6 +49,7 @@ class Section:
         backbone: Its short name.
         model: The recipes' model.
         split: What was scored.
+        way: How answers were found, where there are several ways.
         tasks: All tasks of the family, those without results included, with their groups.
         lines: Rows by line, task and seed.
     """
@@ -58,6 +59,7 @@ class Section:
     backbone: str
     model: str
     split: str
+    way: str
     tasks: dict[str, str | None]
     lines: dict[Line, dict[str, dict[int, Row]]]
 
@@ -81,7 +83,7 @@ class Section:
         """What the tables of this section are called."""
         family = f"{self.family} of {self.suite}" if self.family not in {"", self.suite} else self.suite
         model = "" if self.model == self.backbone else f" ({self.model})"
-        return f"{family}, {self.backbone}{model}, {self.split}"
+        return f"{family}, {self.backbone}{model}, {self.split}{f' by {self.way}' if self.way else ''}"
 
 
 def selection_words(selection: str | None) -> str:
@@ -99,12 +101,12 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         SanError: If rows cannot be compared: a task with other data, another checkpoint under the same name, or a
             seed that one method has twice. All of them are named.
     """
-    parts: dict[tuple[str, str, str, str, str], list[Row]] = {}
+    parts: dict[tuple[str, str, str, str, str, str], list[Row]] = {}
     tasks: dict[tuple[str, str], dict[str, str | None]] = {}
     for row in rows:
         family = row["task"].rpartition("/")[0]
         suite = row.get("suite") or family or row["task"]
-        key = (suite, family, row["backbone"], row.get("model") or row["backbone"], row["split"])
+        key = (suite, family, row["backbone"], row.get("model") or row["backbone"], row["split"], row.get("way") or "")
         parts.setdefault(key, []).append(row)
         tasks.setdefault((suite, family), {})[row["task"]] = row.get("group")
     problems: list[str] = []

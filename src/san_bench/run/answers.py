@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from san_bench.data.commonsense import find_task, read_answer
-from san_bench.data.instructions import Record, fingerprint
+from san_bench.data.instructions import Questions, fingerprint
 from san_bench.data.prompts import RESPONSE, Collator, Template, prompt
 from san_bench.data.tokens import PreparedTokenizer
 from san_peft.errors import SanError
@@ -70,7 +69,7 @@ def answer_task(
     model: Any,
     tokenizer: PreparedTokenizer,
     task: str,
-    records: Sequence[Record],
+    questions: Questions,
     template: Template,
     batch_size: int,
     beams: int = BEAMS,
@@ -81,8 +80,8 @@ def answer_task(
     Args:
         model: A causal language model of transformers, with or without an adapter.
         tokenizer: Its tokenizer, made ready.
-        task: The task; see `san_bench.data.commonsense.find_task`.
-        records: The questions.
+        task: Name of the task.
+        questions: Its questions.
         template: How a prompt looks.
         batch_size: Questions at a time; the texts do not depend on it.
         beams: Beams of the search; 1 is greedy.
@@ -92,16 +91,16 @@ def answer_task(
         The answers, in the order of the questions.
 
     Raises:
-        SanError: If there is no such task, no question, or a number is below 1.
+        SanError: If there is no question, or a number is below 1.
     """
-    name, _ = find_task(task)
+    records = questions.records
     if not records:
-        raise SanError(f"There are no questions of {name} to answer.")
+        raise SanError(f"There are no questions of {task} to answer.")
     prompts = [prompt(record, template, "evaluation") for record in records]
     texts = generate_texts(model, tokenizer, prompts, batch_size, beams, max_new_tokens)
     rows: list[dict[str, Any]] = []
     for index, (record, text) in enumerate(zip(records, texts, strict=True)):
-        answer = read_answer(response(text), name)
+        answer = questions.read_answer(response(text))
         rows.append(
             {
                 "index": index,
@@ -113,7 +112,7 @@ def answer_task(
             }
         )
     correct = sum(row["correct"] for row in rows)
-    return TaskAnswers(name, correct, sum(row["predicted"] is None for row in rows), tuple(rows), fingerprint(records))
+    return TaskAnswers(task, correct, sum(row["predicted"] is None for row in rows), tuple(rows), fingerprint(records))
 
 
 def response(text: str) -> str:

@@ -13,19 +13,23 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, set_seed
-from transformers.utils import logging as transformers_logging
 
-from san_bench.data.vision import VisionTask, embedded_path
-from san_bench.recipe import Ia3, Lora, Recipe, San, SanOver, Ssf
+from san_bench.data.vision import embedded_path
+from san_bench.methods import Ia3, Lora, San, SanOver, Ssf
+from san_bench.recipe import Recipe
 from san_peft.errors import SanError
 from san_peft.tuner.resolve import norms_of
 
 
-def head_of(model: Any) -> str:
-    """Returns the name of the task's head, which every method trains: transformers' `classifier`, or timm's own."""
+def head_of(model: Any) -> str | None:
+    """Returns the name of the task's head, which every method trains: transformers' `classifier`, or timm's own.
+
+    Models of language have none: what turns their states into words is pretrained, and stays.
+    """
     inside = getattr(model, "timm_model", None)
-    return "classifier" if inside is None else f"timm_model.{inside.pretrained_cfg['classifier']}"
+    if inside is not None:
+        return f"timm_model.{inside.pretrained_cfg['classifier']}"
+    return "classifier" if hasattr(model, "classifier") else None
 
 
 def model_path(recipe: Recipe) -> str | Path:
@@ -34,74 +38,15 @@ def model_path(recipe: Recipe) -> str | Path:
     return embedded_path(which or "vit") if name == "embedded" else recipe.model
 
 
-def base_model(recipe: Recipe, task: VisionTask) -> nn.Module:
-    """Loads the pretrained model in float32 with a fresh head, whose weights come from the recipe's seed.
-
-    A folder or name of timm's loads as transformers' `TimmWrapperForImageClassification`.
-    """
-    set_seed(recipe.seed)
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the head is new on purpose
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(model_path(recipe), num_labels=task.num_classes)
-        if isinstance(options := getattr(config, "model_args", None), dict):
-            options.pop("num_classes", None)  # timm writes the old head's size here, which would stand twice
-        _set_drop_path(config, recipe)
-        model, report = AutoModelForImageClassification.from_pretrained(
-            model_path(recipe),
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # of the head alone, see below
-            output_loading_info=True,
-        )
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-    strange = [key for key in _keys(report, "missing", "mismatched") if not key.startswith(f"{head_of(model)}.")]
-    if strange:
-        raise SanError(
-            f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
-            f"such as {strange[0]}. Only the head may be new."
-        )
-    return model
-
-
-def _set_drop_path(config: Any, recipe: Recipe) -> None:
-    """Writes the rate of stochastic depth into a configuration.
-
-    Raises:
-        SanError: If a rate is wanted and the model has none.
-    """
-    if hasattr(config, "pretrained_cfg"):  # timm's, through transformers
-        if recipe.drop_path:
-            config.model_args = {**(config.model_args or {}), "drop_path_rate": recipe.drop_path}
-    elif hasattr(config, "drop_path_rate"):
-        config.drop_path_rate = recipe.drop_path
-    elif recipe.drop_path:
-        raise SanError(
-            f"drop_path is {recipe.drop_path:g}, but {config.model_type} of transformers has no stochastic depth. Set "
-            "it to 0, or take the model from timm."
-        )
-
-
 def checkpoint_sha256(model: nn.Module) -> str:
     """Returns a sha256 over the names, types, shapes and bytes of a pretrained model's weights, its head left out."""
-    digest, head = hashlib.sha256(), head_of(model)
+    digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(f"{head}."):
+        if not _is_head(model, name):
             plain = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
             digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _keys(report: dict[str, Any], *kinds: str) -> list[str]:
-    """Names of parameters in transformers' report of a loading, where a mismatch comes with its two sizes."""
-    found = [key for kind in kinds for key in report[f"{kind}_keys"]]
-    return sorted(key if isinstance(key, str) else key[0] for key in found)
 
 
 @contextmanager
@@ -112,29 +57,20 @@ def calm() -> Iterator[None]:
         yield
 
 
-def build_model(recipe: Recipe, task: VisionTask) -> nn.Module:
-    """Builds the model of a recipe, ready to be trained.
-
-    Args:
-        recipe: What to build.
-        task: Gives the number of classes.
+def with_method(model: Any, recipe: Recipe) -> nn.Module:
+    """Freezes a pretrained model, and puts an adapter on it, as the recipe's method says.
 
     Returns:
-        A `PeftModel` for an adapter, else the transformers model with its parameters frozen or not.
+        A `PeftModel` for an adapter, else the same model with its parameters frozen or not.
 
     Raises:
         SanError: If other parameters would be trained than the method says.
     """
-    return with_method(base_model(recipe, task), recipe)
-
-
-def with_method(model: Any, recipe: Recipe) -> nn.Module:
-    """Freezes a pretrained model, and puts an adapter on it, as the recipe's method says; see `build_model`."""
     method = recipe.method
     if method.kind in PLAIN:
-        head, names = head_of(model), _plain_parameters(model, method.kind)
+        names = _plain_parameters(model, method.kind)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(f"{head}.") or name in names)
+            parameter.requires_grad_(_is_head(model, name) or name in names)
     else:
         import peft
 
@@ -151,6 +87,12 @@ SAN = ("san", "ssf", "san-lora", "san-dora")
 """Methods whose adapters are SAN's."""
 
 
+def _is_head(model: Any, name: str) -> bool:
+    """Whether a parameter or buffer belongs to the task's head."""
+    head = head_of(model)
+    return head is not None and name.startswith(f"{head}.")
+
+
 def _plain_parameters(model: nn.Module, kind: str) -> set[str]:
     """Names of the parameters that a method without an adapter trains beside the head."""
     names = {name for name, _ in model.named_parameters()}
@@ -163,15 +105,15 @@ def _plain_parameters(model: nn.Module, kind: str) -> set[str]:
 
 
 def peft_config(recipe: Recipe, model: nn.Module) -> Any:
-    """Returns PEFT's configuration of the recipe's adapter; the head is trained as a whole."""
-    method, head = recipe.method, head_of(model)
+    """Returns PEFT's configuration of the recipe's adapter; a head is trained as a whole."""
+    method = recipe.method
     if isinstance(method, Lora):
         return _lora(method, model)
     if isinstance(method, Ia3):
         import peft
 
         return peft.IA3Config(
-            target_modules=list(method.targets), feedforward_modules=list(method.feedforward), modules_to_save=[head]
+            target_modules=list(method.targets), feedforward_modules=list(method.feedforward), **_whole(model)
         )
     from san_peft import SanConfig
 
@@ -185,7 +127,13 @@ def peft_config(recipe: Recipe, model: nn.Module) -> Any:
         options = {"propagation": "none", "shift": True, "train_norms": method.train_norms}
     else:
         raise SanError(f"Method {method.kind!r} has no adapter.")
-    return SanConfig(modules_to_save=[head], **options)
+    return SanConfig(**_whole(model), **options)
+
+
+def _whole(model: nn.Module) -> dict[str, Any]:
+    """What all configurations say: the head that is trained as a whole, or that the model is one of language."""
+    head = head_of(model)
+    return {"task_type": "CAUSAL_LM"} if head is None else {"modules_to_save": [head]}
 
 
 def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[str, Any]:
@@ -202,19 +150,21 @@ def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[s
 def _lora(method: Lora | SanOver, model: nn.Module) -> Any:
     import peft
 
-    head = head_of(model)
+    head, output = head_of(model), None if head_of(model) else model.get_output_embeddings()  # type: ignore[operator]
     targets = method.targets
     if targets == "all-linear":
-        dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        targets = [name for name in dense if name != head and not name.startswith(f"{head}.")]
+        dense = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output
+        ]
+        targets = [name for name in dense if head is None or (name != head and not name.startswith(f"{head}."))]
 
     return peft.LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float is fine
         lora_dropout=method.dropout,
         target_modules=list(targets),
-        modules_to_save=[head],
         use_dora=method.kind in ("dora", "san-dora"),
+        **_whole(model),
     )
 
 
@@ -231,7 +181,7 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     inside: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     place = head_of(inside)
-    head = {name for name in trained if re.search(rf"(^|\.){re.escape(place)}\.", name)}
+    head = {name for name in trained if place and re.search(rf"(^|\.){re.escape(place)}\.", name)}
     if method.kind in PLAIN:
         wanted = _plain_parameters(model, method.kind)
         strange = [name for name in trained if name not in head and name not in wanted]
@@ -244,7 +194,7 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         complete = any(own in name for name in trained)
     if strange:
         raise SanError(f"{method.kind} would also train {', '.join(strange[:5])}; {len(strange)} parameters too many.")
-    if not head:
+    if place and not head:
         raise SanError(f"The head {place!r} would not be trained, so {method.kind} could learn no task.")
     if not complete:
         frozen = sum(not p.requires_grad for p in model.parameters())

@@ -1,7 +1,7 @@
 """A result in the three blocks of PEFT's method comparison, so that its scripts and tables read our rows too.
 
 The names of the fields are those of the result files in `method_comparison/` of https://github.com/huggingface/peft.
-What an image classifier does not have is 0 there (tokens) or `None` (a branch of PEFT).
+What a run does not have is 0 there (the tokens of images) or `None` (a branch of PEFT).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def comparison(
         "train loss": result["final_loss"],
         "train samples": min(seen, result["n_train"] * recipe.optimizer.epochs),
         "train time": result["train_seconds"],
-        "train total tokens": 0,
+        "train total tokens": result.get("train_tokens", 0),
     }
     return {
         "run_info": {

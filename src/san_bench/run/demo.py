@@ -96,11 +96,13 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Loads a run's adapter, compares its predictions with the run's, merges it, and returns both and the scales."""
-    from san_bench.run.evaluate import load_model, load_predictions, predict, prepared, task_of
+    from san_bench.run.evaluate import load_model
+    from san_bench.run.images import load_predictions, predict
     from san_peft import SanLayer, merge_and_verify
 
-    model, recipe = load_model(run)
-    split, expected = task_of(recipe)[recipe.eval_split], load_predictions(Path(run))
+    model, domain = load_model(run)
+    recipe, expected = domain.recipe, load_predictions(Path(run))
+    split = domain.task[recipe.eval_split]
     loaded = predict(model, split, recipe)
     wrong = int((loaded.argmax(-1) != expected.argmax(-1)).sum())
     if wrong:
@@ -112,7 +114,7 @@ def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     for fqn, layer in model.named_modules():
         if isinstance(layer, SanLayer) and (scale := layer.get_scale()) is not None:
             scales.setdefault(fqn.rpartition(".")[2], []).extend(scale.tolist())
-    report = merge_and_verify(model, {"pixel_values": prepared(split, recipe).batch(64)})
+    report = merge_and_verify(model, domain.probe(64))
     merged = predict(report.model, split, recipe)
     checks = {
         "reload_max_abs_difference": float((loaded - expected).abs().max()),

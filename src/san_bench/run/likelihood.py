@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from san_bench.data.commonsense import TASKS, find_task
-from san_bench.data.instructions import Record
+from san_bench.data.instructions import Questions
 from san_bench.data.prompts import Collator, Template, prompt
 from san_bench.data.tokens import PreparedTokenizer
 from san_bench.run.answers import batches, scoring
@@ -48,8 +48,7 @@ class Choices:
 def choose(
     model: Any,
     tokenizer: PreparedTokenizer,
-    records: Sequence[Record],
-    answers: Sequence[str],
+    questions: Questions,
     template: Template,
     batch_size: int,
 ) -> Choices:
@@ -60,8 +59,8 @@ def choose(
     Args:
         model: A causal language model of transformers, with or without an adapter.
         tokenizer: Its tokenizer, made ready.
-        records: The questions.
-        answers: The answers to choose from. Of several that are equally likely, the first is chosen.
+        questions: The questions, with the answers to choose from. Of several that are equally likely, the first is
+            chosen.
         template: How a prompt looks.
         batch_size: Texts at a time.
 
@@ -71,6 +70,7 @@ def choose(
     Raises:
         SanError: If there is no question, or a record's output does not contain its answer, or its answer is no choice.
     """
+    records, answers = questions.records, questions.answers
     bad = [i for i, r in enumerate(records) if r.answer not in answers or not r.answer or r.answer not in r.output]
     if bad or not records:
         raise SanError(

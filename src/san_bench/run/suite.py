@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from san_bench.recipe import Recipe
+from san_bench.recipe import recipe_class
+from san_bench.report.results import by_task
 from san_bench.run.engines import Engine
 from san_bench.run.provenance import write_atomically, write_rows
 from san_bench.suite import Choice, Rates, Run, Suite, best_rates, plan, plan_search
@@ -95,23 +96,24 @@ def _carry_out(
     for run in runs:
         address = hashlib.sha256(f"{run.recipe.fingerprint} {prints[run.task]}".encode()).hexdigest()[:12]
         folder = f"runs/{run.task.replace('/', '-')}/{run.backbone}/{run.method}/{address}"
-        labels = {"suite": name, "group": run.group, "backbone": run.backbone, "method": run.method, "run": folder}
+        labels = {"suite": name, "backbone": run.backbone, "method": run.method, "run": folder}
         recipe = run.recipe.model_copy(update={"output": str(out / folder)})
         wanted = list(modes) if recipe.method.kind in SAN else []
         jobs[folder] = {
             "recipe": recipe.model_dump(mode="json"),
             "labels": labels,
+            "groups": run.groups,
             "keep": keep_models,
             "modes": wanted,
         }
-    rows = {key: row for key, job in jobs.items() if (row := _row(job)) is not None}
+    rows = {key: found for key, job in jobs.items() if (found := _rows(job)) is not None}
     todo = {key: job for key, job in jobs.items() if key not in rows}
     others = [row for row in _read(out / "rows.jsonl") if row["run"] not in jobs]
     failures: dict[str, Row] = {row["run"]: row for row in _read(out / "failures.jsonl") if row["run"] not in jobs}
     console.print(f"{len(jobs)} runs, of which {len(rows)} are done. Written to {out}.", highlight=False)
 
     def store() -> None:
-        write_rows(out / "rows.jsonl", [*others, *(rows[key] for key in jobs if key in rows)])
+        write_rows(out / "rows.jsonl", [*others, *(row for key in jobs for row in rows.get(key, []))])
         write_rows(out / "failures.jsonl", list(failures.values()))
 
     store()
@@ -120,7 +122,8 @@ def _carry_out(
             rows[outcome.job] = outcome.value
         else:
             job = jobs[outcome.job]
-            facts = {"task": job["recipe"]["task"], "seed": job["recipe"]["seed"], **job["labels"]}
+            task = job["recipe"]["task"]
+            facts = {"task": task, "seed": job["recipe"]["seed"], "group": job["groups"].get(task), **job["labels"]}
             failures[outcome.job] = {**facts, "error": outcome.error}
             console.print(f"{outcome.job} failed: {outcome.error.splitlines()[0]}", style="red", highlight=False)
         store()
@@ -130,7 +133,7 @@ def _carry_out(
             f"All {len(failed)} runs failed; {out / 'failures.jsonl'} says why. The first: "
             f"{failures[failed[0]]['error']}"
         )
-    return [rows[key] for key in jobs if key in rows]
+    return [row for key in jobs for row in rows.get(key, [])]
 
 
 def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator[Any]:
@@ -143,14 +146,14 @@ def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator
             yield outcome
 
 
-def run_job(job: dict[str, Any]) -> Row:
-    """Carries out one run of a suite, in a process of its own, and returns its row."""
+def run_job(job: dict[str, Any]) -> list[Row]:
+    """Carries out one run of a suite, in a process of its own, and returns its rows, one for each task and way."""
     os.environ["TQDM_DISABLE"] = "1"  # one bar is enough, and it is the suite's
     from san_bench.run.build import PLAIN
     from san_bench.run.evaluate import eval_file, evaluate
     from san_bench.run.train import train
 
-    recipe = Recipe.model_validate(job["recipe"])
+    recipe: Any = recipe_class(job["recipe"]).model_validate(job["recipe"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train(recipe)
         for mode in job["modes"]:
@@ -158,22 +161,26 @@ def run_job(job: dict[str, Any]) -> Row:
                 evaluate(recipe.output, mode=mode)
     if recipe.method.kind in PLAIN and not job["keep"]:
         shutil.rmtree(Path(recipe.output) / "adapter", ignore_errors=True)
-    row = _row(job)
-    assert row is not None
-    return row
+    rows = _rows(job)
+    assert rows is not None
+    return rows
 
 
-def _row(job: Row) -> Row | None:
-    """The row of a run that has finished and was scored in every mode, from its files; else `None`."""
+def _rows(job: Row) -> list[Row] | None:
+    """The rows of a run that has finished and was scored in every mode, from its files; else `None`."""
     from san_bench.run.evaluate import eval_file
 
     folder, split = Path(job["recipe"]["output"]), job["recipe"]["eval_split"]
     files = {mode: eval_file(folder, split, mode) for mode in job["modes"]}
     if not all(file.exists() for file in (folder / "result.json", *files.values())):
         return None
-    row = {**json.loads((folder / "result.json").read_text(encoding="utf-8")), **job["labels"]}
-    scores = {mode: json.loads(file.read_text(encoding="utf-8"))["accuracy"] for mode, file in files.items()}
-    return {**row, "modes": scores} if scores else row
+    rows = []
+    modes = {mode: by_task(json.loads(file.read_text(encoding="utf-8"))) for mode, file in files.items()}
+    for place, row in enumerate(by_task(json.loads((folder / "result.json").read_text(encoding="utf-8")))):
+        scores = {mode: found[place]["accuracy"] for mode, found in modes.items()}
+        group = {"group": job["groups"].get(row["task"])}
+        rows.append({**row, **job["labels"], **group, **({"modes": scores} if scores else {})})
+    return rows
 
 
 def _read(path: Path) -> list[Row]:
@@ -182,12 +189,12 @@ def _read(path: Path) -> list[Row]:
 
 def _fingerprints(runs: Sequence[Run]) -> dict[str, str]:
     """Fingerprint of each task's data, which also shows that all of it can be loaded before anything runs."""
-    from san_bench.run.evaluate import task_of
+    from san_bench.run.domain import domain_of
 
     prints, problems = {}, []
     for recipe in {run.task: run.recipe for run in runs}.values():
         try:
-            prints[recipe.task] = task_of(recipe).fingerprint
+            prints[recipe.task] = domain_of(recipe).fingerprint
         except SanError as error:
             problems.append(f"{recipe.task}: {error}")
     if problems:

@@ -16,22 +16,21 @@ import torch
 from accelerate import PartialState
 
 from san_bench.recipe import Recipe
-from san_bench.run.build import base_model, check_trainable, checkpoint_sha256, saved_activation_bytes, with_method
+from san_bench.run.build import check_trainable, checkpoint_sha256, saved_activation_bytes, with_method
 from san_bench.run.comparison import comparison
-from san_bench.run.evaluate import predict, save_predictions, score, task_of
+from san_bench.run.domain import domain_of
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
 from san_bench.run.trainer import COMPLETE, make_trainer
-from san_peft.errors import SanError
 
 
 def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     """Trains a recipe, or finishes the training that was interrupted, and scores it once.
 
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
-    adapter, or the whole model for methods without one), `predictions.safetensors`, `scales.safetensors` where there
-    are scales, and `result.json`. A finished run is not repeated: its result is returned. Of several processes, as
+    adapter, or the whole model for methods without one), what was predicted, `scales.safetensors` where there are
+    scales, and `result.json`. A finished run is not repeated: its result is returned. Of several processes, as
     `accelerate launch` or `torchrun` start them, each trains on its part of every batch, and the first one writes.
 
     Args:
@@ -39,8 +38,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         track: Names of trackers that also get the log; see `san_bench.run.tracking`.
 
     Returns:
-        The result: accuracy with n, trained parameters, seconds, memory, and where all that comes from; the same once
-        more in the blocks of PEFT's method comparison.
+        The result: accuracy with n, and of several tasks those of each; trained parameters, seconds, memory, and where
+        all that comes from; the same once more in the blocks of PEFT's method comparison.
 
     Raises:
         SanError: If the folder holds another recipe's run, or the loss or a prediction is not finite.
@@ -53,15 +52,15 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     if result_file.exists():
         return json.loads(result_file.read_text(encoding="utf-8"))
     created, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    task = task_of(recipe)
-    plain = base_model(recipe, task)
+    domain = domain_of(recipe)
+    plain = domain.base_model()
     pretrained = checkpoint_sha256(plain)
     model = with_method(plain, recipe)
     trained = check_trainable(model, recipe)
     if processes.is_main_process:
-        print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters and {trained['head']:,} of the head.")
-    split = task[recipe.train_split]
-    trainer, journal = make_trainer(model, recipe, task, folder, track)
+        head = f" and {trained['head']:,} of the head" if trained["head"] else ""
+        print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters{head}.")
+    trainer, journal = make_trainer(model, domain, folder, track)
     with processes.main_process_first():
         checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()
@@ -70,18 +69,12 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, peak = journal.seconds, _peak_rss()
     joules = energy.joules()
-    activations = saved_activation_bytes(
-        model, _batch(trainer.train_dataset, recipe.optimizer.batch_size, trainer.args.device)
-    )
+    activations = saved_activation_bytes(model, _batch(trainer, recipe.optimizer.batch_size))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if processes.is_main_process:
         _save(model, folder / "adapter")
         write_rows(folder / "log.jsonl", trainer.state.log_history)
-    logits = predict(model, task[recipe.eval_split], recipe)
-    if not logits.isfinite().all():
-        raise SanError(
-            f"{folder} predicts values that are not finite. Try a smaller optimizer.lr, with another output."
-        )
+    scores = domain.score(model, recipe.eval_split)
     result = {
         "run": folder.name,
         "method": recipe.method.kind,
@@ -92,9 +85,10 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "protocol": recipe.protocol,
         "selection": recipe.selection,
         "split": recipe.eval_split,
-        **score(logits, task[recipe.eval_split]),
+        **scores.numbers,
         "train_split": recipe.train_split,
-        "n_train": len(split),
+        "n_train": domain.n_train,
+        **domain.facts(),
         "trainable_parameters": sum(trained.values()),
         "trainable_head": trained["head"],
         "total_parameters": sum(p.numel() for p in model.parameters()),
@@ -109,7 +103,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "seed": recipe.seed,
         "lr": recipe.optimizer.lr,
         "recipe_fingerprint": recipe.fingerprint,
-        "task_fingerprint": task.fingerprint,
+        "task_fingerprint": domain.fingerprint,
         "checkpoint_sha256": pretrained,
         "processes": processes.num_processes,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,7 +111,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     }
     if processes.is_main_process:
         result |= comparison(recipe, result, model, created, time.perf_counter() - began, journal.memory)
-        save_predictions(folder / "predictions.safetensors", logits)
+        scores.save(folder)
         if getattr(model, "peft_type", None) in CARRIERS:
             save_scales(folder, scales_of(model))  # may change the model
         write_atomically(result_file, json.dumps(result, indent=2) + "\n")
@@ -145,9 +139,10 @@ def _save(model: Any, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def _batch(split: Any, size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    items = [split[i] for i in range(min(size, len(split)))]
-    return {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
+def _batch(trainer: Any, size: int) -> dict[str, torch.Tensor]:
+    """The first items to train with, as they are scored."""
+    items = [trainer.train_dataset[i] for i in range(min(size, len(trainer.train_dataset)))]
+    return {key: tensor.to(trainer.args.device) for key, tensor in trainer.training.plain(items).items()}
 
 
 def _rss() -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,12 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from san_bench.data.preprocess import Prepared, input_settings, mixing
-from san_bench.data.vision import VisionTask
-from san_bench.recipe import VALIDATION, Recipe
-from san_bench.run.build import model_path
+from san_bench.recipe import Recipe
+from san_bench.run.domain import Domain, Training
 from san_bench.run.provenance import write_atomically, write_rows
 from san_bench.run.tracking import tracking
 from san_peft.errors import SanError
@@ -41,47 +37,22 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Makes a batch to train with out of its items.
-
-    Attributes:
-        mix: timm's mixing of a batch of even size, or `None`.
-        num_classes: Number of classes.
-        channels_last: Whether images lie channels-last in memory.
-    """
-
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
-    num_classes: int
-    channels_last: bool
-
-    def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns `pixel_values`, and `labels`: classes, or their shares where images are mixed."""
-        batch = default_collate(items)
-        if self.mix is not None and len(items) % 2 == 0:
-            batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"])
-        elif self.mix is not None:  # an odd rest of an epoch cannot be paired
-            batch["labels"] = F.one_hot(batch["labels"], self.num_classes).float()
-        if self.channels_last:
-            batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        return batch
-
-
 class _Trainer(Trainer):
-    """Trainer for images.
+    """Trainer of a recipe.
 
     It resumes whole models too (transformers saves a ViT under older names, which its resuming skips), may
-    decay no vector, and takes the loss of labels that are smoothed or mixed.
+    decay no vector, and takes the loss that the data wants.
     """
 
-    def __init__(self, recipe: Recipe, collate: Collate, **options: Any) -> None:
+    def __init__(self, recipe: Recipe, training: Training, **options: Any) -> None:
         super().__init__(optimizer_cls_and_kwargs=_optimizer(recipe), **options)
-        self.recipe, self.collate = recipe, collate
-        self.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
+        self.recipe, self.training = recipe, training
+        if training.mean_of_parts:
+            self.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
 
     def get_train_dataloader(self) -> DataLoader:
-        """The images to train with, mixed; those to score with are not."""
-        scoring, self.data_collator = self.data_collator, self.collate
+        """The data in batches to train with; those to score with may be made otherwise."""
+        scoring, self.data_collator = self.data_collator, self.training.collate
         try:
             return super().get_train_dataloader()
         finally:
@@ -90,13 +61,11 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, or in training the cross-entropy with smoothed or mixed labels."""
-        mixed, smoothing = self.collate.mix is not None, self.recipe.augmentation.smoothing
-        if not model.training or not (smoothing or mixed):
-            return super().compute_loss(model, inputs, return_outputs)
-        outputs = model(pixel_values=inputs["pixel_values"])
-        smoothing = 0.0 if mixed else smoothing  # mixing has smoothed them already
-        loss = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
+        """The model's own loss, or in training what the data wants in its place."""
+        if not model.training or self.training.loss is None:
+            counted = None if self.training.mean_of_parts else num_items_in_batch
+            return super().compute_loss(model, inputs, return_outputs, counted)
+        loss, outputs = self.training.loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -199,16 +168,22 @@ class Average(TrainerCallback):
         return {name: parameters[name].detach().contiguous() for name in self.names}
 
 
-def make_trainer(
-    model: Any, recipe: Recipe, task: VisionTask, folder: Path, track: Sequence[str] = ()
-) -> tuple[Trainer, Journal]:
+def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] = ()) -> tuple[Trainer, Journal]:
     """Builds the Trainer of a recipe, and its journal; the order of the data follows from the recipe's seed alone.
+
+    Args:
+        model: What is trained.
+        domain: The recipe with its data.
+        folder: Folder of the run.
+        track: Names of trackers.
 
     Raises:
         SanError: If the batch cannot be divided among the devices, or half precision is asked of the CPU.
     """
-    optimizer, split, gpu = recipe.optimizer, task[recipe.train_split], torch.cuda.is_available()
-    steps = math.ceil(len(split) / optimizer.batch_size) * optimizer.epochs
+    recipe: Any = domain.recipe
+    optimizer, gpu = recipe.optimizer, torch.cuda.is_available()
+    training = domain.training(model)
+    steps = math.ceil(len(training.dataset) / optimizer.batch_size) * optimizer.epochs
     if recipe.precision == "fp16" and not gpu:
         raise SanError("precision fp16 needs a GPU. Choose bf16 or fp32.")
     processes = PartialState(cpu=not gpu).num_processes
@@ -216,8 +191,8 @@ def make_trainer(
     parts = optimizer.accumulation * devices
     if optimizer.batch_size % parts:
         raise SanError(
-            f"A batch of {optimizer.batch_size} images cannot be divided into {parts} parts ({optimizer.accumulation} "
-            f"accumulated on {devices} devices). Change optimizer.batch_size or "
+            f"A batch of {optimizer.batch_size} {domain.items} cannot be divided into {parts} parts "
+            f"({optimizer.accumulation} accumulated on {devices} devices). Change optimizer.batch_size or "
             "optimizer.accumulation."
         )
     fields, trackers = tracking(track, recipe, folder)
@@ -226,6 +201,8 @@ def make_trainer(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=optimizer.batch_size // parts,
         per_device_eval_batch_size=64,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         gradient_accumulation_steps=optimizer.accumulation,
         num_train_epochs=optimizer.epochs,
         learning_rate=optimizer.lr,
@@ -248,26 +225,25 @@ def make_trainer(
         save_steps=recipe.checkpoint_steps or 500,
         save_total_limit=2,
         load_best_model_at_end=selects,
-        metric_for_best_model="accuracy" if selects else None,
+        metric_for_best_model=training.metric if selects else None,
+        greater_is_better=training.metric != "loss" if selects else None,
         label_names=["labels"],
         **fields,
     )
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
-    settings, journal = input_settings(recipe.input, model_path(recipe)), Journal(folder)
-    mix = mixing(recipe.augmentation, task.num_classes)
+    journal = Journal(folder)
     trainer = _Trainer(
         recipe,
-        Collate(mix, task.num_classes, recipe.channels_last),
+        training,
         model=model,
         args=arguments,
-        train_dataset=Prepared(split, settings, recipe.augmentation),
-        eval_dataset=Prepared(task[_chosen_by(recipe, task)], settings) if selects else None,
-        compute_metrics=(lambda result: {"accuracy": float((result[0].argmax(-1) == result[1]).mean())}),
+        data_collator=training.plain,
+        train_dataset=training.dataset,
+        eval_dataset=training.chosen_by,
+        compute_metrics=_accuracy if training.metric == "accuracy" else None,
         callbacks=[journal, *trackers],
     )
-    if recipe.ema is not None:
-        trainer.add_callback(Average(model, recipe.ema))
+    if training.average is not None:
+        trainer.add_callback(Average(model, training.average))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
@@ -288,9 +264,6 @@ def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, A
     return torch.optim.AdamW, {"lr": recipe.optimizer.lr}
 
 
-def _chosen_by(recipe: Recipe, task: VisionTask) -> str:
-    """Name of the split that the best epoch is chosen on."""
-    if recipe.selection == "best-test":
-        return recipe.eval_split
-    names = [joined.split("+")[1] for joined in VALIDATION.values()]
-    return next((name for name in names if name in task.splits), names[0])
+def _accuracy(result: Any) -> dict[str, float]:
+    """Share of the labels that the logits are largest for."""
+    return {"accuracy": float((result[0].argmax(-1) == result[1]).mean())}

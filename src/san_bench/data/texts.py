@@ -1,0 +1,162 @@
+"""What language models are fine-tuned on: records to train with, and questions to score with, by the name of the task.
+
+Splits are `train`, `val` (held out), and `trainval`, both together. Questions are of `val` or `test`.
+
+Example:
+    >>> task = load_text_task("mini-language")
+    >>> {name: len(records) for name, records in task.splits.items()}
+    {'train': 3200, 'val': 800, 'trainval': 4000}
+    >>> list(task.questions["test"])[:2], len(task.questions["test"]["mini-language/easy"].records)
+    (['mini-language/yes-no', 'mini-language/solution'], 300)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from san_bench.data import commonsense, world
+from san_bench.data.instructions import Questions, Record, fingerprint, load_records
+from san_bench.data.manifest import find_folder, load_manifest
+from san_bench.strict import suggest, task_of_suite
+from san_peft.errors import SanError
+
+HELD_OUT = 120
+"""Records that are held out where the data has no split for it, as published; of fewer than 1,200 a tenth."""
+
+HELD_OUT_SEED = 2024
+"""Seed of the draw of what is held out. Another seed is another task."""
+
+MOST_ANSWERS = 100
+"""Different answers that questions of one's own may have."""
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """What one training is about.
+
+    Attributes:
+        name: Its name.
+        splits: Records to train with, by split.
+        questions: Questions to score with, by split and task.
+    """
+
+    name: str
+    splits: dict[str, tuple[Record, ...]]
+    questions: dict[str, dict[str, Questions]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 over the records of every split and task."""
+        digest = hashlib.sha256()
+        for name, records in self.splits.items():
+            digest.update(f"{name} {fingerprint(records)}\n".encode())
+        for split, tasks in self.questions.items():
+            for name, questions in tasks.items():
+                digest.update(f"{split} {name} {questions.sought} {fingerprint(questions.records)}\n".encode())
+        return digest.hexdigest()
+
+    def asked(self, split: str) -> dict[str, Questions]:
+        """Returns the questions of a split by task.
+
+        Raises:
+            SanError: If the task has no questions of that split.
+        """
+        if not self.questions.get(split):
+            have = ", ".join(name for name, tasks in self.questions.items() if tasks) or "none"
+            raise SanError(f"{self.name} has no questions of the split {split!r}; it has those of {have}.")
+        return self.questions[split]
+
+
+def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
+    """Loads what a run is about.
+
+    Args:
+        name: `mini-language` for its eight tasks together, or one of them such as `mini-language/easy`. `commonsense`
+            for the published training mix and the eight test sets, or one of them, then trained on its own training
+            file. `instructions` for records of your own, in files named `train`, `test`, and if there is one `val`.
+        data: Folder of the data; for instructions also the name of a data set on the Hugging Face hub.
+
+    Raises:
+        SanError: If there is no such task, or its data is missing or not as it must be.
+    """
+    suite, _, task = name.partition("/")
+    if suite == "mini-language":
+        return _mini(name, [task_of_suite(suite, name, world.TASKS)] if task else list(world.TASKS))
+    if suite not in ("commonsense", "instructions"):
+        raise SanError(f"There is no task {name!r}.{suggest(name, ('mini-language', 'commonsense', 'instructions'))}")
+    if data is None:
+        raise SanError(f"The task {name!r} needs its data: name the folder as `data`, or with --data.")
+    return _commonsense(name, Path(data), task) if suite == "commonsense" else _own(name, data)
+
+
+def hold_out(records: Sequence[Record]) -> dict[str, tuple[Record, ...]]:
+    """Divides records into `train` and `val`; `trainval` has all of them in their order.
+
+    Args:
+        records: The records, at least two. Which are held out depends on their number alone.
+    """
+    count = min(HELD_OUT, max(1, len(records) // 10))
+    key = [hashlib.sha256(f"{HELD_OUT_SEED}:{place}".encode()).digest() for place in range(len(records))]
+    held = set(sorted(range(len(records)), key=key.__getitem__)[:count])
+    return {
+        "train": tuple(record for place, record in enumerate(records) if place not in held),
+        "val": tuple(record for place, record in enumerate(records) if place in held),
+        "trainval": tuple(records),
+    }
+
+
+def _mini(name: str, tasks: Sequence[str]) -> TextTask:
+    loaded = {task: world.load(task) for task in tasks}
+    splits = {split: tuple(r for task in tasks for r in loaded[task][split]) for split in ("train", "val")}
+    splits["trainval"] = splits["train"] + splits["val"]
+    questions = {}
+    for split in ("val", "test"):
+        own = {f"mini-language/{t}": (loaded[t][split], world.TASKS[t]) for t in tasks}
+        questions[split] = {t: Questions(records, facts.answers, facts.answers) for t, (records, facts) in own.items()}
+    return TextTask(name, splits, questions)
+
+
+def _commonsense(name: str, data: Path, task: str) -> TextTask:
+    manifest = load_manifest(commonsense.SUITE)
+    tasks = [commonsense.find_task(name)[0]] if task else list(commonsense.TASKS)
+    if task:
+        facts = manifest.tasks[tasks[0]]
+        records = load_records(find_folder(data, facts), "train", facts.answers)
+    else:
+        records = commonsense.load_mix(data / commonsense.MIX)
+    test = {}
+    for one in tasks:
+        test[f"commonsense/{one}"] = commonsense.load_test(one, data)
+    return TextTask(name, hold_out(records), {"test": test})
+
+
+def _own(name: str, data: str | Path) -> TextTask:
+    train, test = (load_records(data, split) for split in ("train", "test"))
+    if len(train) < 2:
+        raise SanError(f"{data} has {len(train)} record to train with, but one has to be held out.")
+    answers = sorted(
+        {r.answer for records in (train, test) for r in records}, key=lambda answer: (-len(answer), answer)
+    )
+    if "" in answers or len(answers) > MOST_ANSWERS:
+        what = "records without an answer" if "" in answers else f"{len(answers):,} different answers"
+        raise SanError(
+            f"{data} has {what}. To be scored, every record needs an answer, one of at most {MOST_ANSWERS}, which its "
+            "output contains."
+        )
+    try:
+        val = load_records(data, "val")
+    except SanError:
+        splits = hold_out(train)
+    else:
+        splits = {"train": train, "val": val, "trainval": train + val}
+    sought = tuple(re.escape(answer) for answer in answers)
+    questions = {
+        split: {name: Questions(records, tuple(answers), sought)}
+        for split, records in (("val", splits["val"]), ("test", test))
+    }
+    return TextTask(name, splits, questions)

@@ -1,0 +1,262 @@
+"""Image classification: a pretrained model with a fresh head, images in batches, and logits that are scored."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from san_bench.data.preprocess import Prepared, input_settings, mixing
+from san_bench.data.vision import Split, VisionTask, load_task
+from san_bench.recipe import VALIDATION
+from san_bench.recipe_image import ImageRecipe
+from san_bench.run.build import head_of, model_path
+from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_peft.errors import SanError
+
+
+def task_of(recipe: ImageRecipe) -> VisionTask:
+    """Loads the task of a recipe."""
+    return load_task(recipe.task, Path(recipe.data) if recipe.data else None)
+
+
+def prepared(split: Split, recipe: ImageRecipe) -> Prepared:
+    """Returns a split as the model of a recipe reads it in scoring."""
+    return Prepared(split, input_settings(recipe.input, model_path(recipe)))
+
+
+def predict(model: Any, split: Split, recipe: ImageRecipe) -> Float[Tensor, "n classes"]:
+    """Returns the logits of a split, on the CPU in float32."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=64,
+            bf16_full_eval=False,
+            bf16=recipe.precision == "bf16",
+            fp16=recipe.precision == "fp16" and torch.cuda.is_available(),
+            dataloader_num_workers=recipe.data_workers,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            label_names=["labels"],
+            report_to=[],
+        )
+        output = Trainer(model=model, args=arguments).predict(prepared(split, recipe))  # type: ignore[arg-type]
+    return torch.as_tensor(output.predictions).float()
+
+
+def score(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, Any]:
+    """Returns accuracy, how many were right of how many, and a hash of the predicted classes."""
+    predicted = logits.argmax(-1)
+    correct = int((predicted == torch.from_numpy(split.labels)).sum())
+    digest = hashlib.sha256(predicted.numpy().astype("<i8").tobytes()).hexdigest()
+    return {"accuracy": correct / len(split), "correct": correct, "n_test": len(split), "predictions_sha256": digest}
+
+
+def load_predictions(run: Path) -> Float[Tensor, "n classes"]:
+    """Reads the logits that a run saved."""
+    return load_file(Path(run) / "predictions.safetensors")["logits"]
+
+
+def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
+    """Loads the pretrained model in float32 with a fresh head, whose weights come from the recipe's seed.
+
+    A folder or name of timm's loads as transformers' `TimmWrapperForImageClassification`.
+    """
+    set_seed(recipe.seed)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the head is new on purpose
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(model_path(recipe), num_labels=task.num_classes)
+        if isinstance(options := getattr(config, "model_args", None), dict):
+            options.pop("num_classes", None)  # timm writes the old head's size here, which would stand twice
+        _set_drop_path(config, recipe)
+        model, report = AutoModelForImageClassification.from_pretrained(
+            model_path(recipe),
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # of the head alone, see below
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    strange = [key for key in _keys(report, "missing", "mismatched") if not key.startswith(f"{head_of(model)}.")]
+    if strange:
+        raise SanError(
+            f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
+            f"such as {strange[0]}. Only the head may be new."
+        )
+    return model
+
+
+def _set_drop_path(config: Any, recipe: ImageRecipe) -> None:
+    """Writes the rate of stochastic depth into a configuration.
+
+    Raises:
+        SanError: If a rate is wanted and the model has none.
+    """
+    if hasattr(config, "pretrained_cfg"):  # timm's, through transformers
+        if recipe.drop_path:
+            config.model_args = {**(config.model_args or {}), "drop_path_rate": recipe.drop_path}
+    elif hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = recipe.drop_path
+    elif recipe.drop_path:
+        raise SanError(
+            f"drop_path is {recipe.drop_path:g}, but {config.model_type} of transformers has no stochastic depth. Set "
+            "it to 0, or take the model from timm."
+        )
+
+
+def _keys(report: dict[str, Any], *kinds: str) -> list[str]:
+    """Names of parameters in transformers' report of a loading, where a mismatch comes with its two sizes."""
+    found = [key for kind in kinds for key in report[f"{kind}_keys"]]
+    return sorted(key if isinstance(key, str) else key[0] for key in found)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch to train with out of its items.
+
+    Attributes:
+        mix: timm's mixing of a batch of even size, or `None`.
+        num_classes: Number of classes.
+        channels_last: Whether images lie channels-last in memory.
+    """
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    num_classes: int
+    channels_last: bool
+
+    def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Returns `pixel_values`, and `labels`: classes, or their shares where images are mixed."""
+        batch = default_collate(items)
+        if self.mix is not None and len(items) % 2 == 0:
+            batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"])
+        elif self.mix is not None:  # an odd rest of an epoch cannot be paired
+            batch["labels"] = F.one_hot(batch["labels"], self.num_classes).float()
+        if self.channels_last:
+            batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return batch
+
+
+class Images(Domain):
+    """A recipe of image classification with its task.
+
+    Args:
+        recipe: The recipe.
+        task: Its task; loaded by default.
+    """
+
+    items = "images"
+
+    def __init__(self, recipe: ImageRecipe, task: VisionTask | None = None) -> None:
+        self.recipe: ImageRecipe = recipe
+        self.task = task or task_of(recipe)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the task."""
+        return self.task.fingerprint
+
+    @property
+    def n_train(self) -> int:
+        """Number of images to train with."""
+        return len(self.task[self.recipe.train_split])
+
+    def base_model(self) -> nn.Module:
+        """Loads the pretrained model with a fresh head; see `base_model`."""
+        return base_model(self.recipe, self.task)
+
+    def trained_model(self, folder: Path) -> nn.Module:
+        """Loads a whole model with its head."""
+        return AutoModelForImageClassification.from_pretrained(folder)
+
+    def training(self, model: Any) -> Training:
+        """Returns the images to train with; a channels-last recipe changes how the model's kernels lie in memory."""
+        recipe, selects = self.recipe, self.recipe.selection != "last"
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        settings = input_settings(recipe.input, model_path(recipe))
+        collate = Collate(
+            mixing(recipe.augmentation, self.task.num_classes), self.task.num_classes, recipe.channels_last
+        )
+        chosen_by = Prepared(self.task[_chosen_by(recipe, self.task)], settings) if selects else None
+        return Training(
+            dataset=Prepared(self.task[recipe.train_split], settings, recipe.augmentation),
+            collate=collate,
+            plain=default_collate,
+            chosen_by=chosen_by,
+            metric="accuracy",
+            loss=Loss(collate.mix is not None, recipe.augmentation.smoothing).of,
+            mean_of_parts=True,
+            average=recipe.ema,
+        )
+
+    def probe(self, size: int) -> Batch:
+        """Returns the first images that are scored."""
+        return {"pixel_values": prepared(self.task[self.recipe.eval_split], self.recipe).batch(size)}
+
+    def score(self, model: Any, split: str) -> Scores:
+        """Returns accuracy, n and a hash of the predictions, and the logits as `predictions.safetensors`."""
+        chosen = self.task[split]
+        logits = predict(model, chosen, self.recipe)
+        if not logits.isfinite().all():
+            raise SanError(
+                f"{self.recipe.output} predicts values that are not finite. Try a smaller optimizer.lr, with another "
+                "output."
+            )
+        return Scores(score(logits, chosen), {"predictions.safetensors": save({"logits": logits.contiguous()})})
+
+    def save_companions(self, folder: Path) -> None:
+        """Copies the settings of images that lie beside the pretrained weights."""
+        settings = Path(model_path(self.recipe)) / "preprocessor_config.json"
+        if settings.is_file():
+            shutil.copyfile(settings, folder / settings.name)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The cross-entropy in training.
+
+    Attributes:
+        mixed: Whether images are mixed; their labels are smoothed already.
+        smoothing: Label smoothing.
+    """
+
+    mixed: bool
+    smoothing: float
+
+    @property
+    def of(self) -> Callable[[Any, Batch], tuple[Tensor, Any]] | None:
+        """Computes loss and outputs; `None` where the model's own loss will do."""
+        return self._of if self.mixed or self.smoothing else None
+
+    def _of(self, model: Any, batch: Batch) -> tuple[Tensor, Any]:
+        outputs = model(pixel_values=batch["pixel_values"])
+        smoothing = 0.0 if self.mixed else self.smoothing
+        return F.cross_entropy(outputs.logits, batch["labels"], label_smoothing=smoothing), outputs
+
+
+def _chosen_by(recipe: ImageRecipe, task: VisionTask) -> str:
+    """Name of the split that the best epoch is chosen on."""
+    if recipe.selection == "best-test":
+        return recipe.eval_split
+    names = [joined.split("+")[1] for joined in VALIDATION.values()]
+    return next((name for name in names if name in task.splits), names[0])

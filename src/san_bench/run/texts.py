@@ -1,0 +1,264 @@
+"""Language models: a pretrained decoder, records as tokens, and answers that are generated or found the likeliest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorWithFlattening, set_seed
+
+from san_bench.data.instructions import Questions
+from san_bench.data.prompts import Collator, Tokenised, prompt, tokenise
+from san_bench.data.texts import TextTask, load_text_task
+from san_bench.data.tokens import PreparedTokenizer, prepare_tokenizer
+from san_bench.recipe_text import TextRecipe
+from san_bench.run.answers import answer_task
+from san_bench.run.build import model_path
+from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.likelihood import choose, harness_scores
+from san_peft.errors import SanError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Texts(Domain):
+    """A recipe of a language model with its records and questions.
+
+    Args:
+        recipe: The recipe.
+        task: What it is about; loaded by default.
+    """
+
+    items = "records"
+
+    def __init__(self, recipe: TextRecipe, task: TextTask | None = None) -> None:
+        self.recipe: TextRecipe = recipe
+        self.task = task or load_text_task(recipe.task, recipe.data)
+        self.task.asked(recipe.eval_split)  # better known before the training than after it
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of all records and questions."""
+        return self.task.fingerprint
+
+    @property
+    def n_train(self) -> int:
+        """Number of records to train with."""
+        return len(self.task.splits[self.recipe.train_split])
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what decides about numbers in the field, and how many tokens were trained with."""
+        examples, text = self.tokens(self.recipe.train_split), self.recipe.text
+        once = sum(len(example["input_ids"]) for example in examples.examples)
+        return {
+            "trained_on": self.recipe.task,
+            "loss_on": text.loss_on,
+            "template": text.template,
+            "weights": self.recipe.weights,
+            "cut_records": len(examples.cut),
+            "train_tokens": once * self.recipe.optimizer.epochs,
+        }
+
+    @cached_property
+    def tokenizer(self) -> PreparedTokenizer:
+        """The model's tokenizer, made ready.
+
+        Raises:
+            SanError: If there is none beside the model, or it lacks a token.
+        """
+        path = model_path(self.recipe)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise SanError(f"{path} has no tokenizer that transformers can load: {error}") from error
+        return prepare_tokenizer(tokenizer, self.recipe.text.pad)
+
+    def base_model(self) -> nn.Module:
+        """Loads the pretrained model with its weights in the recipe's type, on a GPU where there is one.
+
+        Raises:
+            SanError: If it holds no fitting weights, has too few embeddings for the tokenizer, or bitsandbytes is
+                needed and not installed.
+        """
+        set_seed(self.recipe.seed)
+        model = _load(model_path(self.recipe), self.recipe)
+        model.config.use_cache = False  # of no use in training; generation asks for it itself
+        rows = model.get_input_embeddings().num_embeddings
+        prepare_tokenizer(self.tokenizer.tokenizer, self.recipe.text.pad, rows)  # says so where there are too few
+        if self.recipe.weights in ("nf4", "int8"):
+            from peft import prepare_model_for_kbit_training
+
+            checkpointing = {"use_reentrant": False}
+            model = prepare_model_for_kbit_training(model, self.recipe.gradient_checkpointing, checkpointing)
+        return model
+
+    def trained_model(self, folder: Path) -> nn.Module:
+        """Loads a whole model that was trained."""
+        return _load(folder, self.recipe)
+
+    def training(self, model: Any) -> Training:
+        """Returns the records as tokens.
+
+        Raises:
+            SanError: If the length limit leaves nothing of any answer, or packing is wanted of a model that cannot.
+        """
+        text, selects = self.recipe.text, self.recipe.selection != "last"
+        plain = Collator(self.tokenizer.pad, "right")
+        if self.recipe.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # else nothing before the first adapter asks for a gradient
+        return Training(
+            dataset=self.tokens(self.recipe.train_split),
+            collate=_packing(model) if text.packing else plain,
+            plain=plain,
+            chosen_by=self.tokens("val") if selects else None,
+            metric="loss",
+            loss=None,
+            mean_of_parts=False,
+            gradient_checkpointing=self.recipe.gradient_checkpointing,
+        )
+
+    def tokens(self, split: str) -> Tokenised:
+        """Returns the records of a split as examples to train with."""
+        text = self.recipe.text
+        return tokenise(self.task.splits[split], self.tokenizer, text.template, text.loss_on, text.cutoff)
+
+    def probe(self, size: int) -> Batch:
+        """Returns the first prompts that are scored, as many of each task."""
+        asked = self.task.asked(self.recipe.eval_split)
+        each = -(-size // len(asked))
+        records = [record for questions in asked.values() for record in questions.records[:each]][:size]
+        rows = [self.tokenizer.encode(prompt(one, self.recipe.text.template, "evaluation")) for one in records]
+        return Collator(self.tokenizer.pad, "left")([{"input_ids": row} for row in rows])
+
+    def score(self, model: Any, split: str) -> Scores:
+        """Asks all questions of a split, in every way of the recipe.
+
+        Returns:
+            The unweighted mean of the tasks' accuracies, the sums of `correct` and `n_test`, and under `tasks` those of
+            each task with `unanswered` texts; all in the first way. Under `ways` the accuracies of each task in the
+            others. The files hold every question with its answer.
+        """
+        scoring = self.recipe.scoring
+        found = {way: WAYS[way](self, model, self.task.asked(split)) for way in scoring.ways}
+        first = found[scoring.ways[0]]
+        numbers = {
+            "accuracy": fmean(one["accuracy"] for one in first.tasks.values()),
+            "correct": sum(one["correct"] for one in first.tasks.values()),
+            "n_test": sum(one["n_test"] for one in first.tasks.values()),
+            "way": scoring.ways[0],
+            "tasks": first.tasks,
+            "ways": {way: result.tasks for way, result in list(found.items())[1:]},
+        }
+        return Scores(numbers, {name: text for result in found.values() for name, text in result.files.items()})
+
+    def save_companions(self, folder: Path) -> None:
+        """Writes the tokenizer."""
+        self.tokenizer.tokenizer.save_pretrained(folder)
+
+
+def _load(path: str | Path, recipe: TextRecipe) -> Any:
+    """A causal language model with its weights in the recipe's type."""
+    options: dict[str, Any] = {"dtype": DTYPES.get(recipe.weights, torch.bfloat16)}
+    if recipe.weights in ("nf4", "int8"):
+        options["quantization_config"] = (
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+            if recipe.weights == "nf4"
+            else BitsAndBytesConfig(load_in_8bit=True)
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise SanError(f"{recipe.model} cannot be loaded as a language model: {error}") from error
+    strange = sorted(str(key) for kind in ("missing", "mismatched") for key in report[f"{kind}_keys"])
+    if strange:
+        raise SanError(
+            f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
+            f"such as {strange[0]}."
+        )
+    return model
+
+
+def _packing(model: Any) -> Callable[[list[Any]], Batch]:
+    """Makes one row of a batch, in which positions begin anew with each record, and so does what it may see."""
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if inside.config._attn_implementation == "eager":
+        raise SanError("Packing needs sdpa or flash attention, but the model computes attention eagerly.")
+    return DataCollatorWithFlattening(return_position_ids=True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Numbers by task, and files by name."""
+
+    tasks: dict[str, dict[str, Any]]
+    files: dict[str, bytes]
+
+
+def _generate(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
+    text, scoring = domain.recipe.text, domain.recipe.scoring
+    tasks, files = {}, {}
+    for task, questions in asked.items():
+        found = answer_task(
+            model,
+            domain.tokenizer,
+            task,
+            questions,
+            text.template,
+            scoring.batch_size,
+            scoring.beams,
+            scoring.max_new_tokens,
+        )
+        tasks[task] = {
+            "accuracy": found.accuracy, "correct": found.correct, "n_test": found.n, "unanswered": found.unanswered
+        }  # fmt: skip
+        files[_file("answers", task)] = _lines(found.rows)
+    return _Found(tasks, files)
+
+
+def _likeliest(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
+    tasks, files = {}, {}
+    for task, questions in asked.items():
+        found = choose(
+            model, domain.tokenizer, questions, domain.recipe.text.template, domain.recipe.scoring.batch_size
+        )
+        tasks[task] = {"accuracy": found.accuracy, "correct": found.correct, "n_test": found.n}
+        files[_file("likelihoods", task)] = _lines(found.rows)
+    return _Found(tasks, files)
+
+
+def _harness(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
+    scores = harness_scores(model, domain.tokenizer, tuple(asked), domain.recipe.scoring.batch_size)
+    names = {name.partition("/")[2]: name for name in asked}
+    tasks = {}
+    for name, own in scores.items():
+        n = len(asked[names[name]].records)
+        tasks[names[name]] = {"accuracy": own["acc"], "correct": round(own["acc"] * n), "n_test": n, **own}
+    return _Found(tasks, {})
+
+
+WAYS: dict[str, Callable[[Texts, Any, dict[str, Questions]], _Found]] = {
+    "generation": _generate,
+    "likelihood": _likeliest,
+    "lm-eval": _harness,
+}
+"""How answers are found, by the names in recipes."""
+
+
+def _file(kind: str, task: str) -> str:
+    return f"{kind}-{task.rpartition('/')[2]}.jsonl"
+
+
+def _lines(rows: tuple[dict[str, Any], ...]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
