@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +196,13 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
             f"({optimizer.accumulation} accumulated on {devices} devices). Change optimizer.batch_size or "
             "optimizer.accumulation."
         )
-    fields, trackers = tracking(track, recipe, folder)
+    tracked, trackers = tracking(track, recipe, folder)
     selects, saves = recipe.selection != "last", "steps" if recipe.checkpoint_steps else "no"
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=optimizer.batch_size // parts,
         per_device_eval_batch_size=64,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        **(_checkpointing() if training.gradient_checkpointing else {}),
         gradient_accumulation_steps=optimizer.accumulation,
         num_train_epochs=optimizer.epochs,
         learning_rate=optimizer.lr,
@@ -228,7 +228,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         metric_for_best_model=training.metric if selects else None,
         greater_is_better=training.metric != "loss" if selects else None,
         label_names=["labels"],
-        **fields,
+        **tracked,
     )
     journal = Journal(folder)
     trainer = _Trainer(
@@ -248,6 +248,13 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
     return trainer, journal
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Settings of gradient checkpointing, which newer versions of transformers call activation checkpointing."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:

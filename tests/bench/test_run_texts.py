@@ -1,0 +1,320 @@
+"""Runs of language models: from a recipe to answers, an adapter that gives them again, and rows for tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from tests.bench.texts import gpt2, llama, llama2, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from san_bench import cli
+from san_bench.data.instructions import Record
+from san_bench.data.texts import hold_out, load_text_task
+from san_bench.recipe import load_recipe
+from san_bench.recipe_text import TextRecipe
+from san_bench.report.results import read_rows
+from san_bench.run import evaluate as evaluating
+from san_bench.run.build import with_method
+from san_bench.run.domain import domain_of
+from san_bench.run.evaluate import evaluate, export, export_lora, load_model
+from san_bench.run.scales import load_scales
+from san_bench.run.texts import Texts
+from san_bench.run.train import train
+from san_peft.errors import SanError
+
+LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
+OVER = {**LORA, "propagation": "all", "decomposition": "norm", "exponent": 1.0, "bound": None, "detach": False}
+METHODS = {
+    "san": load_recipe("language/san").method.model_dump(),
+    "lora": {"kind": "lora", **LORA},
+    "san-lora": {"kind": "san-lora", **OVER},
+    "full": {"kind": "full"},
+}
+
+
+def question(number: int) -> Record:
+    answer = "true" if number % 2 else "false"
+    return Record(f"Is {number} odd?\n\nAnswer format: true/false", "", f"the correct answer is {answer}", answer)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A small LLaMA with its tokenizer, and records in the published format."""
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = llama2()
+    llama(len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write(folder / "data" / "train.json", [question(n) for n in range(20)])
+    write(folder / "data" / "test.json", [question(n) for n in range(20, 26)])
+    return folder
+
+
+def recipe_of(place: Path, output: Path, kind: str = "san", **changes: object) -> TextRecipe:
+    values = {
+        "task": "instructions", "data": str(place / "data"), "model": str(place / "model"), "method": METHODS[kind],
+        "train_split": "train", "optimizer.epochs": 2, "optimizer.batch_size": 6, "scoring.batch_size": 4,
+        "scoring.max_new_tokens": 6, "output": str(output),
+    }  # fmt: skip
+    return load_recipe("language/san", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+@pytest.fixture(scope="module")
+def runs(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: (train(recipe_of(place, folder / kind, kind)), folder / kind) for kind in METHODS}
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_result_says_what_was_trained_and_how_it_answered(runs, kind):
+    result, folder = runs[kind]
+    assert (result["n_train"], result["n_test"], result["steps"]) == (18, 6, 6)  # two of 20 are held out
+    assert (result["loss_on"], result["template"], result["trained_on"]) == ("answer", "clean", "instructions")
+    assert result["trainable_head"] == 0
+    (task,) = result["tasks"].values()
+    assert task["accuracy"] == result["accuracy"] == task["correct"] / 6
+    rows = [json.loads(line) for line in (folder / "answers-instructions.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == ["false", "true"] * 3
+    assert sum(row["correct"] for row in rows) == task["correct"]
+    assert sum(row["predicted"] is None for row in rows) == task["unanswered"]
+    chosen = [json.loads(line) for line in (folder / "likelihoods-instructions.jsonl").read_text().splitlines()]
+    assert result["ways"]["likelihood"]["instructions"]["correct"] == sum(row["correct"] for row in chosen)
+    tokens = domain_of(evaluating.run_recipe(folder)).tokens("train")
+    assert result["train_tokens"] == 2 * sum(len(one["input_ids"]) for one in tokens.examples)
+    assert result["run_info"]["train_config"]["text"]["loss_on"] == "answer"
+    assert result["train_info"]["metrics"][0]["train total tokens"] == result["train_tokens"]
+
+
+def test_methods_train_what_they_should_and_nothing_of_the_output(place, tmp_path):
+    for kind in METHODS:
+        domain = domain_of(recipe_of(place, tmp_path, kind))
+        model = with_method(domain.base_model(), domain.recipe)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert any("lm_head" in name for name in trained) == (kind == "full")
+        if kind == "san":
+            assert any("input_layernorm" in name for name in trained)
+            assert model.base_model.propagation_graph.edges
+            assert isinstance(model, peft.PeftModelForCausalLM)
+        if kind == "lora":
+            layers = {name.split(".")[-4] for name in trained}
+            assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_losses_fall_and_do_not_depend_on_accumulation(place, tmp_path):
+    """A batch in parts has the loss over all its tokens, though parts differ in length."""
+    losses = []
+    for parts in (1, 3):
+        train(recipe_of(place, tmp_path / str(parts), "lora", optimizer__accumulation=parts, optimizer__epochs=3))
+        rows = map(json.loads, (tmp_path / str(parts) / "log.jsonl").read_text().splitlines())
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_packing_computes_the_same_loss(place, tmp_path):
+    """Records that share a row must neither see each other nor count on."""
+    domain = domain_of(recipe_of(place, tmp_path, "lora", text__packing=True))
+    model = domain.base_model().eval()
+    training = domain.training(model)
+    items = [training.dataset[n] for n in range(5)]
+    packed, padded = training.collate(items), training.plain(items)
+    assert packed["input_ids"].shape == (1, sum(len(item["input_ids"]) for item in items))
+    assert padded["input_ids"].shape[0] == 5
+    with torch.no_grad():
+        one, other = model(**packed), model(**padded)
+    assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-4)
+    rows = [row[: len(item["input_ids"])] for row, item in zip(other.logits, items, strict=True)]
+    torch.testing.assert_close(one.logits[0], torch.cat(rows), atol=1e-3, rtol=1e-3)
+    model.set_attn_implementation("eager")
+    with pytest.raises(SanError, match="Packing needs sdpa"):
+        domain.training(model)
+
+
+def test_gradient_checkpointing_changes_no_loss(place, tmp_path, runs):
+    train(recipe_of(place, tmp_path / "run", "san", gradient_checkpointing=True))
+    rows = [
+        [row["loss"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in row]
+        for folder in (tmp_path / "run", runs["san"][1])
+    ]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_the_epoch_with_the_smallest_loss_on_held_out_records_is_kept(place, tmp_path):
+    """Where the held-out answers are the opposite of the others, more training makes them less likely."""
+    opposite = [replace(question(n), output="the correct answer is false", answer="false") for n in (1, 3)]
+    write(tmp_path / "data" / "train.json", [question(n) for n in range(1, 37, 2)])
+    write(tmp_path / "data" / "val.json", opposite)
+    write(tmp_path / "data" / "test.json", [question(5)])
+    changes = {"selection": "best-val", "optimizer.epochs": 8, "optimizer.lr": 0.1, "data": str(tmp_path / "data")}
+    result = train(recipe_of(place, tmp_path / "run", "lora", **changes))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert len(losses) == 8
+    assert min(losses) < losses[-1] * 0.99  # else the last would do
+    model, domain = load_model(tmp_path / "run")
+    batch = domain.training(model).plain([domain.tokens("val")[n] for n in range(2)])
+    with torch.no_grad():
+        assert float(model(**batch).loss) == pytest.approx(min(losses), rel=1e-3)
+    assert result["selection"] == "best-val"
+
+
+# What is left
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_saved_run_answers_as_it_did(runs, kind, capsys):
+    result, folder = runs[kind]
+    again = evaluate(folder)
+    assert again["tasks"] == result["tasks"]
+    assert again["ways"] == result["ways"]
+    cli.main(["eval", str(folder), "--split", "val"])
+    assert json.loads((folder / "eval-val.json").read_text())["n_test"] == 2
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_scales_of_a_run_can_be_read(runs):
+    scales = load_scales(runs["san"][1])
+    assert scales is not None
+    assert scales.propagates
+    assert any(name.endswith("v_proj") for name in scales.vectors)
+
+
+def test_an_export_needs_nothing_of_ours(runs, tmp_path):
+    _, folder = runs["san"]
+    report = export(folder, tmp_path / "plain")
+    model, domain = load_model(folder)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    batch = tokenizer("Is 3 odd?", return_tensors="pt")
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-3)
+    assert report["max_abs_difference"] < 1e-3
+    lora = export_lora(folder, tmp_path / "lora", 8)
+    assert lora["lost_share_of_the_change"] < 1
+    assert domain.recipe.method.kind == "san"
+
+
+# Rows
+
+
+def test_a_run_is_a_row_for_each_task_and_way(runs, capsys):
+    result, folder = runs["lora"]
+    rows = read_rows([folder])
+    assert [(row["task"], row["way"]) for row in rows] == [("instructions", w) for w in ("generation", "likelihood")]
+    assert rows[0]["accuracy"] == result["accuracy"]
+    assert rows[1]["accuracy"] == result["ways"]["likelihood"]["instructions"]["accuracy"]
+    cli.main(["table", str(folder)])
+    printed = capsys.readouterr().out
+    assert "by generation" in printed
+    assert "by likelihood" in printed
+
+
+# Bad input
+
+
+def test_what_cannot_be_trained_is_said_at_once(place, tmp_path):
+    with pytest.raises(SanError) as error:
+        recipe_of(place, tmp_path, method={"kind": "linear"}, text__loss_on="all", eval_split="train", nonsense=1)
+    text = str(error.value)
+    for part in ("loss_on: 'all' is not a choice", "nonsense", "eval_split: 'train' is not a choice"):
+        assert part in text
+    with pytest.raises(SanError, match="linear trains a new head alone, and a language model has none"):
+        recipe_of(place, tmp_path, method={"kind": "linear"})
+    with pytest.raises(SanError, match="full trains the weights, and nf4 cannot be trained"):
+        recipe_of(place, tmp_path, "full", weights="nf4")
+    with pytest.raises(SanError, match="lm-eval has the tasks of commonsense"):
+        recipe_of(place, tmp_path, scoring__ways=["lm-eval"])
+    with pytest.raises(SanError, match=r"unknown task 'mini-langage'\. Did you mean 'mini-language'"):
+        recipe_of(place, tmp_path, task="mini-langage")
+    with pytest.raises(SanError, match="contains the validation split"):
+        recipe_of(place, tmp_path, train_split="trainval", selection="best-val")
+
+
+def test_a_model_that_is_not_one_is_an_error_that_names_it(place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SanError, match="empty cannot be loaded as a language model: Unrecognized model"):
+        domain_of(recipe_of(place, tmp_path, model=str(tmp_path / "empty"))).base_model()
+    llama(40).save_pretrained(tmp_path / "bare")
+    with pytest.raises(SanError, match="bare has no tokenizer that transformers can load"):
+        domain_of(recipe_of(place, tmp_path, model=str(tmp_path / "bare"))).base_model()
+    tokenizer = llama2()
+    tokenizer.save_pretrained(tmp_path / "small")
+    llama(len(tokenizer) - 4).save_pretrained(tmp_path / "small")
+    last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    with pytest.raises(SanError, match="embeddings have no row: padding"):
+        domain_of(recipe_of(place, tmp_path, model=str(tmp_path / "small"), text__pad=last)).base_model()
+
+
+def test_a_cutoff_that_leaves_no_answer_is_an_error(place, tmp_path):
+    with pytest.raises(SanError, match="nothing is left of the answer of any of the 18 records"):
+        train(recipe_of(place, tmp_path / "run", text__cutoff=8))
+
+
+def test_other_decoders_are_traced_as_well(place, tmp_path):
+    tokenizer = llama2()
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    gpt2(len(tokenizer)).save_pretrained(tmp_path / "gpt2")
+    result = train(recipe_of(place, tmp_path / "run", "san", model=str(tmp_path / "gpt2"), optimizer__epochs=1))
+    assert math.isfinite(result["final_loss"])
+    assert result["trainable_parameters"] > 0
+
+
+# Data
+
+
+def test_what_is_held_out_depends_on_the_number_of_records_alone():
+    parts = hold_out([question(n) for n in range(30)])
+    assert {name: len(part) for name, part in parts.items()} == {"train": 27, "val": 3, "trainval": 30}
+    assert sorted(parts["train"] + parts["val"], key=str) == sorted(parts["trainval"], key=str)
+    assert hold_out([question(n) for n in range(100, 130)])["val"] == tuple(
+        question(n + 100) for n in range(30) if question(n) in parts["val"]
+    )
+    assert len(hold_out([question(n) for n in range(1300)])["val"]) == 120
+
+
+def test_own_records_need_answers_that_can_be_sought(tmp_path):
+    write(tmp_path / "train.json", [question(n) for n in range(4)])
+    write(tmp_path / "test.json", [Record("a", "", "b", "")])
+    with pytest.raises(SanError, match="records without an answer"):
+        load_text_task("instructions", tmp_path)
+    write(tmp_path / "test.json", [Record("a", "", f"it is {n}", f"answer{n}") for n in (1, 12)])
+    task = load_text_task("instructions", tmp_path)
+    (asked,) = task.asked("test").values()
+    assert asked.read_answer("so answer12 it is") == "answer12"  # not answer1
+    assert asked.read_answer("no answer") is None
+    with pytest.raises(SanError, match="no questions of the split 'other'; it has those of val, test"):
+        task.asked("other")
+    with pytest.raises(SanError, match="needs its data"):
+        load_text_task("commonsense")
+
+
+def test_commonsense_trains_on_the_mix_and_is_scored_on_eight(tmp_path):
+    from tests.bench.texts import TASKS, record
+
+    write(tmp_path / "commonsense_170k.json", [record(task) for task in TASKS] * 3)
+    for task in TASKS:
+        write(tmp_path / task / "test.json", [record(task)] * 2)
+    task = load_text_task("commonsense", tmp_path)
+    assert {name: len(part) for name, part in task.splits.items()} == {"train": 22, "val": 2, "trainval": 24}
+    assert list(task.asked("test")) == [f"commonsense/{name}" for name in TASKS]
+    with pytest.raises(SanError, match="no questions of the split 'val'; it has those of test"):
+        Texts(
+            load_recipe("language/llama-7b-lora", {"data": str(tmp_path), "train_split": "train", "eval_split": "val"})
+        )
