@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 from san_bench import cli
 from san_bench.data.preprocess import for_checkpoint
 from san_bench.data.vision import embedded_path
-from san_bench.run import build
+from san_bench.run import build, images
 from san_bench.run import train as training
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model
 from san_bench.run.images import base_model, load_predictions
@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(name, tmp_path):
 
 def test_predictions_that_are_not_finite_are_no_result(tmp_path, monkeypatch):
     nan = torch.full((SIZES["test"], 10), torch.nan)
-    monkeypatch.setattr(training, "predict", lambda *_: nan)
+    monkeypatch.setattr(images, "predict", lambda *_: nan)
     with pytest.raises(SanError, match="predicts values that are not finite"):
         train(short_recipe("linear", tmp_path / "run", optimizer__epochs=1))
     assert not (tmp_path / "run" / "result.json").exists()

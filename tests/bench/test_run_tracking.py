@@ -14,6 +14,7 @@ from tests.bench.small import built, short_recipe, small_scale, small_task
 
 from san_bench.run import tracking as module
 from san_bench.run.engines import in_fresh_process
+from san_bench.run.images import Images
 from san_bench.run.scales import scale_vectors
 from san_bench.run.tracking import tracking
 from san_bench.run.trainer import make_trainer

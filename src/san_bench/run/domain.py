@@ -71,7 +71,7 @@ class Domain(ABC):
         items: What a batch is counted in, such as images.
     """
 
-    recipe: Recipe
+    recipe: Any
     items: str
 
     @property

@@ -190,7 +190,7 @@ def _load(path: str | Path, recipe: TextRecipe) -> Any:
     return model
 
 
-def _packing(model: Any) -> Callable[[list[Any]], Batch]:
+def _packing(model: Any) -> Callable[[list[Any]], Any]:
     """Makes one row of a batch, in which positions begin anew with each record, and so does what it may see."""
     inside = model.get_base_model() if hasattr(model, "get_base_model") else model
     if inside.config._attn_implementation == "eager":

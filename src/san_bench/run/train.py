@@ -74,7 +74,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     if processes.is_main_process:
         _save(model, folder / "adapter")
         write_rows(folder / "log.jsonl", trainer.state.log_history)
-    scores = domain.score(model, recipe.eval_split)
+    scores = domain.score(model, domain.recipe.eval_split)
     result = {
         "run": folder.name,
         "method": recipe.method.kind,
@@ -83,10 +83,10 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "model": recipe.model,
         "backbone": Path(recipe.model).name,
         "protocol": recipe.protocol,
-        "selection": recipe.selection,
-        "split": recipe.eval_split,
+        "selection": domain.recipe.selection,
+        "split": domain.recipe.eval_split,
         **scores.numbers,
-        "train_split": recipe.train_split,
+        "train_split": domain.recipe.train_split,
         "n_train": domain.n_train,
         **domain.facts(),
         "trainable_parameters": sum(trained.values()),
