@@ -30,8 +30,9 @@ from san_peft.errors import SanError
 
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
 OVER = {**LORA, "propagation": "all", "decomposition": "norm", "exponent": 1.0, "bound": None, "detach": False}
+PLAIN = {"detach": False, "gate": False}
 METHODS = {
-    "san": load_recipe("language/san").method.model_dump(),
+    "san": {"kind": "san", "propagation": "all", "exponent": 1.0, "shift": False, "train_norms": True, **PLAIN},
     "lora": {"kind": "lora", **LORA},
     "san-lora": {"kind": "san-lora", **OVER},
     "full": {"kind": "full"},
@@ -66,10 +67,12 @@ def place(tmp_path_factory):
 def recipe_of(place: Path, output: Path, kind: str = "san", **changes: object) -> TextRecipe:
     values = {
         "task": "instructions", "data": str(place / "data"), "model": str(place / "model"), "method": METHODS[kind],
-        "train_split": "train", "optimizer.epochs": 2, "optimizer.batch_size": 6, "scoring.batch_size": 4,
+        "train_split": "train", "selection": "last", "protocol": None, "weights": "fp32", "precision": "fp32",
+        "text.template": "clean", "text.loss_on": "answer", "scoring.ways": ["generation", "likelihood"],
+        "scoring.beams": 1, "optimizer.lr": 0.01, "optimizer.warmup": 0.1, "checkpoint_steps": 0, "optimizer.epochs": 2, "optimizer.batch_size": 6, "scoring.batch_size": 4,
         "scoring.max_new_tokens": 6, "output": str(output),
     }  # fmt: skip
-    return load_recipe("language/san", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return load_recipe("language/llama-3-8b-san-lora", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
 
 
 @pytest.fixture(scope="module")
