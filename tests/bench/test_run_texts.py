@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tests.bench.texts import gpt2, llama, llama2, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,10 +70,13 @@ def recipe_of(place: Path, output: Path, kind: str = "san", **changes: object) -
         "task": "instructions", "data": str(place / "data"), "model": str(place / "model"), "method": METHODS[kind],
         "train_split": "train", "selection": "last", "protocol": None, "weights": "fp32", "precision": "fp32",
         "text.template": "clean", "text.loss_on": "answer", "scoring.ways": ["generation", "likelihood"],
-        "scoring.beams": 1, "optimizer.lr": 0.01, "optimizer.warmup": 0.1, "checkpoint_steps": 0, "optimizer.epochs": 2, "optimizer.batch_size": 6, "scoring.batch_size": 4,
+        "scoring.beams": 1, "optimizer.lr": 0.01, "optimizer.warmup": 0.1, "checkpoint_steps": 0, "optimizer.epochs": 2,
+        "optimizer.batch_size": 6, "scoring.batch_size": 4,
         "scoring.max_new_tokens": 6, "output": str(output),
     }  # fmt: skip
-    return load_recipe("language/llama-3-8b-san-lora", {**values, **{key.replace("__", "."): value for key, value in changes.items()}})
+    return load_recipe(
+        "language/llama-3-8b-san-lora", {**values, **{key.replace("__", "."): value for key, value in changes.items()}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +200,30 @@ def test_scales_of_a_run_can_be_read(runs):
     assert scales is not None
     assert scales.propagates
     assert any(name.endswith("v_proj") for name in scales.vectors)
+
+
+def test_a_card_says_what_an_adapter_is(runs, place):
+    result, folder = runs["san"]
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    model, _ = load_model(folder)
+    edges = model.base_model.propagation_graph.edges
+    assert f"## Edges: {len(edges)}" in card.text
+    assert f"{edges[0].anterior} -> {edges[0].posterior}" in card.text
+    assert f"| Trained parameters | {result['trainable_parameters']:,} of {result['total_parameters']:,} |" in card.text
+    assert f"`model`, weights with sha256 `{result['checkpoint_sha256']}`" in card.text
+    assert "import san_peft" in card.text
+    assert str(place) not in card.content
+    scores = {score.metric_name: score.metric_value for score in card.data.eval_results}
+    assert scores == {
+        "accuracy by generation": result["accuracy"],
+        "accuracy by likelihood": result["ways"]["likelihood"]["instructions"]["accuracy"],
+    }
+    assert f"| instructions | test | generation | {result['accuracy']:.4f} | 6 |" in card.text
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert "a whole model" in (runs["full"][1] / "adapter" / "README.md").read_text()
+    lora = (runs["lora"][1] / "adapter" / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in lora
+    assert "san_peft" not in lora
 
 
 def test_an_export_needs_nothing_of_ours(runs, tmp_path):

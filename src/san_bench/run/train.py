@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 from san_bench.recipe import Recipe
 from san_bench.run.build import check_trainable, checkpoint_sha256, saved_activation_bytes, with_method
+from san_bench.run.card import write_card
 from san_bench.run.comparison import comparison
 from san_bench.run.domain import domain_of
 from san_bench.run.folder import claim
@@ -112,6 +113,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     if processes.is_main_process:
         result |= comparison(recipe, result, model, created, time.perf_counter() - began, journal.memory)
         scores.save(folder)
+        write_card(folder / "adapter", recipe, result, model)
         if getattr(model, "peft_type", None) in CARRIERS:
             save_scales(folder, scales_of(model))  # may change the model
         write_atomically(result_file, json.dumps(result, indent=2) + "\n")

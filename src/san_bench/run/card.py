@@ -1,0 +1,93 @@
+"""The model card beside what a run has saved: what it is, what it was trained from and how, and how it scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from san_bench.recipe import Recipe
+from san_bench.report.results import by_task
+from san_bench.run.provenance import write_atomically
+
+CODE_OF_SAN = "import san_peft  # registers SAN with PEFT\nfrom peft import PeftModel"
+
+
+def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any) -> None:
+    """Writes `README.md` into the folder of an adapter, or of a whole model.
+
+    The metadata that PEFT wrote there stays. The hub reads the scores out of it too.
+
+    Args:
+        folder: What `save_pretrained` wrote.
+        recipe: The run's recipe.
+        result: Its result.
+        model: What was saved.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    file = folder / "README.md"
+    data = ModelCard.load(file).data if file.is_file() else ModelCardData()
+    name = f"{recipe.method.kind} on {recipe.task}, seed {recipe.seed}"
+    if recipe.model.partition("/")[0] == "embedded" or Path(recipe.model).is_dir():
+        data.base_model = None  # a folder of this machine, or of the package, is no model on the hub
+        data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]
+    data.model_name = name
+    rows = by_task(result)
+    data.eval_results = [
+        EvalResult(
+            task_type="text-generation" if "way" in row else "image-classification",
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            dataset_split=row["split"],
+            metric_type="accuracy",
+            metric_name=f"accuracy by {row['way']}" if "way" in row else "accuracy",
+            metric_value=row["accuracy"],
+        )
+        for row in rows
+    ]
+    write_atomically(file, f"---\n{data.to_yaml().strip()}\n---\n\n{_text(name, recipe, result, rows, model)}")
+
+
+def _text(name: str, recipe: Recipe, result: dict[str, Any], rows: list[dict[str, Any]], model: Any) -> str:
+    base = Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model
+    facts = {
+        "Base model": f"`{base}`, weights with sha256 `{result['checkpoint_sha256']}`",
+        "Method": ", ".join(f"{key} {value}" for key, value in recipe.method.model_dump(mode="json").items()),
+        "Trained parameters": f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
+        + (f", of which {result['trainable_head']:,} in the head" if result["trainable_head"] else ""),
+        "Trained on": f"{recipe.task}, {result['train_split']}, n = {result['n_train']:,}, {result['steps']:,} steps; "
+        f"data with fingerprint `{result['task_fingerprint']}`",
+        "Recipe": f"`recipe.yaml` in the folder above, fingerprint `{result['recipe_fingerprint']}`",
+        "Code": f"san-peft {result['versions'].get('san-peft')}, commit {result['commit']}, on {result['device']}, "
+        f"finished {result['finished']}",
+    }
+    lines = [f"# {name}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    lines += ["## Scores", "", "| task | split | found by | accuracy | n |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['task']} | {row['split']} | {row.get('way', 'largest logit')} | {row['accuracy']:.4f} | "
+        f"{row['n_test']:,} |"
+        for row in rows
+    ]
+    if len(rows) > 1:
+        lines += ["", f"Unweighted mean of the tasks, by {result['way']}: {result['accuracy']:.4f}."]
+    return "\n".join([*lines, "", *_loading(recipe, model), ""])
+
+
+def _loading(recipe: Recipe, model: Any) -> list[str]:
+    """How to load an adapter, and the edges that an adapter of SAN propagates over."""
+    kind = getattr(model, "peft_type", None)
+    if kind is None:
+        return ["The folder holds a whole model; transformers loads it."]
+    imports = CODE_OF_SAN if kind == "SAN" else "from peft import PeftModel"
+    lines = ["## Loading", "", "```python", imports, "", 'model = PeftModel.from_pretrained(base_model, "this/folder")']
+    lines += ["```"]
+    if kind == "SAN":
+        edges = model.base_model.propagation_graph.edges
+        lines += [
+            "",
+            f"## Edges: {len(edges)}",
+            "",
+            "The scale of the layer on the left acts once more on the input of",
+        ]
+        lines += ["the layer on the right.", "", "```text", *(f"{e.anterior} -> {e.posterior}" for e in edges), "```"]
+    return lines
