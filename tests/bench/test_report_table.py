@@ -272,6 +272,19 @@ def test_another_backbone_has_the_means_of_groups_alone():
     assert not any(cell.published for row in natural.rows for cell in row)
 
 
+def test_published_answers_were_generated():
+    """So they stand beside those of ours that were, and not beside choices by likelihood."""
+    tasks, changes = ["boolq", "piqa"], {"model": "meta-llama/Meta-Llama-3-8B", "group": "commonsense"}
+    made = tables(
+        real("commonsense", tasks, way="generation", **changes)
+        + real("commonsense", tasks, way="likelihood", **changes)
+    )
+    assert [" by generation" in table.title for table in made if "Source" in table.columns] == [True]
+    line = texts(made[0], "DoRA r32")
+    assert (line["boolq"], line["piqa"], line["Mean of 8 tasks"]) == ("74.6", "89.3", "85.2")
+    assert any("up to 8.5 points above ChatGPT" in note for note in made[0].notes)
+
+
 def test_image_classification_has_two_decimals():
     accuracy, _ = tables(real("gic", ["cifar100", "imagenet-1k"]))
     assert texts(accuracy, "san")["Mean of 2 tasks"] == "70.00"

@@ -51,8 +51,8 @@ def published(suite: str, backbone: str | None) -> list[Published]:
     """Returns what was published for a suite on a backbone; nothing where that is unknown.
 
     Args:
-        suite: `vtab`, `fgvc` or `gic`.
-        backbone: `ViT-B/16`, `Swin-B` or `ConvNeXt-B`; see `backbone_of`.
+        suite: `vtab`, `fgvc`, `gic`, `commonsense` or `llava`.
+        backbone: Such as `ViT-B/16` or `LLaMA-3-8B`; see `backbone_of`.
 
     Example:
         >>> [row.method for row in published("vtab", "ConvNeXt-B")]

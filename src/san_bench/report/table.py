@@ -56,7 +56,7 @@ def tables(rows: Sequence[Row], published: bool = True, reference: str | None = 
         raise san_error(f"No result has the method {reference!r}.{hint} There are {', '.join(sorted(methods))}.")
     made: list[Table] = []
     for section in sections(rows):
-        fits = published and section.split == "test"
+        fits = published and section.split == "test" and section.way in ("", "generation")
         papers = published_rows(section.family, backbone_of(section.model)) if fits else []
         made += [means_table(section, papers)] if section.groups else []
         made += task_tables(section, papers)
