@@ -165,7 +165,11 @@ def find(name: str | Path, kind: str | None = "recipes") -> Path:
     )
 
 
-DOMAINS = {"text": "recipe_text.TextRecipe", "input": "recipe_image.ImageRecipe"}
+DOMAINS = {
+    "conversation": "recipe_conversation.ConversationRecipe",
+    "text": "recipe_text.TextRecipe",
+    "input": "recipe_image.ImageRecipe",
+}
 """The class of a recipe, by a key that no other class has; the last one where a file has none of them."""
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from PIL import Image
 from tests.bench.copies import write_picture
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -49,6 +49,7 @@ def processor(strategy="default", additional=1):
     """A processor for images of 8x8 pixels in patches of 4, so 4 of them, and words that are tokens."""
     words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,

@@ -155,6 +155,39 @@ def encode(
     return example
 
 
+def encode_question(text: str, image: Image.Image | None, processor: Any, pad: bool = True) -> dict[str, Tensor]:
+    """Returns a question as tensors, after which the model answers.
+
+    Args:
+        text: The question, without a marker of the image.
+        image: Its image in RGB, if it has one.
+        processor: A `LlavaProcessor` with a fast tokenizer.
+        pad: Pads the image to a square with the processor's mean colour.
+
+    Returns:
+        `input_ids`, and `pixel_values` of shape (3, height, width) where there is an image.
+
+    Raises:
+        SanError: If the processor is of another kind.
+    """
+    _check_processor(processor)
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if image is not None:
+        square = pad_to_square(image, mean_colour(processor.image_processor.image_mean)) if pad else image
+        content.insert(0, {"type": "image", "image": square})
+    out = processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        chat_template=TEMPLATE,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+    )
+    example = {"input_ids": torch.as_tensor(out["input_ids"][0], dtype=torch.int64)}
+    if image is not None:
+        example["pixel_values"] = torch.as_tensor(out["pixel_values"][0], dtype=torch.float32)
+    return example
+
+
 @dataclass(frozen=True)
 class Lengths:
     """How long conversations are.

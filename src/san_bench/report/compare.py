@@ -267,10 +267,11 @@ def _over_seeds(seeds: Seeds) -> _Value:
     if not seeds:
         return _Value(None, "–")
     rows = [seeds[seed] for seed in sorted(seeds)]
-    hint = f"seeds {', '.join(map(str, sorted(seeds)))}; {rows[0]['n_test']:,} images"
-    if len(rows) == 1:
+    asked = f"{rows[0]['n_test']:,} {'questions' if rows[0].get('way') else 'images'}"
+    hint = f"seed{'s' if len(rows) > 1 else ''} {', '.join(map(str, sorted(seeds)))}; {asked}"
+    if len(rows) == 1 and rows[0].get("correct") is not None:
         low, high = wilson(rows[0]["correct"], rows[0]["n_test"])
-        hint = f"seed {rows[0]['seed']}; 95% interval over {rows[0]['n_test']:,} images: {low:.1%} to {high:.1%}"
+        hint = f"seed {rows[0]['seed']}; 95% interval over {asked}: {low:.1%} to {high:.1%}"
     return _Value(estimate([row["accuracy"] for row in rows]), hint)
 
 

@@ -264,7 +264,7 @@ def _data(rows: Sequence[Row]) -> Table:
 
 
 def _runs(rows: Sequence[Row]) -> Table:
-    columns = ("Method", "Task", "Group", "Backbone", "Seed", "Learning rate", "Accuracy", "Right / n", "Seconds")
+    columns = ("Method", "Task", "Group", "Backbone", "Seed", "Learning rate", "Accuracy", "Right", "n", "Seconds")
     return Table(
         "Every run",
         (*columns, "Selection", "Recipe", "Finished", "Folder"),
@@ -277,7 +277,8 @@ def _runs(rows: Sequence[Row]) -> Table:
                 Cell(str(row["seed"]), row["seed"]),
                 _number(row.get("lr"), "g"),
                 Cell(f"{100 * row['accuracy']:.2f}%", row["accuracy"]),
-                Cell(f"{row['correct']:,} / {row['n_test']:,}", row["correct"]),
+                _number(row.get("correct"), ","),
+                Cell(f"{row['n_test']:,}", row["n_test"]),
                 _number(row.get("train_seconds"), ",.1f"),
                 Cell(row.get("selection") or "–"),
                 Cell(row["recipe_fingerprint"][:12]),

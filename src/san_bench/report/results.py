@@ -60,7 +60,7 @@ class _Result(BaseModel):
     seed: int
     split: str
     accuracy: float = Field(ge=0, le=1)
-    correct: int = Field(ge=0)
+    correct: int | None = Field(default=None, ge=0)
     n_test: int = Field(ge=1)
     trainable_parameters: int = Field(ge=0)
     trainable_head: int = Field(ge=0)

@@ -68,7 +68,7 @@ def with_method(model: Any, recipe: Recipe) -> nn.Module:
     """
     method = recipe.method
     if method.kind in PLAIN:
-        names = _plain_parameters(model, method.kind)
+        names = _plain_parameters(model, recipe)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_is_head(model, name) or name in names)
     else:
@@ -93,47 +93,87 @@ def _is_head(model: Any, name: str) -> bool:
     return head is not None and name.startswith(f"{head}.")
 
 
-def _plain_parameters(model: nn.Module, kind: str) -> set[str]:
+PROJECTOR = "multi_modal_projector"
+"""What turns what a model sees into what its language model reads, as transformers names it."""
+
+TOWER = "vision_tower"
+"""What sees, as transformers names it."""
+
+
+def left_out(recipe: Any) -> str | None:
+    """Returns a regular expression of the modules that no method is about, or `None` where all of a model counts.
+
+    Of a model that sees and speaks they are the projector, which is trained whole or not at all, and the vision tower
+    unless the recipe wants it adapted.
+    """
+    tower = getattr(recipe, "tower", None)
+    if tower is None:
+        return None
+    return rf"(.*\.)?({PROJECTOR}{'' if tower == 'adapted' else f'|{TOWER}'})(\..*)?"
+
+
+def _plain_parameters(model: nn.Module, recipe: Recipe) -> set[str]:
     """Names of the parameters that a method without an adapter trains beside the head."""
-    names = {name for name, _ in model.named_parameters()}
+    kind, pattern = recipe.method.kind, left_out(recipe)
+    every = {name for name, _ in model.named_parameters()}
+    names = {name for name in every if pattern is None or not re.fullmatch(pattern, name)}
     if kind == "bitfit":
-        return {name for name in names if name.rpartition(".")[2] == "bias"}
-    if kind == "norm":
+        names = {name for name in names if name.rpartition(".")[2] == "bias"}
+    elif kind == "norm":
         norms = set(norms_of(model))
-        return {name for name in names if name.rpartition(".")[0] in norms}
-    return names if kind == "full" else set()
+        names = {name for name in names if name.rpartition(".")[0] in norms}
+    elif kind != "full":
+        names = set()
+    return names | {name for name in every if _is_projected(name, recipe)}
+
+
+def _is_projected(name: str, recipe: Any) -> bool:
+    """Whether a parameter belongs to a projector that is trained as a whole."""
+    return getattr(recipe, "projector_lr", None) is not None and f".{PROJECTOR}." in f".{name}"
 
 
 def peft_config(recipe: Recipe, model: nn.Module) -> Any:
     """Returns PEFT's configuration of the recipe's adapter; a head is trained as a whole."""
-    method = recipe.method
+    method, shared = recipe.method, _shared(recipe, model)
     if isinstance(method, Lora):
-        return _lora(method, model)
+        return _lora(recipe, model)
     if isinstance(method, Ia3):
         import peft
 
         return peft.IA3Config(
-            target_modules=list(method.targets), feedforward_modules=list(method.feedforward), **_whole(model)
+            target_modules=list(method.targets), feedforward_modules=list(method.feedforward), **shared
         )
     from san_peft import SanConfig
 
     if isinstance(method, SanOver):
         names = ("propagation", "decomposition", "exponent", "bound", "detach")
         options = {name: getattr(method, name) for name in names}
-        return SanConfig(inner=_lora(method, model), **_broken(options, recipe, model))
+        return SanConfig(inner=_lora(recipe, model), **_broken(options, recipe, model))
     if isinstance(method, San):
         options = _broken(method.model_dump(exclude={"kind"}), recipe, model)
     elif isinstance(method, Ssf):
         options = {"propagation": "none", "shift": True, "train_norms": method.train_norms}
     else:
         raise SanError(f"Method {method.kind!r} has no adapter.")
-    return SanConfig(**_whole(model), **options)
+    pattern = left_out(recipe)
+    if pattern is not None and options["train_norms"]:  # those of what is left out stay frozen
+        norms = [name for name in norms_of(model) if not re.fullmatch(pattern, name)]
+        shared["modules_to_save"] = [*shared.get("modules_to_save", []), *norms]
+        options["train_norms"] = False
+    return SanConfig(**shared, **options)
 
 
-def _whole(model: nn.Module) -> dict[str, Any]:
-    """What all configurations say: the head that is trained as a whole, or that the model is one of language."""
-    head = head_of(model)
-    return {"task_type": "CAUSAL_LM"} if head is None else {"modules_to_save": [head]}
+def _shared(recipe: Any, model: nn.Module) -> dict[str, Any]:
+    """What all configurations say: what is trained as a whole, what is left out, and whether the model speaks."""
+    head, pattern = head_of(model), left_out(recipe)
+    if head is not None:
+        return {"modules_to_save": [head]}
+    shared: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if pattern is not None:
+        shared["exclude_modules"] = pattern
+    if getattr(recipe, "projector_lr", None) is not None:
+        shared["modules_to_save"] = [PROJECTOR]
+    return shared
 
 
 def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[str, Any]:
@@ -147,16 +187,19 @@ def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[s
     return {**options, "propagation": graph}
 
 
-def _lora(method: Lora | SanOver, model: nn.Module) -> Any:
+def _lora(recipe: Recipe, model: nn.Module) -> Any:
     import peft
 
+    method: Any = recipe.method
+    pattern = left_out(recipe)
     head, output = head_of(model), None if head_of(model) else model.get_output_embeddings()  # type: ignore[operator]
     targets = method.targets
     if targets == "all-linear":
         dense = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output
         ]
-        targets = [name for name in dense if head is None or (name != head and not name.startswith(f"{head}."))]
+        dense = [name for name in dense if head is None or (name != head and not name.startswith(f"{head}."))]
+        targets = [name for name in dense if pattern is None or not re.fullmatch(pattern, name)]
 
     return peft.LoraConfig(
         r=method.rank,
@@ -164,7 +207,7 @@ def _lora(method: Lora | SanOver, model: nn.Module) -> Any:
         lora_dropout=method.dropout,
         target_modules=list(targets),
         use_dora=method.kind in ("dora", "san-dora"),
-        **_whole(model),
+        **_shared(recipe, model),
     )
 
 
@@ -183,14 +226,15 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
     place = head_of(inside)
     head = {name for name in trained if place and re.search(rf"(^|\.){re.escape(place)}\.", name)}
     if method.kind in PLAIN:
-        wanted = _plain_parameters(model, method.kind)
+        wanted = _plain_parameters(model, recipe)
         strange = [name for name in trained if name not in head and name not in wanted]
         complete = wanted <= set(trained)
     else:
         own = "san_" if method.kind in ("san", "ssf") else "ia3_" if method.kind == "ia3" else "lora_"
         norms = norms_of(inside) if getattr(method, "train_norms", False) else []
         words = [own, *(f".{name}." for name in norms)]
-        strange = [name for name in trained if name not in head and not any(word in name for word in words)]
+        loose = [name for name in trained if name not in head and not _is_projected(name, recipe)]
+        strange = [name for name in loose if not any(word in name for word in words)]
         complete = any(own in name for name in trained)
     if strange:
         raise SanError(f"{method.kind} would also train {', '.join(strange[:5])}; {len(strange)} parameters too many.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ class Training:
         mean_of_parts: Whether the loss of a batch is the mean over its parts, else over all that is predicted in it.
         average: Decay of a moving average of the weights, or `None`.
         gradient_checkpointing: Whether activations are computed anew in the backward pass.
+        rates: Learning rates of parts of the model, by what the names of their parameters contain.
+        batches: Makes a batch sampler of a batch's size on one device, and the number of devices; by default batches
+            are drawn from all of the data.
     """
 
     dataset: Any
@@ -42,6 +45,8 @@ class Training:
     mean_of_parts: bool
     average: float | None = None
     gradient_checkpointing: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
+    batches: Callable[[int, int], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,19 @@ class Domain(ABC):
         """Writes what a model needs beside its weights to be used: settings of images, or a tokenizer."""
 
 
+DOMAINS = {
+    "ImageRecipe": ("images", "Images"),
+    "TextRecipe": ("texts", "Texts"),
+    "ConversationRecipe": ("conversations", "Conversations"),
+}
+"""Module and class of each kind of recipe."""
+
+
 def domain_of(recipe: Recipe) -> Domain:
     """Loads the data of a recipe.
 
     Raises:
         SanError: If it is missing, or not as it must be.
     """
-    module, name = {"ImageRecipe": ("images", "Images"), "TextRecipe": ("texts", "Texts")}[type(recipe).__name__]
+    module, name = DOMAINS[type(recipe).__name__]
     return getattr(import_module(f"san_bench.run.{module}"), name)(recipe)

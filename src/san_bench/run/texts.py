@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorWithFlattening, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, set_seed
 
 from san_bench.data.instructions import Questions
 from san_bench.data.prompts import Collator, Tokenised, prompt, tokenise
@@ -23,9 +22,8 @@ from san_bench.run.answers import answer_task
 from san_bench.run.build import model_path
 from san_bench.run.domain import Batch, Domain, Scores, Training
 from san_bench.run.likelihood import choose, harness_scores
+from san_bench.run.weights import load_pretrained
 from san_peft.errors import SanError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Texts(Domain):
@@ -88,20 +86,14 @@ class Texts(Domain):
                 needed and not installed.
         """
         set_seed(self.recipe.seed)
-        model = _load(model_path(self.recipe), self.recipe)
-        model.config.use_cache = False  # of no use in training; generation asks for it itself
+        model = load_pretrained(AutoModelForCausalLM, model_path(self.recipe), self.recipe)
         rows = model.get_input_embeddings().num_embeddings
         prepare_tokenizer(self.tokenizer.tokenizer, self.recipe.text.pad, rows)  # says so where there are too few
-        if self.recipe.weights in ("nf4", "int8"):
-            from peft import prepare_model_for_kbit_training
-
-            checkpointing = {"use_reentrant": False}
-            model = prepare_model_for_kbit_training(model, self.recipe.gradient_checkpointing, checkpointing)
         return model
 
     def trained_model(self, folder: Path) -> nn.Module:
         """Loads a whole model that was trained."""
-        return _load(folder, self.recipe)
+        return load_pretrained(AutoModelForCausalLM, folder, self.recipe)
 
     def training(self, model: Any) -> Training:
         """Returns the records as tokens.
@@ -161,33 +153,6 @@ class Texts(Domain):
     def save_companions(self, folder: Path) -> None:
         """Writes the tokenizer."""
         self.tokenizer.tokenizer.save_pretrained(folder)
-
-
-def _load(path: str | Path, recipe: TextRecipe) -> Any:
-    """A causal language model with its weights in the recipe's type."""
-    options: dict[str, Any] = {"dtype": DTYPES.get(recipe.weights, torch.bfloat16)}
-    if recipe.weights in ("nf4", "int8"):
-        options["quantization_config"] = (
-            BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-            if recipe.weights == "nf4"
-            else BitsAndBytesConfig(load_in_8bit=True)
-        )
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise SanError(f"{recipe.model} cannot be loaded as a language model: {error}") from error
-    strange = sorted(str(key) for kind in ("missing", "mismatched") for key in report[f"{kind}_keys"])
-    if strange:
-        raise SanError(
-            f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
-            f"such as {strange[0]}."
-        )
-    return model
 
 
 def _packing(model: Any) -> Callable[[list[Any]], Any]:

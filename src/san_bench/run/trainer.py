@@ -53,11 +53,37 @@ class _Trainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The data in batches to train with; those to score with may be made otherwise."""
+        if self.training.batches is not None:
+            return self.accelerator.prepare(self._own_batches())
         scoring, self.data_collator = self.data_collator, self.training.collate
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = scoring
+
+    def _own_batches(self) -> DataLoader:
+        processes = self.accelerator.num_processes
+        batches = self.training.batches(self.args.train_batch_size, processes)  # type: ignore[misc]
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=self.training.collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimiser, in which parts of the model may have learning rates of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for part, rate in self.training.rates.items():
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if part in names.get(p, "")]
+                if own:
+                    group["params"] = [p for p in group["params"] if part not in names.get(p, "")]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -72,7 +72,8 @@ def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
         if vision is not None and token is not None:
             patches = (size // vision.patch_size) ** 2
             patches += getattr(config, "vision_feature_select_strategy", "default") == "full"
-            ids = torch.tensor([[1, *[token] * patches, 2, 3]])
+            first, *rest = (word for word in range(1, 5) if word != token)
+            ids = torch.tensor([[first, *[token] * patches, *rest[:2]]])
     if "input_features" in accepted and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         frames = 2 * config.max_source_positions
         inputs["input_features"] = _image(model, 1, (config.num_mel_bins, frames))[:, 0]

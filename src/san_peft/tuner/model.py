@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from san_peft.errors import AdapterError, GraphError, SanError
@@ -241,6 +242,13 @@ class SanModel(_peft.Tuner):
         for layer in self._san_layers():
             layer.keeps_base = False  # nobody unmerges these
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Puts a module into the place of another; PEFT's would ask one of several layers for a weight of its own."""
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
         self,

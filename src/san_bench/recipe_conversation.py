@@ -1,0 +1,112 @@
+"""Recipes of models that see and speak, which are fine-tuned on conversations about images.
+
+Example:
+    >>> from san_bench.recipe import load_recipe
+    >>> recipe = load_recipe("vision-language/llava-1.5-7b-san-lora")
+    >>> recipe.tower, recipe.projector_lr, recipe.conversation.max_length
+    ('frozen', 2e-05, 2048)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from san_bench.recipe import Recipe
+from san_bench.strict import Strict, suggest
+
+TASKS = ("llava", "conversations")
+"""What there is to train on."""
+
+BENCHMARKS = ("vqav2", "gqa", "vizwiz", "sqa", "textvqa", "pope", "mmbench")
+"""The seven benchmarks of LLaVA-1.5, in the order of the papers' tables."""
+
+
+class Talk(Strict):
+    """How a conversation becomes what the model reads; see `san_bench.data.conversation_prompts`.
+
+    Attributes:
+        max_length: The most tokens of a conversation, those of its image included.
+        pad_to_square: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does.
+        drop_bad_images: Leaves out the conversations whose images are missing or cannot be read; otherwise such images
+            stop the run before it begins.
+    """
+
+    max_length: int = Field(ge=2)
+    pad_to_square: bool
+    drop_bad_images: bool
+
+
+class Answering(Strict):
+    """What is asked after the training.
+
+    Attributes:
+        benchmarks: Some of `BENCHMARKS` for `llava`; none for `conversations`, whose test records are asked.
+        batch_size: Questions at a time.
+        max_new_tokens: The most tokens of an answer, which is decoded greedily.
+    """
+
+    benchmarks: Annotated[tuple[str, ...], Field(strict=False)]
+    batch_size: int = Field(ge=1)
+    max_new_tokens: int = Field(ge=1)
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in BENCHMARKS:
+                raise ValueError(f"there is no benchmark {name!r}.{suggest(name, BENCHMARKS)[:-1]}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{', '.join(names)} names one of them twice")
+        return names
+
+
+class ConversationRecipe(Recipe):
+    """One run of a model that sees and speaks; what is not said here says `Recipe`.
+
+    Attributes:
+        task: What is trained on; see `san_bench.run.conversation_task.load_conversation_task`.
+        data: Folder of the records, the images and the benchmarks.
+        train_split: All records.
+        eval_split: What can be scored without a server.
+        model: A folder, or a name that transformers resolves, of LLaVA 1.5, with its processor.
+        weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` or
+            `int8`. What an adapter trains is in float32.
+        tower: Whether the vision tower stays `frozen` or is `adapted` by the method as the language model is.
+        projector_lr: Learning rate of the projector between the two, which is trained whole; `null` freezes it.
+        conversation: How a conversation becomes what the model reads.
+        answering: What is asked after the training.
+        gradient_checkpointing: Computes activations anew in the backward pass, which saves memory and costs time.
+        selection: The weights after the last step.
+    """
+
+    train_split: Literal["train"]
+    eval_split: Literal["test"]
+    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"]
+    tower: Literal["frozen", "adapted"]
+    projector_lr: float | None = Field(gt=0)
+    conversation: Talk
+    answering: Answering
+    gradient_checkpointing: bool
+    selection: Literal["last"]
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}.{suggest(task, TASKS)[:-1]}")
+        return task
+
+    @model_validator(mode="after")
+    def _fits(self) -> ConversationRecipe:
+        if self.data is None:
+            raise ValueError(f"data|{self.task} needs the folder of its records and images")
+        if self.method.kind == "linear":
+            raise ValueError("method|linear trains a new head alone, and a model of language has none; take another")
+        if self.method.kind in ("full", "norm", "bitfit") and self.weights in ("nf4", "int8", "fp16"):
+            raise ValueError(f"weights|{self.method.kind} trains the weights, and {self.weights} cannot be trained")
+        if bool(self.answering.benchmarks) != (self.task == "llava"):
+            what = "names none of them" if self.task == "llava" else "has test records in place of benchmarks"
+            raise ValueError(f"answering|{self.task} {what}; benchmarks are {', '.join(BENCHMARKS)}")
+        return self

@@ -1,0 +1,149 @@
+"""What models that see and speak are fine-tuned on, and what they are asked afterwards.
+
+`llava` has the layout of LLaVA-1.5: `llava_v1_5_mix665k.json`, the images below the same folder, and below `eval/` the
+benchmarks as LLaVA's docs/Evaluation.md lays them out (haotian-liu/LLaVA), with the annotations of what can be scored
+without a server beside them. `conversations` is for records of one's own: `train.json` and `test.json` in the same
+format, the images below the same folder. Of a test record the first question is asked, and the first answer is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from san_bench.data.conversation_images import preflight
+from san_bench.data.conversations import MARKER, Conversation, fingerprint, load_conversations
+from san_bench.run import vqa_files
+from san_bench.run.vqa import Question
+from san_bench.strict import suggest
+from san_peft.errors import SanError
+
+MIX = "llava_v1_5_mix665k.json"
+"""File of the training mix."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions of a benchmark.
+
+    Attributes:
+        questions: The questions with what is right.
+        images: Folder that their images are below.
+    """
+
+    questions: tuple[Question, ...]
+    images: Path
+
+
+@dataclass(frozen=True)
+class ConversationTask:
+    """What one training is about.
+
+    Attributes:
+        name: Its name.
+        records: The conversations to train with.
+        images: Folder that their images are below.
+        asked: Questions by benchmark.
+        dropped: How many conversations were left out, for their images.
+    """
+
+    name: str
+    records: tuple[Conversation, ...]
+    images: Path
+    asked: dict[str, Asked]
+    dropped: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 over the records, the sizes of their images, and the questions."""
+        digest = hashlib.sha256(fingerprint(self.records, self.images).encode())
+        for name, asked in self.asked.items():
+            for question in asked.questions:
+                facts = asdict(question)
+                if isinstance(question.image, bytes):
+                    facts["image"] = hashlib.sha256(question.image).hexdigest()
+                digest.update(f"{name} {json.dumps(facts)}\n".encode())
+        return digest.hexdigest()
+
+
+def load_conversation_task(
+    name: str, data: str | Path, benchmarks: Sequence[str] = (), drop: bool = False
+) -> ConversationTask:
+    """Loads records and questions, and decodes every image of the records once.
+
+    Args:
+        name: `llava`, or `conversations`.
+        data: The folder.
+        benchmarks: Of `llava`, what will be asked.
+        drop: Leaves out the conversations whose images are missing or cannot be read.
+
+    Raises:
+        SanError: If there is no such task, a file is missing or not as it must be, or images cannot be read.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise SanError(f"There is no folder {folder}.")
+    if name == "llava":
+        path = folder / MIX
+        asked = {benchmark: _benchmark(benchmark, folder / "eval") for benchmark in benchmarks}
+    elif name == "conversations":
+        path = folder / "train.json"
+        asked = {name: Asked(tuple(map(_question, load_conversations(folder / "test.json"))), folder)}
+    else:
+        raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations'))}")
+    found = preflight(load_conversations(path), folder, drop)
+    return ConversationTask(name, tuple(found.require()), folder, asked, len(found.dropped))
+
+
+def _question(record: Conversation) -> Question:
+    asked, answered = record.turns[0].text, record.turns[1].text
+    return Question(record.id, record.image, asked.replace(MARKER, "").strip(), (answered,))
+
+
+def _benchmark(name: str, root: Path) -> Asked:
+    """A benchmark from its folder."""
+    loaders: dict[str, tuple[str, Callable[[Path], list[Question]], str]] = {
+        "vqav2": (
+            "vqav2",
+            lambda folder: vqa_files.load_vqav2(
+                folder / "v2_OpenEnded_mscoco_val2014_questions.json", folder / "v2_mscoco_val2014_annotations.json"
+            ),
+            "val2014",
+        ),
+        "gqa": (
+            "gqa",
+            lambda folder: vqa_files.load_gqa(
+                folder / "data" / "testdev_balanced_questions.json", folder / "llava_gqa_testdev_balanced.jsonl"
+            ),
+            "data/images",
+        ),
+        "vizwiz": ("vizwiz", lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
+        "sqa": (
+            "scienceqa",
+            lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"),
+            "images/test",
+        ),
+        "textvqa": (
+            "textvqa",
+            lambda folder: vqa_files.load_textvqa(
+                folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
+            ),
+            "train_images",
+        ),
+        "pope": (
+            "pope",
+            lambda folder: vqa_files.load_pope(folder / "llava_pope_test.jsonl", folder / "coco"),
+            "val2014",
+        ),
+        "mmbench": (
+            "mmbench",
+            lambda folder: vqa_files.with_rotations(vqa_files.load_mmbench(folder / "mmbench_dev_20230712.tsv")),
+            "",
+        ),
+    }
+    place, load, images = loaders[name]
+    return Asked(tuple(load(root / place)), root / place / images)

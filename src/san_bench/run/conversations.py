@@ -1,0 +1,256 @@
+"""Models that see and speak: a pretrained LLaVA, conversations in batches of one modality, answers to benchmarks."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, set_seed
+
+from san_bench.data.conversation_batches import ModalityBatches
+from san_bench.data.conversation_images import read_image
+from san_bench.data.conversation_prompts import ConversationCollator, ConversationDataset, encode_question, measure
+from san_bench.recipe_conversation import ConversationRecipe
+from san_bench.run.answers import batches, scoring
+from san_bench.run.build import PROJECTOR, TOWER, model_path
+from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
+from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.vqa import Question, Score, score
+from san_bench.run.vqa_answers import normalise_gqa
+from san_bench.run.weights import load_pretrained
+from san_peft.errors import SanError
+
+
+class Conversations(Domain):
+    """A recipe of a model that sees and speaks, with its records and questions.
+
+    Args:
+        recipe: The recipe.
+        task: What it is about; loaded by default.
+    """
+
+    items = "conversations"
+
+    def __init__(self, recipe: ConversationRecipe, task: ConversationTask | None = None) -> None:
+        self.recipe: ConversationRecipe = recipe
+        self.task = task or load_conversation_task(
+            recipe.task, str(recipe.data), recipe.answering.benchmarks, recipe.conversation.drop_bad_images
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of all records, images and questions."""
+        return self.task.fingerprint
+
+    @property
+    def n_train(self) -> int:
+        """Number of conversations to train with."""
+        return len(self.task.records)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what decides about numbers in the field, and how much was left out."""
+        recipe = self.recipe
+        return {
+            "trained_on": recipe.task,
+            "weights": recipe.weights,
+            "tower": recipe.tower,
+            "projector_lr": recipe.projector_lr,
+            "dropped_records": self.task.dropped,
+            "cut_records": len(self.lengths.cut),
+            "train_tokens": sum(min(n, recipe.conversation.max_length) for n in self.lengths.tokens)
+            * recipe.optimizer.epochs,
+        }
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor.
+
+        Raises:
+            SanError: If there is none beside the model.
+        """
+        path = model_path(self.recipe)
+        try:
+            return AutoProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise SanError(f"{path} has no processor that transformers can load: {error}") from error
+
+    @cached_property
+    def lengths(self) -> Any:
+        """How long the conversations are; see `san_bench.data.conversation_prompts.measure`."""
+        return measure(self.task.records, self.processor, self.recipe.conversation.max_length)
+
+    def base_model(self) -> nn.Module:
+        """Loads the pretrained model with its weights in the recipe's type.
+
+        Raises:
+            SanError: If it holds no fitting weights, has no vision tower or projector, or bitsandbytes is needed and
+                not installed.
+        """
+        set_seed(self.recipe.seed)
+        model = load_pretrained(AutoModelForImageTextToText, model_path(self.recipe), self.recipe, (PROJECTOR, TOWER))
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        if missing := [name for name in (TOWER, PROJECTOR) if name not in names]:
+            raise SanError(
+                f"{self.recipe.model} is a {type(model).__name__}, no LLaVA: it has no {', '.join(missing)}."
+            )
+        return model
+
+    def trained_model(self, folder: Path) -> nn.Module:
+        """Loads a whole model that was trained."""
+        return load_pretrained(AutoModelForImageTextToText, folder, self.recipe, (PROJECTOR, TOWER))
+
+    def training(self, model: Any) -> Training:
+        """Returns the conversations as tensors, in batches of one modality and of like length."""
+        recipe, talk = self.recipe, self.recipe.conversation
+        if recipe.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        pictured = [record.image is not None for record in self.task.records]
+        collate = ConversationCollator(self._pad)
+        return Training(
+            dataset=ConversationDataset(
+                self.task.records, self.task.images, self.processor, talk.max_length, talk.pad_to_square
+            ),
+            collate=collate,
+            plain=collate,
+            chosen_by=None,
+            metric="loss",
+            loss=None,
+            mean_of_parts=False,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            rates={} if recipe.projector_lr is None else {f"{PROJECTOR}.": recipe.projector_lr},
+            batches=lambda size, processes: ModalityBatches(
+                pictured, self.lengths.tokens, size, recipe.seed, processes
+            ),
+        )
+
+    def probe(self, size: int) -> Batch:
+        """Returns the first questions that are asked and have an image, as many of each benchmark."""
+        each = -(-size // len(self.task.asked))
+        examples = []
+        for asked in self.task.asked.values():
+            chosen = [question for question in asked.questions if question.image is not None][:each]
+            examples += [self._encoded(question, asked.images) for question in chosen]
+        return self._left(examples[:size])
+
+    def score(self, model: Any, split: str) -> Scores:
+        """Asks all questions, and scores them by the papers' rules.
+
+        Returns:
+            The unweighted mean of the benchmarks' scores as `accuracy`; under `tasks` the score of each, `n_test`, the
+            texts that are no answer, and what else its rule gives. The files hold every question with its answer.
+
+        Raises:
+            SanError: If the split is another than `test`.
+        """
+        if split != "test":
+            raise SanError(f"{self.task.name} has no questions of the split {split!r}; it has those of test.")
+        tasks, files = {}, {}
+        for name, asked in self.task.asked.items():
+            texts = self.answers(model, asked)
+            found = _score(name, asked.questions, texts)
+            place = name if name == self.task.name else f"{self.task.name}/{name}"
+            tasks[place] = {
+                "accuracy": found.score,
+                "n_test": found.n,
+                "unanswered": found.unanswered,
+                "details": dict(found.details),
+            }
+            rows = [
+                {"id": question.id, "question": question.text, "right": list(question.answers), "answer": text}
+                for question, text in zip(asked.questions, texts, strict=True)
+            ]
+            files[f"answers-{name}.jsonl"] = "".join(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+            ).encode()
+        numbers = {
+            "accuracy": fmean(one["accuracy"] for one in tasks.values()),
+            "n_test": sum(one["n_test"] for one in tasks.values()),
+            "way": "generation",
+            "tasks": tasks,
+            "ways": {},
+        }
+        return Scores(numbers, files)
+
+    def answers(self, model: Any, asked: Asked) -> list[str]:
+        """Lets a model answer questions, without sampling; texts do not depend on the size of batches."""
+        tokenizer = self.processor.tokenizer
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.recipe.answering.max_new_tokens,
+            pad_token_id=self._pad,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        device = next(model.parameters()).device
+        kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        texts = [""] * len(asked.questions)
+        # Sorted by the length of the text alone: no image is opened before its batch comes.
+        lengths = [tokenizer(question.text)["input_ids"] for question in asked.questions]
+        with scoring(model):
+            for places, _ in batches(lengths, self.recipe.answering.batch_size):
+                for group in _by_modality(places, asked.questions):
+                    batch = self._left([self._encoded(asked.questions[place], asked.images) for place in group])
+                    ready = {
+                        key: value.to(device, kind) if value.is_floating_point() else value.to(device)
+                        for key, value in batch.items()
+                    }
+                    written = model.generate(**ready, generation_config=settings)
+                    start = ready["input_ids"].shape[1]
+                    for place, row in zip(group, written[:, start:].tolist(), strict=True):
+                        texts[place] = tokenizer.decode(row, skip_special_tokens=True).strip()
+        return texts
+
+    def save_companions(self, folder: Path) -> None:
+        """Writes the processor."""
+        self.processor.save_pretrained(folder)
+
+    @property
+    def _pad(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def _encoded(self, question: Question, images: Path) -> dict[str, Tensor]:
+        return encode_question(
+            question.text, _opened(question, images), self.processor, self.recipe.conversation.pad_to_square
+        )
+
+    def _left(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
+        """A batch of prompts, filled up at the left."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        ids = torch.full((len(examples), longest), self._pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            ids[row, longest - len(example["input_ids"]) :] = example["input_ids"]
+            mask[row, longest - len(example["input_ids"]) :] = 1
+        batch = {"input_ids": ids, "attention_mask": mask}
+        pixels = [example["pixel_values"] for example in examples if "pixel_values" in example]
+        return {**batch, "pixel_values": torch.stack(pixels)} if pixels else batch
+
+
+def _score(name: str, questions: Sequence[Question], texts: Sequence[str]) -> Score:
+    if name != "conversations":
+        return score(name, questions, texts)
+    right = [normalise_gqa(text) == normalise_gqa(q.answers[0]) for text, q in zip(texts, questions, strict=True)]
+    return Score(name, fmean(right), len(questions), sum(not text.strip() for text in texts))
+
+
+def _opened(question: Question, images: Path) -> Image.Image | None:
+    if question.image is None:
+        return None
+    if isinstance(question.image, bytes):
+        return Image.open(io.BytesIO(question.image)).convert("RGB")
+    return read_image(images, question.image)
+
+
+def _by_modality(places: Sequence[int], questions: Sequence[Question]) -> list[list[int]]:
+    """Places of questions with an image, and of those without, as far as there are any."""
+    groups = [[p for p in places if (questions[p].image is None) == bare] for bare in (False, True)]
+    return [group for group in groups if group]
