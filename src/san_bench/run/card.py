@@ -26,7 +26,7 @@ def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any)
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     file = folder / "README.md"
-    data = ModelCard.load(file).data if file.is_file() else ModelCardData()
+    data: Any = ModelCard.load(file).data if file.is_file() else ModelCardData()
     name = f"{recipe.method.kind} on {recipe.task}, seed {recipe.seed}"
     if recipe.model.partition("/")[0] == "embedded" or Path(recipe.model).is_dir():
         data.base_model = None  # a folder of this machine, or of the package, is no model on the hub

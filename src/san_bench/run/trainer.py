@@ -75,7 +75,8 @@ class _Trainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimiser, in which parts of the model may have learning rates of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        model: Any = self.model
+        names = {parameter: name for name, parameter in model.named_parameters()}
         for part, rate in self.training.rates.items():
             for group in list(optimizer.param_groups):
                 own = [p for p in group["params"] if part in names.get(p, "")]
