@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.bench.small import short_recipe, small_scale
+from tests.bench.texts import recipe_of, small_language
 
 from san_bench.run.images import load_predictions
 from san_bench.run.train import train
@@ -28,7 +29,7 @@ with small_scale():
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The same two recipes, trained by one process and by two."""
+    """The same three recipes, trained by one process and by two."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
     best = {"selection": "best-val", "train_split": "train800"}
@@ -39,11 +40,18 @@ def both(tmp_path_factory):
             alone, shared = (short_recipe(recipe, folder / kind / name, **more) for kind in ("alone", "shared"))
             (folder / f"{name}.yaml").write_text(shared.to_yaml(), encoding="utf-8")
             made[name] = [alone, shared, train(alone)]
+    place = small_language(folder / "language")
+    alone, shared = (recipe_of(place, folder / kind / "text", "san-lora") for kind in ("alone", "shared"))
+    (folder / "text.yaml").write_text(shared.to_yaml(), encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made["text"] = [alone, shared, train(alone)]
+    torch.set_num_threads(threads)
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", "localhost:0", str(folder / "program.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, *words, *(str(folder / f"{name}.yaml") for name in settings)],
+        [sys.executable, *words, *(str(folder / f"{name}.yaml") for name in made)],
         env=environment,
         capture_output=True,
         text=True,
@@ -51,7 +59,7 @@ def both(tmp_path_factory):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("recipe_fingerprint") == len(settings), "the first process alone prints"
+    assert done.stdout.count("recipe_fingerprint") == len(made), "the first process alone prints"
     return made
 
 
@@ -79,3 +87,24 @@ def test_two_processes_train_as_one(both, name):
     weights = [next((Path(r.output) / "adapter").glob("*.safetensors")) for r in (alone, shared)]
     one, two = map(load_file, weights)
     assert one.keys() == two.keys()
+
+
+def test_two_processes_share_the_questions_and_answer_as_one(both):
+    """A batch is cut in two parts of different lengths, of which the loss is over all tokens; questions take turns."""
+    alone, shared, result = both["text"]
+    again = json.loads((Path(shared.output) / "result.json").read_text())
+    assert (result["processes"], again["processes"]) == (1, 2)
+    for key in ("steps", "train_tokens", "tasks", "ways"):
+        assert again[key] == result[key], key
+    logs = [
+        [
+            row["loss"]
+            for row in map(json.loads, (Path(r.output) / "log.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
+        for r in (alone, shared)
+    ]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+    answers = [(Path(r.output) / "answers-instructions.jsonl").read_text() for r in (alone, shared)]
+    assert answers[0] == answers[1]
+    assert answers[0].count("\n") == 6

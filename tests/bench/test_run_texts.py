@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tests.bench.texts import gpt2, llama, llama2, write
+from tests.bench.texts import METHODS, gpt2, llama, llama2, question, recipe_of, small_language, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from san_bench import cli
 from san_bench.data.instructions import Record
 from san_bench.data.texts import hold_out, load_text_task
 from san_bench.recipe import load_recipe
-from san_bench.recipe_text import TextRecipe
 from san_bench.report.results import read_rows
 from san_bench.run import evaluate as evaluating
 from san_bench.run.build import with_method
@@ -28,21 +26,6 @@ from san_bench.run.scales import load_scales
 from san_bench.run.texts import Texts
 from san_bench.run.train import train
 from san_peft.errors import SanError
-
-LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
-OVER = {**LORA, "propagation": "all", "decomposition": "norm", "exponent": 1.0, "bound": None, "detach": False}
-PLAIN = {"detach": False, "gate": False}
-METHODS = {
-    "san": {"kind": "san", "propagation": "all", "exponent": 1.0, "shift": False, "train_norms": True, **PLAIN},
-    "lora": {"kind": "lora", **LORA},
-    "san-lora": {"kind": "san-lora", **OVER},
-    "full": {"kind": "full"},
-}
-
-
-def question(number: int) -> Record:
-    answer = "true" if number % 2 else "false"
-    return Record(f"Is {number} odd?\n\nAnswer format: true/false", "", f"the correct answer is {answer}", answer)
 
 
 @pytest.fixture(autouse=True)
@@ -55,28 +38,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A small LLaMA with its tokenizer, and records in the published format."""
-    folder = tmp_path_factory.mktemp("language")
-    tokenizer = llama2()
-    llama(len(tokenizer)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    write(folder / "data" / "train.json", [question(n) for n in range(20)])
-    write(folder / "data" / "test.json", [question(n) for n in range(20, 26)])
-    return folder
-
-
-def recipe_of(place: Path, output: Path, kind: str = "san", **changes: object) -> TextRecipe:
-    values = {
-        "task": "instructions", "data": str(place / "data"), "model": str(place / "model"), "method": METHODS[kind],
-        "train_split": "train", "selection": "last", "protocol": None, "weights": "fp32", "precision": "fp32",
-        "text.template": "clean", "text.loss_on": "answer", "scoring.ways": ["generation", "likelihood"],
-        "scoring.beams": 1, "optimizer.lr": 0.01, "optimizer.warmup": 0.1, "checkpoint_steps": 0, "optimizer.epochs": 2,
-        "optimizer.batch_size": 6, "scoring.batch_size": 4,
-        "scoring.max_new_tokens": 6, "output": str(output),
-    }  # fmt: skip
-    return load_recipe(
-        "language/llama-3-8b-san-lora", {**values, **{key.replace("__", "."): value for key, value in changes.items()}}
-    )
+    return small_language(tmp_path_factory.mktemp("language"))
 
 
 @pytest.fixture(scope="module")

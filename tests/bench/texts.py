@@ -11,6 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from san_bench.data.instructions import Record
+from san_bench.recipe import load_recipe
+from san_bench.recipe_text import TextRecipe
 
 QUESTIONS = {
     "boolq": ("Please answer the following question with true or false, question: is rain wet?", "", "true"),
@@ -180,3 +182,43 @@ def gpt2(vocabulary: int) -> GPT2LMHeadModel:
         eos_token_id=None,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
+OVER = {**LORA, "propagation": "all", "decomposition": "norm", "exponent": 1.0, "bound": None, "detach": False}
+PLAIN = {"detach": False, "gate": False}
+METHODS = {
+    "san": {"kind": "san", "propagation": "all", "exponent": 1.0, "shift": False, "train_norms": True, **PLAIN},
+    "lora": {"kind": "lora", **LORA},
+    "san-lora": {"kind": "san-lora", **OVER},
+    "full": {"kind": "full"},
+}
+
+
+def question(number: int) -> Record:
+    answer = "true" if number % 2 else "false"
+    return Record(f"Is {number} odd?\n\nAnswer format: true/false", "", f"the correct answer is {answer}", answer)
+
+
+def small_language(folder: Path) -> Path:
+    """A small LLaMA with its tokenizer, and records in the published format."""
+    tokenizer = llama2()
+    llama(len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write(folder / "data" / "train.json", [question(n) for n in range(20)])
+    write(folder / "data" / "test.json", [question(n) for n in range(20, 26)])
+    return folder
+
+
+def recipe_of(place: Path, output: Path, kind: str = "san", **changes: object) -> TextRecipe:
+    values = {
+        "task": "instructions", "data": str(place / "data"), "model": str(place / "model"), "method": METHODS[kind],
+        "train_split": "train", "selection": "last", "protocol": None, "weights": "fp32", "precision": "fp32",
+        "text.template": "clean", "text.loss_on": "answer", "scoring.ways": ["generation", "likelihood"],
+        "scoring.beams": 1, "optimizer.lr": 0.01, "optimizer.warmup": 0.1, "checkpoint_steps": 0, "optimizer.epochs": 2,
+        "optimizer.batch_size": 6, "scoring.batch_size": 4,
+        "scoring.max_new_tokens": 6, "output": str(output),
+    }  # fmt: skip
+    return load_recipe(
+        "language/llama-3-8b-san-lora", {**values, **{key.replace("__", "."): value for key, value in changes.items()}}
+    )

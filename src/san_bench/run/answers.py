@@ -17,6 +17,7 @@ import torch
 from san_bench.data.instructions import Questions, fingerprint
 from san_bench.data.prompts import RESPONSE, Collator, Template, prompt
 from san_bench.data.tokens import PreparedTokenizer
+from san_bench.run.processes import mine, together
 from san_peft.errors import SanError
 
 BEAMS = 4
@@ -145,7 +146,7 @@ def generate_texts(
     beams: int = BEAMS,
     max_new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
-    """Lets a model go on from prompts, without sampling; the longest prompts come first.
+    """Lets a model go on from prompts, without sampling; the longest prompts come first. Processes share them.
 
     Args:
         model: A causal language model of transformers, with or without an adapter.
@@ -182,15 +183,15 @@ def generate_texts(
     )
     collate = Collator(tokenizer.pad, "left")
     device = next(model.parameters()).device
-    texts = [""] * len(prompts)
+    own, texts = mine(len(prompts)), {}
     with scoring(model):
-        for places, tokens in batches([tokenizer.encode(text) for text in prompts], batch_size):
+        for places, tokens in batches([tokenizer.encode(prompts[place]) for place in own], batch_size):
             batch = {name: rows.to(device) for name, rows in collate([{"input_ids": t} for t in tokens]).items()}
             written = model.generate(**batch, generation_config=settings)
             start = batch["input_ids"].shape[1]
             for place, row in zip(places, written[:, start:].tolist(), strict=True):
-                texts[place] = tokenizer.decode(row)
-    return texts
+                texts[own[place]] = tokenizer.decode(row)
+    return together(texts, len(prompts))
 
 
 def batches(rows: Sequence[list[int]], size: int) -> Iterator[tuple[list[int], list[list[int]]]]:

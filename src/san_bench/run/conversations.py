@@ -23,6 +23,7 @@ from san_bench.run.answers import batches, scoring
 from san_bench.run.build import PROJECTOR, TOWER, model_path
 from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
 from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.processes import mine, together
 from san_bench.run.vqa import Question, Score, score
 from san_bench.run.vqa_answers import normalise_gqa
 from san_bench.run.weights import load_pretrained
@@ -180,7 +181,7 @@ class Conversations(Domain):
         return Scores(numbers, files)
 
     def answers(self, model: Any, asked: Asked) -> list[str]:
-        """Lets a model answer questions, without sampling; texts do not depend on the size of batches."""
+        """Lets a model answer questions, which processes share, without sampling."""
         tokenizer = self.processor.tokenizer
         settings = GenerationConfig(
             do_sample=False,
@@ -191,12 +192,12 @@ class Conversations(Domain):
         )
         device = next(model.parameters()).device
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        texts = [""] * len(asked.questions)
+        own, texts = mine(len(asked.questions)), {}
         # Sorted by the length of the text alone: no image is opened before its batch comes.
-        lengths = [tokenizer(question.text)["input_ids"] for question in asked.questions]
+        lengths = [tokenizer(asked.questions[place].text)["input_ids"] for place in own]
         with scoring(model):
             for places, _ in batches(lengths, self.recipe.answering.batch_size):
-                for group in _by_modality(places, asked.questions):
+                for group in _by_modality([own[place] for place in places], asked.questions):
                     batch = self._left([self._encoded(asked.questions[place], asked.images) for place in group])
                     ready = {
                         key: value.to(device, kind) if value.is_floating_point() else value.to(device)
@@ -206,7 +207,7 @@ class Conversations(Domain):
                     start = ready["input_ids"].shape[1]
                     for place, row in zip(group, written[:, start:].tolist(), strict=True):
                         texts[place] = tokenizer.decode(row, skip_special_tokens=True).strip()
-        return texts
+        return together(texts, len(asked.questions))
 
     def save_companions(self, folder: Path) -> None:
         """Writes the processor."""

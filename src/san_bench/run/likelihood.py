@@ -19,6 +19,7 @@ from san_bench.data.instructions import Questions
 from san_bench.data.prompts import Collator, Template, prompt
 from san_bench.data.tokens import PreparedTokenizer
 from san_bench.run.answers import batches, scoring
+from san_bench.run.processes import mine, together
 from san_peft.errors import SanError
 
 
@@ -122,13 +123,14 @@ def log_likelihoods(
     """
     if batch_size < 1:
         raise SanError(f"batch_size is {batch_size}, but must be 1 or more.")
-    encoded = [tokenizer.encode_after(*pair) for pair in pairs]
-    for (tokens, start), pair in zip(encoded, pairs, strict=True):
+    own = mine(len(pairs))
+    encoded = [tokenizer.encode_after(*pairs[place]) for place in own]
+    for (tokens, start), pair in zip(encoded, (pairs[place] for place in own), strict=True):
         if not 0 < start < len(tokens):
             raise SanError(f"The text {pair[1]!r:.60} after {pair[0][-20:]!r} has no tokens, or none before it.")
     collate = Collator(tokenizer.pad, "right")
     device = next(model.parameters()).device
-    scores = [0.0] * len(pairs)
+    scores: dict[int, float] = {}
     with scoring(model):
         for places, rows in batches([tokens for tokens, _ in encoded], batch_size):
             batch = {name: ids.to(device) for name, ids in collate([{"input_ids": row} for row in rows]).items()}
@@ -137,8 +139,8 @@ def log_likelihoods(
                 start, end = encoded[place][1], len(row)
                 chances = torch.log_softmax(logits[line, start - 1 : end - 1].float(), -1)
                 chosen = batch["input_ids"][line, start:end, None]
-                scores[place] = float(chances.gather(-1, chosen).sum())
-    return scores
+                scores[own[place]] = float(chances.gather(-1, chosen).sum())
+    return together(scores, len(pairs))
 
 
 def harness_scores(
