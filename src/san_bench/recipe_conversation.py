@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from san_bench.recipe import Recipe
 from san_bench.strict import Strict, suggest
 
-TASKS = ("llava", "conversations")
+TASKS = ("llava", "conversations", "mini-vl")
 """What there is to train on."""
 
 BENCHMARKS = ("vqav2", "gqa", "vizwiz", "sqa", "textvqa", "pope", "mmbench")
@@ -42,7 +42,7 @@ class Answering(Strict):
     """What is asked after the training.
 
     Attributes:
-        benchmarks: Some of `BENCHMARKS` for `llava`; none for `conversations`, whose test records are asked.
+        benchmarks: Some of `BENCHMARKS` for `llava`; none elsewhere, where there are questions of one's own.
         batch_size: Questions at a time.
         max_new_tokens: The most tokens of an answer, which is decoded greedily.
     """
@@ -67,7 +67,7 @@ class ConversationRecipe(Recipe):
 
     Attributes:
         task: What is trained on; see `san_bench.run.conversation_task.load_conversation_task`.
-        data: Folder of the records, the images and the benchmarks.
+        data: Folder of the records, the images and the benchmarks; `null` for `mini-vl`.
         train_split: All records.
         eval_split: What can be scored without a server.
         model: A folder, or a name that transformers resolves, of LLaVA 1.5, with its processor.
@@ -100,13 +100,13 @@ class ConversationRecipe(Recipe):
 
     @model_validator(mode="after")
     def _fits(self) -> ConversationRecipe:
-        if self.data is None:
+        if self.data is None and self.task != "mini-vl":
             raise ValueError(f"data|{self.task} needs the folder of its records and images")
         if self.method.kind == "linear":
             raise ValueError("method|linear trains a new head alone, and a model of language has none; take another")
         if self.method.kind in ("full", "norm", "bitfit") and self.weights in ("nf4", "int8", "fp16"):
             raise ValueError(f"weights|{self.method.kind} trains the weights, and {self.weights} cannot be trained")
         if bool(self.answering.benchmarks) != (self.task == "llava"):
-            what = "names none of them" if self.task == "llava" else "has test records in place of benchmarks"
+            what = "names none of them" if self.task == "llava" else "has questions of its own in place of benchmarks"
             raise ValueError(f"answering|{self.task} {what}; benchmarks are {', '.join(BENCHMARKS)}")
         return self

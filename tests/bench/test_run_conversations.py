@@ -235,7 +235,7 @@ def test_bad_images_stop_a_run_or_are_left_out_on_request(place, tmp_path):
 def test_mistakes_are_named(place, tmp_path):
     with pytest.raises(SanError, match=r"there is no benchmark 'vqa2'\. Did you mean 'vqav2'"):
         recipe_of(place, tmp_path, task="llava", answering__benchmarks=["vqa2"])
-    with pytest.raises(SanError, match="conversations has test records in place of benchmarks"):
+    with pytest.raises(SanError, match="conversations has questions of its own in place of benchmarks"):
         recipe_of(place, tmp_path, answering__benchmarks=["gqa"])
     with pytest.raises(SanError, match="needs the folder of its records and images"):
         recipe_of(place, tmp_path, data=None)

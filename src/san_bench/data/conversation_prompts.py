@@ -15,7 +15,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,25 @@ TEMPLATE = (
 tokenizers of Llama's kind write that space and the first word as one token."""
 
 
+Images = str | Path | Callable[[str], Image.Image]
+"""Folder that images are below, or what makes an image of its name."""
+
+
 class ConversationDataset(Dataset[dict[str, Tensor]]):
     """Conversations as the tensors that LLaVA and transformers' Trainer read.
 
     Args:
         records: The conversations.
-        images: Folder that their images are below.
+        images: Folder that their images are below, or what makes an image of its name.
         processor: A `LlavaProcessor` with a fast tokenizer.
         max_length: Tokens after which a conversation is cut off, those of the image included.
         pad: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does.
     """
 
     def __init__(
-        self, records: Sequence[Conversation], images: str | Path, processor: Any, max_length: int, pad: bool = True
+        self, records: Sequence[Conversation], images: Images, processor: Any, max_length: int, pad: bool = True
     ) -> None:
-        self.records, self.images, self.processor = records, Path(images), processor
+        self.records, self.images, self.processor = records, images, processor
         self.max_length, self.pad = max_length, pad
 
     def __len__(self) -> int:
@@ -75,8 +79,17 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Returns `input_ids` and `labels`, and `pixel_values` of shape (3, height, width) where there is an image."""
         record = self.records[index]
-        image = None if record.image is None else read_image(self.images, record.image)
+        image = None if record.image is None else opened(self.images, record.image)
         return encode(record, image, self.processor, self.max_length, self.pad)
+
+
+def opened(images: Images, name: str) -> Image.Image:
+    """Returns an image in RGB by its name.
+
+    Raises:
+        SanError: If it is missing, cannot be decoded, or leaves the folder.
+    """
+    return images(name) if callable(images) else read_image(images, name)
 
 
 def messages(record: Conversation) -> list[dict[str, Any]]:

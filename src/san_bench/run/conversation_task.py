@@ -4,6 +4,7 @@
 benchmarks as LLaVA's docs/Evaluation.md lays them out (haotian-liu/LLaVA), with the annotations of what can be scored
 without a server beside them. `conversations` is for records of one's own: `train.json` and `test.json` in the same
 format, the images below the same folder. Of a test record the first question is asked, and the first answer is right.
+`mini-vl` is drawn: the tasks of `san_bench.data.mini_talk`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from san_bench.data import mini_talk
 from san_bench.data.conversation_images import preflight
+from san_bench.data.conversation_prompts import Images
 from san_bench.data.conversations import MARKER, Conversation, fingerprint, load_conversations
 from san_bench.run import vqa_files
 from san_bench.run.vqa import Question
@@ -31,12 +34,14 @@ class Asked:
     """The questions of a benchmark.
 
     Attributes:
+        rule: Name of the benchmark whose rule scores them, or `exact`: the same words, but for case and a last period.
         questions: The questions with what is right.
-        images: Folder that their images are below.
+        images: Folder that their images are below, or what makes an image of its name.
     """
 
+    rule: str
     questions: tuple[Question, ...]
-    images: Path
+    images: Images
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,22 @@ class ConversationTask:
     Attributes:
         name: Its name.
         records: The conversations to train with.
-        images: Folder that their images are below.
-        asked: Questions by benchmark.
+        images: Folder that their images are below, or what makes an image of its name.
+        asked: Questions by the name of the task that tables show.
         dropped: How many conversations were left out, for their images.
     """
 
     name: str
     records: tuple[Conversation, ...]
-    images: Path
+    images: Images
     asked: dict[str, Asked]
     dropped: int
 
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 over the records, the sizes of their images, and the questions."""
-        digest = hashlib.sha256(fingerprint(self.records, self.images).encode())
+        folder = None if callable(self.images) else self.images
+        digest = hashlib.sha256(fingerprint(self.records, folder).encode())
         for name, asked in self.asked.items():
             for question in asked.questions:
                 facts = asdict(question)
@@ -71,30 +77,33 @@ class ConversationTask:
 
 
 def load_conversation_task(
-    name: str, data: str | Path, benchmarks: Sequence[str] = (), drop: bool = False
+    name: str, data: str | Path | None, benchmarks: Sequence[str] = (), drop: bool = False
 ) -> ConversationTask:
     """Loads records and questions, and decodes every image of the records once.
 
     Args:
-        name: `llava`, or `conversations`.
-        data: The folder.
+        name: `llava`, `conversations` or `mini-vl`.
+        data: The folder; none for `mini-vl`.
         benchmarks: Of `llava`, what will be asked.
         drop: Leaves out the conversations whose images are missing or cannot be read.
 
     Raises:
         SanError: If there is no such task, a file is missing or not as it must be, or images cannot be read.
     """
-    folder = Path(data)
-    if not folder.is_dir():
+    if name == "mini-vl":
+        return _mini()
+    folder = Path(data or "")
+    if data is None or not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     if name == "llava":
         path = folder / MIX
-        asked = {benchmark: _benchmark(benchmark, folder / "eval") for benchmark in benchmarks}
+        asked = {f"llava/{benchmark}": _benchmark(benchmark, folder / "eval") for benchmark in benchmarks}
     elif name == "conversations":
         path = folder / "train.json"
-        asked = {name: Asked(tuple(map(_question, load_conversations(folder / "test.json"))), folder)}
+        questions = tuple(map(_question, load_conversations(folder / "test.json")))
+        asked = {name: Asked("exact", questions, folder)}
     else:
-        raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations'))}")
+        raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations', 'mini-vl'))}")
     found = preflight(load_conversations(path), folder, drop)
     return ConversationTask(name, tuple(found.require()), folder, asked, len(found.dropped))
 
@@ -146,4 +155,19 @@ def _benchmark(name: str, root: Path) -> Asked:
         ),
     }
     place, load, images = loaders[name]
-    return Asked(tuple(load(root / place)), root / place / images)
+    return Asked(name, tuple(load(root / place)), root / place / images)
+
+
+def _mini() -> ConversationTask:
+    records = tuple(map(mini_talk.conversation, range(mini_talk.KINDS * len(mini_talk.SPLITS["train"]))))
+    asked = {}
+    for name, task in mini_talk.TASKS.items():
+        times = 10 if task.like in ("vqav2", "vizwiz", "textvqa") else 1  # as many people have answered there
+        questions = []
+        for index in mini_talk.SPLITS["test"]:
+            one = mini_talk.item(name, index)
+            image = f"{name}/{index}.png"
+            questions.append(Question(index, image, one.text, (one.answer,) * times, one.category, one.options))
+        chosen = vqa_files.with_rotations(questions) if task.like == "mmbench" else questions
+        asked[f"mini-vl/{name}"] = Asked(task.like, tuple(chosen), mini_talk.image_of)
+    return ConversationTask("mini-vl", records, mini_talk.image_of, asked, 0)

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, set_seed
 
 from san_bench.data.conversation_batches import ModalityBatches
-from san_bench.data.conversation_images import read_image
-from san_bench.data.conversation_prompts import ConversationCollator, ConversationDataset, encode_question, measure
+from san_bench.data.conversation_prompts import (
+    ConversationCollator,
+    ConversationDataset,
+    Images,
+    encode_question,
+    measure,
+    opened,
+)
 from san_bench.recipe_conversation import ConversationRecipe
 from san_bench.run.answers import batches, scoring
 from san_bench.run.build import PROJECTOR, TOWER, model_path
@@ -43,7 +49,7 @@ class Conversations(Domain):
     def __init__(self, recipe: ConversationRecipe, task: ConversationTask | None = None) -> None:
         self.recipe: ConversationRecipe = recipe
         self.task = task or load_conversation_task(
-            recipe.task, str(recipe.data), recipe.answering.benchmarks, recipe.conversation.drop_bad_images
+            recipe.task, recipe.data, recipe.answering.benchmarks, recipe.conversation.drop_bad_images
         )
 
     @property
@@ -156,9 +162,8 @@ class Conversations(Domain):
         tasks, files = {}, {}
         for name, asked in self.task.asked.items():
             texts = self.answers(model, asked)
-            found = _score(name, asked.questions, texts)
-            place = name if name == self.task.name else f"{self.task.name}/{name}"
-            tasks[place] = {
+            found = _score(asked.rule, asked.questions, texts)
+            tasks[name] = {
                 "accuracy": found.score,
                 "n_test": found.n,
                 "unanswered": found.unanswered,
@@ -168,7 +173,7 @@ class Conversations(Domain):
                 {"id": question.id, "question": question.text, "right": list(question.answers), "answer": text}
                 for question, text in zip(asked.questions, texts, strict=True)
             ]
-            files[f"answers-{name}.jsonl"] = "".join(
+            files[f"answers-{name.rpartition('/')[2]}.jsonl"] = "".join(
                 json.dumps(row, ensure_ascii=False) + "\n" for row in rows
             ).encode()
         numbers = {
@@ -218,7 +223,7 @@ class Conversations(Domain):
         tokenizer = self.processor.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def _encoded(self, question: Question, images: Path) -> dict[str, Tensor]:
+    def _encoded(self, question: Question, images: Images) -> dict[str, Tensor]:
         return encode_question(
             question.text, _opened(question, images), self.processor, self.recipe.conversation.pad_to_square
         )
@@ -236,19 +241,19 @@ class Conversations(Domain):
         return {**batch, "pixel_values": torch.stack(pixels)} if pixels else batch
 
 
-def _score(name: str, questions: Sequence[Question], texts: Sequence[str]) -> Score:
-    if name != "conversations":
-        return score(name, questions, texts)
+def _score(rule: str, questions: Sequence[Question], texts: Sequence[str]) -> Score:
+    if rule != "exact":
+        return score(rule, questions, texts)
     right = [normalise_gqa(text) == normalise_gqa(q.answers[0]) for text, q in zip(texts, questions, strict=True)]
-    return Score(name, fmean(right), len(questions), sum(not text.strip() for text in texts))
+    return Score(rule, fmean(right), len(questions), sum(not text.strip() for text in texts))
 
 
-def _opened(question: Question, images: Path) -> Image.Image | None:
+def _opened(question: Question, images: Images) -> Image.Image | None:
     if question.image is None:
         return None
     if isinstance(question.image, bytes):
         return Image.open(io.BytesIO(question.image)).convert("RGB")
-    return read_image(images, question.image)
+    return opened(images, question.image)
 
 
 def _by_modality(places: Sequence[int], questions: Sequence[Question]) -> list[list[int]]:

@@ -26,15 +26,6 @@ from san_bench.run.vqa_answers import (
 )
 from san_bench.strict import san_error, suggest
 
-SHORT = "Answer the question using a single word or phrase."
-"""Last line of a question that wants a short answer."""
-
-LETTER = "Answer with the option's letter from the given choices directly."
-"""Last line of a question of multiple choice."""
-
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
-"""Line before the last one in VizWiz."""
-
 CIRCLE = 1_000_000
 """MMBench numbers the rotations of a question by its index plus multiples of this."""
 

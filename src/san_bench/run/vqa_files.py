@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from san_bench.run.vqa import CATEGORIES, CIRCLE, LETTER, SHORT, UNANSWERABLE, Question
+from san_bench.data.conversations import LETTER, SHORT, UNANSWERABLE
+from san_bench.run.vqa import CATEGORIES, CIRCLE, Question
 from san_bench.run.vqa_answers import LETTERS
 from san_bench.run.vqa_rows import read_json, read_lines, read_list, read_part, read_table, require_keys
 from san_bench.strict import san_error

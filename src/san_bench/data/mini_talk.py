@@ -1,0 +1,240 @@
+"""The tasks of mini-vl: seven forms of question about small pictures, one for each benchmark of LLaVA-1.5.
+
+The forms, the last lines of questions and the rules of scoring are the benchmarks' own. Item `i` of a task is a
+function of the task's seed and `i` alone, the same on every platform; splits are ranges of `i`. Right letters take
+turns. Science asks for facts of the small world of `world_facts`.
+
+Example:
+    >>> print(item("presence", 1).text.splitlines()[0], item("presence", 1).answer)
+    Is there a yellow disc in the image? no
+    >>> picture("presence", 1).size, conversation(7).image is None
+    ((32, 32), True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image
+
+from san_bench.data.conversations import LETTER, MARKER, SHORT, UNANSWERABLE, Conversation, Turn
+from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
+from san_bench.data.world_wordings import RELATIONS
+from san_bench.data.world_words import Dice, an, sentence
+
+SPLITS = {"train": range(0, 400), "val": range(400, 500), "test": range(500, 800)}
+"""Which items of a task are in which split."""
+
+LETTERS = "ABCD"
+
+WORDS = tuple(
+    "ant bag barn bean bear beet bell belt boat book broom bus cap cat clay coat corn cow crab cup desk dog door duck "
+    "farm fish forge fox frog glue goat ham hat hen hill hole iron jar jug kite lamp lens lion map milk mine moth net "
+    "oar oats oil owl park pen pig pin pot rope salt sand saw seal ship shoe soap sun tea tin tree wasp wax wolf wood"
+    .split()
+)  # fmt: skip
+"""What may be written in a picture."""
+
+CATEGORIES = ("adversarial", "popular", "random")
+"""Kinds of what is not there, as POPE names them."""
+
+KINDS = 8
+"""Records of the training mix take turns: one of each task, and one without a picture."""
+
+
+class Asked(NamedTuple):
+    """A question about a scene.
+
+    Attributes:
+        scene: What the picture shows.
+        text: The question with its last line.
+        answer: What is right.
+        options: What may be chosen, where there are options.
+        category: Of the question, where its benchmark has some.
+    """
+
+    scene: Scene
+    text: str
+    answer: str
+    options: tuple[str, ...] = ()
+    category: str = "default"
+
+
+def _scene(dice: Dice, count: int) -> Scene:
+    """Figures in different cells, with different shapes and different colours."""
+    cells, shapes = dice.sample(range(len(CELLS)), count), dice.sample(list(SHAPES), count)
+    colours = dice.sample(list(COLOURS), count)
+    return Scene(tuple(Figure(*parts) for parts in sorted(zip(cells, shapes, colours, strict=True))))
+
+
+def _absent(dice: Dice, scene: Scene, what: str) -> str:
+    known = {getattr(figure, what) for figure in scene.figures}
+    return dice.pick([name for name in (SHAPES if what == "shape" else COLOURS) if name not in known])
+
+
+def _chosen(stem: str, options: Sequence[str]) -> str:
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([stem, *lines, LETTER])
+
+
+def open_question(dice: Dice, index: int) -> Asked:
+    """Colour, shape, number or place of what is there."""
+    scene = _scene(dice, 1 + index % 4)
+    figure, kind = dice.pick(scene.figures), index // 4 % 4
+    text, answer = (
+        (f"What colour is the {figure.shape}?", figure.colour),
+        (f"Which shape is {figure.colour}?", figure.shape),
+        ("How many shapes are there?", str(len(scene.figures))),
+        (f"Where is the {figure.shape}?", CELLS[figure.cell]),
+    )[kind]
+    return Asked(scene, f"{text}\n{SHORT}", answer)
+
+
+def composed(dice: Dice, index: int) -> Asked:
+    """Two figures and how they stand to each other."""
+    while True:
+        scene = _scene(dice, 3)
+        pairs = [(a, b) for a in scene.figures for b in scene.figures if a.cell // 2 == b.cell // 2 and a.cell < b.cell]
+        if pairs:
+            break
+    left, right = dice.pick(pairs)
+    kind = index % 3
+    if kind == 0:
+        return Asked(scene, f"What colour is the shape to the left of the {right.shape}?\n{SHORT}", left.colour)
+    if kind == 1:
+        return Asked(scene, f"Which shape is to the right of the {left.colour} {left.shape}?\n{SHORT}", right.shape)
+    yes = index // 3 % 2 == 0
+    one, other = (left, right) if yes else (right, left)
+    text = f"Is the {one.colour} {one.shape} to the left of the {other.colour} {other.shape}?"
+    return Asked(scene, f"{text}\n{SHORT}", "yes" if yes else "no")
+
+
+def unanswerable(dice: Dice, index: int) -> Asked:
+    """A question that the picture answers in every second case."""
+    scene = _scene(dice, 2 + index // 2 % 2)
+    shape = dice.pick(scene.figures).shape if index % 2 else _absent(dice, scene, "shape")
+    answer = scene.find(shape)[0].colour if index % 2 else "unanswerable"
+    return Asked(scene, f"What colour is the {shape}?\n{UNANSWERABLE}\n{SHORT}", answer)
+
+
+def science(dice: Dice, index: int) -> Asked:
+    """Which food has the colour of a figure: the picture tells the colour, and the world tells the food."""
+    scene, foods = _scene(dice, 2), RELATIONS["colour"].table
+    figure, right = dice.pick(scene.figures), index % 4
+    others = dice.sample([colour for colour in COLOURS if colour != figure.colour], 3)
+    colours = [*others[:right], figure.colour, *others[right:]]
+    options = tuple(an(dice.pick([food for food, has in foods.items() if has == colour])) for colour in colours)
+    return Asked(scene, _chosen(f"Which food has the colour of the {figure.shape}?", options), LETTERS[right], options)
+
+
+def written(dice: Dice, index: int) -> Asked:
+    """A word in the picture."""
+    word = dice.pick(WORDS)
+    figures = tuple(figure for figure in _scene(dice, 2).figures if figure.cell < 2)
+    return Asked(Scene(figures, word), f"What is written?\n{SHORT}", word)
+
+
+def presence(dice: Dice, index: int) -> Asked:
+    """Whether something is there; what is not is made of parts that are, common, or any."""
+    scene = _scene(dice, 3)
+    category, there = CATEGORIES[index // 2 % 3], index % 2 == 0
+    figure = dice.pick(scene.figures)
+    if there:
+        shape, colour = figure.shape, figure.colour
+    elif category == "adversarial":  # a shape and a colour that are there, but not together
+        shape = figure.shape
+        colour = dice.pick([other.colour for other in scene.figures if other != figure])
+    elif category == "popular":
+        shape, colour = _absent(dice, scene, "shape"), figure.colour
+    else:
+        shape, colour = _absent(dice, scene, "shape"), _absent(dice, scene, "colour")
+    text = f"Is there {an(f'{colour} {shape}')} in the image?\n{SHORT}"
+    return Asked(scene, text, "yes" if there else "no", (), category)
+
+
+def circular(dice: Dice, index: int) -> Asked:
+    """Multiple choice, which is asked with its options in every rotation."""
+    scene, right = _scene(dice, 3), index % 4
+    figure, kind = dice.pick(scene.figures), index // 4 % 2
+    known, wanted = (SHAPES, figure.shape) if kind else (COLOURS, figure.colour)
+    others = dice.sample([name for name in known if name != wanted], 3)
+    options = (*others[:right], wanted, *others[right:])
+    stem = f"Which shape is {figure.colour}?" if kind else f"What colour is the {figure.shape}?"
+    return Asked(scene, _chosen(stem, options), LETTERS[right], options)
+
+
+@dataclass(frozen=True)
+class TalkTask:
+    """One task of mini-vl.
+
+    Attributes:
+        like: The benchmark whose form and rule it has, as in `san_bench.run.vqa.BENCHMARKS`.
+        seed: Names the sequence of items.
+        draw: Draws an item from its dice and its index.
+    """
+
+    like: str
+    seed: int
+    draw: Callable[[Dice, int], Asked]
+
+
+TASKS: dict[str, TalkTask] = {
+    "open": TalkTask("vqav2", 301, open_question),
+    "composed": TalkTask("gqa", 302, composed),
+    "unanswerable": TalkTask("vizwiz", 303, unanswerable),
+    "science": TalkTask("sqa", 304, science),
+    "written": TalkTask("textvqa", 305, written),
+    "presence": TalkTask("pope", 306, presence),
+    "circular": TalkTask("mmbench", 307, circular),
+}
+"""Every task by its name, without the `mini-vl/` before it."""
+
+
+def item(name: str, index: int) -> Asked:
+    """Makes one item of a task.
+
+    Args:
+        name: A name in `TASKS`.
+        index: Which item of the task's sequence.
+    """
+    task = TASKS[name]
+    return task.draw(Dice(task.seed, index), index)
+
+
+def picture(name: str, index: int) -> Image.Image:
+    """Draws the picture of an item."""
+    return Image.fromarray(draw(item(name, index).scene, TASKS[name].seed, index))
+
+
+def conversation(index: int) -> Conversation:
+    """Makes one record of the training mix.
+
+    Args:
+        index: Which record; those of the training split are below `KINDS` times its length. The last of each `KINDS`
+            has no picture and asks for a fact of the small world; every second one with a picture goes on with another
+            question.
+
+    Returns:
+        The record. Its image is a name that `image_of` draws.
+    """
+    place, kind = divmod(index, KINDS)
+    if kind == len(TASKS):
+        dice = Dice(308, place)
+        relation = dice.pick(list(RELATIONS.values()))
+        subject = dice.pick(list(relation.table))
+        asked = f"{sentence(relation.fill(dice.pick(relation.ask), subject))}\n{SHORT}"
+        return Conversation(index, (Turn("human", asked), Turn("gpt", relation.fill(relation.value, subject))))
+    name = list(TASKS)[kind]
+    one = item(name, place)
+    turns = [Turn("human", f"{MARKER}\n{one.text}"), Turn("gpt", one.answer)]
+    if place % 2:
+        turns += [Turn("human", f"How many shapes are there?\n{SHORT}"), Turn("gpt", str(len(one.scene.figures)))]
+    return Conversation(index, tuple(turns), f"{name}/{place}.png")
+
+
+def image_of(name: str) -> Image.Image:
+    """Draws the picture of a record, by the name that it has there."""
+    task, _, index = name.removesuffix(".png").partition("/")
+    return picture(task, int(index))

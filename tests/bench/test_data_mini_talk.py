@@ -1,0 +1,150 @@
+"""The tasks of mini-vl: what pictures show, what is asked, and that the answers are right and not to be guessed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from san_bench.data.conversations import problems_of
+from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, SHAPES, Figure, Scene, draw
+from san_bench.data.mini_talk import CATEGORIES, KINDS, SPLITS, TASKS, WORDS, conversation, image_of, item, picture
+from san_bench.data.world_wordings import RELATIONS
+from san_bench.run.conversation_task import load_conversation_task
+from san_bench.run.vqa import BENCHMARKS, score
+
+ITEMS = range(240)
+
+
+def stem(asked):
+    return asked.text.splitlines()[0]
+
+
+def test_pictures_are_the_same_everywhere():
+    digest = hashlib.sha256(b"".join(np.asarray(picture(name, 3)).tobytes() for name in TASKS)).hexdigest()
+    assert digest == "a57b177cda2bb916025bed72f7678c42a75a7a5426dcc77da1aefcce44eca172"
+
+
+def test_a_figure_has_its_colour_where_it_stands():
+    for cell in range(4):
+        for colour, paint in COLOURS.items():
+            image = draw(Scene((Figure(cell, "disc", colour),)), 1, cell).astype(float)
+            x, y = 8 + 16 * (cell % 2), 8 + 16 * (cell // 2)
+            inside = image[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))
+            nearest = min(COLOURS, key=lambda name: float(np.abs(inside - np.array(COLOURS[name])).sum()))
+            assert nearest == colour, paint
+            other = image[(y + 16) % 32, (x + 16) % 32]
+            assert other.max() < 150
+
+
+def test_shapes_differ_and_a_word_is_written_as_its_letters():
+    bare = draw(Scene(()), 1, 0).astype(float)
+    masks = [np.abs(draw(Scene((Figure(0, shape, "white"),)), 1, 0) - bare).max(-1) > 60 for shape in SHAPES]
+    assert len({mask.tobytes() for mask in masks}) == len(SHAPES)
+    shown = np.abs(draw(Scene((), "cab"), 1, 0) - bare).max(-1) > 60
+    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+    crop = shown[rows[0] : rows[0] + 5, columns[0] : columns[0] + 17]
+    for place, letter in enumerate("cab"):
+        wanted = [[dot == "1" for dot in row] for row in FONT[letter].split()]
+        assert crop[:, 6 * place : 6 * place + 5].tolist() == wanted
+    assert {letter for word in WORDS for letter in word} <= set(FONT)
+    assert max(map(len, WORDS)) <= 5
+    assert len(set(WORDS)) == len(WORDS)
+
+
+def test_the_scenes_answer_the_questions():
+    """Each answer is worked out from the scene and the words of the question alone."""
+    foods = RELATIONS["colour"].table
+    for index in ITEMS:
+        asked = item("open", index)
+        words = stem(asked).rstrip("?").split()
+        if words[0] == "How":
+            assert asked.answer == str(len(asked.scene.figures))
+        elif words[:2] == ["What", "colour"]:
+            assert [asked.answer] == [f.colour for f in asked.scene.find(shape=words[-1])]
+        elif words[0] == "Which":
+            assert [asked.answer] == [f.shape for f in asked.scene.find(colour=words[-1])]
+        else:
+            assert [asked.answer] == [CELLS[f.cell] for f in asked.scene.find(shape=words[-1])]
+        asked = item("unanswerable", index)
+        found = asked.scene.find(shape=stem(asked).rstrip("?").split()[-1])
+        assert asked.answer == (found[0].colour if found else "unanswerable")
+        asked = item("science", index)
+        (figure,) = asked.scene.find(shape=stem(asked).rstrip("?").split()[-1])
+        right = [n for n, food in enumerate(asked.options) if foods[food.split()[-1]] == figure.colour]
+        assert ["ABCD"[n] for n in right] == [asked.answer]
+        asked = item("written", index)
+        assert asked.answer == asked.scene.word
+        asked = item("presence", index)
+        colour, shape = stem(asked).removesuffix(" in the image?").split()[-2:]
+        assert asked.answer == ("yes" if asked.scene.find(shape, colour) else "no")
+        if asked.answer == "no" and asked.category == "adversarial":
+            assert asked.scene.find(shape)
+            assert asked.scene.find(colour=colour)
+        asked = item("circular", index)
+        word = stem(asked).rstrip("?").split()[-1]
+        (figure,) = asked.scene.find(word) or asked.scene.find(colour=word)
+        assert asked.options["ABCD".index(asked.answer)] in (figure.shape, figure.colour)
+        assert sum(option in (figure.shape, figure.colour) for option in asked.options) == 1
+
+
+def test_what_stands_left_and_right():
+    for index in ITEMS:
+        asked = item("composed", index)
+        words = stem(asked).rstrip("?").split()
+        if words[0] == "Is":
+            one, other = asked.scene.find(words[3], words[2])[0], asked.scene.find(words[-1], words[-2])[0]
+            assert asked.answer == ("yes" if one.cell % 2 < other.cell % 2 else "no")
+            assert one.cell // 2 == other.cell // 2
+            continue
+        anchor = asked.scene.find(words[-1])[0]
+        neighbour = next(f for f in asked.scene.figures if f.cell == anchor.cell ^ 1)
+        assert ("left" in words) == (neighbour.cell < anchor.cell)
+        assert asked.answer == (neighbour.colour if words[1] == "colour" else neighbour.shape)
+
+
+def test_no_answer_can_be_guessed_by_its_place():
+    letters = [Counter(item(name, n).answer for n in ITEMS) for name in ("science", "circular")]
+    assert letters == [dict.fromkeys("ABCD", 60)] * 2
+    assert Counter(item("presence", n).answer for n in ITEMS) == {"yes": 120, "no": 120}
+    assert Counter(item("presence", n).category for n in ITEMS) == dict.fromkeys(CATEGORIES, 80)
+    assert Counter(item("unanswerable", n).answer for n in ITEMS)["unanswerable"] == 120
+    said = Counter(item("composed", n).answer for n in ITEMS)
+    assert abs(said["yes"] - said["no"]) <= 1
+
+
+def test_no_picture_of_one_split_is_in_another():
+    for name in TASKS:
+        seen = [hashlib.sha256(np.asarray(picture(name, n)).tobytes()).digest() for n in range(SPLITS["test"].stop)]
+        assert len(set(seen)) == len(seen)
+
+
+def test_records_are_those_of_the_published_format():
+    for index in range(2 * KINDS):
+        record = conversation(index)
+        turns = [{"from": turn.role, "value": turn.text} for turn in record.turns]
+        plain = {"id": record.id, "conversations": turns, **({"image": record.image} if record.image else {})}
+        assert problems_of(plain) == []
+        assert (record.image is None) == (index % KINDS == KINDS - 1)
+        if record.image:
+            assert np.array_equal(
+                np.asarray(image_of(record.image)), np.asarray(picture(list(TASKS)[index % KINDS], index // KINDS))
+            )
+    assert len(conversation(KINDS).turns) == 4
+
+
+def test_right_answers_score_one_by_the_rules_of_the_benchmarks():
+    task = load_conversation_task("mini-vl", None)
+    assert [asked.rule for asked in task.asked.values()] == list(BENCHMARKS)
+    assert len(task.records) == KINDS * 400
+    for name, asked in task.asked.items():
+        assert len(asked.questions) == (1200 if asked.rule == "mmbench" else 300), name
+        right = [question.answers[0] for question in asked.questions]
+        assert score(asked.rule, asked.questions, right).score == pytest.approx(1.0)
+        wrong = score(asked.rule, asked.questions, ["nothing"] * len(right))
+        assert wrong.score == 0.0 if asked.rule != "pope" else wrong.details["random/yes_ratio"] == 1.0
+    trained = {record.image for record in task.records}
+    assert not trained & {question.image for asked in task.asked.values() for question in asked.questions}
+    assert task.fingerprint == load_conversation_task("mini-vl", None).fingerprint
