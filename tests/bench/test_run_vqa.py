@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from san_bench.data.conversations import LETTER, SHORT
 from san_bench.run import vqa_files
 from san_bench.run.vqa import (
     BENCHMARKS,
-    LETTER,
-    SHORT,
     Question,
     Score,
     lmms_command,

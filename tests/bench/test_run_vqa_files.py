@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from san_bench.data.conversations import LETTER, SHORT
 from san_bench.run import vqa_files, vqa_uploads
-from san_bench.run.vqa import LETTER, SHORT, Question
+from san_bench.run.vqa import Question
 from san_peft.errors import SanError
 
 
