@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from san_bench.data.conversations import LETTER, SHORT
+from san_bench.data.question_lines import LETTER, SHORT
 from san_bench.run import vqa_files
 from san_bench.run.vqa import (
     BENCHMARKS,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from san_bench.data.conversations import LETTER, SHORT
+from san_bench.data.question_lines import LETTER, SHORT
 from san_bench.run import vqa_files, vqa_uploads
 from san_bench.run.vqa import Question
 from san_peft.errors import SanError

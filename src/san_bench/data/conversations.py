@@ -36,15 +36,6 @@ MARKER = "<image>"
 ROLES = ("human", "gpt")
 """Who speaks, in the order in which they do."""
 
-SHORT = "Answer the question using a single word or phrase."
-"""Last line of a question that wants a short answer."""
-
-LETTER = "Answer with the option's letter from the given choices directly."
-"""Last line of a question of multiple choice."""
-
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
-"""Line before the last one in VizWiz."""
-
 SHOWN = 20
 """Bad records that a message lists; it counts the others."""
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from san_bench.data.conversations import LETTER, MARKER, SHORT, UNANSWERABLE, Conversation, Turn
+from san_bench.data.conversations import MARKER, Conversation, Turn
 from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
+from san_bench.data.question_lines import LETTER, SHORT, UNANSWERABLE
 from san_bench.data.world_wordings import RELATIONS
 from san_bench.data.world_words import Dice, an, sentence
 

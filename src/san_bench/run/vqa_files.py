@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from san_bench.data.conversations import LETTER, SHORT, UNANSWERABLE
+from san_bench.data.question_lines import LETTER, SHORT, UNANSWERABLE
 from san_bench.run.vqa import CATEGORIES, CIRCLE, Question
 from san_bench.run.vqa_answers import LETTERS
 from san_bench.run.vqa_rows import read_json, read_lines, read_list, read_part, read_table, require_keys
