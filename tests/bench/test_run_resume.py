@@ -16,9 +16,11 @@ from tests.bench.small import short_recipe, small_scale
 
 from san_bench import cli
 from san_bench.run import train as training
+from san_bench.run import trainer
 from san_bench.run.evaluate import evaluate
 from san_bench.run.images import load_predictions
 from san_bench.run.train import train
+from san_peft.errors import SanError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,3 +138,23 @@ def test_a_full_disk_is_one_message_and_nothing_is_half_written(name, tmp_path, 
     cli.main(["train", str(tmp_path / "recipe.yaml")])
     assert not list((tmp_path / "run").glob(".*"))
     assert evaluate(tmp_path / "run")["correct"] == json.loads((tmp_path / "run/result.json").read_text())["correct"]
+
+
+@pytest.mark.parametrize("steps", [3, 0])
+def test_too_little_memory_is_one_message_and_the_last_checkpoint_stays(steps, tmp_path, monkeypatch):
+    def full(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    recipe = short_recipe("san", tmp_path / "run", checkpoint_steps=steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Journal, "on_step_end", full)
+        with pytest.raises(SanError) as error:
+            train(recipe)
+    said = str(error.value)
+    assert "CUDA out of memory. Tried to allocate 2 GiB. " in said
+    assert "more" not in said.split("GiB")[1].split(".")[1]
+    assert ("goes on from step 3" if steps else "There is no checkpoint to go on from") in said
+    assert "optimizer.accumulation" in said
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert train(recipe)["resumed_from_step"] == steps

@@ -32,7 +32,7 @@ from san_bench.run.domain import Batch, Domain, Scores, Training
 from san_bench.run.processes import mine, together
 from san_bench.run.vqa import Question, Score, score
 from san_bench.run.vqa_answers import normalise_gqa
-from san_bench.run.weights import load_pretrained
+from san_bench.run.weights import load_pretrained, place
 from san_peft.errors import SanError
 
 
@@ -159,6 +159,7 @@ class Conversations(Domain):
         """
         if split != "test":
             raise SanError(f"{self.task.name} has no questions of the split {split!r}; it has those of test.")
+        place(model)
         tasks, files = {}, {}
         for name, asked in self.task.asked.items():
             texts = self.answers(model, asked)
@@ -199,19 +200,19 @@ class Conversations(Domain):
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         own, texts = mine(len(asked.questions)), {}
         # Sorted by the length of the text alone: no image is opened before its batch comes.
-        lengths = [tokenizer(asked.questions[place].text)["input_ids"] for place in own]
+        lengths = [tokenizer(asked.questions[part].text)["input_ids"] for part in own]
         with scoring(model):
             for places, _ in batches(lengths, self.recipe.answering.batch_size):
-                for group in _by_modality([own[place] for place in places], asked.questions):
-                    batch = self._left([self._encoded(asked.questions[place], asked.images) for place in group])
+                for group in _by_modality([own[part] for part in places], asked.questions):
+                    batch = self._left([self._encoded(asked.questions[part], asked.images) for part in group])
                     ready = {
                         key: value.to(device, kind) if value.is_floating_point() else value.to(device)
                         for key, value in batch.items()
                     }
                     written = model.generate(**ready, generation_config=settings)
                     start = ready["input_ids"].shape[1]
-                    for place, row in zip(group, written[:, start:].tolist(), strict=True):
-                        texts[place] = tokenizer.decode(row, skip_special_tokens=True).strip()
+                    for part, row in zip(group, written[:, start:].tolist(), strict=True):
+                        texts[part] = tokenizer.decode(row, skip_special_tokens=True).strip()
         return together(texts, len(asked.questions))
 
     def save_companions(self, folder: Path) -> None:

@@ -22,7 +22,7 @@ from san_bench.run.answers import answer_task
 from san_bench.run.build import model_path
 from san_bench.run.domain import Batch, Domain, Scores, Training
 from san_bench.run.likelihood import choose, harness_scores
-from san_bench.run.weights import load_pretrained
+from san_bench.run.weights import load_pretrained, place
 from san_peft.errors import SanError
 
 
@@ -40,6 +40,7 @@ class Texts(Domain):
         self.recipe: TextRecipe = recipe
         self.task = task or load_text_task(recipe.task, recipe.data)
         self.task.asked(recipe.eval_split)  # better known before the training than after it
+        self._tokens: dict[str, Tokenised] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -79,7 +80,7 @@ class Texts(Domain):
         return prepare_tokenizer(tokenizer, self.recipe.text.pad)
 
     def base_model(self) -> nn.Module:
-        """Loads the pretrained model with its weights in the recipe's type, on a GPU where there is one.
+        """Loads the pretrained model with its weights in the recipe's type.
 
         Raises:
             SanError: If it holds no fitting weights, has too few embeddings for the tokenizer, or bitsandbytes is
@@ -118,8 +119,10 @@ class Texts(Domain):
 
     def tokens(self, split: str) -> Tokenised:
         """Returns the records of a split as examples to train with."""
-        text = self.recipe.text
-        return tokenise(self.task.splits[split], self.tokenizer, text.template, text.loss_on, text.cutoff)
+        if split not in self._tokens:
+            text, records = self.recipe.text, self.task.splits[split]
+            self._tokens[split] = tokenise(records, self.tokenizer, text.template, text.loss_on, text.cutoff)
+        return self._tokens[split]
 
     def probe(self, size: int) -> Batch:
         """Returns the first prompts that are scored, as many of each task."""
@@ -138,6 +141,7 @@ class Texts(Domain):
             others. The files hold every question with its answer.
         """
         scoring = self.recipe.scoring
+        place(model)
         found = {way: WAYS[way](self, model, self.task.asked(split)) for way in scoring.ways}
         first = found[scoring.ways[0]]
         numbers = {

@@ -24,6 +24,7 @@ from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
 from san_bench.run.trainer import COMPLETE, make_trainer
+from san_peft.errors import SanError
 
 
 def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         all that comes from; the same once more in the blocks of PEFT's method comparison.
 
     Raises:
-        SanError: If the folder holds another recipe's run, or the loss or a prediction is not finite.
+        SanError: If the folder holds another recipe's run, the loss or a prediction is not finite, or memory is not
+            enough; checkpoints stay.
     """
     folder = Path(recipe.output)
     result_file = folder / "result.json"
@@ -67,14 +69,17 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     before = _rss()
     journal.begin(checkpoint)
     energy = Energy()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(folder, trainer.state.global_step, error) from error
     seconds, peak = journal.seconds, _peak_rss()
     joules = energy.joules()
-    activations = saved_activation_bytes(model, _batch(trainer, recipe.optimizer.batch_size))
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if processes.is_main_process:
         _save(model, folder / "adapter")
         write_rows(folder / "log.jsonl", trainer.state.log_history)
+    activations = saved_activation_bytes(model, _batch(trainer, trainer.args.per_device_train_batch_size))
     scores = domain.score(model, domain.recipe.eval_split)
     result = {
         "run": folder.name,
@@ -120,6 +125,21 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     processes.wait_for_everyone()
     return result
+
+
+def _out_of_memory(folder: Path, step: int, error: BaseException) -> SanError:
+    kept = _last_checkpoint(folder / "checkpoints")
+    goes_on = (
+        f"The same command goes on from step {kept.name.split('-')[-1]}."
+        if kept
+        else "There is no checkpoint to go on from; checkpoint_steps makes some."
+    )
+    said = str(error).strip().splitlines() or ["out of memory"]
+    return SanError(
+        f"Memory is not enough in step {step + 1} of {folder}: {said[0].rstrip('.')}. {goes_on} A larger "
+        "optimizer.accumulation needs less, and so do gradient_checkpointing and quantised weights of language models; "
+        "that is another recipe, which needs another output."
+    )
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

@@ -58,3 +58,9 @@ def load_pretrained(auto: Any, path: str | Path, recipe: Any, whole: Sequence[st
     from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(model, recipe.gradient_checkpointing, {"use_reentrant": False})
+
+
+def place(model: Any) -> None:
+    """Moves a model that lies in the memory of the machine to a GPU, where there is one."""
+    if torch.cuda.is_available() and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        model.to("cuda")
