@@ -9,22 +9,30 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from tests.bench.texts import METHODS, gpt2, llama, llama2, question, recipe_of, small_language, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from san_bench import cli
+from san_bench.data import world
 from san_bench.data.instructions import Record
 from san_bench.data.texts import hold_out, load_text_task
 from san_bench.recipe import load_recipe
-from san_bench.report.results import read_rows
+from san_bench.report.analysis import analyse
+from san_bench.report.html import write_report
+from san_bench.report.results import read_rows, trainings
+from san_bench.report.table import table_command
 from san_bench.run import evaluate as evaluating
 from san_bench.run.build import with_method
 from san_bench.run.domain import domain_of
+from san_bench.run.engines import Outcome
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model
 from san_bench.run.scales import load_scales
+from san_bench.run.suite import bench
 from san_bench.run.texts import Texts
 from san_bench.run.train import train
+from san_bench.suite import Choice, Suite, plan
 from san_peft.errors import SanError
 
 
@@ -311,3 +319,98 @@ def test_commonsense_trains_on_the_mix_and_is_scored_on_eight(tmp_path):
         Texts(
             load_recipe("language/llama-7b-lora", {"data": str(tmp_path), "train_split": "train", "eval_split": "val"})
         )
+
+
+# A suite whose tasks share one training
+
+
+@pytest.fixture(scope="module")
+def benched(place, tmp_path_factory):
+    """mini-language cut down to four records a task to train with, two to hold out and three to ask."""
+    folder = tmp_path_factory.mktemp("suite")
+    names = [f"mini-language/{name}" for name in world.TASKS]
+    protocol = yaml.safe_load(recipe_of(place, folder / "nowhere", "lora").to_yaml())
+    given = ("task", "data", "model", "method", "seed", "train_split", "eval_split", "output", "protocol")
+    protocol = {key: value for key, value in protocol.items() if key not in given}
+    del protocol["optimizer"]["lr"]
+    protocol["text"]["cutoff"] = 900  # the tokenizer knows few words
+    (folder / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    suite = Suite.model_validate(
+        {
+            "protocol": str(folder / "protocol.yaml"),
+            "groups": {"forms": names},
+            "mix": "mini-language",
+            "models": {"small": str(place / "model")},
+            "methods": {kind: METHODS[kind] for kind in ("san", "lora")},
+            "modes": ["neuron"],
+            "settings": {},
+            "search": {"tasks": [], "seeds": [100], "grid": {"default": [1e-3, 1e-2]}, "per": "suite"},
+            "rates": {},
+        }
+    )
+    splits = {"train": slice(0, 4), "val": slice(4, 6), "test": slice(6, 9)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "SPLITS", splits)
+        world._load.cache_clear()
+        rows = bench(suite, "tiny", Choice(methods=("san",)), folder / "out", Here(), search=True)
+        again = Here()
+        rows += bench(suite, "tiny", Choice(methods=("lora",), overrides={"optimizer.lr": 0.01}), folder / "out", again)
+        bench(suite, "tiny", Choice(methods=("san",)), folder / "out", again)
+    world._load.cache_clear()
+    assert again.ran == ["lora"]  # what is done is not repeated
+    return suite, rows, folder / "out", splits
+
+
+class Here:
+    """An engine without processes."""
+
+    def __init__(self):
+        self.ran = []
+
+    def run(self, function, jobs):
+        for name, job in jobs.items():
+            self.ran.append(job["labels"]["method"])
+            yield Outcome(name, function(job), None)
+
+
+def test_one_training_is_scored_on_every_task_of_a_mix(benched):
+    suite, rows, out, _ = benched
+    own = [row for row in rows if row["method"] == "san"]
+    assert [row["task"] for row in own if row["way"] == "generation"] == list(suite.tasks)
+    assert [row["task"] for row in own if row["way"] == "likelihood"] == list(suite.tasks)
+    assert {(row["trained_on"], row["group"], row["n_train"], row["n_test"]) for row in own} == {
+        ("mini-language", "forms", 48, 3)
+    }
+    assert len({row["run"] for row in own}) == 1
+    assert all(set(row["modes"]) == {"neuron"} for row in own)
+    assert all("modes" not in row for row in rows if row["method"] == "lora")
+    chosen = json.loads((out / "rates.json").read_text())["small"]["san"]
+    trials = [json.loads(line) for line in (out / "search" / "rows.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in trials} == {"val"}
+    sums = {lr: sum(r["accuracy"] for r in trials if r["lr"] == lr and r["way"] == "generation") for lr in (1e-3, 1e-2)}
+    assert chosen == min(sums, key=lambda lr: (-sums[lr], lr))  # by the first way alone
+    with pytest.raises(
+        SanError, match="One training on mini-language covers all tasks of the suite, so none can be chosen"
+    ):
+        plan(suite, Choice(tasks=("mini-language/easy",)))
+
+
+def test_tables_pictures_and_the_report_count_a_training_once(benched, capsys):
+    _, rows, out, _ = benched
+    table_command([out], "markdown")
+    printed = capsys.readouterr().out
+    assert "tiny, small" in printed
+    means = next(part for part in printed.split("**") if "by generation: means" in part)
+    assert means
+    found = analyse(out)
+    bars = {record["method"]: record for record in found["accuracy"]}
+    mine = [row["accuracy"] for row in rows if row["method"] == "lora" and row["way"] == "generation"]
+    assert bars["lora"]["mean"] == pytest.approx(sum(mine) / 8)
+    assert (bars["lora"]["n_tasks"], bars["lora"]["n_runs"]) == (8, 8)
+    assert [(record["method"], record["task"], record["n_runs"]) for record in found["curves"]] == [
+        ("lora", "mini-language", 1), ("san", "mini-language", 1)
+    ]  # fmt: skip
+    write_report(out, out / "report.html")
+    page = (out / "report.html").read_text()
+    assert ">2</dd>" in page or ">2<" in page
+    assert len(trainings(rows)) == 2

@@ -79,12 +79,12 @@ def _accuracy(groups: Sequence[Group]) -> list[Record]:
     records = []
     for backbone in dict.fromkeys(group.backbone for group in groups):
         here = [group for group in groups if group.backbone == backbone]
-        tasks = set.intersection(*({run.row["task"] for run in group.runs} for group in here))
+        tasks = set.intersection(*({row["task"] for run in group.runs for row in run.rows} for group in here))
         for group in here if tasks else ():
             by_seed: dict[int, dict[str, float]] = {}
-            for run in group.runs:
-                if run.row["task"] in tasks:
-                    by_seed.setdefault(run.row["seed"], {})[run.row["task"]] = run.row["accuracy"]
+            for row in (row for run in group.runs for row in run.rows):
+                if row["task"] in tasks:
+                    by_seed.setdefault(row["seed"], {})[row["task"]] = row["accuracy"]
             of_task = [[values[task] for values in by_seed.values() if task in values] for task in tasks]
             complete = [statistics.fmean(values.values()) for values in by_seed.values() if len(values) == len(tasks)]
             records.append(
@@ -106,7 +106,7 @@ def _curves(group: Group) -> list[Record]:
     by_task: dict[str, list[tuple[float, ...]]] = {}
     for run in group.runs:
         if run.losses:
-            by_task.setdefault(run.row["task"], []).append(run.losses)
+            by_task.setdefault(run.task, []).append(run.losses)
     records = []
     for task, losses in by_task.items():
         steps = min(map(len, losses))
@@ -152,7 +152,7 @@ def _variance(group: Group) -> list[Record]:
 
 def _similarity(group: Group) -> list[Record]:
     """Similarity within and between tasks; in all layers together, tested, and in each."""
-    tasks, seeds = [run.row["task"] for run in group.scaled], [run.row["seed"] for run in group.scaled]
+    tasks, seeds = [run.task for run in group.scaled], [run.row["seed"] for run in group.scaled]
     if len(set(seeds)) < 2:
         return []
     records = []
@@ -182,11 +182,11 @@ def _without_p(comparison: Any) -> Record:
 def _engrams(group: Group) -> list[Record]:
     """Places of runs on a plane, for three runs or more of two tasks or more."""
     runs = group.scaled
-    if len(runs) < 3 or len({run.row["task"] for run in runs}) < 2:
+    if len(runs) < 3 or len({run.task for run in runs}) < 2:
         return []
     places, shares = embed(group.matrix(group.layers))
     points = [
-        {"task": run.row["task"], "seed": run.row["seed"], "x": float(x), "y": float(y)}
+        {"task": run.task, "seed": run.row["seed"], "x": float(x), "y": float(y)}
         for run, (x, y) in zip(runs, places, strict=True)
     ]
     return [{"backbone": group.backbone, "method": group.method, "shares": list(shares), "points": points}]
@@ -287,7 +287,7 @@ def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[s
         for layer, (kind, _) in layer_kinds(group.layers).items():
             scales.setdefault(kind, {}).setdefault(group.method, []).append(group.matrix([layer]).ravel())
     who = " and ".join(f"{group.method}, {'with' if group.propagates else 'without'} propagation" for group in chosen)
-    n, tasks = len(chosen[0].runs), len({run.row["task"] for run in chosen[0].runs})
+    n, tasks = len(chosen[0].runs), len({run.task for run in chosen[0].runs})
     runs = f"n = {_many(n, 'run')} of {_many(tasks, 'task')} each"
     caption = (
         f"Trained scales γ of {who}, on {backbone}, layer by layer from the input (depth 0) on; {runs}, pooled. "

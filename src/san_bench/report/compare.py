@@ -17,7 +17,7 @@ from san_bench.report.estimate import (
 )
 from san_bench.report.origin import origin
 from san_bench.report.published import Published, claims, decimals_of
-from san_bench.report.results import Cell, Row, Table
+from san_bench.report.results import Cell, Row, Table, trainings
 from san_bench.report.sections import Line, Section, selection_words
 
 Seeds = Mapping[int, Row]
@@ -160,22 +160,24 @@ def modes_table(section: Section) -> Table | None:
     if not scored:
         return None
     rows = []
+    every = [row for tasks in scored.values() for seeds in tasks.values() for row in seeds.values()]
+    shown = [mode for mode in MODES if mode == "both" or all(mode in row["modes"] for row in every)]
     for line, tasks in scored.items():
         values = [
             _mean(
                 {t: {s: {**r, **_in_mode(r, mode)} for s, r in seeds.items()} for t, seeds in tasks.items()}, [[*tasks]]
             )
-            for mode in MODES
+            for mode in shown
         ]
         most = max((value.estimate.n for value in values if value.estimate), default=0)
         rows.append((Cell(line.method), Cell(str(most), most), *(value.cell(most, 1, 100) for value in values)))
     return Table(
         f"{section.title}: modes",
-        ("Method", "n", *(f"{mode}: {words}" for mode, words in MODES.items())),
+        ("Method", "n", *(f"{mode}: {MODES[mode]}" for mode in shown)),
         tuple(rows),
         (
             READING,
-            "One training, scored four times: parts of the adapter are switched off after it.",
+            "One training, scored in every mode: parts of the adapter are switched off after it.",
             *_origin(section),
         ),
     )
@@ -194,7 +196,8 @@ def cost_table(section: Section) -> Table:
                 lines.setdefault((line, _machine(row)), []).append(row)
     known = [(name, key) for name, key in COSTS if any(row.get(key) is not None for row in section.rows)]
     made = []
-    for (line, machine), rows in lines.items():
+    for (line, machine), every in lines.items():
+        rows = trainings(every)
         values = [_known([row[key] for row in rows if row.get(key) is not None]) for _, key in known]
         head = [Cell(line.method), Cell(line.chosen or "–"), Cell(machine), Cell(str(len(rows)), len(rows))]
         head.append(_range([row["trainable_parameters"] - row["trainable_head"] for row in rows]))

@@ -24,19 +24,29 @@ class Run:
     """A run that has finished, with what is left of it.
 
     Attributes:
-        row: Its row.
+        rows: Its rows: one, or one for each task that it was scored on, all scored in the same way.
         losses: Training loss of every step, in order; empty without a log.
         scales: Its trained scales, or `None` where it has none.
     """
 
-    row: Row
+    rows: tuple[Row, ...]
     losses: tuple[float, ...]
     scales: Scales | None
 
     @property
+    def row(self) -> Row:
+        """Its first row."""
+        return self.rows[0]
+
+    @property
+    def task(self) -> str:
+        """What it was trained on."""
+        return self.row.get("trained_on") or self.row["task"]
+
+    @property
     def key(self) -> tuple[str, int]:
-        """What was trained on, and seed."""
-        return self.row.get("trained_on") or self.row["task"], self.row["seed"]
+        """What it was trained on, and seed."""
+        return self.task, self.row["seed"]
 
 
 @dataclass(frozen=True)
@@ -83,19 +93,20 @@ def read_groups(folder: Path) -> list[Group]:
     suite = (folder / "rows.jsonl").is_file()
     problems: list[str] = []
     groups: dict[tuple[str, str], list[Run]] = {}
-    seen: set[str] = set()
-    for (backbone, method), rows in _named(sections(read_rows([folder]))):
+    every = read_rows([folder])
+    ways = {row["run"]: row.get("way") for row in reversed(every)}  # of several ways to score, the first one
+    for name, rows in _named(sections([row for row in every if row.get("way") == ways[row["run"]]])):
+        of_run: dict[str, list[Row]] = {}
         for row in rows:
-            if row.get("trained_on") and row["run"] in seen:  # scored on several tasks, but trained once
-                continue
-            seen.add(row["run"])
-            run = folder / row["run"] if suite else folder
+            of_run.setdefault(row["run"], []).append(row)
+        for place, own in of_run.items():
+            run = folder / place if suite else folder
             try:
-                found = Run(row, losses_of(run), load_scales(run))
+                found = Run(tuple(own), losses_of(run), load_scales(run))
             except SanError as error:
-                problems.append(f"{row['run']}: {error}")
+                problems.append(f"{place}: {error}")
             else:
-                groups.setdefault((backbone, method), []).append(found)
+                groups.setdefault(name, []).append(found)
     if problems:
         raise SanError("\n".join([f"The scales of {len(problems)} runs cannot be read:", *problems]))
     return [Group(backbone, method, tuple(runs)) for (backbone, method), runs in groups.items()]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from san_bench.report.render import numeric
-from san_bench.report.results import Cell, Row, Table, read_rows
+from san_bench.report.results import Cell, Row, Table, read_rows, trainings
 from san_bench.report.settings import Setting, side_by_side
 from san_bench.report.table import tables
 from san_bench.run.provenance import write_atomically
@@ -204,7 +204,10 @@ def _grey(match: re.Match[str]) -> str:
 def _facts(rows: Sequence[Row], failures: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     kinds = {"Tasks": "task", "Backbones": "backbone", "Methods": "method", "Seeds": "seed"}
     counts = {name: len({row[key] for row in rows}) for name, key in kinds.items()}
-    return tuple((name, f"{count:,}") for name, count in {"Runs": len(rows), **counts, "Failed": len(failures)}.items())
+    return tuple(
+        (name, f"{count:,}")
+        for name, count in {"Runs": len(trainings(rows)), **counts, "Failed": len(failures)}.items()
+    )
 
 
 def _when(rows: Sequence[Row]) -> str:
@@ -238,7 +241,8 @@ def _origins(rows: Sequence[Row]) -> Compared:
         groups.setdefault(json.dumps([row[key] for key in ORIGIN], sort_keys=True), []).append(row)
     names, facts = [], []
     for group in groups.values():
-        names.append(f"{len(group):,} {'run' if len(group) == 1 else 'runs'}, {_when(group)}")
+        count = len(trainings(group))
+        names.append(f"{count:,} {'run' if count == 1 else 'runs'}, {_when(group)}")
         facts.append([{key: "unknown" if group[0][key] is None else group[0][key] for key in ORIGIN}])
     return Compared(tuple(names), tuple(side_by_side(facts)))
 

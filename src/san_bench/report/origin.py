@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from san_bench.report.results import trainings
+
 LABELS = {
     "san": "SAN",
     "linear": "linear probe",
@@ -44,7 +46,7 @@ def origin(rows: Sequence[dict[str, Any]], command: str) -> str:
         lines.append(f"{who}measured {date} by `{command}`; {text}.")
     lines += [
         f"{_name(row)} was interrupted and resumed at step {row['resumed_from_step']}."
-        for row in rows
+        for row in trainings(rows)
         if row.get("resumed_from_step")
     ]
     return "\n\n".join(line[0].upper() + line[1:] for line in lines)
@@ -57,8 +59,8 @@ def _in_suite(row: dict[str, Any]) -> bool:
 def _who(rows: Sequence[dict[str, Any]]) -> str:
     if not any(map(_in_suite, rows)):
         return ", ".join(label(row["run"]) for row in rows)
-    methods = ", ".join(dict.fromkeys(row["method"] for row in rows))
-    return f"{len(rows)} {'run' if len(rows) == 1 else 'runs'} of {methods}"
+    methods, count = ", ".join(dict.fromkeys(row["method"] for row in rows)), len(trainings(rows))
+    return f"{count} {'run' if count == 1 else 'runs'} of {methods}"
 
 
 def _name(row: dict[str, Any]) -> str:

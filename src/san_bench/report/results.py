@@ -133,6 +133,12 @@ def by_task(result: Row) -> list[Row]:
     ]
 
 
+def trainings(rows: Sequence[Row]) -> list[Row]:
+    """Returns one row of each training; where it was scored on several tasks, or in several ways, the first."""
+    keys = ("suite", "backbone", "method", "recipe_fingerprint")
+    return list({tuple(row.get(key) for key in keys): row for row in reversed(rows)}.values())[::-1]
+
+
 def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
     """Yields the good rows of one place, and adds what is wrong with the others to the problems."""
     files = [folder] if folder.suffix == ".jsonl" else [folder / "rows.jsonl", folder / "result.json"]
