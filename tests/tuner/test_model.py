@@ -49,6 +49,22 @@ def carrying(model: nn.Module, adapter_name: str = "default") -> set[str]:
 # ------------------------------------------------------------------ targets
 
 
+def test_a_trained_module_of_several_layers_is_kept_in_merging():
+    """Such as the projector of LLaVA: it is no layer with a weight of its own."""
+    model = get_peft_model(
+        vit(), SanConfig(target_modules=["fc1"], modules_to_save=["layers.1.mlp"], init_weights=False)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+        expected = model(image()).logits
+    plain = model.merge_and_unload()
+    assert not layers_of(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(image()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_no_targets_means_every_traced_layer_but_the_heads():
     model = get_peft_model(vit(), SanConfig())
     expected = {layer.fqn for layer in trace(vit()).layers} - {"classifier"}
