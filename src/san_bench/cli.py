@@ -53,7 +53,7 @@ class Train:
         result = train(recipe, self.track)
         keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
         if os.environ.get("RANK", "0") == "0":  # of the processes that accelerate or torchrun started
-            _table({key: result[key] for key in keys})
+            _table({key: result[key] for key in keys} | _of_tasks(result))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Eval:
         """Scores and prints."""
         from san_bench.run.evaluate import evaluate
 
-        _table(evaluate(self.folder, self.split, self.mode))
+        _table(_scores(evaluate(self.folder, self.split, self.mode)))
 
 
 @dataclass(frozen=True)
@@ -412,6 +412,18 @@ def _is_disk_full(error: Exception) -> bool:
     """Whether a disk, a quota or the size of files is exhausted; safetensors, in Rust, says so in its text alone."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _scores(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with a line for each task, where it has several."""
+    return {key: value for key, value in result.items() if key not in ("tasks", "ways")} | _of_tasks(result)
+
+
+def _of_tasks(result: dict[str, Any]) -> dict[str, str]:
+    from san_bench.report.results import by_task
+
+    rows = by_task(result) if "tasks" in result else []
+    return {f"{row['task']} by {row['way']}": f"{row['accuracy']:.4g} of {row['n_test']}" for row in rows}
 
 
 def _table(facts: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import peft
@@ -162,7 +163,11 @@ def test_a_saved_run_answers_as_it_did(runs, kind, capsys):
     assert again["ways"] == result["ways"]
     cli.main(["eval", str(folder), "--split", "val"])
     assert json.loads((folder / "eval-val.json").read_text())["n_test"] == 2
-    assert "accuracy" in capsys.readouterr().out
+    pairs = (re.split(r" {2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = dict(pair for pair in pairs if len(pair) == 2)
+    score = json.loads((folder / "eval-val.json").read_text())["tasks"]["instructions"]["accuracy"]
+    assert lines["instructions by generation"] == f"{score:.4g} of 2"
+    assert "tasks" not in lines
 
 
 def test_scales_of_a_run_can_be_read(runs):
