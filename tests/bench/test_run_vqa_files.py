@@ -242,3 +242,10 @@ def test_mmbenchs_upload_is_a_spreadsheet_with_openpyxl(table, tmp_path, monkeyp
     assert (path, path.read_bytes()) == (tmp_path / "up.xlsx", b"a spreadsheet")
     assert [[str(cell) for cell in row] for row in rows] == UPLOADED
     assert rows[1][0] == 7
+
+
+@pytest.mark.parametrize("answers", ["red", [{"reply": "red"}], [3], None])
+def test_answers_that_are_none_are_named(tmp_path, answers):
+    row = {"image": "a.jpg", "question": "What is it?", "answers": answers}
+    with pytest.raises(SanError, match=r"val.json: the answers to 'a.jpg' are .*; they have to be a list of texts"):
+        vqa_files.load_vizwiz(dump(tmp_path / "val.json", [row]))

@@ -49,7 +49,7 @@ def load_vqav2(questions: str | Path, annotations: str | Path | None = None) -> 
         return asked
     rows = read_part(Path(annotations), "annotations")
     require_keys(annotations, rows, ("question_id", "answers"))
-    right = {row["question_id"]: tuple(answer["answer"] for answer in row["answers"]) for row in rows}
+    right = {row["question_id"]: _people(annotations, row) for row in rows}
     return _answered(asked, right, lambda question: question.id, annotations)
 
 
@@ -65,7 +65,7 @@ def load_vizwiz(annotations: str | Path, questions: str | Path | None = None) ->
     """
     rows = read_list(Path(annotations))
     require_keys(annotations, rows, ("image", "question"))
-    right = {row["image"]: tuple(answer["answer"] for answer in row.get("answers", ())) for row in rows}
+    right = {row["image"]: _people(annotations, row) for row in rows}
     if questions is None:
         return [
             Question(n, row["image"], f"{row['question']}\n{UNANSWERABLE}\n{SHORT}", right[row["image"]])
@@ -93,7 +93,7 @@ def load_textvqa(questions: str | Path, annotations: str | Path, ocr: bool = Tru
         )
     rows = read_part(Path(annotations), "data")
     require_keys(annotations, rows, ("image_id", "question", "answers"))
-    right = {(row["image_id"], row["question"].lower()): tuple(row["answers"]) for row in rows}
+    right = {(row["image_id"], row["question"].lower()): _people(annotations, row) for row in rows}
     return _answered(asked, right, lambda question: (question.id, _textvqa_question(question.text)), annotations)
 
 
@@ -268,6 +268,23 @@ def _answered(
     if missing:
         raise san_error(f"{path} lacks {len(missing):,} of {len(questions):,} questions, such as {missing[0]!r}.")
     return [replace(question, answers=right[key(question)]) for question in questions]
+
+
+def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What people answered: texts, or mappings with an `answer`; nothing where answers are kept secret.
+
+    Raises:
+        SanError: If there is something else.
+    """
+    given = row.get("answers", [])
+    texts = [a.get("answer") if isinstance(a, dict) else a for a in given] if isinstance(given, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        name = row.get("question_id", row.get("image", row.get("image_id")))
+        raise san_error(
+            f"{path}: the answers to {name!r} are {str(given)[:60]}; they have to be a list of texts, or of mappings "
+            "with an answer."
+        )
+    return tuple(texts)
 
 
 def _empty(cell: str | None) -> bool:
