@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from san_bench.cli import parse
 from san_bench.report.results import read_rows
 from san_bench.report.table import table_command
 from san_bench.suite import best_rates, load_suite
@@ -55,8 +57,10 @@ def test_the_page_shows_the_rows(tmp_path):
     assert sorted(name for name, _ in marks) == [folder.name for folder in KEPT]
     for name, block in marks:
         (words,) = re.findall(rf"san table results/{name} (.*) --format markdown --out", text)
-        only = words.removeprefix("--only ").split()
-        table_command([ROOT / "results" / name], "markdown", only=only, out=tmp_path / name)
+        verb: Any = parse(["table", f"results/{name}", *words.split()])
+        table_command(
+            [ROOT / verb.folders[0]], "markdown", reference=verb.reference, only=verb.only, out=tmp_path / name
+        )
         assert block.strip() == (tmp_path / name).read_text(encoding="utf-8").strip(), f"{name}: write it anew"
 
 
