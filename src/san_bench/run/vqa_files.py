@@ -276,8 +276,10 @@ def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         SanError: If there is something else.
     """
-    given = row.get("answers", [])
-    texts = [a.get("answer") if isinstance(a, dict) else a for a in given] if isinstance(given, list) else [None]
+    given: Any = row.get("answers", [])
+    texts: list[Any] = (
+        [a.get("answer") if isinstance(a, dict) else a for a in given] if isinstance(given, list) else [None]
+    )
     if not all(isinstance(text, str) for text in texts):
         name = row.get("question_id", row.get("image", row.get("image_id")))
         raise san_error(
