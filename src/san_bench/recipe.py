@@ -131,6 +131,14 @@ def check_splits(train_split: str, eval_split: str, selection: str) -> None:
         )
 
 
+def check_weights(kind: str, weights: str) -> None:
+    """Raises `ValueError` where a method cannot train a model of language whose weights are kept so."""
+    if kind == "linear":
+        raise ValueError("method|linear trains a new head alone, and a language model has none; take another")
+    if kind in ("full", "norm", "bitfit") and weights in ("nf4", "int8", "fp16"):
+        raise ValueError(f"weights|{kind} trains the weights, and {weights} cannot be trained")
+
+
 def shipped(kind: str | None = "recipes") -> dict[str, Path]:
     """Returns the files of a kind that come with the package, by name, such as `demo/san`.
 

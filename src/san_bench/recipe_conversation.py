@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.recipe import Recipe
+from san_bench.recipe import Recipe, check_weights
 from san_bench.strict import Strict, suggest
 
 TASKS = ("llava", "conversations", "mini-vl")
@@ -102,10 +102,7 @@ class ConversationRecipe(Recipe):
     def _fits(self) -> ConversationRecipe:
         if self.data is None and self.task != "mini-vl":
             raise ValueError(f"data|{self.task} needs the folder of its records and images")
-        if self.method.kind == "linear":
-            raise ValueError("method|linear trains a new head alone, and a model of language has none; take another")
-        if self.method.kind in ("full", "norm", "bitfit") and self.weights in ("nf4", "int8", "fp16"):
-            raise ValueError(f"weights|{self.method.kind} trains the weights, and {self.weights} cannot be trained")
+        check_weights(self.method.kind, self.weights)
         if bool(self.answering.benchmarks) != (self.task == "llava"):
             what = "names none of them" if self.task == "llava" else "has questions of its own in place of benchmarks"
             raise ValueError(f"answering|{self.task} {what}; benchmarks are {', '.join(BENCHMARKS)}")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.recipe import Recipe, check_splits
+from san_bench.recipe import Recipe, check_splits, check_weights
 from san_bench.strict import Strict, suggest
 
 TASKS = ("mini-language", "commonsense", "instructions")
@@ -100,10 +100,7 @@ class TextRecipe(Recipe):
     @model_validator(mode="after")
     def _fits(self) -> TextRecipe:
         check_splits(self.train_split, self.eval_split, self.selection)
-        if self.method.kind == "linear":
-            raise ValueError("method|linear trains a new head alone, and a language model has none; take another")
-        if self.method.kind in ("full", "norm", "bitfit") and self.weights in ("nf4", "int8", "fp16"):
-            raise ValueError(f"weights|{self.method.kind} trains the weights, and {self.weights} cannot be trained")
+        check_weights(self.method.kind, self.weights)
         if "lm-eval" in self.scoring.ways and not self.task.startswith("commonsense"):
             raise ValueError(f"scoring|lm-eval has the tasks of commonsense, but none of {self.task}")
         if self.scoring.ways == ("lm-eval",) and self.eval_split != "test":

@@ -52,12 +52,7 @@ def talk(number: int, picture: bool) -> dict:
     return {**record, "image": f"images/{number}.png"} if picture else record
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

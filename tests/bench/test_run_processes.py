@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.bench.small import short_recipe, small_scale
 from tests.bench.texts import recipe_of, small_language
 
+from san_bench.report.groups import losses_of
 from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
@@ -72,14 +73,7 @@ def test_two_processes_train_as_one(both, name):
     assert {path.name for path in folder.iterdir()} == {path.name for path in Path(alone.output).iterdir()}
     for key in ("recipe_fingerprint", "steps", "trainable_parameters", "correct", "n_test", "n_train"):
         assert again[key] == result[key], key
-    logs = [
-        [
-            row["loss"]
-            for row in map(json.loads, (Path(r.output) / "log.jsonl").read_text().splitlines())
-            if "loss" in row
-        ]
-        for r in (alone, shared)
-    ]
+    logs = [losses_of(Path(r.output)) for r in (alone, shared)]
     assert logs[1] == pytest.approx(logs[0], rel=1e-3)
     torch.testing.assert_close(
         load_predictions(folder), load_predictions(Path(alone.output)), atol=1e-3, rtol=1e-3, check_stride=False
@@ -96,14 +90,7 @@ def test_two_processes_share_the_questions_and_answer_as_one(both):
     assert (result["processes"], again["processes"]) == (1, 2)
     for key in ("steps", "train_tokens", "tasks", "ways"):
         assert again[key] == result[key], key
-    logs = [
-        [
-            row["loss"]
-            for row in map(json.loads, (Path(r.output) / "log.jsonl").read_text().splitlines())
-            if "loss" in row
-        ]
-        for r in (alone, shared)
-    ]
+    logs = [losses_of(Path(r.output)) for r in (alone, shared)]
     assert logs[1] == pytest.approx(logs[0], rel=1e-3)
     answers = [(Path(r.output) / "answers-instructions.jsonl").read_text() for r in (alone, shared)]
     assert answers[0] == answers[1]

@@ -21,6 +21,7 @@ from san_bench.data.instructions import Record
 from san_bench.data.texts import hold_out, load_text_task
 from san_bench.recipe import load_recipe
 from san_bench.report.analysis import analyse
+from san_bench.report.groups import losses_of
 from san_bench.report.html import write_report
 from san_bench.report.results import read_rows, trainings
 from san_bench.report.table import table_command
@@ -36,13 +37,7 @@ from san_bench.run.train import train
 from san_bench.suite import Choice, Suite, plan
 from san_peft.errors import SanError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +94,7 @@ def test_losses_fall_and_do_not_depend_on_accumulation(place, tmp_path):
     losses = []
     for parts in (1, 3):
         train(recipe_of(place, tmp_path / str(parts), "lora", optimizer__accumulation=parts, optimizer__epochs=3))
-        rows = map(json.loads, (tmp_path / str(parts) / "log.jsonl").read_text().splitlines())
-        losses.append([row["loss"] for row in rows if "loss" in row])
+        losses.append(losses_of(tmp_path / str(parts)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
 
@@ -126,10 +120,7 @@ def test_packing_computes_the_same_loss(place, tmp_path):
 
 def test_gradient_checkpointing_changes_no_loss(place, tmp_path, runs):
     train(recipe_of(place, tmp_path / "run", "san", gradient_checkpointing=True))
-    rows = [
-        [row["loss"] for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in row]
-        for folder in (tmp_path / "run", runs["san"][1])
-    ]
+    rows = [losses_of(folder) for folder in (tmp_path / "run", runs["san"][1])]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
 
 

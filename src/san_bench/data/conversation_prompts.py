@@ -144,16 +144,8 @@ def encode(
     if (image is None) != (record.image is None):
         has, given = "no" if record.image is None else "an", "none" if image is None else "one"
         raise SanError(f"The conversation {record.id!r} has {has} image, but {given} was given.")
-    turns = messages(record)
-    if image is not None:
-        if pad:
-            image = pad_to_square(image, mean_colour(processor.image_processor.image_mean))
-        turns[0]["content"][0] = {"type": "image", "image": image}
-    out = processor.apply_chat_template(
-        [turns], chat_template=TEMPLATE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = torch.as_tensor(out["input_ids"][0], dtype=torch.int64)
-    learnt = torch.as_tensor(out["assistant_masks"][0], dtype=torch.bool)
+    out, read = _read(messages(record), image, processor, pad, return_assistant_tokens_mask=True)
+    ids, learnt = read["input_ids"], torch.as_tensor(out["assistant_masks"][0], dtype=torch.bool)
     if image is not None:
         last = int((ids == processor.image_token_id).nonzero().max())
         if last >= max_length:
@@ -162,10 +154,7 @@ def encode(
                 f"{image_tokens(processor)} tokens end at {last + 1}. Make it larger; LLaVA-1.5 has 2048."
             )
     labels = torch.where(learnt, ids, IGNORED)
-    example = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
-    if image is not None:
-        example["pixel_values"] = torch.as_tensor(out["pixel_values"][0], dtype=torch.float32)
-    return example
+    return {**read, "input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 def encode_question(text: str, image: Image.Image | None, processor: Any, pad: bool = True) -> dict[str, Tensor]:
@@ -184,21 +173,23 @@ def encode_question(text: str, image: Image.Image | None, processor: Any, pad: b
         SanError: If the processor is of another kind.
     """
     _check_processor(processor)
-    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    content = [{"type": "text", "text": text}]
+    turns = [{"role": "user", "content": content if image is None else [{"type": "image"}, *content]}]
+    return _read(turns, image, processor, pad, add_generation_prompt=True)[1]
+
+
+def _read(
+    turns: list[dict[str, Any]], image: Image.Image | None, processor: Any, pad: bool, **options: bool
+) -> tuple[Any, dict[str, Tensor]]:
+    """What the processor makes of turns, of which the first begins with the image; whole, and as tensors."""
     if image is not None:
         square = pad_to_square(image, mean_colour(processor.image_processor.image_mean)) if pad else image
-        content.insert(0, {"type": "image", "image": square})
-    out = processor.apply_chat_template(
-        [[{"role": "user", "content": content}]],
-        chat_template=TEMPLATE,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-    )
-    example = {"input_ids": torch.as_tensor(out["input_ids"][0], dtype=torch.int64)}
+        turns[0]["content"][0] = {"type": "image", "image": square}
+    out = processor.apply_chat_template([turns], chat_template=TEMPLATE, tokenize=True, return_dict=True, **options)
+    read = {"input_ids": torch.as_tensor(out["input_ids"][0], dtype=torch.int64)}
     if image is not None:
-        example["pixel_values"] = torch.as_tensor(out["pixel_values"][0], dtype=torch.float32)
-    return example
+        read["pixel_values"] = torch.as_tensor(out["pixel_values"][0], dtype=torch.float32)
+    return out, read
 
 
 @dataclass(frozen=True)

@@ -162,25 +162,10 @@ def generate_texts(
     Raises:
         SanError: If a number is below 1.
     """
-    from transformers import GenerationConfig
-
     for what, number in (("batch_size", batch_size), ("beams", beams), ("max_new_tokens", max_new_tokens)):
         if number < 1:
             raise SanError(f"{what} is {number}, but must be 1 or more.")
-    settings = GenerationConfig(
-        num_beams=beams,
-        do_sample=False,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        length_penalty=1.0,
-        early_stopping=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad,
-        bos_token_id=tokenizer.bos,
-        eos_token_id=list(tokenizer.stops),
-    )
+    settings = decoding(tokenizer.pad, tokenizer.bos, tokenizer.stops, beams, max_new_tokens)
     collate = Collator(tokenizer.pad, "left")
     device = next(model.parameters()).device
     own, texts = mine(len(prompts)), {}
@@ -192,6 +177,34 @@ def generate_texts(
             for place, row in zip(places, written[:, start:].tolist(), strict=True):
                 texts[own[place]] = tokenizer.decode(row)
     return together(texts, len(prompts))
+
+
+def decoding(pad: int, bos: int | None, stops: Sequence[int], beams: int, max_new_tokens: int) -> Any:
+    """Returns transformers' settings of generation without sampling; a checkpoint's own do not count.
+
+    Args:
+        pad: The token that fills up a batch.
+        bos: What begins a text, if anything does.
+        stops: What ends a text.
+        beams: Beams of the search; 1 is greedy.
+        max_new_tokens: The most tokens of a text.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        num_beams=beams,
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        early_stopping=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        bos_token_id=bos,
+        eos_token_id=list(stops),
+    )
 
 
 def batches(rows: Sequence[list[int]], size: int) -> Iterator[tuple[list[int], list[list[int]]]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from san_bench.data.conversation_batches import ModalityBatches
 from san_bench.data.conversation_prompts import (
@@ -24,8 +24,9 @@ from san_bench.data.conversation_prompts import (
     measure,
     opened,
 )
+from san_bench.data.prompts import Collator
 from san_bench.recipe_conversation import ConversationRecipe
-from san_bench.run.answers import batches, scoring
+from san_bench.run.answers import batches, decoding, scoring
 from san_bench.run.build import PROJECTOR, TOWER, model_path
 from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
 from san_bench.run.domain import Batch, Domain, Scores, Training
@@ -51,11 +52,6 @@ class Conversations(Domain):
         self.task = task or load_conversation_task(
             recipe.task, recipe.data, recipe.answering.benchmarks, recipe.conversation.drop_bad_images
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of all records, images and questions."""
-        return self.task.fingerprint
 
     @property
     def n_train(self) -> int:
@@ -189,13 +185,8 @@ class Conversations(Domain):
     def answers(self, model: Any, asked: Asked) -> list[str]:
         """Lets a model answer questions, which processes share, without sampling."""
         tokenizer = self.processor.tokenizer
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.recipe.answering.max_new_tokens,
-            pad_token_id=self._pad,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        ends, most = [tokenizer.eos_token_id], self.recipe.answering.max_new_tokens
+        settings = decoding(self._pad, tokenizer.bos_token_id, ends, 1, most)
         device = next(model.parameters()).device
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         own, texts = mine(len(asked.questions)), {}
@@ -231,13 +222,7 @@ class Conversations(Domain):
 
     def _left(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
         """A batch of prompts, filled up at the left."""
-        longest = max(len(example["input_ids"]) for example in examples)
-        ids = torch.full((len(examples), longest), self._pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            ids[row, longest - len(example["input_ids"]) :] = example["input_ids"]
-            mask[row, longest - len(example["input_ids"]) :] = 1
-        batch = {"input_ids": ids, "attention_mask": mask}
+        batch = Collator(self._pad, "left")([{"input_ids": example["input_ids"].tolist()} for example in examples])
         pixels = [example["pixel_values"] for example in examples if "pixel_values" in example]
         return {**batch, "pixel_values": torch.stack(pixels)} if pixels else batch
 

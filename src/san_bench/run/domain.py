@@ -73,16 +73,18 @@ class Domain(ABC):
 
     Attributes:
         recipe: The recipe.
+        task: Its data: what is trained with and what is scored.
         items: What a batch is counted in, such as images.
     """
 
     recipe: Any
+    task: Any
     items: str
 
     @property
-    @abstractmethod
     def fingerprint(self) -> str:
         """Fingerprint of the data."""
+        return self.task.fingerprint
 
     @property
     @abstractmethod

@@ -25,6 +25,7 @@ from san_bench.recipe import VALIDATION
 from san_bench.recipe_image import ImageRecipe
 from san_bench.run.build import head_of, model_path
 from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.weights import misfits
 from san_peft.errors import SanError
 
 
@@ -97,7 +98,7 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-    strange = [key for key in _keys(report, "missing", "mismatched") if not key.startswith(f"{head_of(model)}.")]
+    strange = [key for key in misfits(report) if not key.startswith(f"{head_of(model)}.")]
     if strange:
         raise SanError(
             f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
@@ -122,12 +123,6 @@ def _set_drop_path(config: Any, recipe: ImageRecipe) -> None:
             f"drop_path is {recipe.drop_path:g}, but {config.model_type} of transformers has no stochastic depth. Set "
             "it to 0, or take the model from timm."
         )
-
-
-def _keys(report: dict[str, Any], *kinds: str) -> list[str]:
-    """Names of parameters in transformers' report of a loading, where a mismatch comes with its two sizes."""
-    found = [key for kind in kinds for key in report[f"{kind}_keys"]]
-    return sorted(key if isinstance(key, str) else key[0] for key in found)
 
 
 @dataclass(frozen=True)
@@ -169,11 +164,6 @@ class Images(Domain):
     def __init__(self, recipe: ImageRecipe, task: VisionTask | None = None) -> None:
         self.recipe: ImageRecipe = recipe
         self.task = task or task_of(recipe)
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the task."""
-        return self.task.fingerprint
 
     @property
     def n_train(self) -> int:

@@ -43,11 +43,6 @@ class Texts(Domain):
         self._tokens: dict[str, Tokenised] = {}
 
     @property
-    def fingerprint(self) -> str:
-        """Fingerprint of all records and questions."""
-        return self.task.fingerprint
-
-    @property
     def n_train(self) -> int:
         """Number of records to train with."""
         return len(self.task.splits[self.recipe.train_split])

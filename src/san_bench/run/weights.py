@@ -46,7 +46,7 @@ def load_pretrained(auto: Any, path: str | Path, recipe: Any, whole: Sequence[st
         model, report = auto.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SanError(f"{recipe.model} cannot be loaded as a language model: {error}") from error
-    strange = sorted(str(key) for kind in ("missing", "mismatched") for key in report[f"{kind}_keys"])
+    strange = misfits(report)
     if strange:
         raise SanError(
             f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
@@ -58,6 +58,12 @@ def load_pretrained(auto: Any, path: str | Path, recipe: Any, whole: Sequence[st
     from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(model, recipe.gradient_checkpointing, {"use_reentrant": False})
+
+
+def misfits(report: dict[str, Any]) -> list[str]:
+    """Names of parameters that a checkpoint lacks or has in another size, in transformers' report of a loading."""
+    found = [key for kind in ("missing", "mismatched") for key in report[f"{kind}_keys"]]
+    return sorted(key if isinstance(key, str) else key[0] for key in found)  # a mismatch comes with its two sizes
 
 
 def place(model: Any) -> None:
