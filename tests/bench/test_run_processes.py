@@ -10,27 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from tests.bench.small import short_recipe, small_scale
 from tests.bench.texts import recipe_of, small_language
+from torch.distributed.fsdp import StateDictType
 
 from san_bench.report.groups import losses_of
+from san_bench.run.evaluate import evaluate
 from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
 PROGRAM = """
 import sys
 from san_bench import cli
+from tests.bench.shards import in_shards
 from tests.bench.small import small_scale
 with small_scale():
     for recipe in sys.argv[1:]:
-        cli.main(["train", recipe])
+        with in_shards("shards" in recipe):
+            cli.main(["train", recipe])
 """
+
+SHARDED = {"shards-san": "san", "shards-san-lora": "san-lora", "shards-full": "full"}
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The same three recipes, trained by one process and by two."""
+    """The same recipes, trained by one process and by two."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
     best = {"selection": "best-val", "train_split": "train800"}
@@ -42,11 +50,12 @@ def both(tmp_path_factory):
             (folder / f"{name}.yaml").write_text(shared.to_yaml(), encoding="utf-8")
             made[name] = [alone, shared, train(alone)]
     place = small_language(folder / "language")
-    alone, shared = (recipe_of(place, folder / kind / "text", "san-lora") for kind in ("alone", "shared"))
-    (folder / "text.yaml").write_text(shared.to_yaml(), encoding="utf-8")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made["text"] = [alone, shared, train(alone)]
+    for name, kind in {"text": "san-lora", **SHARDED}.items():
+        alone, shared = (recipe_of(place, folder / where / name, kind) for where in ("alone", "shared"))
+        (folder / f"{name}.yaml").write_text(shared.to_yaml(), encoding="utf-8")
+        made[name] = [alone, shared, train(alone)]
     torch.set_num_threads(threads)
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", "localhost:0", str(folder / "program.py")]
@@ -95,3 +104,40 @@ def test_two_processes_share_the_questions_and_answer_as_one(both):
     answers = [(Path(r.output) / "answers-instructions.jsonl").read_text() for r in (alone, shared)]
     assert answers[0] == answers[1]
     assert answers[0].count("\n") == 6
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_model_in_shards_is_saved_and_scored_whole(both, name):
+    alone, shared, result = both[name]
+    folder = Path(shared.output)
+    again = json.loads((folder / "result.json").read_text())
+    assert (result["processes"], again["processes"]) == (1, 2)
+    for key in ("steps", "trainable_parameters", "total_parameters", "tasks"):
+        assert again[key] == result[key], key
+    logs = [losses_of(Path(r.output)) for r in (alone, shared)]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+    one, two = (load_file(next((Path(r.output) / "adapter").glob("*.safetensors"))) for r in (alone, shared))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-3, rtol=1e-2)
+    assert evaluate(folder)["tasks"] == result["tasks"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "examples" / "distributed").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_settings_for_accelerate_are_read_and_save_whole_weights(file):
+    settings = load_config_from_file(str(file))
+    assert settings.num_processes == 8
+    if settings.distributed_type == DistributedType.FSDP:
+        plugin = FullyShardedDataParallelPlugin(**{
+            key.removeprefix("fsdp_"): value
+            for key, value in settings.fsdp_config.items()
+            if key not in ("fsdp_offload_params", "fsdp_auto_wrap_policy", "fsdp_version")
+        }, fsdp_version=settings.fsdp_config["fsdp_version"], auto_wrap_policy="transformer_based_wrap")  # fmt: skip
+        assert plugin.fsdp_version == 2
+        assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    else:
+        stage = settings.deepspeed_config["zero_stage"]
+        assert f"zero{stage}" in file.name
+        assert settings.deepspeed_config.get("zero3_save_16bit_model", False) == (stage == 3)

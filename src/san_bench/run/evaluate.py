@@ -12,7 +12,7 @@ from torch import Tensor
 
 from san_bench.recipe import Recipe, load_recipe
 from san_bench.run.build import PLAIN, SAN, calm
-from san_bench.run.domain import domain_of
+from san_bench.run.domain import Domain, domain_of
 from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
@@ -37,17 +37,30 @@ def load_model(run: str | Path) -> tuple[Any, Any]:
     Returns:
         The model in eval mode (a `PeftModel` for an adapter), and the run's recipe with its data.
     """
-    recipe = run_recipe(run)
-    domain, saved = domain_of(recipe), Path(run) / "adapter"
-    if recipe.method.kind in PLAIN:
-        return domain.trained_model(saved).eval(), domain
+    domain = domain_of(run_recipe(run))
+    return trained_model(domain, Path(run) / "adapter"), domain
+
+
+def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
+    """Loads what a run of a recipe has saved.
+
+    Args:
+        domain: The recipe with its data.
+        saved: Folder of the adapter or of the whole model.
+        trainable: Whether an adapter asks for gradients, as in training.
+
+    Returns:
+        The model in eval mode, a `PeftModel` for an adapter.
+    """
+    if domain.recipe.method.kind in PLAIN:
+        return domain.trained_model(saved).eval()
     import peft
 
-    if recipe.method.kind in SAN:
+    if domain.recipe.method.kind in SAN:
         import san_peft  # noqa: F401 - registers SAN with PEFT
     model = domain.base_model()
     with calm():
-        return peft.PeftModel.from_pretrained(model, saved).eval(), domain  # type: ignore[arg-type]
+        return peft.PeftModel.from_pretrained(model, saved, is_trainable=trainable).eval()  # type: ignore[arg-type]
 
 
 def evaluate(run: str | Path, split: str | None = None, mode: str = "both") -> dict[str, Any]:

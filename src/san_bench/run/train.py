@@ -20,9 +20,11 @@ from san_bench.run.build import check_trainable, checkpoint_sha256, saved_activa
 from san_bench.run.card import write_card
 from san_bench.run.comparison import comparison
 from san_bench.run.domain import domain_of
+from san_bench.run.evaluate import trained_model
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
+from san_bench.run.shards import gathered, is_sharded
 from san_bench.run.trainer import COMPLETE, make_trainer
 from san_peft.errors import SanError
 
@@ -33,7 +35,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
     adapter, or the whole model for methods without one), what was predicted, `scales.safetensors` where there are
     scales, and `result.json`. A finished run is not repeated: its result is returned. Of several processes, as
-    `accelerate launch` or `torchrun` start them, each trains on its part of every batch, and the first one writes.
+    `accelerate launch` or `torchrun` start them, each trains on its part of every batch, and the first one writes. A
+    model that was trained in shards is saved from whole tensors and scored as it was saved, whole on every device.
 
     Args:
         recipe: What to run.
@@ -56,9 +59,11 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         return json.loads(result_file.read_text(encoding="utf-8"))
     created, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     domain = domain_of(recipe)
+    count = domain.n_train  # loads the data: what is wrong with it is better known before a model is loaded
     plain = domain.base_model()
     pretrained = checkpoint_sha256(plain)
     model = with_method(plain, recipe)
+    del plain
     trained = check_trainable(model, recipe)
     if processes.is_main_process:
         head = f" and {trained['head']:,} of the head" if trained["head"] else ""
@@ -76,9 +81,15 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     seconds, peak = journal.seconds, _peak_rss()
     joules = energy.joules()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    shards = gathered(trainer) if is_sharded(model) else None
     if processes.is_main_process:
-        _save(model, folder / "adapter")
+        _save(model, folder / "adapter", shards)
         write_rows(folder / "log.jsonl", trainer.state.log_history)
+    if shards is not None:
+        model = trainer.model = trainer.model_wrapped = None  # else both would be in memory
+        trainer.accelerator.free_memory()
+        processes.wait_for_everyone()
+        model = trained_model(domain, folder / "adapter", trainable=True)
     activations = saved_activation_bytes(model, _batch(trainer, trainer.args.per_device_train_batch_size))
     scores = domain.score(model, domain.recipe.eval_split)
     result = {
@@ -93,7 +104,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "split": domain.recipe.eval_split,
         **scores.numbers,
         "train_split": domain.recipe.train_split,
-        "n_train": domain.n_train,
+        "n_train": count,
         **domain.facts(),
         "trainable_parameters": sum(trained.values()),
         "trainable_head": trained["head"],
@@ -151,13 +162,19 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in reversed(found) if path.exists()), None)
 
 
-def _save(model: Any, folder: Path) -> None:
-    """Saves what `from_pretrained` loads, in a folder that appears only when it is complete."""
+def _save(model: Any, folder: Path, tensors: dict[str, torch.Tensor] | None) -> None:
+    """Saves what `from_pretrained` loads, in a folder that appears only when it is complete.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        tensors: The state to save in place of the model's own.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     for stale in (temporary, folder):
         if stale.exists():
             shutil.rmtree(stale)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=tensors)
     temporary.rename(folder)
 
 

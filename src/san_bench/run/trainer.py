@@ -103,6 +103,9 @@ class _Trainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
         self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -270,6 +273,8 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         callbacks=[journal, *trackers],
     )
     if training.average is not None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise SanError("No moving average can be kept of weights in shards. Set ema to null.")
         trainer.add_callback(Average(model, training.average))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

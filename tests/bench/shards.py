@@ -1,0 +1,32 @@
+"""Training in shards on the CPU, where Accelerate would not prepare a model for FSDP2 and takes DDP in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate
+import pytest
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from san_bench.run import train
+
+
+@contextmanager
+def in_shards(wanted: bool) -> Iterator[None]:
+    """Makes `train` shard its model, each decoder layer by itself, and Accelerate leave it as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            with_method = train.with_method
+
+            def sharded(*args: Any) -> nn.Module:
+                model = with_method(*args)
+                for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+                    fully_shard(module)
+                return fully_shard(model)
+
+            patch.setattr(train, "with_method", sharded)
+            patch.setattr(accelerate.Accelerator, "prepare_model", lambda _self, model, **_: model)
+        yield
