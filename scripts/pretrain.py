@@ -144,17 +144,21 @@ def load(name: str, folder: Path) -> PreTrainedModel:
     return (SwinModel if name == "swin" else ConvNextModel).from_pretrained(folder)
 
 
-def save(model: PreTrainedModel, reader: Any, folder: Path, log: list[dict], provenance: dict) -> None:
-    """Writes a model in half precision, its processor or tokenizer, log and provenance, then moves them at once."""
+def save(model: Any, reader: Any, folder: Path, log: list[dict], provenance: dict) -> None:
+    """Writes a model or adapter in half precision, its processor or tokenizer, log and provenance, then moves them."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.half().save_pretrained(part)
-    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = "float32"  # what `from_pretrained` computes in; the file stays small
-    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    reader.save_pretrained(part)
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if (part / "config.json").is_file():
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = "float32"  # what `from_pretrained` computes in; the file stays small
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if reader is not None:
+        reader.save_pretrained(part)
     (part / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
-    provenance["sha256"] = hashlib.sha256((part / "model.safetensors").read_bytes()).hexdigest()
+    (weights,) = part.glob("*.safetensors")
+    provenance["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     provenance["parameters"] = sum(p.numel() for p in model.parameters())
     (part / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.recipe import Recipe, check_weights
+from san_bench.recipe import Recipe, check_splits, check_weights
 from san_bench.strict import Strict, suggest
 
 TASKS = ("llava", "conversations", "mini-vl")
@@ -68,9 +68,10 @@ class ConversationRecipe(Recipe):
     Attributes:
         task: What is trained on; see `san_bench.run.conversation_task.load_conversation_task`.
         data: Folder of the records, the images and the benchmarks; `null` for `mini-vl`.
-        train_split: All records.
-        eval_split: What can be scored without a server.
-        model: A folder, or a name that transformers resolves, of LLaVA 1.5, with its processor.
+        train_split: `train`: all records; of `mini-vl` also `trainval`: with what is held out as well.
+        eval_split: `test`: what can be scored without a server; of `mini-vl` also `val`.
+        model: `embedded/llava` (the small LLaVA of the package), a folder, or a name that transformers resolves, of
+            LLaVA 1.5, with its processor.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` or
             `int8`. What an adapter trains is in float32.
         tower: Whether the vision tower stays `frozen` or is `adapted` by the method as the language model is.
@@ -81,8 +82,8 @@ class ConversationRecipe(Recipe):
         selection: The weights after the last step.
     """
 
-    train_split: Literal["train"]
-    eval_split: Literal["test"]
+    train_split: Literal["train", "trainval"]
+    eval_split: Literal["val", "test"]
     weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"]
     tower: Literal["frozen", "adapted"]
     projector_lr: float | None = Field(gt=0)
@@ -102,6 +103,10 @@ class ConversationRecipe(Recipe):
     def _fits(self) -> ConversationRecipe:
         if self.data is None and self.task != "mini-vl":
             raise ValueError(f"data|{self.task} needs the folder of its records and images")
+        check_splits(self.train_split, self.eval_split, self.selection)
+        for key, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
+            if self.task != "mini-vl" and split in ("val", "trainval"):
+                raise ValueError(f"{key}|{self.task} holds nothing out, so it has no {split}; only mini-vl has")
         check_weights(self.method.kind, self.weights)
         if bool(self.answering.benchmarks) != (self.task == "llava"):
             what = "names none of them" if self.task == "llava" else "has questions of its own in place of benchmarks"

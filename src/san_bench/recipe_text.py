@@ -72,7 +72,7 @@ class TextRecipe(Recipe):
         data: Folder of the data, or a data set on the Hugging Face hub; `null` for mini-language.
         train_split: `train`, or `trainval`: with what is held out as well.
         eval_split: What is scored once, after training.
-        model: A folder, or a name that transformers resolves, such as `meta-llama/Meta-Llama-3-8B`.
+        model: `embedded/decoder` (the small LLaMA of the package), a folder, or a name that transformers resolves.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` (as
             QLoRA has it, with double quantisation) or `int8`. What an adapter trains is in float32.
         text: How a record becomes what the model reads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,18 @@ import pytest
 
 from san_bench.data.conversations import problems_of
 from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, SHAPES, Figure, Scene, draw
-from san_bench.data.mini_talk import CATEGORIES, KINDS, SPLITS, TASKS, WORDS, conversation, image_of, item, picture
+from san_bench.data.mini_talk import (
+    CATEGORIES,
+    KINDS,
+    SPLITS,
+    TASKS,
+    WORDS,
+    caption,
+    conversation,
+    image_of,
+    item,
+    picture,
+)
 from san_bench.data.world_wordings import RELATIONS
 from san_bench.run.conversation_task import load_conversation_task
 from san_bench.run.vqa import BENCHMARKS, score
@@ -121,6 +133,43 @@ def test_no_picture_of_one_split_is_in_another():
         assert len(set(seen)) == len(seen)
 
 
+def test_captions_tell_what_their_pictures_show():
+    seen: Counter[str] = Counter()
+    for index in range(400):
+        scene, text = caption(0, index)
+        named = {f"{figure.colour} {figure.shape}": figure for figure in scene.figures}
+        for said in re.findall(r"[^.]+(?=\.)", text):
+            words = said.strip().split()
+            kind = " ".join(words[:2]) if words[0] in ("The", "One", "It") else words[0]
+            pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", said)
+            seen[kind] += 1
+            if scene.word and scene.word in words:
+                seen["word"] += 1
+            assert all(f"{colour} {shape}" in named for colour, shape in pairs), said
+            if "picture shows" in said:
+                assert len(pairs) == len(named)
+            for colour, shape, cell in re.findall(r"(\w+) (\w+) is at the (\w+ \w+)", said):
+                assert CELLS[named[f"{colour} {shape}"].cell] == cell
+            for shape, colour in re.findall(r"[Tt]he (\w+) is (\w+)", said):
+                assert shape == f"{colour} {shape}" or len(scene.find(shape, colour)) == 1 or "alone" in said, said
+            if ":" in said:
+                place, what = said.strip().lower().split(": ")
+                there = [name for name, figure in named.items() if CELLS[figure.cell] == place]
+                assert [" ".join(what.split()[1:])] == there if there else what == "nothing"
+            if "One sees" in said:
+                assert int(words[2]) == len(named)
+            if "but no" in said:
+                assert not any(words[-1] in name.split() for name in named), said
+            if "stands" in said:
+                one, other = (named[" ".join(pair)] for pair in pairs)
+                assert {
+                    "left": one.cell % 2 < other.cell % 2, "right": one.cell % 2 > other.cell % 2,
+                    "above": one.cell // 2 < other.cell // 2, "below": one.cell // 2 > other.cell // 2,
+                }[words[4]]  # fmt: skip
+    assert seen["word"] > 60
+    assert min(seen[kind] for kind in ("The picture", "One sees", "Top", "Something")) > 20
+
+
 def test_records_are_those_of_the_published_format():
     for index in range(2 * KINDS):
         record = conversation(index)
@@ -137,14 +186,21 @@ def test_records_are_those_of_the_published_format():
 
 def test_right_answers_score_one_by_the_rules_of_the_benchmarks():
     task = load_conversation_task("mini-vl", None)
-    assert [asked.rule for asked in task.asked.values()] == list(BENCHMARKS)
-    assert len(task.records) == KINDS * 400
-    for name, asked in task.asked.items():
+    assert [asked.rule for asked in task.asked("test").values()] == list(BENCHMARKS)
+    assert len(task.records("train")) == KINDS * 400
+    assert len(task.records("trainval")) == KINDS * 500
+    for name, asked in task.asked("test").items():
         assert len(asked.questions) == (1200 if asked.rule == "mmbench" else 300), name
         right = [question.answers[0] for question in asked.questions]
         assert score(asked.rule, asked.questions, right).score == pytest.approx(1.0)
         wrong = score(asked.rule, asked.questions, ["nothing"] * len(right))
         assert wrong.score == 0.0 if asked.rule != "pope" else wrong.details["random/yes_ratio"] == 1.0
-    trained = {record.image for record in task.records}
-    assert not trained & {question.image for asked in task.asked.values() for question in asked.questions}
+    trained = {split: {record.image for record in task.records(split)} for split in ("train", "trainval")}
+    shown = {
+        split: {question.image for asked in task.asked(split).values() for question in asked.questions}
+        for split in ("val", "test")
+    }
+    assert not trained["train"] & shown["val"]
+    assert not trained["trainval"] & shown["test"]
+    assert shown["val"] < trained["trainval"]
     assert task.fingerprint == load_conversation_task("mini-vl", None).fingerprint

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
+from san_bench.data.embedded import embedded_path
 from san_bench.data.preprocess import for_checkpoint
 from san_bench.data.procedural import enlarge
-from san_bench.data.vision import ArraySplit, VisionTask, embedded_path, load_task
+from san_bench.data.vision import ArraySplit, VisionTask, load_task
 from san_peft.errors import SanError
 
 

@@ -15,8 +15,8 @@ from tests.bench.small import SIZES, short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
 from san_bench import cli
+from san_bench.data.embedded import embedded_path
 from san_bench.data.preprocess import for_checkpoint
-from san_bench.data.vision import embedded_path
 from san_bench.run import build, images
 from san_bench.run import train as training
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model

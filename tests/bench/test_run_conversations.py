@@ -177,7 +177,7 @@ def test_training_learns_the_answers(place, tmp_path):
 
 def test_answers_do_not_depend_on_the_size_of_batches(runs):
     model, domain = load_model(runs["san-lora"][1])
-    (asked,) = domain.task.asked.values()
+    (asked,) = domain.task.asked("test").values()
     texts = []
     for size in (1, 2, 6):
         domain.recipe = domain.recipe.model_copy(
@@ -218,11 +218,13 @@ def test_bad_images_stop_a_run_or_are_left_out_on_request(place, tmp_path):
     (data / "images" / "1.png").write_text("no image")
     (data / "train.json").write_text(json.dumps([talk(n, n < 3) for n in range(5)]))
     (data / "test.json").write_text(json.dumps([talk(0, True)]))
+    domain = domain_of(recipe_of(place, tmp_path / "run", data=str(data)))  # who only asks needs no image of a record
+    assert list(domain.task.asked("test")) == ["conversations"]
     with pytest.raises(SanError) as error:
-        domain_of(recipe_of(place, tmp_path / "run", data=str(data)))
+        train(domain.recipe)
     assert "1 images are missing" in str(error.value)
     assert "1 images cannot be read" in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
     domain = domain_of(recipe_of(place, tmp_path / "run", data=str(data), conversation__drop_bad_images=True))
     assert (domain.n_train, domain.facts()["dropped_records"]) == (3, 2)
 
@@ -239,3 +241,7 @@ def test_mistakes_are_named(place, tmp_path):
     domain = domain_of(recipe_of(place, tmp_path))
     with pytest.raises(SanError, match="no questions of the split 'val'"):
         domain.score(None, "val")
+    with pytest.raises(SanError, match="conversations holds nothing out, so it has no trainval; only mini-vl has"):
+        recipe_of(place, tmp_path, train_split="trainval")
+    with pytest.raises(SanError, match="val is part of trainval"):
+        recipe_of(place, tmp_path, task="mini-vl", data=None, train_split="trainval", eval_split="val")

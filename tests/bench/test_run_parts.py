@@ -10,7 +10,7 @@ import torch
 from tests.bench.small import built, short_recipe
 from torch import nn
 
-from san_bench.data.vision import EMBEDDED
+from san_bench.data.embedded import EMBEDDED
 from san_bench.run import build, provenance
 from san_peft.errors import SanError
 

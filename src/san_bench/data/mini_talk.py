@@ -2,7 +2,8 @@
 
 The forms, the last lines of questions and the rules of scoring are the benchmarks' own. Item `i` of a task is a
 function of the task's seed and `i` alone, the same on every platform; splits are ranges of `i`. Right letters take
-turns. Science asks for facts of the small world of `world_facts`.
+turns. Science asks for facts of the small world of `world_facts`. `caption` describes other pictures of this kind, to
+pretrain a model that has never been asked.
 
 Example:
     >>> print(item("presence", 1).text.splitlines()[0], item("presence", 1).answer)
@@ -23,7 +24,7 @@ from san_bench.data.conversations import MARKER, Conversation, Turn
 from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
 from san_bench.data.question_lines import LETTER, SHORT, UNANSWERABLE
 from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, an, sentence
+from san_bench.data.world_words import Dice, an, listed, sentence
 
 SPLITS = {"train": range(0, 400), "val": range(400, 500), "test": range(500, 800)}
 """Which items of a task are in which split."""
@@ -78,6 +79,83 @@ def _absent(dice: Dice, scene: Scene, what: str) -> str:
 def _chosen(stem: str, options: Sequence[str]) -> str:
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([stem, *lines, LETTER])
+
+
+def caption(seed: int, index: int) -> tuple[Scene, str]:
+    """Makes a scene and one to three sentences about it, for `draw(scene, seed, index)`.
+
+    Args:
+        seed: Names the sequence, one that no task has.
+        index: Which one of the sequence; there is no end of them.
+    """
+    dice = Dice(seed, index)
+    written = dice.chance(30)
+    scene = _scene(dice, 1 + dice.below(4))
+    if written:
+        scene = Scene(tuple(figure for figure in scene.figures if figure.cell < 2), dice.pick(WORDS))
+    said = [say(dice, scene) for say in dice.sample(_SAID, 1 + dice.below(3)) if scene.figures]
+    if written:
+        wordings = ("The word {} is written.", "It says {}.", "Below it, one reads {}.", "The letters make {}.")
+        said.insert(dice.below(2), dice.pick(wordings).format(scene.word))
+    return scene, " ".join(said)
+
+
+def _name(figure: Figure) -> str:
+    return f"{figure.colour} {figure.shape}"
+
+
+def _named(dice: Dice, scene: Scene) -> str:
+    return (
+        f"The picture shows {listed([an(_name(figure)) for figure in dice.sample(scene.figures, len(scene.figures))])}."
+    )
+
+
+def _placed(dice: Dice, scene: Scene) -> str:
+    said = [f"{an(_name(figure))} is at the {CELLS[figure.cell]}" for figure in scene.figures]
+    return f"{sentence(listed(dice.sample(said, len(said))))}."
+
+
+def _cells(dice: Dice, scene: Scene) -> str:
+    stands = {figure.cell: an(_name(figure)) for figure in scene.figures}
+    places = dice.sample(range(len(CELLS)), 2)
+    return " ".join(f"{sentence(CELLS[cell])}: {stands.get(cell, 'nothing')}." for cell in places)
+
+
+def _coloured(dice: Dice, scene: Scene) -> str:
+    said = [f"the {figure.shape} is {figure.colour}" for figure in dice.sample(scene.figures, len(scene.figures))]
+    return f"{sentence(listed(said))}."
+
+
+def _counted(dice: Dice, scene: Scene) -> str:
+    number = len(scene.figures)
+    return f"One sees {number} {'shape' if number == 1 else 'shapes'}."
+
+
+def _missing(dice: Dice, scene: Scene) -> str:
+    what = dice.pick(("shape", "colour"))
+    there, not_there = getattr(dice.pick(scene.figures), what), _absent(dice, scene, what)
+    return (
+        f"Something is {there}, but nothing is {not_there}."
+        if what == "colour"
+        else (f"{sentence(an(there))} is there, but no {not_there}.")
+    )
+
+
+def _beside(dice: Dice, scene: Scene) -> str:
+    if len(scene.figures) == 1:
+        return f"The {_name(scene.figures[0])} is alone."
+    one, other = dice.sample(scene.figures, 2)
+    ways = []
+    if one.cell % 2 != other.cell % 2:
+        ways.append("left" if one.cell % 2 < other.cell % 2 else "right")
+    if one.cell // 2 != other.cell // 2:
+        ways.append("above" if one.cell < other.cell else "below")
+    way = dice.pick(ways)
+    return f"The {_name(one)} stands {f'{way} of' if way in ('left', 'right') else way} the {_name(other)}."
+
+
+_SAID: tuple[Callable[[Dice, Scene], str], ...] = (_named, _placed, _cells, _coloured, _counted, _missing, _beside)
+"""What may be said about a scene."""
 
 
 def open_question(dice: Dice, index: int) -> Asked:

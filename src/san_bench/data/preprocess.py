@@ -1,7 +1,8 @@
 """From an image to what a model reads: resized and normalised by recipe and checkpoint, augmented in training.
 
 Example:
-    >>> from san_bench.data.vision import embedded_path, load_task
+    >>> from san_bench.data.embedded import embedded_path
+    >>> from san_bench.data.vision import load_task
     >>> images = for_checkpoint(load_task("digits")["val200"], embedded_path())
     >>> tuple(images[0]["pixel_values"].shape), float(images[0]["pixel_values"].min())
     ((3, 32, 32), -1.0)

@@ -21,7 +21,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 DIGITS_SEED = 2024
 """Seed of the stratified split of the digits. Another seed is another task."""
-
-EMBEDDED = ("vit", "swin", "convnext")
-"""The small models that ship with the package."""
 
 
 def stored_bytes(path: Path) -> int:
@@ -230,20 +227,6 @@ class VisionTask:
     def fingerprint(self) -> str:
         """The sha256 over the names and fingerprints of all splits."""
         return hashlib.sha256(json.dumps({n: s.fingerprint for n, s in self.splits.items()}).encode()).hexdigest()
-
-
-def embedded_path(name: str = "vit") -> Path:
-    """Returns the folder of a small model that ships with the package, for any `from_pretrained` of transformers.
-
-    Args:
-        name: One of `EMBEDDED`.
-
-    Raises:
-        SanError: If there is no such model.
-    """
-    if name not in EMBEDDED:
-        raise SanError(f"No model {name!r} ships with the package.{suggest(name, EMBEDDED)}")
-    return Path(str(resources.files("san_bench.data") / "assets" / f"{name}-tiny-procedural"))
 
 
 def load_digits_task() -> VisionTask:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from san_bench.data.vision import embedded_path
+from san_bench.data.embedded import embedded_path
 from san_bench.methods import Ia3, Lora, San, SanOver, Ssf
 from san_bench.recipe import Recipe
 from san_peft.errors import SanError

@@ -28,6 +28,9 @@ from san_peft.errors import SanError
 MIX = "llava_v1_5_mix665k.json"
 """File of the training mix."""
 
+ASKED = ("val", "test")
+"""Splits of mini-vl that questions are asked of."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -50,36 +53,68 @@ class ConversationTask:
 
     Attributes:
         name: Its name.
-        records: The conversations to train with.
-        images: Folder that their images are below, or what makes an image of its name.
-        asked: Questions by the name of the task that tables show.
-        dropped: How many conversations were left out, for their images.
+        images: Folder that the images of the records are below, or what makes an image of its name.
+        questions: Questions by split, and by the name of the task that tables show.
+        load: Loads the conversations to train with, by split, and says how many were left out for their images. It is
+            called when they are first wanted, since it decodes every image: who only asks questions is spared that.
     """
 
     name: str
-    records: tuple[Conversation, ...]
     images: Images
-    asked: dict[str, Asked]
-    dropped: int
+    questions: dict[str, dict[str, Asked]]
+    load: Callable[[], tuple[dict[str, tuple[Conversation, ...]], int]]
+
+    @cached_property
+    def _loaded(self) -> tuple[dict[str, tuple[Conversation, ...]], int]:
+        return self.load()
+
+    @property
+    def dropped(self) -> int:
+        """How many conversations were left out for their images."""
+        return self._loaded[1]
+
+    def records(self, split: str) -> tuple[Conversation, ...]:
+        """Returns the conversations of a split.
+
+        Raises:
+            SanError: If there is no such split, a file is not as it must be, or images cannot be read.
+        """
+        splits = self._loaded[0]
+        if split not in splits:
+            raise SanError(f"{self.name} has no split {split!r} to train with; it has {', '.join(splits)}.")
+        return splits[split]
+
+    def asked(self, split: str) -> dict[str, Asked]:
+        """Returns the questions of a split by task.
+
+        Raises:
+            SanError: If the task has no questions of that split.
+        """
+        if split not in self.questions:
+            have = ", ".join(self.questions)
+            raise SanError(f"{self.name} has no questions of the split {split!r}; it has those of {have}.")
+        return self.questions[split]
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 over the records, the sizes of their images, and the questions."""
-        folder = None if callable(self.images) else self.images
-        digest = hashlib.sha256(fingerprint(self.records, folder).encode())
-        for name, asked in self.asked.items():
-            for question in asked.questions:
-                facts = asdict(question)
-                if isinstance(question.image, bytes):
-                    facts["image"] = hashlib.sha256(question.image).hexdigest()
-                digest.update(f"{name} {json.dumps(facts)}\n".encode())
+        """The sha256 over the records, the sizes of their images, and the questions, of every split."""
+        folder, digest = None if callable(self.images) else self.images, hashlib.sha256()
+        for split, records in self._loaded[0].items():
+            digest.update(f"{split} {fingerprint(records, folder)}\n".encode())
+        for split, tasks in self.questions.items():
+            for name, asked in tasks.items():
+                for question in asked.questions:
+                    facts = asdict(question)
+                    if isinstance(question.image, bytes):
+                        facts["image"] = hashlib.sha256(question.image).hexdigest()
+                    digest.update(f"{split} {name} {json.dumps(facts)}\n".encode())
         return digest.hexdigest()
 
 
 def load_conversation_task(
     name: str, data: str | Path | None, benchmarks: Sequence[str] = (), drop: bool = False
 ) -> ConversationTask:
-    """Loads records and questions, and decodes every image of the records once.
+    """Loads questions, and records when they are wanted; every image of the records is then decoded once.
 
     Args:
         name: `llava`, `conversations` or `mini-vl`.
@@ -88,7 +123,7 @@ def load_conversation_task(
         drop: Leaves out the conversations whose images are missing or cannot be read.
 
     Raises:
-        SanError: If there is no such task, a file is missing or not as it must be, or images cannot be read.
+        SanError: If there is no such task, or a file is missing or not as it must be.
     """
     if name == "mini-vl":
         return _mini()
@@ -104,8 +139,12 @@ def load_conversation_task(
         asked = {name: Asked("exact", questions, folder)}
     else:
         raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations', 'mini-vl'))}")
-    found = preflight(load_conversations(path), folder, drop)
-    return ConversationTask(name, tuple(found.require()), folder, asked, len(found.dropped))
+
+    def load() -> tuple[dict[str, tuple[Conversation, ...]], int]:
+        found = preflight(load_conversations(path), folder, drop)
+        return {"train": tuple(found.require())}, len(found.dropped)
+
+    return ConversationTask(name, folder, {"test": asked}, load)
 
 
 def _question(record: Conversation) -> Question:
@@ -159,15 +198,19 @@ def _benchmark(name: str, root: Path) -> Asked:
 
 
 def _mini() -> ConversationTask:
-    records = tuple(map(mini_talk.conversation, range(mini_talk.KINDS * len(mini_talk.SPLITS["train"]))))
-    asked = {}
-    for name, task in mini_talk.TASKS.items():
-        times = 10 if task.like in ("vqav2", "vizwiz", "textvqa") else 1  # as many people have answered there
-        questions = []
-        for index in mini_talk.SPLITS["test"]:
-            one = mini_talk.item(name, index)
-            image = f"{name}/{index}.png"
-            questions.append(Question(index, image, one.text, (one.answer,) * times, one.category, one.options))
-        chosen = vqa_files.with_rotations(questions) if task.like == "mmbench" else questions
-        asked[f"mini-vl/{name}"] = Asked(task.like, tuple(chosen), mini_talk.image_of)
-    return ConversationTask("mini-vl", records, mini_talk.image_of, asked, 0)
+    stops = {"train": mini_talk.SPLITS["train"].stop, "trainval": mini_talk.SPLITS["val"].stop}
+    splits = {split: tuple(map(mini_talk.conversation, range(mini_talk.KINDS * stop))) for split, stop in stops.items()}
+    questions = {split: {f"mini-vl/{name}": _mini_asked(name, split) for name in mini_talk.TASKS} for split in ASKED}
+    return ConversationTask("mini-vl", mini_talk.image_of, questions, lambda: (splits, 0))
+
+
+def _mini_asked(name: str, split: str) -> Asked:
+    task = mini_talk.TASKS[name]
+    times = 10 if task.like in ("vqav2", "vizwiz", "textvqa") else 1  # as many people have answered there
+    questions = []
+    for index in mini_talk.SPLITS[split]:
+        one = mini_talk.item(name, index)
+        image = f"{name}/{index}.png"
+        questions.append(Question(index, image, one.text, (one.answer,) * times, one.category, one.options))
+    chosen = vqa_files.with_rotations(questions) if task.like == "mmbench" else questions
+    return Asked(task.like, tuple(chosen), mini_talk.image_of)

@@ -24,6 +24,7 @@ from san_bench.data.conversation_prompts import (
     measure,
     opened,
 )
+from san_bench.data.conversations import Conversation
 from san_bench.data.prompts import Collator
 from san_bench.recipe_conversation import ConversationRecipe
 from san_bench.run.answers import batches, decoding, scoring
@@ -52,11 +53,17 @@ class Conversations(Domain):
         self.task = task or load_conversation_task(
             recipe.task, recipe.data, recipe.answering.benchmarks, recipe.conversation.drop_bad_images
         )
+        self.task.asked(recipe.eval_split)  # better known before the training than after it
 
     @property
     def n_train(self) -> int:
         """Number of conversations to train with."""
-        return len(self.task.records)
+        return len(self.records)
+
+    @property
+    def records(self) -> tuple[Conversation, ...]:
+        """The conversations to train with."""
+        return self.task.records(self.recipe.train_split)
 
     def facts(self) -> dict[str, Any]:
         """Returns what decides about numbers in the field, and how much was left out."""
@@ -88,7 +95,7 @@ class Conversations(Domain):
     @cached_property
     def lengths(self) -> Any:
         """How long the conversations are; see `san_bench.data.conversation_prompts.measure`."""
-        return measure(self.task.records, self.processor, self.recipe.conversation.max_length)
+        return measure(self.records, self.processor, self.recipe.conversation.max_length)
 
     def base_model(self) -> nn.Module:
         """Loads the pretrained model with its weights in the recipe's type.
@@ -115,11 +122,11 @@ class Conversations(Domain):
         recipe, talk = self.recipe, self.recipe.conversation
         if recipe.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        pictured = [record.image is not None for record in self.task.records]
+        pictured = [record.image is not None for record in self.records]
         collate = ConversationCollator(self._pad)
         return Training(
             dataset=ConversationDataset(
-                self.task.records, self.task.images, self.processor, talk.max_length, talk.pad_to_square
+                self.records, self.task.images, self.processor, talk.max_length, talk.pad_to_square
             ),
             collate=collate,
             plain=collate,
@@ -136,9 +143,9 @@ class Conversations(Domain):
 
     def probe(self, size: int) -> Batch:
         """Returns the first questions that are asked and have an image, as many of each benchmark."""
-        each = -(-size // len(self.task.asked))
-        examples = []
-        for asked in self.task.asked.values():
+        tasks, examples = self.task.asked(self.recipe.eval_split), []
+        each = -(-size // len(tasks))
+        for asked in tasks.values():
             chosen = [question for question in asked.questions if question.image is not None][:each]
             examples += [self._encoded(question, asked.images) for question in chosen]
         return self._left(examples[:size])
@@ -151,13 +158,12 @@ class Conversations(Domain):
             texts that are no answer, and what else its rule gives. The files hold every question with its answer.
 
         Raises:
-            SanError: If the split is another than `test`.
+            SanError: If there are no questions of the split.
         """
-        if split != "test":
-            raise SanError(f"{self.task.name} has no questions of the split {split!r}; it has those of test.")
+        chosen = self.task.asked(split)
         place(model)
         tasks, files = {}, {}
-        for name, asked in self.task.asked.items():
+        for name, asked in chosen.items():
             texts = self.answers(model, asked)
             found = _score(asked.rule, asked.questions, texts)
             tasks[name] = {

@@ -54,7 +54,7 @@ def empty_model(name: str) -> nn.Module:
         'GPT2LMHeadModel'
     """
     if name.partition("/")[0] == "embedded":
-        from san_bench.data.vision import embedded_path
+        from san_bench.data.embedded import embedded_path
 
         return _from_folder(embedded_path(name.partition("/")[2] or "vit"))
     if name and (Path(name) / "config.json").is_file():

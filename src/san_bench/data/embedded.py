@@ -1,0 +1,145 @@
+"""The small models that ship with the package: three of images, one of texts, and one that sees and speaks.
+
+The last is put together of the others: the ViT is its vision tower, the decoder is its language model, and what ships
+of it is a PEFT adapter, a projector between the two and a low-rank update of the decoder. The first who asks for it has
+it assembled in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`).
+
+Example:
+    >>> embedded_path().name, embedded_path("decoder").name
+    ('vit-tiny-procedural', 'decoder-tiny-procedural')
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from san_bench.data.conversations import MARKER
+from san_bench.strict import suggest
+from san_peft.errors import SanError
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+EMBEDDED = ("vit", "swin", "convnext")
+"""The models of images."""
+
+MODELS = (*EMBEDDED, "decoder", "llava")
+"""All models."""
+
+
+def embedded_path(name: str = "vit") -> Path:
+    """Returns the folder of a small model that ships with the package, for any `from_pretrained` of transformers.
+
+    Args:
+        name: One of `MODELS`.
+
+    Raises:
+        SanError: If there is no such model, or the cache cannot be written that `llava` is assembled in.
+    """
+    if name not in MODELS:
+        raise SanError(f"No model {name!r} ships with the package.{suggest(name, MODELS)}")
+    return _assembled() if name == "llava" else asset(name)
+
+
+def asset(name: str) -> Path:
+    """Returns the folder that holds what ships of a model."""
+    return Path(str(resources.files("san_bench.data") / "assets" / f"{name}-tiny-procedural"))
+
+
+def joined(tower: Path, decoder: Path) -> LlavaForConditionalGeneration:
+    """Returns a LLaVA of a ViT and a decoder, with a new projector between them.
+
+    The decoder gets one more token, for the place of an image: its embedding is the mean of the others, so, as the
+    output shares it, it is never the likeliest. The pooler of the tower, which nothing reads, is zero.
+
+    Args:
+        tower: Folder of a ViT.
+        decoder: Folder of a LLaMA that shares its embedding with its output, with its tokenizer.
+    """
+    import torch
+    from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, ViTModel
+
+    vision, language = (
+        ViTModel.from_pretrained(tower, add_pooling_layer=False),
+        LlamaForCausalLM.from_pretrained(decoder),
+    )
+    language.resize_token_embeddings(language.config.vocab_size + 1, mean_resizing=False)
+    rows = language.get_input_embeddings().weight.data
+    rows[-1] = rows[:-1].double().mean(0).to(rows.dtype)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision.config, text_config=language.config, image_token_index=len(rows) - 1,
+            vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    missing, _ = model.model.vision_tower.load_state_dict(vision.state_dict(), strict=False)
+    for parameter in model.model.vision_tower.pooler.parameters():
+        torch.nn.init.zeros_(parameter)
+    if {key.split(".")[0] for key in missing} != {"pooler"}:
+        raise SanError(f"The tower in {tower} lacks {', '.join(missing)}.")
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    return model
+
+
+def processor_of(tower: Path, decoder: Path) -> LlavaProcessor:
+    """Returns the processor of the model that `joined` makes of the same two."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
+    return LlavaProcessor(
+        AutoImageProcessor.from_pretrained(tower), tokenizer, AutoConfig.from_pretrained(tower).patch_size,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def _assembled() -> Path:
+    """The folder of the LLaVA in the cache, named by what it is made of and with; written at once, or not at all."""
+    from huggingface_hub import cached_assets_path
+
+    parts = [asset("vit") / "model.safetensors", asset("decoder") / "model.safetensors",
+             asset("llava") / "adapter_model.safetensors"]  # fmt: skip
+    digest = hashlib.sha256(version("transformers").encode())
+    for part in parts:
+        digest.update(part.read_bytes())
+    try:
+        place = cached_assets_path("san-peft", "embedded", "llava") / digest.hexdigest()[:16]
+        if place.is_dir():
+            return place
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=place.parent))
+    except OSError as error:
+        raise SanError(
+            f"The embedded LLaVA is assembled in a cache that cannot be written ({error}). Set HF_ASSETS_CACHE to a "
+            "folder that can."
+        ) from error
+    try:
+        _assemble(part)
+        part.rename(place)
+    except OSError as error:
+        if not place.is_dir():  # else another process was faster
+            raise SanError(f"The embedded LLaVA cannot be assembled in {place.parent}: {error}.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return place
+
+
+def _assemble(folder: Path) -> None:
+    """Writes the LLaVA in half precision, as its parts are; the sums are formed in double precision."""
+    import json
+
+    from peft import PeftModel
+
+    model = joined(asset("vit"), asset("decoder")).double()
+    model = PeftModel.from_pretrained(model, asset("llava")).double().merge_and_unload()
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float32"  # what `from_pretrained` computes in
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    processor_of(asset("vit"), asset("decoder")).save_pretrained(folder)
