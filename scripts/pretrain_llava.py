@@ -4,7 +4,7 @@ The pictures and what is said of them are those of `san_bench.data.mini_talk.cap
 mini-vl is among them. The tower stays as it is. A projector is trained whole, and the decoder by a low-rank adapter.
 A caption follows its image at once, with nothing asked, as in the first stage of LLaVA.
 
-The folder holds a PEFT adapter; `san_bench.data.embedded` merges it. It is written next to its final place and moved
+The folder holds a PEFT adapter. It is written next to its final place and moved
 there when complete.
 """
 
@@ -24,7 +24,7 @@ from pretrain import ASSETS, VALIDATION_SEED, save
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from san_bench.data.embedded import asset, joined, processor_of
+from san_bench.data.embedded import embedded_path, joined, processor_of
 from san_bench.data.mini_pictures import draw
 from san_bench.data.mini_talk import caption
 from san_bench.data.prompts import IGNORED
@@ -80,11 +80,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     set_seed(args.seed)
     began, busy = time.monotonic(), time.process_time()
-    processor = processor_of(asset("vit"), asset("decoder"))
+    processor = processor_of(embedded_path("vit"), embedded_path("decoder"))
     adapter = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=LANGUAGE, modules_to_save=["multi_modal_projector"]
     )
-    model = get_peft_model(joined(asset("vit"), asset("decoder")), adapter)
+    model = get_peft_model(joined(embedded_path("vit"), embedded_path("decoder")), adapter)
     held_out = [batch for batch, _ in zip(batches(processor, VALIDATION_SEED, 64), range(8), strict=False)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
@@ -117,7 +117,7 @@ def main() -> None:
         "versions": {n: version(n) for n in ("torch", "transformers", "peft", "numpy")}
         | {"python": platform.python_version()},
         "parts": {
-            name: json.loads((asset(name) / "PROVENANCE.json").read_text(encoding="utf-8"))["sha256"]
+            name: json.loads((embedded_path(name) / "PROVENANCE.json").read_text(encoding="utf-8"))["sha256"]
             for name in ("vit", "decoder")
         },
         "final": log[-1],

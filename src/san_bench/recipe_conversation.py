@@ -70,8 +70,7 @@ class ConversationRecipe(Recipe):
         data: Folder of the records, the images and the benchmarks; `null` for `mini-vl`.
         train_split: `train`: all records; of `mini-vl` also `trainval`: with what is held out as well.
         eval_split: `test`: what can be scored without a server; of `mini-vl` also `val`.
-        model: `embedded/llava` (the small LLaVA of the package), a folder, or a name that transformers resolves, of
-            LLaVA 1.5, with its processor.
+        model: A folder, or a name that transformers resolves, of LLaVA 1.5, with its processor.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` or
             `int8`. What an adapter trains is in float32.
         tower: Whether the vision tower stays `frozen` or is `adapted` by the method as the language model is.

@@ -49,6 +49,10 @@ def test_shipped_suites_plan_complete_recipes(name):
     assert len(runs) == (1 if suite.mix else len(suite.tasks)) * len(suite.models) * len(suite.methods)
     assert len({run.recipe.fingerprint for run in runs}) == len(runs)
     assert {run.recipe.eval_split for run in runs} == {"test"}
+    if name == "llava":
+        with pytest.raises(SanError, match="llava holds nothing out, so it has no val"):
+            plan_search(suite, Choice(data=Path("there")))
+        return
     assert {run.recipe.eval_split for run in plan_search(suite, Choice(data=Path("there")))} <= {"val", "val200"}
 
 

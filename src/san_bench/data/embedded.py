@@ -1,8 +1,4 @@
-"""The small models that ship with the package: three of images, one of texts, and one that sees and speaks.
-
-The last is put together of the others: the ViT is its vision tower, the decoder is its language model, and what ships
-of it is a PEFT adapter, a projector between the two and a low-rank update of the decoder. The first who asks for it has
-it assembled in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`).
+"""The small models that ship with the package: three of images, and one of texts. Two of them make a LLaVA.
 
 Example:
     >>> embedded_path().name, embedded_path("decoder").name
@@ -11,11 +7,7 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +21,7 @@ if TYPE_CHECKING:
 EMBEDDED = ("vit", "swin", "convnext")
 """The models of images."""
 
-MODELS = (*EMBEDDED, "decoder", "llava")
+MODELS = (*EMBEDDED, "decoder")
 """All models."""
 
 
@@ -40,15 +32,10 @@ def embedded_path(name: str = "vit") -> Path:
         name: One of `MODELS`.
 
     Raises:
-        SanError: If there is no such model, or the cache cannot be written that `llava` is assembled in.
+        SanError: If there is no such model.
     """
     if name not in MODELS:
         raise SanError(f"No model {name!r} ships with the package.{suggest(name, MODELS)}")
-    return _assembled() if name == "llava" else asset(name)
-
-
-def asset(name: str) -> Path:
-    """Returns the folder that holds what ships of a model."""
     return Path(str(resources.files("san_bench.data") / "assets" / f"{name}-tiny-procedural"))
 
 
@@ -98,48 +85,3 @@ def processor_of(tower: Path, decoder: Path) -> LlavaProcessor:
         AutoImageProcessor.from_pretrained(tower), tokenizer, AutoConfig.from_pretrained(tower).patch_size,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
     )  # fmt: skip
-
-
-def _assembled() -> Path:
-    """The folder of the LLaVA in the cache, named by what it is made of and with; written at once, or not at all."""
-    from huggingface_hub import cached_assets_path
-
-    parts = [asset("vit") / "model.safetensors", asset("decoder") / "model.safetensors",
-             asset("llava") / "adapter_model.safetensors"]  # fmt: skip
-    digest = hashlib.sha256(version("transformers").encode())
-    for part in parts:
-        digest.update(part.read_bytes())
-    try:
-        place = cached_assets_path("san-peft", "embedded", "llava") / digest.hexdigest()[:16]
-        if place.is_dir():
-            return place
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=place.parent))
-    except OSError as error:
-        raise SanError(
-            f"The embedded LLaVA is assembled in a cache that cannot be written ({error}). Set HF_ASSETS_CACHE to a "
-            "folder that can."
-        ) from error
-    try:
-        _assemble(part)
-        part.rename(place)
-    except OSError as error:
-        if not place.is_dir():  # else another process was faster
-            raise SanError(f"The embedded LLaVA cannot be assembled in {place.parent}: {error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return place
-
-
-def _assemble(folder: Path) -> None:
-    """Writes the LLaVA in half precision, as its parts are; the sums are formed in double precision."""
-    import json
-
-    from peft import PeftModel
-
-    model = joined(asset("vit"), asset("decoder")).double()
-    model = PeftModel.from_pretrained(model, asset("llava")).double().merge_and_unload()
-    model.half().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = "float32"  # what `from_pretrained` computes in
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    processor_of(asset("vit"), asset("decoder")).save_pretrained(folder)
