@@ -2,7 +2,8 @@
 
 Rows and trials go to `results/SUITE/`, without the blocks of PEFT's method comparison, which repeat them at length. The
 learning rates that the trials chose go into the suite that ships; rows of other rates are left out. Rows of code that
-no commit holds are refused. What `san plot` found on the variance of scales is kept too.
+no commit holds are refused. What `san plot` found on the variance and the similarity of scales is kept
+too.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ def main() -> None:
     }
     analysis = args.folder / "plots" / "analysis.json"
     if analysis.exists():
-        variance = json.loads(analysis.read_text(encoding="utf-8"))["variance"]
-        write_atomically(place / "variance.json", json.dumps(variance, indent=1) + "\n")
+        found = json.loads(analysis.read_text(encoding="utf-8"))
+        write_atomically(place / "variance.json", json.dumps(found["variance"], indent=1) + "\n")
+        similarity = [{key: value for key, value in one.items() if key != "layers"} for one in found["similarity"]]
+        write_atomically(place / "similarity.json", json.dumps(similarity, indent=1) + "\n")
     print(f"{place.relative_to(ROOT)}: {', '.join(f'{count} in {part}' for part, count in counts.items())}")
 
 

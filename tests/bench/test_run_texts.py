@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from tests.bench import texts
 from tests.bench.texts import METHODS, gpt2, llama, llama2, question, recipe_of, small_language, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -303,18 +304,29 @@ def test_own_records_need_answers_that_can_be_sought(tmp_path):
 
 
 def test_commonsense_trains_on_the_mix_and_is_scored_on_eight(tmp_path):
-    from tests.bench.texts import TASKS, record
-
-    write(tmp_path / "commonsense_170k.json", [record(task) for task in TASKS] * 3)
-    for task in TASKS:
-        write(tmp_path / task / "test.json", [record(task)] * 2)
+    write(tmp_path / "commonsense_170k.json", [texts.record(task) for task in texts.TASKS] * 3)
+    for task in texts.TASKS:
+        write(tmp_path / task / "test.json", [texts.record(task)] * 2)
     task = load_text_task("commonsense", tmp_path)
     assert {name: len(part) for name, part in task.splits.items()} == {"train": 22, "val": 2, "trainval": 24}
-    assert list(task.asked("test")) == [f"commonsense/{name}" for name in TASKS]
-    with pytest.raises(SanError, match="no questions of the split 'val'; it has those of test"):
-        Texts(
-            load_recipe("language/llama-7b-lora", {"data": str(tmp_path), "train_split": "train", "eval_split": "val"})
-        )
+    assert list(task.asked("test")) == [f"commonsense/{name}" for name in texts.TASKS]
+    ((name, held_out),) = task.asked("val").items()
+    assert (name, held_out.records) == ("commonsense/held-out", task.splits["val"])
+    assert held_out.read_answer("so it is ending2, not answer1") == "ending2"
+    assert {"true", "false", "solution1", "answer5", "ending4", "option2"} <= set(held_out.answers)
+    assert {record.answer for record in task.splits["trainval"]} <= set(held_out.answers)
+    recipe = {"data": str(tmp_path), "train_split": "train", "eval_split": "val"}
+    assert Texts(load_recipe("language/llama-7b-lora", recipe)).task.fingerprint == task.fingerprint
+
+
+def test_a_single_commonsense_task_holds_out_its_own(tmp_path):
+    write(tmp_path / "piqa" / "train.json", [texts.record("piqa")] * 10)
+    write(tmp_path / "piqa" / "test.json", [texts.record("piqa")] * 2)
+    task = load_text_task("commonsense/piqa", tmp_path)
+    (asked,) = task.asked("val").values()
+    assert list(task.asked("val")) == ["commonsense/piqa"]
+    assert asked.answers == ("solution1", "solution2")
+    assert len(asked.records) == 1
 
 
 # A suite whose tasks share one training

@@ -86,3 +86,16 @@ def test_the_page_says_how_variances_compare():
         in text
     )
     assert f"the squares vary {acting} times as much as SSF's scales" in text
+
+
+def test_the_page_says_how_alike_scales_are():
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "results" / "mini-vision" / "similarity.json").read_text(encoding="utf-8"))
+    cosines = {(r["backbone"], r["method"]): r for r in found if r["measure"] == "cosine"}
+    for title, backbone in (("ViT", "vit"), ("Swin", "swin"), ("ConvNeXt", "convnext")):
+        san, ssf = (cosines[backbone, method] for method in ("san", "ssf"))
+        row = f"| {title} | {san['n_runs'] // san['n_tasks']} |" + "".join(
+            f" {r['intra']:.2f} | {r['inter']:.2f} |" for r in (san, ssf)
+        )
+        assert row in text
+        assert san["p"] == ssf["p"] == 0.0001

@@ -17,13 +17,14 @@ import tempfile
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from san_bench.data.conversations import MARKER
 from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 EMBEDDED = ("vit", "swin", "convnext")
@@ -65,12 +66,11 @@ def joined(tower: Path, decoder: Path) -> LlavaForConditionalGeneration:
     import torch
     from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, ViTModel
 
-    vision, language = (
-        ViTModel.from_pretrained(tower, add_pooling_layer=False),
-        LlamaForCausalLM.from_pretrained(decoder),
-    )
+    vision = ViTModel.from_pretrained(tower, add_pooling_layer=False)
+    language = LlamaForCausalLM.from_pretrained(decoder)
     language.resize_token_embeddings(language.config.vocab_size + 1, mean_resizing=False)
-    rows = language.get_input_embeddings().weight.data
+    embedding: Any = language.get_input_embeddings()
+    rows: Tensor = embedding.weight.data
     rows[-1] = rows[:-1].double().mean(0).to(rows.dtype)
     model = LlavaForConditionalGeneration(
         LlavaConfig(

@@ -124,15 +124,18 @@ def _mini(name: str, tasks: Sequence[str]) -> TextTask:
 def _commonsense(name: str, data: Path, task: str) -> TextTask:
     manifest = load_manifest(commonsense.SUITE)
     tasks = [commonsense.find_task(name)[0]] if task else list(commonsense.TASKS)
+    known = [manifest.tasks[one] for one in tasks]
     if task:
-        facts = manifest.tasks[tasks[0]]
-        records = load_records(find_folder(data, facts), "train", facts.answers)
+        records = load_records(find_folder(data, known[0]), "train", known[0].answers)
     else:
         records = commonsense.load_mix(data / commonsense.MIX)
-    test = {}
-    for one in tasks:
-        test[f"commonsense/{one}"] = commonsense.load_test(one, data)
-    return TextTask(name, hold_out(records), {"test": test})
+    test = {f"commonsense/{one}": commonsense.load_test(one, data) for one in tasks}
+    splits = hold_out(records)
+    # Records of the mix do not say which task they are of: what is held out is asked as one.
+    answers = tuple(dict.fromkeys(answer for facts in known for answer in facts.answers))
+    sought = tuple(dict.fromkeys(pattern for facts in known for pattern in facts.sought))
+    val = {next(iter(test)) if task else "commonsense/held-out": Questions(splits["val"], answers, sought)}
+    return TextTask(name, splits, {"val": val, "test": test})
 
 
 def _own(name: str, data: str | Path) -> TextTask:

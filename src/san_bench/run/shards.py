@@ -23,4 +23,5 @@ def gathered(trainer: Any) -> dict[str, Tensor]:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: Any = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return whole
