@@ -114,7 +114,7 @@ def test_its_graph_crosses_the_groups_and_merging_changes_nothing(decoder):
     layer = "model.layers.0"
     assert not graph.barriers
     assert any(edge.startswith(f"{layer}.self_attn.v_proj -> {layer}.self_attn.o_proj [repeat") for edge in edges)
-    assert f"{layer}.mlp.up_proj -> {layer}.mlp.down_proj [identity] (through product, silu)" in edges
+    assert any(edge.startswith(f"{layer}.mlp.up_proj -> {layer}.mlp.down_proj [identity]") for edge in edges)
     adapted = get_peft_model(model, SanConfig(task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
         if "san_scale" in name:

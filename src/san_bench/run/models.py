@@ -36,8 +36,8 @@ def empty_model(name: str) -> nn.Module:
     """Builds a model by its name on the meta device, where parameters have shapes and no values.
 
     Args:
-        name: `embedded` (the ViT that comes with the package), `embedded/swin`, `embedded/convnext`,
-            `embedded/decoder` or `embedded/llava` (its other models), a folder with a `config.json` of transformers or timm, a model of
+        name: `embedded` (the ViT that comes with the package), `embedded/swin`, `embedded/convnext`, `embedded/decoder`
+            or `embedded/llava` (its other models), a folder with a `config.json` of transformers or timm, a model of
             timm (`vit_base_patch16_224`, `timm/...`, with or without a tag), a model type of transformers (`llama`: its
             default configuration), or a model on the hub (`org/name`), of which the configuration is loaded where it is
             cached or the hub is reached.
