@@ -114,7 +114,7 @@ def _assembled() -> Path:
         if place.is_dir():
             return place
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=place.parent))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SanError(
             f"The embedded LLaVA is assembled in a cache that cannot be written ({error}). Set HF_ASSETS_CACHE to a "
             "folder that can."
