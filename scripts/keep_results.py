@@ -2,8 +2,7 @@
 
 Rows and trials go to `results/SUITE/`, without the blocks of PEFT's method comparison, which repeat them at length. The
 learning rates that the trials chose go into the suite that ships; rows of other rates are left out. Rows of code that
-no commit holds are refused. What `san plot` found on the variance and the similarity of scales is kept
-too.
+no commit holds are refused. What `san plot` found on the variance and the similarity of scales is kept too.
 """
 
 from __future__ import annotations

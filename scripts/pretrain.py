@@ -17,11 +17,13 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     ConvNextConfig,
@@ -165,6 +167,69 @@ def save(model: Any, reader: Any, folder: Path, log: list[dict], provenance: dic
     part.rename(folder)
 
 
+def fit(
+    parameters: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    loss_of: Callable[[int], Tensor],
+    validate: Callable[[], dict[str, float]],
+    began: float,
+    done: int = 0,
+) -> list[dict]:
+    """Trains in bfloat16 with a cosine schedule, and returns the log: a row in 50 steps, a validation in 250.
+
+    Args:
+        parameters: What is trained; its gradients are clipped at the norm 1.
+        optimizer: Its optimiser.
+        steps: How many steps.
+        loss_of: Loss of a step, counted from 0.
+        validate: What a validation finds.
+        began: When the clock was started, by `time.monotonic`.
+        done: Steps of an earlier training, which the log counts on from.
+    """
+    parameters, log = list(parameters), []
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        last = step + 1 == steps
+        if (step + 1) % 50 == 0 or last:
+            row: dict[str, Any] = {
+                "step": done + step + 1,
+                "loss": round(loss.item(), 4),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            if (step + 1) % 250 == 0 or last:
+                row["validation"] = validate()
+            log.append(row)
+            print(json.dumps(row), flush=True)
+    return log
+
+
+def circumstances(args: argparse.Namespace, began: float, busy: float, *packages: str) -> dict[str, Any]:
+    """What the papers of every model say: settings, precision, machine, seconds and versions.
+
+    Args:
+        args: Of the command, `threads` among them.
+        began: When the clock was started, by `time.monotonic`.
+        busy: The same by `time.process_time`.
+        packages: Whose versions to note.
+    """
+    return {
+        "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k != "probe"},
+        "precision": "bfloat16 autocast in training, saved in float16",
+        "machine": f"{platform.machine()} processor, {args.threads} threads, no accelerator",
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(time.process_time() - busy, 1),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+
+
 def probe(name: str, folder: Path) -> dict[str, float]:
     """Validation accuracy on digits of logistic regression on the standardised pooled output, per inverse penalty C."""
     from sklearn.linear_model import LogisticRegression
@@ -229,39 +294,20 @@ def main() -> None:
         log = [json.loads(row) for row in (args.continue_from / "training_log.jsonl").read_text().splitlines()]
     seen = earlier["images"] if earlier else 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
     dropping = args.steps - args.full_steps if args.backbone == "vit" else 0
     began, busy, done = time.monotonic(), time.process_time(), len(log) and log[-1]["step"]
-    for step in range(args.steps):
+
+    def loss_of(step: int) -> Tensor:
         batch = batch_of(args.batch_size, args.seed, seen + step * args.batch_size, model.cell)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(*batch, keep=32 if step < dropping else None)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if (step + 1) % 50 == 0 or step + 1 == args.steps:
-            row = {
-                "step": done + step + 1,
-                "loss": round(loss.item(), 4),
-                "seconds": round(time.monotonic() - began, 1),
-            }
-            if (step + 1) % 250 == 0 or step + 1 == args.steps:
-                row["validation"] = model.accuracies()
-            log.append(row)
-            print(json.dumps(row), flush=True)
+        return model.loss(*batch, keep=32 if step < dropping else None)
+
+    log += fit(model.parameters(), optimizer, args.steps, loss_of, model.accuracies, began, done)
     provenance = {
         "command": f"python scripts/pretrain.py --backbone {args.backbone}{' --continue-from' if earlier else ''}",
-        "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k != "probe"},
         "images": seen + args.steps * args.batch_size,
         "data": "san_bench.data.procedural.draw, kind mixed; no photograph and no handwriting",
         "validation": f"1024 images of seed {VALIDATION_SEED}, which no training image shares",
-        "precision": "bfloat16 autocast in training, saved in float16",
-        "machine": f"{platform.machine()} processor, {args.threads} threads, no accelerator",
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - busy, 1),
-        "versions": {n: version(n) for n in ("torch", "transformers", "numpy")} | {"python": platform.python_version()},
+        **circumstances(args, began, busy, "torch", "transformers", "numpy"),
         "final": log[-1],
         "continued_from": earlier,
     }

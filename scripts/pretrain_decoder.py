@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from pretrain import ASSETS, VALIDATION_SEED, save
+from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import (
@@ -31,7 +29,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
     set_seed,
 )
 
@@ -157,35 +154,17 @@ def main() -> None:
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
-    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
-    log: list[dict] = []
     stream = batches(tokenizer, args.seed, args.batch_size, args.length)
-    for step, tokens in zip(range(args.steps), stream, strict=False):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if (step + 1) % 50 == 0 or step + 1 == args.steps:
-            row = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - began, 1)}
-            if (step + 1) % 250 == 0 or step + 1 == args.steps:
-                row["validation"] = validate(model, held_out)
-            log.append(row)
-            print(json.dumps(row), flush=True)
+    log = fit(
+        model.parameters(), optimizer, args.steps, lambda _: loss_of(model, next(stream)),
+        lambda: validate(model, held_out), began,
+    )  # fmt: skip
     provenance = {
         "command": "python scripts/pretrain_decoder.py",
-        "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k != "probe"},
         "tokens": args.steps * args.batch_size * args.length,
         "data": "san_bench.data.world_text.text, drawn by rule; no person's text and no task of mini-language",
         "validation": f"{len(held_out) * 16} sequences of texts of seed {VALIDATION_SEED}",
-        "precision": "bfloat16 autocast in training, saved in float16",
-        "machine": f"{platform.machine()} processor, {args.threads} threads, no accelerator",
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - busy, 1),
-        "versions": {n: version(n) for n in ("torch", "transformers", "tokenizers")}
-        | {"python": platform.python_version()},
+        **circumstances(args, began, busy, "torch", "transformers", "tokenizers"),
         "final": log[-1],
     }
     save(model, tokenizer, args.out, log, provenance)

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from san_bench.data import commonsense, world
 from san_bench.data.instructions import Questions, Record, fingerprint, load_records
 from san_bench.data.manifest import find_folder, load_manifest
 from san_bench.strict import suggest, task_of_suite
 from san_peft.errors import SanError
+
+T = TypeVar("T")
 
 HELD_OUT = 120
 """Records that are held out where the data has no split for it, as published; of fewer than 1,200 a tenth."""
@@ -66,10 +69,24 @@ class TextTask:
         Raises:
             SanError: If the task has no questions of that split.
         """
-        if not self.questions.get(split):
-            have = ", ".join(name for name, tasks in self.questions.items() if tasks) or "none"
-            raise SanError(f"{self.name} has no questions of the split {split!r}; it has those of {have}.")
-        return self.questions[split]
+        return questions_of(self.name, self.questions, split)
+
+
+def questions_of(name: str, questions: Mapping[str, dict[str, T]], split: str) -> dict[str, T]:
+    """Returns the questions of a split by task.
+
+    Args:
+        name: What has them, for the message.
+        questions: The questions by split.
+        split: Which split.
+
+    Raises:
+        SanError: If there are none of that split.
+    """
+    if not questions.get(split):
+        have = ", ".join(one for one, tasks in questions.items() if tasks) or "none"
+        raise SanError(f"{name} has no questions of the split {split!r}; it has those of {have}.")
+    return questions[split]
 
 
 def load_text_task(name: str, data: str | Path | None = None) -> TextTask:

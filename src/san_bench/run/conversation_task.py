@@ -20,6 +20,7 @@ from san_bench.data import mini_talk
 from san_bench.data.conversation_images import preflight
 from san_bench.data.conversation_prompts import Images
 from san_bench.data.conversations import MARKER, Conversation, fingerprint, load_conversations
+from san_bench.data.texts import questions_of
 from san_bench.run import vqa_files
 from san_bench.run.vqa import Question
 from san_bench.strict import suggest
@@ -90,10 +91,7 @@ class ConversationTask:
         Raises:
             SanError: If the task has no questions of that split.
         """
-        if split not in self.questions:
-            have = ", ".join(self.questions)
-            raise SanError(f"{self.name} has no questions of the split {split!r}; it has those of {have}.")
-        return self.questions[split]
+        return questions_of(self.name, self.questions, split)
 
     @cached_property
     def fingerprint(self) -> str:

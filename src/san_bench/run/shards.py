@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from san_peft.tuner import sharded
 
 
 def is_sharded(model: Any) -> bool:
     """Says whether any parameter of a model lies in shards on several processes."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(sharded.is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def gathered(trainer: Any) -> dict[str, Tensor]:
