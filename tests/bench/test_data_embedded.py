@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -184,26 +185,40 @@ def test_it_sees(place, llava):
 
 def test_it_is_assembled_once_whoever_asks_first(place, tmp_path, monkeypatch):
     before = (place / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(place.parents[2]))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(place.parents[3]))
     assert embedded_path("llava") == place
     assert (place / "model.safetensors").stat().st_mtime_ns == before
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
-    barrier, assemble = threading.Barrier(2), embedded._assemble
+    assemble, calls = embedded._assemble, list[Path]()
 
-    def at_once(folder: Path) -> None:
-        barrier.wait(60)
+    def counted(folder: Path) -> None:
+        calls.append(folder)
         assemble(folder)
 
-    monkeypatch.setattr(embedded, "_assemble", at_once)
+    monkeypatch.setattr(embedded, "_assemble", counted)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(embedded_path("llava"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert len(set(found)) == 1
-    assert [path.name for path in found[0].parent.iterdir()] == [found[0].name], "nothing half-written is left"
+    assert len(calls) == 1
+    assert found[0] == found[1]
     assert (found[0] / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
+
+
+def test_a_process_that_is_later_takes_what_is_there(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    target = tmp_path / "san-peft" / "embedded" / "llava" / place.name
+
+    def overtaken(folder: Path) -> None:
+        (folder / "config.json").write_text("of the later one")
+        shutil.copytree(place, target)
+
+    monkeypatch.setattr(embedded, "_assemble", overtaken)
+    assert embedded_path("llava") == target
+    assert (target / "config.json").read_bytes() == (place / "config.json").read_bytes()
+    assert list(target.parent.iterdir()) == [target], "nothing half-written is left"
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -214,7 +229,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_names(place, monkeypatch):
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(place.parents[2]))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(place.parents[3]))
     assert type(empty_model("embedded/decoder")).__name__ == "LlamaForCausalLM"
     assert type(empty_model("embedded/llava")).__name__ == "LlavaForConditionalGeneration"
     with pytest.raises(SanError, match=r"No model 'lava' ships with the package\. Did you mean 'llava'"):
