@@ -190,7 +190,7 @@ def fit(
     parameters, log = list(parameters), []
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     for step in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(parameters[0].device.type, torch.bfloat16):
             loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -212,7 +212,7 @@ def fit(
 
 
 def circumstances(args: argparse.Namespace, began: float, busy: float, *packages: str) -> dict[str, Any]:
-    """What the papers of every model say: settings, precision, machine, seconds and versions.
+    """What the papers of every model say: settings, precision, machine, seconds and versions; `device` may be set.
 
     Args:
         args: Of the command, `threads` among them.
@@ -223,7 +223,9 @@ def circumstances(args: argparse.Namespace, began: float, busy: float, *packages
     return {
         "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k != "probe"},
         "precision": "bfloat16 autocast in training, saved in float16",
-        "machine": f"{platform.machine()} processor, {args.threads} threads, no accelerator",
+        "machine": torch.cuda.get_device_name()
+        if getattr(args, "device", "cpu") == "cuda"
+        else f"{platform.machine()} processor, {args.threads} threads, no accelerator",
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - busy, 1),
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},

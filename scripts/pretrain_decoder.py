@@ -2,8 +2,8 @@
 
 The texts are those of `san_bench.data.world_text`; no text of the tasks of mini-language is among them. A byte-level
 tokenizer is trained on the first of them, so any text can be encoded; `<unk>`, which no text needs, pads. The decoder
-has grouped-query attention: three query heads share one key and value head. Sequences are packed: texts in a row,
-`</s>` after each, cut at their length.
+has grouped-query attention: two query heads share one key and value head. Sequences are packed: texts in a row, `</s>`
+after each, cut at their length.
 
 The folder is written next to its final place and moved there when complete.
 
@@ -16,14 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -34,7 +36,8 @@ from transformers import (
 
 from san_bench.data import world
 from san_bench.data.tokens import prepare_tokenizer
-from san_bench.data.world_text import text
+from san_bench.data.world_text import choice, text
+from san_bench.data.world_words import Dice
 from san_bench.run.likelihood import log_likelihoods
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -61,30 +64,34 @@ def new_tokenizer(seed: int, texts: int, vocabulary: int) -> PreTrainedTokenizer
     )  # fmt: skip
 
 
-def new_decoder(vocabulary: int, layers: int) -> LlamaForCausalLM:
-    """Builds a LLaMA of about 1.9 million values, with one key and value head for three query heads."""
+def new_decoder(vocabulary: int, layers: int, width: int) -> LlamaForCausalLM:
+    """Builds a LLaMA of about 1.9 million values, with one key and value head for two query heads."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=layers,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5,
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 96 * 32, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5,
             tie_word_embeddings=True, bos_token_id=SPECIAL.index("<s>"), eos_token_id=SPECIAL.index("</s>"),
             pad_token_id=SPECIAL.index("<unk>"),
         )
     )  # fmt: skip
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch: int, length: int) -> Iterator[torch.Tensor]:
-    """Packed sequences of tokens without end; what is cut off at the end of one begins the next."""
-    rest: list[int] = []
-    index, need = 0, batch * length
-    while True:
-        while len(rest) < need:
-            texts = [text(seed, index + n) for n in range(256)]
-            index += len(texts)
-            for tokens in tokenizer(texts)["input_ids"]:
-                rest += [*tokens, tokenizer.eos_token_id]
-        yield torch.tensor(rest[:need]).view(batch, length)
-        rest = rest[need:]
+class Packed(Dataset[torch.Tensor]):
+    """Sequences of tokens without end: sequence `i` begins with text `64 i`, whoever reads it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, length: int, count: int) -> None:
+        self.tokenizer, self.seed, self.length, self.count = tokenizer, seed, length, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        tokens: list[int] = []
+        for place in range(index * 64, index * 64 + 64):
+            tokens += [*self.tokenizer(text(self.seed, place))["input_ids"], self.tokenizer.eos_token_id]
+            if len(tokens) >= self.length:
+                break
+        return torch.tensor(tokens[: self.length])
 
 
 def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -93,11 +100,26 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
+def choices(tokenizer: PreTrainedTokenizerFast, count: int) -> list[torch.Tensor]:
+    """Texts of another seed whose last words are the number of the right one of two, three or four."""
+    found, index = [], 0
+    while len(found) < count:
+        told = choice(Dice(VALIDATION_SEED, index))
+        if re.search(r"[1-4]\.$", told):
+            found.append(torch.tensor(tokenizer(told)["input_ids"]))
+        index += 1
+    return found
+
+
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, held_out: list[torch.Tensor]) -> dict[str, float]:
-    """Loss in nats per token, and the share of tokens that are guessed right, on texts of another seed."""
+def validate(model: LlamaForCausalLM, held_out: list[torch.Tensor], asked: list[torch.Tensor]) -> dict[str, float]:
+    """Loss in nats per token, and the share of tokens that are guessed right, of `choices` of their numbers alone."""
     model.eval()
     losses, right = [], []
+    ends = torch.tensor([len(one) - 2 for one in asked])
+    told = pad_sequence(asked, batch_first=True).to(model.device)
+    named = model(input_ids=told, use_cache=False).logits[torch.arange(len(asked)), ends - 1].argmax(-1)
+    chosen = named == told[torch.arange(len(asked)), ends]
     for tokens in held_out:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         losses.append(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
@@ -105,7 +127,8 @@ def validate(model: LlamaForCausalLM, held_out: list[torch.Tensor]) -> dict[str,
     model.train()
     mean = sum(losses) / len(losses)
     return {
-        "loss": round(mean, 4), "perplexity": round(math.exp(mean), 3), "accuracy": round(sum(right) / len(right), 4)
+        "loss": round(mean, 4), "perplexity": round(math.exp(mean), 3), "accuracy": round(sum(right) / len(right), 4),
+        "choices": round(chosen.float().mean().item(), 4),
     }  # fmt: skip
 
 
@@ -133,10 +156,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=192, help="tokens of a sequence")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--vocabulary", type=int, default=1536, help="tokens, among them 256 bytes and 3 special ones")
     parser.add_argument("--tokenizer-texts", type=int, default=20000, help="texts that the tokenizer is trained on")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the texts")
+    parser.add_argument("--asked", type=int, default=256, help="choices that a validation asks for")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="processes that write the texts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ASSETS / "decoder-tiny-procedural")
     parser.add_argument("--probe", action="store_true", help="score the model in --out on the tasks, train nothing")
     args = parser.parse_args()
@@ -148,22 +175,28 @@ def main() -> None:
     set_seed(args.seed)
     began, busy = time.monotonic(), time.process_time()
     tokenizer = new_tokenizer(args.seed, args.tokenizer_texts, args.vocabulary)
-    model = new_decoder(len(tokenizer), args.layers)
-    held_out = [batch for batch, _ in zip(batches(tokenizer, VALIDATION_SEED, 16, args.length), range(8), strict=False)]
+    model = new_decoder(len(tokenizer), args.layers, args.width).to(args.device)
+    held_out = [one.to(args.device) for one in DataLoader(Packed(tokenizer, VALIDATION_SEED, args.length, 128), 16)]
+    asked = choices(tokenizer, args.asked)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
-    stream = batches(tokenizer, args.seed, args.batch_size, args.length)
+    stream = iter(
+        DataLoader(
+            Packed(tokenizer, args.seed, args.length, args.steps * args.batch_size), args.batch_size,
+            num_workers=args.workers, prefetch_factor=8 if args.workers else None,
+        )
+    )  # fmt: skip
     log = fit(
-        model.parameters(), optimizer, args.steps, lambda _: loss_of(model, next(stream)),
-        lambda: validate(model, held_out), began,
+        model.parameters(), optimizer, args.steps, lambda _: loss_of(model, next(stream).to(args.device)),
+        lambda: validate(model, held_out, asked), began,
     )  # fmt: skip
     provenance = {
         "command": "python scripts/pretrain_decoder.py",
         "tokens": args.steps * args.batch_size * args.length,
         "data": "san_bench.data.world_text.text, drawn by rule; no person's text and no task of mini-language",
-        "validation": f"{len(held_out) * 16} sequences of texts of seed {VALIDATION_SEED}",
+        "validation": f"{len(held_out) * 16} sequences and {len(asked)} choices of texts of seed {VALIDATION_SEED}",
         **circumstances(args, began, busy, "torch", "transformers", "tokenizers"),
         "final": log[-1],
     }

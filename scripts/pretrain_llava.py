@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import set_seed
 
 from san_bench.data.conversation_prompts import ConversationCollator, image_tokens
@@ -32,25 +32,25 @@ from san_bench.data.prompts import IGNORED
 LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def batches(processor: Any, seed: int, size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of an image with its caption after it, without end."""
-    tokenizer, collate, index = processor.tokenizer, ConversationCollator(processor.tokenizer.pad_token_id), 0
-    start = [tokenizer.bos_token_id, *[processor.image_token_id] * image_tokens(processor)]
-    while True:
-        examples = []
-        for place in range(index, index + size):
-            scene, words = caption(seed, place)
-            ids = [*tokenizer(words, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            pixels = torch.from_numpy(draw(scene, seed, place)).permute(2, 0, 1).float() / 127.5 - 1
-            examples.append(
-                {
-                    "input_ids": torch.tensor([*start, *ids]),
-                    "labels": torch.tensor([*[IGNORED] * len(start), *ids]),
-                    "pixel_values": pixels,
-                }
-            )
-        index += size
-        yield collate(examples)
+class Captioned(Dataset[dict[str, Tensor]]):
+    """Images with their captions after them."""
+
+    def __init__(self, processor: Any, seed: int, count: int) -> None:
+        self.tokenizer, self.seed, self.count = processor.tokenizer, seed, count
+        self.start = [self.tokenizer.bos_token_id, *[processor.image_token_id] * image_tokens(processor)]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene, words = caption(self.seed, index)
+        ids = [*self.tokenizer(words, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        pixels = torch.from_numpy(draw(scene, self.seed, index)).permute(2, 0, 1).float() / 127.5 - 1
+        return {
+            "input_ids": torch.tensor([*self.start, *ids]),
+            "labels": torch.tensor([*[IGNORED] * len(self.start), *ids]),
+            "pixel_values": pixels,
+        }
 
 
 @torch.no_grad()
@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32, help="of the decoder's adapter")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the pictures")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ASSETS / "llava-tiny-procedural")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -84,18 +86,28 @@ def main() -> None:
         r=args.rank, lora_alpha=2 * args.rank, target_modules=LANGUAGE, modules_to_save=["multi_modal_projector"]
     )
     model = get_peft_model(joined(asset("vit"), asset("decoder")), adapter)
-    held_out = [batch for batch, _ in zip(batches(processor, VALIDATION_SEED, 64), range(8), strict=False)]
+    model.to(args.device)
+    collate = ConversationCollator(processor.tokenizer.pad_token_id)
+    shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512), 64, collate_fn=collate)
+    held_out = [{key: one.to(args.device) for key, one in batch.items()} for batch in shown]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
-    stream = batches(processor, args.seed, args.batch_size)
-    log = fit(
-        trained, optimizer, args.steps, lambda _: model(**next(stream)).loss, lambda: validate(model, held_out), began
-    )
+    stream = iter(
+        DataLoader(
+            Captioned(processor, args.seed, args.steps * args.batch_size), args.batch_size, collate_fn=collate,
+            num_workers=args.workers, prefetch_factor=8 if args.workers else None,
+        )
+    )  # fmt: skip
+
+    def loss_of(_: int) -> Tensor:
+        return model(**{key: one.to(args.device) for key, one in next(stream).items()}).loss
+
+    log = fit(trained, optimizer, args.steps, loss_of, lambda: validate(model, held_out), began)
     provenance = {
         "command": "python scripts/pretrain_llava.py",
         "images": args.steps * args.batch_size,
         "data": "san_bench.data.mini_talk.caption, drawn and worded by rule; no photograph and no person's text",
-        "validation": f"{len(held_out) * 64} pictures of seed {VALIDATION_SEED}, which no training picture shares",
+        "validation": f"{len(shown.dataset)} pictures of seed {VALIDATION_SEED}, which no training picture shares",
         **circumstances(args, began, busy, "torch", "transformers", "peft", "numpy"),
         "parts": {
             name: json.loads((asset(name) / "PROVENANCE.json").read_text(encoding="utf-8"))["sha256"]

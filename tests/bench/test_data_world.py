@@ -267,7 +267,7 @@ def test_grammar(one, many, phrase, it):
 
 def test_the_same_texts_on_every_platform():
     digest = hashlib.sha256("\n\n".join(text(7, index) for index in range(300)).encode()).hexdigest()
-    assert digest == "2fc0f7fb98472a98a57a53d090125a848d0b03ea9be441ec7102df5bce1eaefb"
+    assert digest == "cf75ef59948ef3c546505c9a50520cdc666d65f391b87739554310e8863f8062"
 
 
 def test_a_text_does_not_depend_on_the_others(texts):
@@ -276,7 +276,7 @@ def test_a_text_does_not_depend_on_the_others(texts):
 
 
 def test_texts_differ(texts):
-    some = [one for told in texts[:4000] for one in sentences(told)][:10000]
+    some = [one for told in texts[:4000] for one in sentences(told) if len(one.split()) > 2][:10000]
     assert len(some) == 10000
     assert len(set(some)) > 5500
     assert len(set(texts[:10000])) > 9000
@@ -317,7 +317,7 @@ def test_the_script_writes_a_model_that_loads(tmp_path):
     subprocess.run([sys.executable, str(script), *small, "--out", str(tmp_path / "model")], check=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 2)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (4, 2)
     assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 4_000_000
     strange = "Déjà vu ✓ answer12\n\n  日本"
     tokens = tokenizer(strange)["input_ids"]

@@ -20,6 +20,7 @@ from san_bench.data.world_words import Dice, Relation, an, distinct, listed, of_
 
 ALL = {**RELATIONS, **DERIVED}
 _SPEAKERS = ("asked", "wanted to know", "said")
+_MARKS = ("card", "box", "line", "door", "page", "picture", "number", "choice")
 
 
 def text(seed: int, index: int) -> str:
@@ -152,11 +153,29 @@ def marked(dice: Dice, asked: str, offered: list[str], right: int) -> str:
     if form == 2:
         marks = "\n".join(f"{n + 1}. {words}" for n, words in enumerate(offered))
         return f"{asked}\n{marks}\nRight: {right + 1}. {offered[right]}"
-    mark = dice.pick(("card", "box", "line", "door", "page", "picture", "number", "choice"))
-    gap = dice.pick(("", " "))
+    mark, gap = dice.pick(_MARKS), dice.pick(("", " "))
     marks = dice.pick((" ", "\n")).join(f"{mark}{gap}{n + 1}: {words}" for n, words in enumerate(offered))
     end = dice.pick(("So take", "Take", "It is", "They chose", "The right one is"))
     return f"{asked}{dice.pick((' ', chr(10)))}{marks}\n{end} {mark}{gap}{right + 1}."
+
+
+def catalogue(dice: Dice) -> str:
+    """Marked things, and the mark of each: asked for by its name, or by what is known of it."""
+    count = 2 + dice.below(3)
+    relation = dice.pick(of_many(count, ALL))
+    subjects = distinct(dice, relation, count)
+    mark, gap = dice.pick(_MARKS), dice.pick(("", " "))
+    marks = [f"{mark}{gap}{n + 1}" for n in range(count)]
+    names = [relation.fill(relation.subject, subject) for subject in subjects]
+    lines = [dice.pick((" ", "\n")).join(f"{one}: {name}" for one, name in zip(marks, names, strict=True)) + "."]
+    for place in dice.sample(range(count), count):
+        form = dice.below(4)
+        if form == 0:
+            lines.append(f"What is {marks[place]}? {sentence(names[place])}.")
+            continue
+        asked = f"where is {names[place]}?" if form == 1 else relation.fill(dice.pick(relation.seek), subjects[place])
+        lines.append(f"{sentence(asked)} {sentence(marks[place])}.")
+    return " ".join(lines)
 
 
 def sizes(dice: Dice) -> str:
@@ -230,7 +249,7 @@ def lesson(dice: Dice) -> str:
 
 
 KINDS: tuple[Callable[[Dice], str], ...] = (
-    profile, profile, together, chain, chain, contrast, question, question, talk, talk, verdict, verdict, choice,
-    choice, choice, choice, choice, sizes, counting, lesson, *world_stories.KINDS,
+    profile, profile, together, chain, chain, contrast, question, question, talk, talk, verdict, verdict, verdict,
+    verdict, *[choice] * 8, *[catalogue] * 8, sizes, counting, lesson, *world_stories.KINDS,
 )  # fmt: skip
 """What a text may be, each as often as it stands here."""
