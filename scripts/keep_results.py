@@ -22,24 +22,30 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = ("run_info", "train_info", "meta_info")
 
 
-def read(file: Path) -> dict[str, dict[str, Any]]:
+def read(file: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of a file, by the folder of their run; none where there is no file."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {row["run"]: row for row in map(json.loads, lines)}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else []):
+        runs.setdefault(row["run"], []).append(row)
+    return runs
 
 
 def keep(source: Path, target: Path, rates: Rates | None = None) -> int:
     """Adds the rows of one file to another, those of the given rates alone; returns how many are there then."""
-    rows = read(target)
-    for run, row in read(source).items():
-        if not row["commit"] or row["commit"].endswith("+changes"):
+    runs = read(target)
+    for run, rows in read(source).items():
+        if not rows[0]["commit"] or rows[0]["commit"].endswith("+changes"):
             raise SystemExit(f"{source}: {run} comes from code that no commit holds. Commit first, and run it again.")
-        rows[run] = {key: value for key, value in row.items() if key not in BLOCKS}
-    if rates is not None:
-        rows = {run: row for run, row in rows.items() if rates[row["backbone"]].get(row["method"]) == row["lr"]}
-    if rows:
-        write_rows(target, [rows[run] for run in sorted(rows)])
-    return len(rows)
+        runs[run] = [{key: value for key, value in row.items() if key not in BLOCKS} for row in rows]
+    kept = [
+        row
+        for run in sorted(runs)
+        for row in runs[run]
+        if rates is None or rates[row["backbone"]].get(row["method"]) == row["lr"]
+    ]
+    if kept:
+        write_rows(target, kept)
+    return len(kept)
 
 
 def ship(rates: Rates, suite: str) -> Rates:

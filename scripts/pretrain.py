@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from san_bench.data import procedural
+from san_bench.run.provenance import provenance
 
 ASSETS = Path(__file__).parents[1] / "src/san_bench/data/assets"
 VALIDATION_SEED = 1_000_003
@@ -146,7 +147,7 @@ def load(name: str, folder: Path) -> PreTrainedModel:
     return (SwinModel if name == "swin" else ConvNextModel).from_pretrained(folder)
 
 
-def save(model: Any, reader: Any, folder: Path, log: list[dict], provenance: dict) -> None:
+def save(model: Any, reader: Any, folder: Path, log: list[dict], papers: dict) -> None:
     """Writes a model or adapter in half precision, its processor or tokenizer, log and provenance, then moves them."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -160,9 +161,9 @@ def save(model: Any, reader: Any, folder: Path, log: list[dict], provenance: dic
         reader.save_pretrained(part)
     (part / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
     (weights,) = part.glob("*.safetensors")
-    provenance["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    provenance["parameters"] = sum(p.numel() for p in model.parameters())
-    (part / "PROVENANCE.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    papers["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    papers["parameters"] = sum(p.numel() for p in model.parameters())
+    (part / "PROVENANCE.json").write_text(json.dumps(papers, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -212,10 +213,10 @@ def fit(
 
 
 def circumstances(args: argparse.Namespace, began: float, busy: float, *packages: str) -> dict[str, Any]:
-    """What the papers of every model say: settings, precision, machine, seconds and versions; `device` may be set.
+    """What the papers of every model say: settings, precision, machine, seconds, commit and versions.
 
     Args:
-        args: Of the command, `threads` among them.
+        args: Of the command, `threads` among them, and `device` where it takes one.
         began: When the clock was started, by `time.monotonic`.
         busy: The same by `time.process_time`.
         packages: Whose versions to note.
@@ -228,6 +229,7 @@ def circumstances(args: argparse.Namespace, began: float, busy: float, *packages
         else f"{platform.machine()} processor, {args.threads} threads, no accelerator",
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - busy, 1),
+        "commit": provenance()["commit"],
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
 
@@ -304,7 +306,7 @@ def main() -> None:
         return model.loss(*batch, keep=32 if step < dropping else None)
 
     log += fit(model.parameters(), optimizer, args.steps, loss_of, model.accuracies, began, done)
-    provenance = {
+    papers = {
         "command": f"python scripts/pretrain.py --backbone {args.backbone}{' --continue-from' if earlier else ''}",
         "images": seen + args.steps * args.batch_size,
         "data": "san_bench.data.procedural.draw, kind mixed; no photograph and no handwriting",
@@ -314,7 +316,7 @@ def main() -> None:
         "continued_from": earlier,
     }
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    save(model.backbone, processor, out, log, provenance)
+    save(model.backbone, processor, out, log, papers)
 
 
 if __name__ == "__main__":

@@ -159,23 +159,41 @@ def marked(dice: Dice, asked: str, offered: list[str], right: int) -> str:
     return f"{asked}{dice.pick((' ', chr(10)))}{marks}\n{end} {mark}{gap}{right + 1}."
 
 
-def catalogue(dice: Dice) -> str:
-    """Marked things, and the mark of each: asked for by its name, or by what is known of it."""
-    count = 2 + dice.below(3)
-    relation = dice.pick(of_many(count, ALL))
-    subjects = distinct(dice, relation, count)
+def marks_of(dice: Dice, names: list[str]) -> tuple[list[str], str]:
+    """Marks for some things, and the list of them."""
     mark, gap = dice.pick(_MARKS), dice.pick(("", " "))
-    marks = [f"{mark}{gap}{n + 1}" for n in range(count)]
-    names = [relation.fill(relation.subject, subject) for subject in subjects]
-    lines = [dice.pick((" ", "\n")).join(f"{one}: {name}" for one, name in zip(marks, names, strict=True)) + "."]
-    for place in dice.sample(range(count), count):
-        form = dice.below(4)
-        if form == 0:
-            lines.append(f"What is {marks[place]}? {sentence(names[place])}.")
-            continue
-        asked = f"where is {names[place]}?" if form == 1 else relation.fill(dice.pick(relation.seek), subjects[place])
-        lines.append(f"{sentence(asked)} {sentence(marks[place])}.")
-    return " ".join(lines)
+    marks = [f"{mark}{gap}{n + 1}" for n in range(len(names))]
+    lines = dice.pick((" ", "\n")).join(f"{one}: {name}" for one, name in zip(marks, names, strict=True))
+    return marks, f"{lines}."
+
+
+def recall(dice: Dice) -> str:
+    """Short lists of marked things, and the mark of one of each."""
+    subjects = [*RELATIONS["material"].table, *RELATIONS["kind"].table, *RELATIONS["taste"].table, *NAMES]
+    form = dice.pick(("{name}: {mark}.", "find {name} on {mark}.", "{name} is {mark}.", "where is {name}? {mark}."))
+    told = []
+    for _ in range(3 + dice.below(3)):
+        names = dice.sample(subjects, 2 + dice.below(3))
+        marks, lines = marks_of(dice, names)
+        place = dice.below(len(names))
+        told.append(f"{lines} {form.format(name=names[place], mark=marks[place])}")
+    return " ".join(told)
+
+
+def catalogue(dice: Dice) -> str:
+    """Lists of marked things, and the mark of the one that is so, or what has a mark."""
+    told = []
+    for _ in range(2 + dice.below(2)):
+        count = 2 + dice.below(3)
+        relation = dice.pick(of_many(count, ALL))
+        subjects, place = distinct(dice, relation, count), dice.below(count)
+        names = [relation.fill(relation.subject, subject) for subject in subjects]
+        marks, lines = marks_of(dice, names)
+        if dice.chance(10):
+            told.append(f"{lines} What is {marks[place]}? {sentence(names[place])}.")
+        else:
+            told.append(f"{lines} {sentence(relation.fill(dice.pick(relation.seek), subjects[place]))} {marks[place]}.")
+    return " ".join(told)
 
 
 def sizes(dice: Dice) -> str:
@@ -250,6 +268,6 @@ def lesson(dice: Dice) -> str:
 
 KINDS: tuple[Callable[[Dice], str], ...] = (
     profile, profile, together, chain, chain, contrast, question, question, talk, talk, verdict, verdict, verdict,
-    verdict, *[choice] * 8, *[catalogue] * 8, sizes, counting, lesson, *world_stories.KINDS,
+    verdict, *[choice] * 10, *[catalogue] * 8, *[recall] * 6, sizes, counting, lesson, *world_stories.KINDS,
 )  # fmt: skip
 """What a text may be, each as often as it stands here."""
