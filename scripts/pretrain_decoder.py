@@ -175,8 +175,8 @@ def probe(folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences")
+    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=128, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--layers", type=int, default=4)

@@ -268,6 +268,6 @@ def lesson(dice: Dice) -> str:
 
 KINDS: tuple[Callable[[Dice], str], ...] = (
     profile, profile, together, chain, chain, contrast, question, question, talk, talk, verdict, verdict, verdict,
-    verdict, *[choice] * 10, *[catalogue] * 8, *[recall] * 6, sizes, counting, lesson, *world_stories.KINDS,
+    verdict, *[choice] * 16, *[catalogue] * 6, *[recall] * 4, sizes, counting, lesson, *world_stories.KINDS,
 )  # fmt: skip
 """What a text may be, each as often as it stands here."""
