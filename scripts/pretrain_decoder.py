@@ -69,7 +69,7 @@ def new_tokenizer(seed: int, texts: int, vocabulary: int) -> PreTrainedTokenizer
 
 
 def new_decoder(vocabulary: int, layers: int, width: int) -> LlamaForCausalLM:
-    """Builds a LLaMA of about 1.9 million values, with one key and value head for two query heads."""
+    """Builds a LLaMA of about 1.7 million values, with one key and value head for two query heads."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 96 * 32, num_hidden_layers=layers,
@@ -175,19 +175,19 @@ def probe(folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=128, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=9)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1536, help="tokens, among them 256 bytes and 3 special ones")
     parser.add_argument("--tokenizer-texts", type=int, default=20000, help="texts that the tokenizer is trained on")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the texts")
     parser.add_argument("--marks", type=float, default=200.0, help="how much a number that answers weighs in the loss")
     parser.add_argument("--marks-from", type=float, default=0.33, help="when it begins to, as a share of the steps")
     parser.add_argument("--marks-to", type=float, default=0.85, help="when it ends to")
-    parser.add_argument("--asked", type=int, default=256, help="choices that a validation asks for")
+    parser.add_argument("--asked", type=int, default=128, help="choices that a validation asks for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="processes that write the texts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

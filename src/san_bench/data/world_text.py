@@ -20,7 +20,25 @@ from san_bench.data.world_words import Dice, Relation, an, distinct, listed, of_
 
 ALL = {**RELATIONS, **DERIVED}
 _SPEAKERS = ("asked", "wanted to know", "said")
-_MARKS = ("card", "box", "line", "door", "page", "picture", "number", "choice")
+_MARKS = (
+    "card",
+    "box",
+    "line",
+    "door",
+    "page",
+    "picture",
+    "number",
+    "choice",
+    "answer",
+    "option",
+    "solution",
+    "ending",
+)
+_LEADS = ("Look at the list and find what fits.", "Here is a riddle.", "Please pick one.", "Find out which is meant.")
+_ENDS = (
+    "So take {}.", "Take {}.", "It is {}.", "They chose {}.", "The right one is {}.", "what fits is {}.", "right: {}.",
+    "the best one of these is {}.", "I think that it must be {}.", "this is true of {}.", "the one to say is {}.",
+)  # fmt: skip
 
 
 def text(seed: int, index: int) -> str:
@@ -153,10 +171,14 @@ def marked(dice: Dice, asked: str, offered: list[str], right: int) -> str:
     if form == 2:
         marks = "\n".join(f"{n + 1}. {words}" for n, words in enumerate(offered))
         return f"{asked}\n{marks}\nRight: {right + 1}. {offered[right]}"
-    mark, gap = dice.pick(_MARKS), dice.pick(("", " "))
-    marks = dice.pick((" ", "\n")).join(f"{mark}{gap}{n + 1}: {words}" for n, words in enumerate(offered))
-    end = dice.pick(("So take", "Take", "It is", "They chose", "The right one is"))
-    return f"{asked}{dice.pick((' ', chr(10)))}{marks}\n{end} {mark}{gap}{right + 1}."
+    marks, lines = marks_of(dice, offered)
+    parts = [f"{dice.pick(_LEADS)}\n{asked}" if dice.chance(40) else asked, lines.removesuffix(".")]
+    if dice.chance(50):
+        parts.append(
+            dice.pick(("{}", "Say {}", "There are {}", "Choose: {}")).format(dice.pick(("/", ", ")).join(marks))
+        )
+    parts.append(dice.pick(_ENDS).format(marks[right]))
+    return dice.pick((" ", "\n", "\n\n")).join(parts[:-1]) + dice.pick(("\n", "\n\n")) + parts[-1]
 
 
 def marks_of(dice: Dice, names: list[str]) -> tuple[list[str], str]:
