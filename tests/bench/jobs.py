@@ -74,6 +74,11 @@ def sleep_after(pid_file: str | None) -> int:
     return os.getpid()
 
 
+def imported(name: str) -> bool:
+    """Whether a module was imported before the job began."""
+    return name in sys.modules
+
+
 def unsendable(_: Any) -> Any:
     return lambda: None
 

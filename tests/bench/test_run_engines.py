@@ -94,6 +94,13 @@ def test_gpus_are_shared_out(tmp_path, monkeypatch):
     assert Counter(outcome.value for outcome in found.values()) == {"4": 2, "7": 2}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
+@pytest.mark.parametrize(("devices", "expected"), [(["0"], False), ([], True)], ids=["gpu", "cpu"])
+def test_no_job_on_a_gpu_is_forked_from_a_process_that_may_have_looked_for_it(devices, expected, monkeypatch):
+    monkeypatch.setattr(engines, "_devices", lambda: devices)
+    assert outcomes(LocalEngine(workers=1, threads=1), jobs.imported, {"a": "peft"})["a"].value is expected
+
+
 def test_gpus_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -161,9 +161,11 @@ class _Child:
     """The process of a job."""
 
     def __init__(self, job: str, call: tuple[str, Any, int | None], device: str | None) -> None:
-        # On Linux it is forked from a server that has imported torch and trained nothing, which saves seconds.
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
+        # On Linux it is forked from a server that has imported torch and trained nothing, which saves seconds; but not
+        # where there are GPUs, as bitsandbytes looks for them when it is imported, and no fork can use them then.
+        forked = sys.platform == "linux" and device is None
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
             context.set_forkserver_preload(PRELOAD)
         self.job, self.device = job, device
         self.reply: tuple[Any, str | None] | None = None
