@@ -68,7 +68,7 @@ def validate(model: Any, held_out: list[dict[str, Tensor]]) -> dict[str, float]:
 def main() -> None:
     """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=32, help="of the decoder's adapter")
