@@ -4,8 +4,8 @@ Text `i` of seed `s` is a function of (s, i) alone. Facts come in the wordings f
 stand in `world_stories`. The tasks of `world` word the same facts otherwise.
 
 Example:
-    >>> text(seed=0, index=3)
-    'The bath was empty. Why? It is because Greta chose to pull the plug of a bath.'
+    >>> text(seed=0, index=8)
+    'The book belongs in the library. That is true.'
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class _Child:
         # On Linux it is forked from a server that has imported torch and trained nothing, which saves seconds; but not
         # where there are GPUs, as bitsandbytes looks for them when it is imported, and no fork can use them then.
         forked = sys.platform == "linux" and device is None
-        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
             context.set_forkserver_preload(PRELOAD)
         self.job, self.device = job, device
