@@ -14,7 +14,7 @@ import pytest
 from san_bench.cli import parse
 from san_bench.report.results import read_rows
 from san_bench.report.table import table_command
-from san_bench.suite import best_rates, load_suite
+from san_bench.suite import Choice, best_rates, load_suite, plan_search
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted(path.parent for path in (ROOT / "results").glob("*/rows.jsonl"))
@@ -40,7 +40,7 @@ def test_rows_have_their_origin_and_belong_to_the_suite(folder):
 def test_the_rates_that_ship_are_those_that_the_trials_chose(folder):
     trials = read_rows([folder / "search"])
     suite = load_suite(folder.name)
-    assert {row["split"] for row in trials} == {"val" if suite.mix else "val200"}
+    assert {row["split"] for row in trials} == {run.recipe.eval_split for run in plan_search(suite, Choice())}
     assert {row["task"] for row in trials} == set(suite.search.tasks or suite.tasks)
     assert {row["seed"] for row in trials} == set(suite.search.seeds)
     assert best_rates(suite, trials) == suite.rates

@@ -16,8 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 from san_bench.data.found import Found
-from san_bench.data.instructions import SUFFIXES, Questions, Record, load_records
+from san_bench.data.instructions import Questions, Record, load_records
 from san_bench.data.manifest import Facts, Manifest, find_folder, load_manifest, plain
+from san_bench.data.records import SUFFIXES
 from san_bench.strict import did_you_mean
 from san_peft.errors import SanError
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from san_bench.data.records import SUFFIXES, file_rows
 from san_bench.data.vision import stored_bytes
 from san_bench.strict import suggest
 from san_peft.errors import SanError
@@ -90,7 +91,7 @@ def load_conversations(path: str | Path) -> list[Conversation]:
     """Reads a file of conversations, all of which must be right.
 
     Args:
-        path: A JSON list (`.json`), JSON lines (`.jsonl`), or a table (`.parquet`).
+        path: A JSON list or JSON lines (`.json`, `.jsonl`), or a table (`.parquet`).
 
     Raises:
         SanError: If the file cannot be read, holds no record, or holds bad ones; the message lists up to `SHOWN` of
@@ -113,7 +114,7 @@ def read_conversations(path: str | Path) -> tuple[list[Conversation], list[BadRe
     """Reads a file of conversations, and sets aside those that are not right.
 
     Args:
-        path: A JSON list (`.json`), JSON lines (`.jsonl`), or a table (`.parquet`).
+        path: A JSON list or JSON lines (`.json`, `.jsonl`), or a table (`.parquet`).
 
     Returns:
         The right ones and the bad ones, both in the order of the file.
@@ -146,7 +147,9 @@ def parse_conversation(record: Any) -> Conversation:
 
 
 def problems_of(record: Any) -> list[str]:
-    """Returns all that is wrong with a record, as it was read from a file; nothing if it is right."""
+    """Returns all that is wrong with a record, as `file_rows` reads it from a file; nothing if it is right."""
+    if isinstance(record, Exception):
+        return [f"it is not JSON ({record})"]
     if not isinstance(record, dict):
         return [f"it is a {type(record).__name__}, not an object with id and conversations"]
     problems = []
@@ -235,44 +238,6 @@ def _converted(record: dict[str, Any]) -> Conversation:
 def _raw_records(path: Path) -> list[Any]:
     if not path.is_file():
         raise SanError(f"There is no file of conversations {path}.")
-    readers = {".json": _from_json, ".jsonl": _from_lines, ".parquet": _from_parquet}
-    if path.suffix not in readers:
-        raise SanError(f"{path} ends in {path.suffix!r}.{suggest(path.suffix, readers)}")
-    return readers[path.suffix](path)
-
-
-def _from_json(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        hint = " It may be JSON lines: then call it .jsonl." if "Extra data" in str(error) else ""
-        raise SanError(f"{path} is not JSON: {error}.{hint}") from error
-    if not isinstance(content, list):
-        raise SanError(f"{path} holds a {type(content).__name__}, not a list of records.")
-    return content
-
-
-def _from_lines(path: Path) -> list[Any]:
-    records, wrong = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                wrong.append(f"line {number} ({error})")
-    if wrong:
-        more = f" and {len(wrong) - SHOWN:,} more" if len(wrong) > SHOWN else ""
-        raise SanError(f"{path}: {len(wrong):,} lines are not JSON: {', '.join(wrong[:SHOWN])}{more}.")
-    return records
-
-
-def _from_parquet(path: Path) -> list[Any]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise SanError(f"{path} is a parquet file, which needs pyarrow: `pip install datasets` brings it.") from error
-    try:
-        return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise SanError(f"{path} is not a parquet file that can be read: {error}") from error
+    if path.suffix not in SUFFIXES:
+        raise SanError(f"{path} ends in {path.suffix!r}.{suggest(path.suffix, SUFFIXES)}")
+    return [record for _, record in file_rows(path)]

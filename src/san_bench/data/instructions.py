@@ -22,19 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from san_bench.data.layouts import NAMES, by_split
+from san_bench.data.records import SUFFIXES, Row, file_rows
 from san_peft.errors import SanError
 
 FIELDS = ("instruction", "input", "output", "answer")
 """Fields of a record. A file may have others, which are not read."""
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
-"""Kinds of files, in the order in which they are looked for in a folder."""
-
 LISTED = 20
 """Bad records that a message lists."""
-
-Row = tuple[str, Any]
-"""Where a record stands in its file, and what stands there; an `Exception` where it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +96,7 @@ def load_records(
     """
     path = Path(source)
     if path.is_file():
-        rows = _file_rows(path)
+        rows = file_rows(path, FIELDS)
     elif path.is_dir():
         rows = _folder_rows(path, split)
     elif path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
@@ -167,46 +162,6 @@ def _problems(row: Any, answers: Collection[str] | None) -> list[str]:
     return wrong
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SanError(f"{path} cannot be read: {error}.") from error
-    return _list_rows(path, text) if text.lstrip().startswith("[") else _line_rows(text)
-
-
-def _list_rows(path: Path, text: str) -> Iterator[Row]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise SanError(f"{path} begins as a JSON list, but is none: {error}.") from error
-    return ((f"index {i}", row) for i, row in enumerate(rows))
-
-
-def _line_rows(text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = error
-            yield f"line {number}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            table: Any = file.read([name for name in FIELDS if name in file.schema_arrow.names])
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise SanError(f"{path} is no parquet file that can be read: {error}.") from error
-    return ((f"index {i}", row) for i, row in enumerate(table.to_pylist()))
-
-
 def _folder_rows(folder: Path, split: str | None) -> Iterator[Row]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_rows(folder, split)
@@ -214,7 +169,8 @@ def _folder_rows(folder: Path, split: str | None) -> Iterator[Row]:
         files = sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith("."))
         if files:
             chosen = _choose(by_split(files), split, str(folder))
-            return (row for path in chosen for row in _named(_file_rows(path), path.name if len(chosen) > 1 else ""))
+            named = [(path, path.name if len(chosen) > 1 else "") for path in chosen]
+            return (row for path, name in named for row in _named(file_rows(path, FIELDS), name))
     raise SanError(f"{folder} holds no records: no {', '.join(SUFFIXES)} file, and nothing that save_to_disk wrote.")
 
 
