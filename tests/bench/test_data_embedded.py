@@ -25,8 +25,8 @@ from transformers import (
 
 from san_bench.data import embedded
 from san_bench.data.embedded import asset, embedded_path
+from san_bench.data.mini_captions import caption
 from san_bench.data.mini_pictures import draw
-from san_bench.data.mini_talk import caption
 from san_bench.data.world_text import choice, text
 from san_bench.data.world_words import Dice
 from san_bench.run.models import empty_model

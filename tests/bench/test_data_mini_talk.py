@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from san_bench.data.conversations import problems_of
+from san_bench.data.mini_captions import caption
 from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, SHAPES, Figure, Scene, draw
 from san_bench.data.mini_talk import (
     CATEGORIES,
@@ -17,7 +18,6 @@ from san_bench.data.mini_talk import (
     SPLITS,
     TASKS,
     WORDS,
-    caption,
     conversation,
     image_of,
     item,
@@ -28,6 +28,9 @@ from san_bench.run.conversation_task import load_conversation_task
 from san_bench.run.vqa import BENCHMARKS, score
 
 ITEMS = range(240)
+
+MARKED = r"(A\. \w+(?:[ \n][B-D]\. \w+)+)[;.][ \n]([^.]+)\."
+"""Options with their letters in a caption, and what is said of them."""
 
 
 def stem(asked):
@@ -135,9 +138,17 @@ def test_no_picture_of_one_split_is_in_another():
 
 def test_captions_tell_what_their_pictures_show():
     seen: Counter[str] = Counter()
-    for index in range(400):
+    for index in range(1200):
         scene, text = caption(0, index)
         named = {f"{figure.colour} {figure.shape}": figure for figure in scene.figures}
+        for options, end in re.findall(MARKED, text):
+            names = dict(re.findall(r"([A-D])\. (\w+)", options))
+            right = names[re.findall(r"\b[A-D]\b", end)[0]]
+            (shape, colour) = re.findall(r"(?:[Tt]he (\w+)|[Ww]hat is (\w+))", end)[0]
+            assert {right} == ({one.colour for one in scene.find(shape)} if shape else {
+                one.shape for one in scene.find(colour=colour)}), text  # fmt: skip
+            seen[right] += 1
+        text = re.sub(MARKED, "", text)
         for said in re.findall(r"[^.]+(?=\.)", text):
             words = said.strip().split()
             kind = " ".join(words[:2]) if words[0] in ("The", "One", "It") else words[0]
@@ -146,11 +157,20 @@ def test_captions_tell_what_their_pictures_show():
             if scene.word and scene.word in words:
                 seen["word"] += 1
             assert all(f"{colour} {shape}" in named for colour, shape in pairs), said
+            for shape, colour, food in re.findall(r"The (\w+) is as (\w+) as (?:an? )?(\w.*)", said):
+                assert scene.find(shape, colour), said
+                assert RELATIONS["colour"].table[food] == colour
+            for colour, shape in re.findall(r"[Ww]hat is (\w+) is an? (\w+)", said):
+                assert scene.find(shape, colour), said
+            if words[0] == "Letter":
+                assert scene.word[int(words[1]) - 1] == words[3]
+            if "The letters" in said:
+                assert "".join(words[2:-2]) == words[-1] == scene.word
             if "picture shows" in said:
                 assert len(pairs) == len(named)
             for colour, shape, cell in re.findall(r"(\w+) (\w+) is at the (\w+ \w+)", said):
                 assert CELLS[named[f"{colour} {shape}"].cell] == cell
-            for shape, colour in re.findall(r"[Tt]he (\w+) is (\w+)", said):
+            for shape, colour in re.findall(r"[Tt]he (\w+) is (?!as )(\w+)", said):
                 assert shape == f"{colour} {shape}" or len(scene.find(shape, colour)) == 1 or "alone" in said, said
             if ":" in said:
                 place, what = said.strip().lower().split(": ")
@@ -167,7 +187,10 @@ def test_captions_tell_what_their_pictures_show():
                     "above": one.cell // 2 < other.cell // 2, "below": one.cell // 2 > other.cell // 2,
                 }[words[4]]  # fmt: skip
     assert seen["word"] > 60
-    assert min(seen[kind] for kind in ("The picture", "One sees", "Top", "Something")) > 20
+    assert (
+        min(seen[kind] for kind in ("The picture", "One sees", "Top", "Something", "What", "Letter", *SHAPES, *COLOURS))
+        > 20
+    )
 
 
 def test_records_are_those_of_the_published_format():

@@ -2,8 +2,7 @@
 
 The forms, the last lines of questions and the rules of scoring are the benchmarks' own. Item `i` of a task is a
 function of the task's seed and `i` alone, the same on every platform; splits are ranges of `i`. Right letters take
-turns. Science asks for facts of the small world of `world_facts`. `caption` describes other pictures of this kind, to
-pretrain a model that has never been asked.
+turns. Science asks for facts of the small world of `world_facts`.
 
 Example:
     >>> print(item("presence", 1).text.splitlines()[0], item("presence", 1).answer)
@@ -24,7 +23,7 @@ from san_bench.data.conversations import MARKER, Conversation, Turn
 from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
 from san_bench.data.question_lines import LETTER, SHORT, UNANSWERABLE
 from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, an, listed, sentence
+from san_bench.data.world_words import Dice, an, sentence
 
 SPLITS = {"train": range(0, 400), "val": range(400, 500), "test": range(500, 800)}
 """Which items of a task are in which split."""
@@ -64,14 +63,15 @@ class Asked(NamedTuple):
     category: str = "default"
 
 
-def _scene(dice: Dice, count: int) -> Scene:
+def scene_of(dice: Dice, count: int) -> Scene:
     """Figures in different cells, with different shapes and different colours."""
     cells, shapes = dice.sample(range(len(CELLS)), count), dice.sample(list(SHAPES), count)
     colours = dice.sample(list(COLOURS), count)
     return Scene(tuple(Figure(*parts) for parts in sorted(zip(cells, shapes, colours, strict=True))))
 
 
-def _absent(dice: Dice, scene: Scene, what: str) -> str:
+def absent(dice: Dice, scene: Scene, what: str) -> str:
+    """Returns a shape or a colour that no figure of a scene has."""
     known = {getattr(figure, what) for figure in scene.figures}
     return dice.pick([name for name in (SHAPES if what == "shape" else COLOURS) if name not in known])
 
@@ -81,86 +81,9 @@ def _chosen(stem: str, options: Sequence[str]) -> str:
     return "\n".join([stem, *lines, LETTER])
 
 
-def caption(seed: int, index: int) -> tuple[Scene, str]:
-    """Makes a scene and one to three sentences about it, for `draw(scene, seed, index)`.
-
-    Args:
-        seed: Names the sequence, one that no task has.
-        index: Which one of the sequence; there is no end of them.
-    """
-    dice = Dice(seed, index)
-    written = dice.chance(30)
-    scene = _scene(dice, 1 + dice.below(4))
-    if written:
-        scene = Scene(tuple(figure for figure in scene.figures if figure.cell < 2), dice.pick(WORDS))
-    said = [say(dice, scene) for say in dice.sample(_SAID, 1 + dice.below(3)) if scene.figures]
-    if written:
-        wordings = ("The word {} is written.", "It says {}.", "Below it, one reads {}.", "The letters make {}.")
-        said.insert(dice.below(2), dice.pick(wordings).format(scene.word))
-    return scene, " ".join(said)
-
-
-def _name(figure: Figure) -> str:
-    return f"{figure.colour} {figure.shape}"
-
-
-def _named(dice: Dice, scene: Scene) -> str:
-    return (
-        f"The picture shows {listed([an(_name(figure)) for figure in dice.sample(scene.figures, len(scene.figures))])}."
-    )
-
-
-def _placed(dice: Dice, scene: Scene) -> str:
-    said = [f"{an(_name(figure))} is at the {CELLS[figure.cell]}" for figure in scene.figures]
-    return f"{sentence(listed(dice.sample(said, len(said))))}."
-
-
-def _cells(dice: Dice, scene: Scene) -> str:
-    stands = {figure.cell: an(_name(figure)) for figure in scene.figures}
-    places = dice.sample(range(len(CELLS)), 2)
-    return " ".join(f"{sentence(CELLS[cell])}: {stands.get(cell, 'nothing')}." for cell in places)
-
-
-def _coloured(dice: Dice, scene: Scene) -> str:
-    said = [f"the {figure.shape} is {figure.colour}" for figure in dice.sample(scene.figures, len(scene.figures))]
-    return f"{sentence(listed(said))}."
-
-
-def _counted(dice: Dice, scene: Scene) -> str:
-    number = len(scene.figures)
-    return f"One sees {number} {'shape' if number == 1 else 'shapes'}."
-
-
-def _missing(dice: Dice, scene: Scene) -> str:
-    what = dice.pick(("shape", "colour"))
-    there, not_there = getattr(dice.pick(scene.figures), what), _absent(dice, scene, what)
-    return (
-        f"Something is {there}, but nothing is {not_there}."
-        if what == "colour"
-        else (f"{sentence(an(there))} is there, but no {not_there}.")
-    )
-
-
-def _beside(dice: Dice, scene: Scene) -> str:
-    if len(scene.figures) == 1:
-        return f"The {_name(scene.figures[0])} is alone."
-    one, other = dice.sample(scene.figures, 2)
-    ways = []
-    if one.cell % 2 != other.cell % 2:
-        ways.append("left" if one.cell % 2 < other.cell % 2 else "right")
-    if one.cell // 2 != other.cell // 2:
-        ways.append("above" if one.cell < other.cell else "below")
-    way = dice.pick(ways)
-    return f"The {_name(one)} stands {f'{way} of' if way in ('left', 'right') else way} the {_name(other)}."
-
-
-_SAID: tuple[Callable[[Dice, Scene], str], ...] = (_named, _placed, _cells, _coloured, _counted, _missing, _beside)
-"""What may be said about a scene."""
-
-
 def open_question(dice: Dice, index: int) -> Asked:
     """Colour, shape, number or place of what is there."""
-    scene = _scene(dice, 1 + index % 4)
+    scene = scene_of(dice, 1 + index % 4)
     figure, kind = dice.pick(scene.figures), index // 4 % 4
     text, answer = (
         (f"What colour is the {figure.shape}?", figure.colour),
@@ -174,7 +97,7 @@ def open_question(dice: Dice, index: int) -> Asked:
 def composed(dice: Dice, index: int) -> Asked:
     """Two figures and how they stand to each other."""
     while True:
-        scene = _scene(dice, 3)
+        scene = scene_of(dice, 3)
         pairs = [(a, b) for a in scene.figures for b in scene.figures if a.cell // 2 == b.cell // 2 and a.cell < b.cell]
         if pairs:
             break
@@ -192,15 +115,15 @@ def composed(dice: Dice, index: int) -> Asked:
 
 def unanswerable(dice: Dice, index: int) -> Asked:
     """A question that the picture answers in every second case."""
-    scene = _scene(dice, 2 + index // 2 % 2)
-    shape = dice.pick(scene.figures).shape if index % 2 else _absent(dice, scene, "shape")
+    scene = scene_of(dice, 2 + index // 2 % 2)
+    shape = dice.pick(scene.figures).shape if index % 2 else absent(dice, scene, "shape")
     answer = scene.find(shape)[0].colour if index % 2 else "unanswerable"
     return Asked(scene, f"What colour is the {shape}?\n{UNANSWERABLE}\n{SHORT}", answer)
 
 
 def science(dice: Dice, index: int) -> Asked:
     """Which food has the colour of a figure: the picture tells the colour, and the world tells the food."""
-    scene, foods = _scene(dice, 2), RELATIONS["colour"].table
+    scene, foods = scene_of(dice, 2), RELATIONS["colour"].table
     figure, right = dice.pick(scene.figures), index % 4
     others = dice.sample([colour for colour in COLOURS if colour != figure.colour], 3)
     colours = [*others[:right], figure.colour, *others[right:]]
@@ -211,13 +134,13 @@ def science(dice: Dice, index: int) -> Asked:
 def written(dice: Dice, index: int) -> Asked:
     """A word in the picture."""
     word = dice.pick(WORDS)
-    figures = tuple(figure for figure in _scene(dice, 2).figures if figure.cell < 2)
+    figures = tuple(figure for figure in scene_of(dice, 2).figures if figure.cell < 2)
     return Asked(Scene(figures, word), f"What is written?\n{SHORT}", word)
 
 
 def presence(dice: Dice, index: int) -> Asked:
     """Whether something is there; what is not is made of parts that are, common, or any."""
-    scene = _scene(dice, 3)
+    scene = scene_of(dice, 3)
     category, there = CATEGORIES[index // 2 % 3], index % 2 == 0
     figure = dice.pick(scene.figures)
     if there:
@@ -226,16 +149,16 @@ def presence(dice: Dice, index: int) -> Asked:
         shape = figure.shape
         colour = dice.pick([other.colour for other in scene.figures if other != figure])
     elif category == "popular":
-        shape, colour = _absent(dice, scene, "shape"), figure.colour
+        shape, colour = absent(dice, scene, "shape"), figure.colour
     else:
-        shape, colour = _absent(dice, scene, "shape"), _absent(dice, scene, "colour")
+        shape, colour = absent(dice, scene, "shape"), absent(dice, scene, "colour")
     text = f"Is there {an(f'{colour} {shape}')} in the image?\n{SHORT}"
     return Asked(scene, text, "yes" if there else "no", (), category)
 
 
 def circular(dice: Dice, index: int) -> Asked:
     """Multiple choice, which is asked with its options in every rotation."""
-    scene, right = _scene(dice, 3), index % 4
+    scene, right = scene_of(dice, 3), index % 4
     figure, kind = dice.pick(scene.figures), index // 4 % 2
     known, wanted = (SHAPES, figure.shape) if kind else (COLOURS, figure.colour)
     others = dice.sample([name for name in known if name != wanted], 3)
