@@ -81,6 +81,14 @@ def test_means_over_groups_tasks_and_groups_of_groups(both):
     assert means.rows[1][6].value == pytest.approx(75.5)
 
 
+def test_one_group_is_not_told_twice():
+    alone = {task: SAN[task] for task in "ab"}
+    means, _, difference, *_ = tables(suite("san", alone) + suite("ssf", alone))
+    assert means.columns == ("Method", "Selection", "n", "Parameters, M", "Mean of 2 tasks")
+    assert difference.columns[3:5] == ("All tasks", "Better / equal / worse")
+    assert len(difference.rows[0]) == len(difference.columns)
+
+
 def test_accuracy_by_task(both):
     _, natural, structured, *_ = tables(both)
     assert natural.columns == ("Method", "Selection", "n", "Parameters, M", "a", "b")

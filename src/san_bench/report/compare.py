@@ -80,16 +80,17 @@ class _Field:
 
 
 def means_table(section: Section, papers: Sequence[Published]) -> Table:
-    """Returns the means over each group, over all tasks, and over the groups."""
-    groups = section.groups
-    fields = [
-        *(
-            _mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name))
-            for group, tasks in groups.items()
-        ),
-        _mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks),
-        _mean_field(f"Mean of {len(groups)} groups", [*groups.values()], lambda paper: paper.mean_of_groups),
-    ]
+    """Returns the means over all tasks and, where there are several groups, over each and over the groups."""
+    fields = [_mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks)]
+    if len(groups := section.groups) > 1:
+        fields = [
+            *(
+                _mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name))
+                for group, tasks in groups.items()
+            ),
+            *fields,
+            _mean_field(f"Mean of {len(groups)} groups", [*groups.values()], lambda paper: paper.mean_of_groups),
+        ]
     return _accuracy(section, "means", fields, papers, (READING, MEANS))
 
 
@@ -123,7 +124,7 @@ def difference_table(section: Section, reference: str | None) -> Table | None:
     others = {line: tasks for line, tasks in section.lines.items() if line.method != chosen}
     if not others or len(others) == len(section.lines):
         return None
-    groups = section.groups
+    groups = section.groups if len(section.groups) > 1 else {}
     rows, alone = [], 0
     for line, tasks in others.items():
         base = section.lines.get(replace(line, method=chosen), {})
