@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 KEPT = sorted(path.parent for path in (ROOT / "results").glob("*/rows.jsonl"))
 SEARCHED = sorted(path.parents[1] for path in (ROOT / "results").glob("*/search/rows.jsonl"))
 PAGE = ROOT / "docs" / "guides" / "evidence.md"
+PAGES = (PAGE, ROOT / "docs" / "guides" / "evidence-language.md")
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
@@ -51,9 +52,9 @@ def test_the_rates_that_ship_are_those_that_the_trials_chose(folder):
             assert tried >= set(grid), f"{method} on {backbone} was not tried with {set(grid) - tried}"
 
 
-def test_the_page_shows_the_rows(tmp_path):
+def test_the_pages_show_the_rows(tmp_path):
     """Every table between marks is what its command, which the page names, makes of the rows now."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     marks = re.findall(r"<!-- (\S+):start -->\n(.*?)<!-- \1:end -->", text, re.S)
     assert sorted(name for name, _ in marks) == [folder.name for folder in KEPT]
     for name, block in marks:
