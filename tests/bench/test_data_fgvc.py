@@ -129,9 +129,11 @@ def test_broken_lists_are_named(tmp_path):
     with pytest.raises(SanError, match=r"train.json maps no images to classes"):
         fgvc.load("cub", tmp_path, FGVC)
     place = copies.dogs(tmp_path / "stanford_dogs")
-    (place / "train_list.mat").write_bytes(b"no MATLAB" * 30)
-    with pytest.raises(SanError, match=r"train_list.mat cannot be read as a MATLAB file"):
-        fgvc.load("dogs", tmp_path, FGVC)
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+    for damaged in (b"no MATLAB" * 30, b"", bytes(200), header + b"\x0f\0\0\0\xff\0\0\0" + b"x" * 300):
+        (place / "train_list.mat").write_bytes(damaged)
+        with pytest.raises(SanError, match=r"train_list.mat cannot be read as a MATLAB file"):
+            fgvc.load("dogs", tmp_path, FGVC)
 
 
 def test_another_cut_of_training_is_no_error_but_another_test_is(tmp_path):

@@ -14,6 +14,7 @@ used, where the data set has none of its own; otherwise as many are cut from tra
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,10 +208,12 @@ def _all_there(found: Found, paths: list[Path]) -> bool:
 
 def _mat(path: Path) -> dict[str, Any]:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
+    damaged = (OSError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error)  # all that scipy raises
     try:
         return loadmat(str(path), squeeze_me=True)
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+    except damaged as error:
         raise SanError(f"{path} cannot be read as a MATLAB file: {error}. Get it again.") from error
 
 
