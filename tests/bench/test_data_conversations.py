@@ -133,12 +133,21 @@ def test_all_bad_records_are_counted_and_the_first_are_listed(tmp_path):
     assert [record.index for record in bad] == list(range(1, 26))
 
 
+def test_json_lines_are_read_whatever_they_are_called(tmp_path):
+    (tmp_path / "mix.json").write_text(json.dumps(BUS) + "\n" + json.dumps(TEXT))
+    assert [record.id for record in load_conversations(tmp_path / "mix.json")] == [BUS["id"], TEXT["id"]]
+
+
 def test_files_that_are_none_are_explained(tmp_path):
     with pytest.raises(SanError, match="There is no file of conversations"):
         load_conversations(tmp_path / "mix.json")
     (tmp_path / "mix.json").write_text("[" + json.dumps(BUS))
     with pytest.raises(SanError, match="begins as a JSON list, but is none"):
         load_conversations(tmp_path / "mix.json")
+    for written in (json.dumps(BUS), json.dumps(BUS, indent=1)):
+        (tmp_path / "one.json").write_text(written)
+        with pytest.raises(SanError, match="holds a dict, not a list"):
+            load_conversations(tmp_path / "one.json")
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(SanError, match="holds no record"):
         load_conversations(tmp_path / "none.json")

@@ -27,7 +27,7 @@ def file_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterato
     """Reads what a file holds, whatever its records are.
 
     Args:
-        path: A JSON list or JSON lines, whichever of the two its name says, or parquet by its name.
+        path: A JSON list or JSON lines, told apart by how they begin, or parquet by its name.
         columns: The columns of a parquet file that are wanted, where it has them; all by default.
 
     Returns:
@@ -35,7 +35,7 @@ def file_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterato
         be told at once.
 
     Raises:
-        SanError: If the file cannot be read, or begins as a list and is none.
+        SanError: If the file cannot be read, begins as a list and is none, or is a `.json` that holds one other value.
     """
     path = Path(path)
     if path.suffix == ".parquet":
@@ -44,7 +44,19 @@ def file_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterato
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SanError(f"{path} cannot be read: {error}.") from error
-    return _list_rows(path, text) if text.lstrip().startswith("[") else _line_rows(text)
+    if text.lstrip().startswith("["):
+        return _list_rows(path, text)
+    if path.suffix == ".json" and (kind := _kind_of_one(text)):
+        raise SanError(f"{path} holds a {kind}, not a list of records. If it is a line of JSON lines, call it .jsonl.")
+    return _line_rows(text)
+
+
+def _kind_of_one(text: str) -> str | None:
+    """What a text that is one JSON value holds; of JSON lines, none but the first is read."""
+    try:
+        return type(json.loads(text)).__name__
+    except ValueError:
+        return None
 
 
 def _list_rows(path: Path, text: str) -> Iterator[Row]:
