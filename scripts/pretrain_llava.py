@@ -86,7 +86,7 @@ def main() -> None:
         r=args.rank, lora_alpha=2 * args.rank, target_modules=LANGUAGE, modules_to_save=["multi_modal_projector"]
     )
     plain = joined(asset("vit"), asset("decoder"))
-    plain.model.language_model.set_attn_implementation("eager")  # a quarter faster on a processor: captions are short
+    plain.model.language_model.set_attn_implementation("eager")  # faster on a processor: captions are short
     model = get_peft_model(plain, adapter)
     model.to(args.device)
     collate = ConversationCollator(processor.tokenizer.pad_token_id)

@@ -81,17 +81,24 @@ class _Field:
 
 def means_table(section: Section, papers: Sequence[Published]) -> Table:
     """Returns the means over all tasks and, where there are several groups, over each and over the groups."""
-    fields = [_mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks)]
-    if len(groups := section.groups) > 1:
-        fields = [
-            *(
-                _mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name))
-                for group, tasks in groups.items()
-            ),
-            *fields,
-            _mean_field(f"Mean of {len(groups)} groups", [*groups.values()], lambda paper: paper.mean_of_groups),
-        ]
+    groups = _several(section)
+    fields = [
+        *(
+            _mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name))
+            for group, tasks in groups.items()
+        ),
+        _mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks),
+    ]
+    if groups:
+        fields.append(
+            _mean_field(f"Mean of {len(groups)} groups", [*groups.values()], lambda paper: paper.mean_of_groups)
+        )
     return _accuracy(section, "means", fields, papers, (READING, MEANS))
+
+
+def _several(section: Section) -> Mapping[str, Sequence[str]]:
+    """The groups, where there are several: the mean of a single one is that of all tasks."""
+    return section.groups if len(section.groups) > 1 else {}
 
 
 def task_tables(section: Section, papers: Sequence[Published]) -> list[Table]:
@@ -124,7 +131,7 @@ def difference_table(section: Section, reference: str | None) -> Table | None:
     others = {line: tasks for line, tasks in section.lines.items() if line.method != chosen}
     if not others or len(others) == len(section.lines):
         return None
-    groups = section.groups if len(section.groups) > 1 else {}
+    groups = _several(section)
     rows, alone = [], 0
     for line, tasks in others.items():
         base = section.lines.get(replace(line, method=chosen), {})
