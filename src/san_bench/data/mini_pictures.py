@@ -1,12 +1,13 @@
 """The pictures of mini-vl: up to four coloured figures in a grid of two by two, or a figure above a written word.
 
-A picture is a function of its scene and of (seed, index) alone, the same bytes on every platform.
+Shapes have the names of things that the tokenizer of the embedded decoder keeps whole. A picture is a function of its
+scene and of (seed, index) alone, the same bytes on every platform.
 
 Example:
-    >>> scene = Scene((Figure(0, "ring", "red"), Figure(3, "disc", "green")))
+    >>> scene = Scene((Figure(0, "tyre", "red"), Figure(3, "ball", "green")))
     >>> draw(scene, seed=1, index=5).shape
     (32, 32, 3)
-    >>> scene.find(shape="disc")[0].colour
+    >>> scene.find(shape="ball")[0].colour
     'green'
 """
 
@@ -22,7 +23,7 @@ from jaxtyping import UInt8
 from san_bench.data.canvas import SIZE, Dice, Plane, blend, box, clouds, cover, disc, finish, over, rotated
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 40, 40), "orange": (245, 140, 30), "yellow": (240, 230, 60), "green": (45, 190, 70),
+    "red": (225, 40, 40), "brown": (165, 105, 55), "yellow": (240, 230, 60), "green": (45, 190, 70),
     "purple": (170, 70, 215), "white": (245, 245, 245),
 }  # fmt: skip
 """Colours of figures; each is the colour of some food of the small world."""
@@ -41,6 +42,9 @@ FONT = {
     "x": "10001 01010 00100 01010 10001", "y": "10001 01010 00100 00100 00100",
 }  # fmt: skip
 """Letters, five pixels wide and high, row by row."""
+
+LETTER = 8
+"""Pixels from one letter of a word to the next: two patches of the tower, so a letter looks the same in every place."""
 
 _f = np.float32
 
@@ -66,7 +70,7 @@ class Scene:
 
     Attributes:
         figures: The figures, at most one in a cell.
-        word: Up to five letters in the lower half, where there are then no figures; empty for none.
+        word: Up to four letters in the lower half, where there are then no figures; empty for none.
     """
 
     figures: tuple[Figure, ...]
@@ -77,20 +81,16 @@ class Scene:
         return [f for f in self.figures if shape in (None, f.shape) and colour in (None, f.colour)]
 
 
-def _cross(u: Plane, v: Plane, r: Any) -> Plane:
-    return np.minimum(box(u, v, r, _f(0.32) * r), box(u, v, _f(0.32) * r, r))
-
-
 def _triangle(u: Plane, v: Plane, r: Any) -> Plane:
     return np.maximum(v - _f(0.5) * r, _f(0.866) * np.abs(u) - _f(0.5) * (v + r))
 
 
 SHAPES: dict[str, Callable[[Plane, Plane, Any], Plane]] = {
-    "disc": disc,
-    "ring": lambda u, v, r: np.maximum(disc(u, v, r), -disc(u, v, _f(0.6) * r)),
-    "square": lambda u, v, r: box(u, v, _f(0.82) * r, _f(0.82) * r),
-    "cross": _cross,
-    "triangle": _triangle,
+    "ball": disc,
+    "tyre": lambda u, v, r: np.maximum(disc(u, v, r), -disc(u, v, _f(0.6) * r)),
+    "box": lambda u, v, r: box(u, v, _f(0.82) * r, _f(0.82) * r),
+    "kite": lambda u, v, r: _f(0.707) * (np.abs(u) + np.abs(v) - _f(1.1) * r),
+    "hill": _triangle,
     "bar": lambda u, v, r: box(u, v, r, _f(0.36) * r),
 }
 """Signed distance to the edge of each shape, by its radius in pixels."""
@@ -118,10 +118,9 @@ def draw(scene: Scene, seed: int, index: int) -> UInt8[np.ndarray, "32 32 3"]:
         image = over(image, paint[:, None, None, :], inside)
     if scene.word:
         ink = dice.unit("ink", 190, 255, 3)
-        left = 1 + int(dice.pick("word x", max(1, SIZE - 6 * len(scene.word) - 1))[0])
-        image = over(
-            image, ink[:, None, None, :], _written(scene.word, left, 20 + int(dice.pick("word y", 5)[0]))[None]
-        )
+        left = int(dice.pick("word x", 5 - len(scene.word))[0])
+        inside = _written(scene.word, LETTER * left + 1, 17 + LETTER * int(dice.pick("word y", 2)[0]))
+        image = over(image, ink[:, None, None, :], inside[None])
     return finish(dice, image, {}).images[0]
 
 
@@ -130,6 +129,6 @@ def _written(word: str, left: int, top: int) -> Plane:
     plane = np.zeros((SIZE, SIZE), _f)
     for place, letter in enumerate(word):
         rows = np.array([[int(dot) for dot in row] for row in FONT[letter].split()], _f)
-        x = left + 6 * place
+        x = left + LETTER * place
         plane[top : top + 5, x : x + 5] = rows
     return plane

@@ -6,7 +6,7 @@ turns. Science asks for facts of the small world of `world_facts`.
 
 Example:
     >>> print(item("presence", 1).text.splitlines()[0], item("presence", 1).answer)
-    Is there a yellow disc in the image? no
+    Is there a yellow ball in the image? no
     >>> picture("presence", 1).size, conversation(7).image is None
     ((32, 32), True)
 """
@@ -31,11 +31,10 @@ SPLITS = {"train": range(0, 400), "val": range(400, 500), "test": range(500, 800
 LETTERS = "ABCD"
 
 WORDS = tuple(
-    "ant bag barn bean bear beet bell belt boat book broom bus cap cat clay coat corn cow crab cup desk dog door duck "
-    "farm fish forge fox frog glue goat ham hat hen hill hole iron jar jug kite lamp lens lion map milk mine moth net "
-    "oar oats oil owl park pen pig pin pot rope salt sand saw seal ship shoe soap sun tea tin tree wasp wax wolf wood"
-    .split()
-)  # fmt: skip
+    "ant bag barn bear bed bee beet belt bird book cake car card cat clay coat corn cow crab crow cup dog door duck "
+    "egg fish ham hand hat hen hole home hose iron jar key lake lamp lens map milk moth nest owl page pig pike pin "
+    "pond rake salt sand saw sea seed sink skin snow song sun tail tea tree wax wolf wood wool".split()
+)
 """What may be written in a picture."""
 
 CATEGORIES = ("adversarial", "popular", "random")
@@ -87,8 +86,8 @@ def open_question(dice: Dice, index: int) -> Asked:
     figure, kind = dice.pick(scene.figures), index // 4 % 4
     text, answer = (
         (f"What colour is the {figure.shape}?", figure.colour),
-        (f"Which shape is {figure.colour}?", figure.shape),
-        ("How many shapes are there?", str(len(scene.figures))),
+        (f"Which thing is {figure.colour}?", figure.shape),
+        ("How many things are there?", str(len(scene.figures))),
         (f"Where is the {figure.shape}?", CELLS[figure.cell]),
     )[kind]
     return Asked(scene, f"{text}\n{SHORT}", answer)
@@ -104,9 +103,9 @@ def composed(dice: Dice, index: int) -> Asked:
     left, right = dice.pick(pairs)
     kind = index % 3
     if kind == 0:
-        return Asked(scene, f"What colour is the shape to the left of the {right.shape}?\n{SHORT}", left.colour)
+        return Asked(scene, f"What colour is the thing to the left of the {right.shape}?\n{SHORT}", left.colour)
     if kind == 1:
-        return Asked(scene, f"Which shape is to the right of the {left.colour} {left.shape}?\n{SHORT}", right.shape)
+        return Asked(scene, f"Which thing is to the right of the {left.colour} {left.shape}?\n{SHORT}", right.shape)
     yes = index // 3 % 2 == 0
     one, other = (left, right) if yes else (right, left)
     text = f"Is the {one.colour} {one.shape} to the left of the {other.colour} {other.shape}?"
@@ -163,7 +162,7 @@ def circular(dice: Dice, index: int) -> Asked:
     known, wanted = (SHAPES, figure.shape) if kind else (COLOURS, figure.colour)
     others = dice.sample([name for name in known if name != wanted], 3)
     options = (*others[:right], wanted, *others[right:])
-    stem = f"Which shape is {figure.colour}?" if kind else f"What colour is the {figure.shape}?"
+    stem = f"Which thing is {figure.colour}?" if kind else f"What colour is the {figure.shape}?"
     return Asked(scene, _chosen(stem, options), LETTERS[right], options)
 
 
@@ -232,7 +231,7 @@ def conversation(index: int) -> Conversation:
     one = item(name, place)
     turns = [Turn("human", f"{MARKER}\n{one.text}"), Turn("gpt", one.answer)]
     if place % 2:
-        turns += [Turn("human", f"How many shapes are there?\n{SHORT}"), Turn("gpt", str(len(one.scene.figures)))]
+        turns += [Turn("human", f"How many things are there?\n{SHORT}"), Turn("gpt", str(len(one.scene.figures)))]
     return Conversation(index, tuple(turns), f"{name}/{place}.png")
 
 
