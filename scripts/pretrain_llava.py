@@ -2,8 +2,10 @@
 
 The pictures and what is said of them are those of `san_bench.data.mini_captions.caption`; no picture and no question of
 mini-vl is among them. A projector is trained whole, and the tower and the decoder by a low-rank adapter: the ViT has
-seen no words, and few figures at once. A caption follows its image at once, with nothing asked, as in the first stage
-of LLaVA. Words that nobody knows without the picture weigh more in the loss than the others.
+seen no words, and few figures at once. It learns first, alone, what stands where. Then sentences follow their image at
+once, with nothing asked, as in the first stage of LLaVA. An image is read once for several of them, each of which sees
+the image and itself alone, so none can be told from another. What nobody knows without the picture weighs more in the
+loss than how a sentence begins.
 
 The folder holds a PEFT adapter; `san_bench.data.embedded` merges it. It is written next to its final place and moved
 there when complete.
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,23 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import set_seed
 
-from san_bench.data.conversation_prompts import ConversationCollator, image_tokens
+from san_bench.data.conversation_prompts import image_tokens
 from san_bench.data.embedded import asset, joined, processor_of
 from san_bench.data.mini_captions import caption
-from san_bench.data.mini_pictures import draw
+from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
 from san_bench.data.prompts import IGNORED
 
 ADAPTED = r".*vision_tower\.layers\.[0-2]\..*(_proj|fc1|fc2)|.*language_model.*_proj"
 """Layers with an adapter; the last one of the tower is not read."""
 
 
+def pixels_of(scene: Scene, seed: int, index: int) -> Tensor:
+    """Draws a scene for the tower, in [-1, 1]."""
+    return torch.from_numpy(draw(scene, seed, index)).permute(2, 0, 1).float() / 127.5 - 1
+
+
 class Captioned(Dataset[dict[str, Tensor]]):
-    """Images with their captions after them."""
+    """Images with sentences after them."""
 
     def __init__(self, processor: Any, seed: int, count: int) -> None:
         self.tokenizer, self.seed, self.count = processor.tokenizer, seed, count
@@ -48,29 +54,35 @@ class Captioned(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.count
 
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        told = caption(self.seed, index)
-        read = self.tokenizer(told.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = [*read["input_ids"], self.tokenizer.eos_token_id]
-        seen = [
-            any(start < until and since < end for since, until in told.seen) for start, end in read["offset_mapping"]
-        ]
-        pixels = torch.from_numpy(draw(told.scene, self.seed, index)).permute(2, 0, 1).float() / 127.5 - 1
+        """Tokens, their places after the image, which sentence they are in (0 for the image), and what is seen."""
+        scene, facts = caption(self.seed, index)
+        rows = [(token, place, 0, False) for place, token in enumerate(self.start)]
+        for number, fact in enumerate(facts, 1):
+            said, seen = self._ids(fact.said), [*self._ids(f" {fact.seen}."), self.tokenizer.eos_token_id]
+            rows += [
+                (token, len(self.start) + place, number, place >= len(said)) for place, token in enumerate(said + seen)
+            ]
+        names = ("input_ids", "position_ids", "sentence", "seen")
         return {
-            "input_ids": torch.tensor([*self.start, *ids]),
-            "labels": torch.tensor([*[IGNORED] * len(self.start), *ids]),
-            "pixel_values": pixels,
-            "seen": torch.tensor([*[False] * len(self.start), *seen, False]),
+            "pixel_values": pixels_of(scene, self.seed, index),
+            **dict(zip(names, map(torch.tensor, zip(*rows, strict=True)), strict=True)),
         }
 
 
-class Collator(ConversationCollator):
-    """Makes batches that also say which words nobody knows without the picture."""
-
-    def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns the batch, with `seen`."""
-        seen = torch.nn.utils.rnn.pad_sequence([one["seen"] for one in examples], batch_first=True)
-        return {**super().__call__(examples), "seen": seen}
+def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Makes a batch. Its mask lets a token see the image, and what is before it in its own sentence."""
+    pixels = torch.stack([one.pop("pixel_values") for one in examples])
+    batch = {key: torch.nn.utils.rnn.pad_sequence([one[key] for one in examples], True) for key in examples[0]}
+    sentence = batch["sentence"]
+    length, image = sentence.shape[1], int((examples[0]["sentence"] == 0).sum())
+    sees = (sentence[:, :, None] == sentence[:, None]) | (torch.arange(length) < image)
+    mask = (sees & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    least = torch.finfo(torch.float32).min
+    return {**batch, "pixel_values": pixels, "attention_mask": torch.zeros(mask.shape).masked_fill(~mask, least)}
 
 
 def fold(model: Any) -> None:
@@ -84,11 +96,77 @@ def fold(model: Any) -> None:
             module.forward = partial(forward, module)
 
 
+class Tower(torch.nn.Module):
+    """What the projector will read of a tower, and a linear classifier on it, which is not kept.
+
+    For every patch it tells the shape and the colour of the figure in whose cell the patch is, and its letter.
+    """
+
+    KINDS = (tuple(SHAPES), tuple(COLOURS), tuple(FONT))
+
+    def __init__(self, tower: Any, seed: int) -> None:
+        super().__init__()
+        self.tower, self.seed = tower, seed
+        self.head = torch.nn.Linear(tower.config.hidden_size, sum(map(len, self.KINDS)))
+
+    def example(self, index: int) -> tuple[Tensor, Tensor]:
+        """Pixels, and a label of each kind for every patch."""
+        scene, _ = caption(self.seed, index)
+        labels = torch.full((3, 8, 8), IGNORED)
+        for figure in scene.figures:
+            top, left = 4 * (figure.cell // 2), 4 * (figure.cell % 2)
+            labels[0, top : top + 4, left : left + 4] = self.KINDS[0].index(figure.shape)
+            labels[1, top : top + 4, left : left + 4] = self.KINDS[1].index(figure.colour)
+        if scene.word:
+            row, column = word_place(scene, self.seed, index)
+            for place, letter in enumerate(scene.word, column):
+                labels[2, 2 * row : 2 * row + 2, 2 * place : 2 * place + 2] = self.KINDS[2].index(letter)
+        return pixels_of(scene, self.seed, index), labels.flatten(1)
+
+    def read(self, indices: range, device: str) -> list[tuple[Tensor, Tensor]]:
+        """Logits of each kind for the patches that have one, and what is right there."""
+        pixels, labels = (torch.stack(part).to(device) for part in zip(*map(self.example, indices), strict=True))
+        seen = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        logits = self.head(seen).float().split([len(names) for names in self.KINDS], -1)
+        return [
+            (one[labels[:, kind] != IGNORED], labels[:, kind][labels[:, kind] != IGNORED])
+            for kind, one in enumerate(logits)
+        ]
+
+
+def teach(tower: Any, args: argparse.Namespace, began: float) -> dict[str, Any]:
+    """Adapts a tower to these pictures, and returns the last row of the log."""
+    model, other = (Tower(tower, seed).to(args.device) for seed in (args.seed, VALIDATION_SEED))
+    other.head = model.head
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+
+    def loss_of(step: int) -> Tensor:
+        start = step * args.tower_batch_size
+        found = model.read(range(start, start + args.tower_batch_size), args.device)
+        return torch.stack([F.cross_entropy(logits, labels) for logits, labels in found]).mean()
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        found = other.read(range(256), args.device)
+        return {
+            name: round((logits.argmax(-1) == labels).float().mean().item(), 4)
+            for name, (logits, labels) in zip(("shape", "colour", "letter"), found, strict=True)
+        }
+
+    return fit(trained, optimizer, args.tower_steps, loss_of, validate, began)[-1]
+
+
 def read_captions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the loss of each token in nats, whether it is the likeliest, and whether it is to be seen."""
-    given = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
-    told = batch["labels"][:, 1:] != IGNORED
-    logits, labels = model(**given).logits[:, :-1][told].float(), batch["labels"][:, 1:][told]
+    """Returns the loss of each token in nats, whether it is the likeliest, and whether it is to be seen.
+
+    The first token of a sentence is left out: what it is about is free.
+    """
+    sentence = batch["sentence"]
+    told = (sentence[:, 1:] > 0) & (sentence[:, 1:] == sentence[:, :-1])
+    given = ("input_ids", "position_ids", "attention_mask", "pixel_values")
+    logits = model(**{key: batch[key] for key in given}).logits[:, :-1][told].float()
+    labels = batch["input_ids"][:, 1:][told]
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels, batch["seen"][:, 1:][told]
 
 
@@ -113,11 +191,13 @@ def validate(model: Any, held_out: list[dict[str, Tensor]]) -> dict[str, float]:
 def main() -> None:
     """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures")
+    parser.add_argument("--steps", type=int, default=1300, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures")
+    parser.add_argument("--tower-steps", type=int, default=800, help="of the tower alone, before")
+    parser.add_argument("--tower-batch-size", type=int, default=64, help="pictures")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--rank", type=int, default=32, help="of the adapter")
-    parser.add_argument("--weight", type=float, default=8.0, help="of words to be seen, where others have 1")
+    parser.add_argument("--weight", type=float, default=8.0, help="of what is seen, where others have 1")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the pictures")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures")
@@ -136,7 +216,7 @@ def main() -> None:
     model = get_peft_model(plain, adapter)
     model.to(args.device)
     fold(model)
-    collate = Collator(processor.tokenizer.pad_token_id)
+    taught = teach(model.base_model.model.model.vision_tower, args, began)
     shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512), 64, collate_fn=collate)
     held_out = [{key: one.to(args.device) for key, one in batch.items()} for batch in shown]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -156,7 +236,7 @@ def main() -> None:
     log = fit(trained, optimizer, args.steps, loss_of, lambda: validate(model, held_out), began)
     provenance = {
         "command": "python scripts/pretrain_llava.py",
-        "images": args.steps * args.batch_size,
+        "images": args.tower_steps * args.tower_batch_size + args.steps * args.batch_size,
         "data": "san_bench.data.mini_captions.caption, drawn and worded by rule; no photograph and no person's text",
         "validation": f"{len(shown.dataset)} pictures of seed {VALIDATION_SEED}, which no training picture shares",
         **circumstances(args, began, busy, "torch", "transformers", "peft", "numpy"),
@@ -164,6 +244,7 @@ def main() -> None:
             name: json.loads((asset(name) / "PROVENANCE.json").read_text(encoding="utf-8"))["sha256"]
             for name in ("vit", "decoder")
         },
+        "tower": taught,
         "final": log[-1],
     }
     save(model, None, args.out, log, provenance)

@@ -150,17 +150,25 @@ def test_its_graph_crosses_the_groups_and_merging_changes_nothing(decoder):
 
 def test_it_is_put_together_of_what_ships(place, llava, decoder):
     tower = ViTModel.from_pretrained(asset("vit"), add_pooling_layer=False)
-    own = llava.model.vision_tower.state_dict()
-    for name, tensor in tower.state_dict().items():
-        assert torch.equal(own[name], tensor), name
-    assert not any(own[name].any() for name in own if name.startswith("pooler."))
     tensors = load_file(asset("llava") / "adapter_model.safetensors")
     config = PeftConfig.from_pretrained(asset("llava"))
-    for part, whole in (("layers.0.self_attn.v_proj", decoder.model), ("layers.8.mlp.down_proj", decoder.model)):
-        a, b = (tensors[f"base_model.model.model.language_model.{part}.lora_{which}.weight"].double() for which in "AB")
-        expected = whole.get_submodule(part).weight.double() + config.lora_alpha / config.r * b @ a
-        merged = llava.model.language_model.get_submodule(part).weight
-        assert torch.equal(merged, expected.half().float()), part
+    pairs = {key.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight") for key in tensors}
+    adapted = 0
+    for part, whole in (("vision_tower", tower), ("language_model", decoder.model)):
+        own = llava.model.get_submodule(part).state_dict()
+        for name, tensor in whole.state_dict().items():
+            layer, expected = f"{part}.{name.removesuffix('.weight')}", tensor.double()
+            if name.endswith(".weight") and layer in pairs:
+                a, b = (tensors[f"base_model.model.model.{layer}.lora_{which}.weight"].double() for which in "AB")
+                assert b.any(), layer
+                expected, adapted = expected + config.lora_alpha / config.r * b @ a, adapted + 1
+            if name == "embed_tokens.weight":
+                continue
+            assert torch.equal(own[name], expected.half().float()), layer
+    assert adapted == 3 * 6 + 9 * 7 == sum("lora_A" in key for key in tensors)
+    pooler = [tensor for name, tensor in llava.model.vision_tower.state_dict().items() if name.startswith("pooler.")]
+    assert pooler
+    assert not any(tensor.any() for tensor in pooler)
     for name, tensor in llava.model.multi_modal_projector.state_dict().items():
         assert torch.equal(tensor, tensors[f"base_model.model.model.multi_modal_projector.{name}"].float())
     assert llava.dtype == torch.float32
@@ -177,8 +185,9 @@ def test_the_token_of_an_image_is_never_written(llava, decoder):
 
 def test_the_processor_fills_in_the_place_of_an_image(place, llava):
     processor = AutoProcessor.from_pretrained(place)
-    scene, _ = caption(OTHER_SEED, 0)
-    read = processor(images=draw(scene, OTHER_SEED, 0), text="<image>What is it?", return_tensors="pt")
+    read = processor(
+        images=draw(caption(OTHER_SEED, 0).scene, OTHER_SEED, 0), text="<image>What is it?", return_tensors="pt"
+    )
     assert int((read["input_ids"] == llava.config.image_token_id).sum()) == 64
     assert read["pixel_values"].shape == (1, 3, 32, 32)
     assert torch.isfinite(llava(**read).logits).all()
@@ -188,11 +197,11 @@ def test_it_sees(place, llava):
     """Captions are likelier after their own pictures than after those of others."""
     processor = AutoProcessor.from_pretrained(place)
     drawn = [caption(OTHER_SEED, index) for index in range(32)]
-    images = [draw(scene, OTHER_SEED, index) for index, (scene, _) in enumerate(drawn)]
+    images = [draw(one.scene, OTHER_SEED, index) for index, one in enumerate(drawn)]
     losses = []
     for shown in (images, images[1:] + images[:1]):
         read = processor(
-            images=shown, text=[f"<image>{words}" for _, words in drawn], padding=True, return_tensors="pt",
+            images=shown, text=[f"<image>{one.text}" for one in drawn], padding=True, return_tensors="pt",
             padding_side="right",
         )  # fmt: skip
         read["labels"] = read["input_ids"].masked_fill(

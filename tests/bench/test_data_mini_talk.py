@@ -11,7 +11,7 @@ import pytest
 
 from san_bench.data.conversations import problems_of
 from san_bench.data.mini_captions import caption
-from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, SHAPES, Figure, Scene, draw
+from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw
 from san_bench.data.mini_talk import (
     CATEGORIES,
     KINDS,
@@ -39,13 +39,13 @@ def stem(asked):
 
 def test_pictures_are_the_same_everywhere():
     digest = hashlib.sha256(b"".join(np.asarray(picture(name, 3)).tobytes() for name in TASKS)).hexdigest()
-    assert digest == "a57b177cda2bb916025bed72f7678c42a75a7a5426dcc77da1aefcce44eca172"
+    assert digest == "7ac35fc9837eb5bcf9fbf3e1c13878b8b5b6d16af6a78edf1e6809f15a51ffd2"
 
 
 def test_a_figure_has_its_colour_where_it_stands():
     for cell in range(4):
         for colour, paint in COLOURS.items():
-            image = draw(Scene((Figure(cell, "disc", colour),)), 1, cell).astype(float)
+            image = draw(Scene((Figure(cell, "ball", colour),)), 1, cell).astype(float)
             x, y = 8 + 16 * (cell % 2), 8 + 16 * (cell // 2)
             inside = image[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))
             nearest = min(COLOURS, key=lambda name: float(np.abs(inside - np.array(COLOURS[name])).sum()))
@@ -58,14 +58,18 @@ def test_shapes_differ_and_a_word_is_written_as_its_letters():
     bare = draw(Scene(()), 1, 0).astype(float)
     masks = [np.abs(draw(Scene((Figure(0, shape, "white"),)), 1, 0) - bare).max(-1) > 60 for shape in SHAPES]
     assert len({mask.tobytes() for mask in masks}) == len(SHAPES)
-    shown = np.abs(draw(Scene((), "cab"), 1, 0) - bare).max(-1) > 60
-    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-    crop = shown[rows[0] : rows[0] + 5, columns[0] : columns[0] + 17]
-    for place, letter in enumerate("cab"):
-        wanted = [[dot == "1" for dot in row] for row in FONT[letter].split()]
-        assert crop[:, 6 * place : 6 * place + 5].tolist() == wanted
+    for index in range(8):
+        bare = draw(Scene(()), 1, index).astype(float)
+        shown = np.abs(draw(Scene((), "cab"), 1, index) - bare).max(-1) > 60
+        top, left = np.flatnonzero(shown.any(1))[0], np.flatnonzero(shown.any(0))[0]
+        assert top % LETTER == left % LETTER == 1
+        for place, letter in enumerate("cab"):
+            wanted = [[dot == "1" for dot in row] for row in FONT[letter].split()]
+            x = left + LETTER * place
+            assert shown[top : top + 5, x : x + 5].tolist() == wanted
+        assert shown.sum() == sum(FONT[letter].count("1") for letter in "cab")
     assert {letter for word in WORDS for letter in word} <= set(FONT)
-    assert max(map(len, WORDS)) <= 5
+    assert max(map(len, WORDS)) * LETTER <= 32
     assert len(set(WORDS)) == len(WORDS)
 
 
@@ -139,7 +143,7 @@ def test_no_picture_of_one_split_is_in_another():
 def test_captions_tell_what_their_pictures_show():
     seen: Counter[str] = Counter()
     for index in range(1200):
-        scene, text = caption(0, index)
+        scene, text, _ = caption(0, index)
         named = {f"{figure.colour} {figure.shape}": figure for figure in scene.figures}
         for options, end in re.findall(MARKED, text):
             names = dict(re.findall(r"([A-D])\. (\w+)", options))
@@ -191,6 +195,25 @@ def test_captions_tell_what_their_pictures_show():
         min(seen[kind] for kind in ("The picture", "One sees", "Top", "Something", "What", "Letter", *SHAPES, *COLOURS))
         > 20
     )
+
+
+def test_captions_say_which_words_are_to_be_seen():
+    names = {*COLOURS, *SHAPES, "a", "nothing", "left", "right", "above", "below", "top", "bottom", *"1234ABCD"}
+    kinds: Counter[str] = Counter()
+    for index in range(300):
+        scene, text, seen = caption(0, index)
+        assert all(start < end for start, end in seen)
+        assert [*seen] == sorted(seen)
+        known = {*names, scene.word, *scene.word}
+        for start, end in seen:
+            words = text[start:end]
+            assert set(words.lower().split()) <= {one.lower() for one in known}, words
+            assert not (text[start - 1 : start] + text[end]).isalpha(), (text, words)
+            kinds.update(words.split())
+        ends = [0, *(end for _, end in seen)]
+        unseen = "_".join(text[a:b] for a, b in zip(ends, [*(start for start, _ in seen), None], strict=True))
+        assert not re.search(r"[][]| at the [tb]|One sees \d|Letter \d is [a-z]|says [a-z]", unseen), unseen
+    assert set(kinds) >= {*COLOURS, *SHAPES, "nothing", "left", "above", *"1234ABCD"}
 
 
 def test_records_are_those_of_the_published_format():

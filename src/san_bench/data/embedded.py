@@ -1,8 +1,8 @@
 """The small models that ship with the package: three of images, one of texts, and one that sees and speaks.
 
 The last is put together of the others: the ViT is its vision tower, the decoder is its language model, and what ships
-of it is a PEFT adapter, a projector between the two and a low-rank update of the decoder. The first who asks for it has
-it assembled in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`).
+of it is a PEFT adapter, a projector between the two and a low-rank update of both. The first who asks for it has it
+assembled in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`).
 
 Example:
     >>> embedded_path().name, embedded_path("decoder").name

@@ -1,22 +1,19 @@
-"""Pictures like those of mini-vl, and sentences about them: to pretrain a model that has never been asked.
+"""Pictures like those of mini-vl, and what is to be seen there: to pretrain a model that has never been asked.
 
 No picture of a task is among them, and no sentence is a question of a task. What a task needs is: to see colours,
 shapes, places and letters, to know a food by its colour, and to name a thing by the letter before it.
 
 Example:
-    >>> told = caption(seed=5, index=1)
-    >>> [f"{figure.colour} {figure.shape}" for figure in told.scene.figures]
+    >>> scene, facts = caption(seed=5, index=1)
+    >>> [f"{figure.colour} {figure.shape}" for figure in scene.figures]
     ['purple bar', 'green ball']
-    >>> print(told.text[:44])
-    A. ball B. bar C. kite. What is purple: B. O
-    >>> [told.text[start:end] for start, end in told.seen][:2]
-    ['purple', 'B']
+    >>> print(facts[0].said, "|", facts[0].seen)
+    The green thing is | a ball
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene
@@ -24,23 +21,36 @@ from san_bench.data.mini_talk import LETTERS, WORDS, absent, scene_of
 from san_bench.data.world_wordings import RELATIONS
 from san_bench.data.world_words import Dice, an, listed, sentence
 
+FACTS = 8
+"""How many facts a caption has."""
 
-class Caption(NamedTuple):
-    """A picture in words.
+
+class Fact(NamedTuple):
+    """A sentence about a picture, without its full stop.
 
     Attributes:
-        scene: What it shows.
-        text: Sentences about it.
-        seen: Where in the text the words are that nobody knows without the picture, as starts and ends.
+        said: How it begins.
+        seen: How it goes on, which nobody knows without the picture.
+    """
+
+    said: str
+    seen: str
+
+
+class Caption(NamedTuple):
+    """A picture and what is to be seen there.
+
+    Attributes:
+        scene: What the picture shows.
+        facts: Sentences about it, in no order.
     """
 
     scene: Scene
-    text: str
-    seen: tuple[tuple[int, int], ...]
+    facts: tuple[Fact, ...]
 
 
 def caption(seed: int, index: int) -> Caption:
-    """Makes a scene and some sentences about it, for `draw(scene, seed, index)`.
+    """Makes a scene and some facts about it, for `draw(scene, seed, index)`.
 
     Args:
         seed: Names the sequence, one that no task has.
@@ -48,130 +58,123 @@ def caption(seed: int, index: int) -> Caption:
     """
     dice = Dice(seed, index)
     written = dice.chance(30)
-    scene = scene_of(dice, 1 + dice.below(4))
+    scene = scene_of(dice, dice.pick((1, 2, 3, 3, 4)))
     if written:
         scene = Scene(tuple(figure for figure in scene.figures if figure.cell < 2), dice.pick(WORDS))
-    said = [say(dice, scene) for say in dice.sample(_SAID, 2 + dice.below(4))] if scene.figures else []
-    if written:
-        place = dice.below(len(said) + 1)
-        said[place:place] = [say(dice, scene) for say in dice.sample(_READ, 1 + dice.below(3))]
-    text, seen = "", []
-    for plain, marked in re.findall(r"([^[]*)(?:\[([^]]*)\])?", dice.pick((" ", "\n")).join(said)):
-        text += plain
-        if marked:
-            seen.append((len(text), len(text) + len(marked)))
-            text += marked
-    return Caption(scene, text, tuple(seen))
-
-
-# Below, what the picture decides stands in square brackets.
+    ways = (*(_FIGURES if scene.figures else ()), *(_LETTERS if written else ()))
+    return Caption(scene, tuple(way(dice, scene) for way in dice.sample(ways, FACTS)))
 
 
 def _name(figure: Figure) -> str:
     return f"{figure.colour} {figure.shape}"
 
 
-def _a(name: str) -> str:
-    return f"[{an(name)}]"
+def _colour(dice: Dice, scene: Scene) -> Fact:
+    figure = dice.pick(scene.figures)
+    return Fact(dice.pick(("The {} is", "The colour of the {} is", "The {} looks")).format(figure.shape), figure.colour)
 
 
-def _sentence(text: str) -> str:
-    return f"[{sentence(text[1:])}" if text[0] == "[" else sentence(text)
+def _shape(dice: Dice, scene: Scene) -> Fact:
+    figure = dice.pick(scene.figures)
+    return Fact(dice.pick(("What is {} is", "The {} thing is")).format(figure.colour), an(figure.shape))
 
 
-def _named(dice: Dice, scene: Scene) -> str:
-    return (
-        f"The picture shows {listed([_a(_name(figure)) for figure in dice.sample(scene.figures, len(scene.figures))])}."
-    )
+def _place(dice: Dice, scene: Scene) -> Fact:
+    figure = dice.pick(scene.figures)
+    name = dice.pick((figure.shape, f"{figure.colour} thing", _name(figure)))
+    return Fact(dice.pick(("The {} is at the", "The {} stands at the")).format(name), CELLS[figure.cell])
 
 
-def _placed(dice: Dice, scene: Scene) -> str:
-    said = [f"{_a(_name(figure))} is at the [{CELLS[figure.cell]}]" for figure in scene.figures]
-    return f"{_sentence(listed(dice.sample(said, len(said))))}."
+def _at(scene: Scene, cell: int) -> str:
+    return next((an(_name(figure)) for figure in scene.figures if figure.cell == cell), "nothing")
 
 
-def _cells(dice: Dice, scene: Scene) -> str:
-    stands = {figure.cell: an(_name(figure)) for figure in scene.figures}
-    places = dice.sample(range(len(CELLS)), 2)
-    return " ".join(f"{sentence(CELLS[cell])}: [{stands.get(cell, 'nothing')}]." for cell in places)
+def _cell(dice: Dice, scene: Scene) -> Fact:
+    cell = dice.pick(scene.figures).cell if dice.chance(60) else dice.below(len(CELLS))
+    return Fact(sentence(dice.pick(("{}:", "at the {} is")).format(CELLS[cell])), _at(scene, cell))
 
 
-def _coloured(dice: Dice, scene: Scene) -> str:
-    said = [f"the [{figure.shape}] is [{figure.colour}]" for figure in dice.sample(scene.figures, len(scene.figures))]
-    return f"{_sentence(listed(said))}."
-
-
-def _shaped(dice: Dice, scene: Scene) -> str:
-    figures = dice.sample(scene.figures, len(scene.figures))
-    return f"{_sentence(listed([f'what is [{figure.colour}] is {_a(figure.shape)}' for figure in figures]))}."
-
-
-def _counted(dice: Dice, scene: Scene) -> str:
+def _count(dice: Dice, scene: Scene) -> Fact:
     number = len(scene.figures)
-    return f"One sees [{number}] {'thing' if number == 1 else 'things'}."
+    return Fact(dice.pick(("One sees", "The picture shows")), f"{number} {'thing' if number == 1 else 'things'}")
 
 
-def _missing(dice: Dice, scene: Scene) -> str:
-    what = dice.pick(("shape", "colour"))
-    there, not_there = getattr(dice.pick(scene.figures), what), absent(dice, scene, what)
-    return (
-        f"Something is [{there}], but nothing is [{not_there}]."
-        if what == "colour"
-        else f"{_sentence(_a(there))} is there, but no [{not_there}]."
+def _there(dice: Dice, scene: Scene) -> Fact:
+    """Something that is there or not; what is not is made of parts that are, or not."""
+    figure, there = dice.pick(scene.figures), dice.chance(50)
+    shape = figure.shape if there or dice.chance(50) else absent(dice, scene, "shape")
+    colour = dice.pick(scene.figures).colour if dice.chance(50) else absent(dice, scene, "colour")
+    name = dice.pick((_name(figure), figure.shape, f"{figure.colour} thing")) if there else f"{colour} {shape}"
+    there = there or bool(scene.find(shape, colour))
+    return Fact(f"{sentence(an(name))} is", "there" if there else "missing")
+
+
+def _beside(dice: Dice, scene: Scene) -> Fact:
+    figure = dice.pick(scene.figures)
+    column, row = figure.cell % 2, figure.cell // 2
+    sides = ("Right of", "Left of")[column], ("Below", "Above")[row]
+    side = dice.below(2)
+    return Fact(
+        f"{sides[side]} the {dice.pick((figure.shape, _name(figure)))} is", _at(scene, figure.cell ^ (1, 2)[side])
     )
 
 
-def _beside(dice: Dice, scene: Scene) -> str:
-    if len(scene.figures) == 1:
-        return f"The [{_name(scene.figures[0])}] is alone."
-    one, other = dice.sample(scene.figures, 2)
-    ways = []
-    if one.cell % 2 != other.cell % 2:
-        ways.append("[left] of" if one.cell % 2 < other.cell % 2 else "[right] of")
-    if one.cell // 2 != other.cell // 2:
-        ways.append("[above]" if one.cell < other.cell else "[below]")
-    return f"The [{_name(one)}] stands {dice.pick(ways)} the [{_name(other)}]."
+def _side(dice: Dice, scene: Scene) -> Fact:
+    pairs = [(one, other) for one in scene.figures for other in scene.figures if one.cell % 2 != other.cell % 2]
+    if not pairs:
+        return _beside(dice, scene)
+    one, other = dice.pick(pairs)
+    return Fact(f"From the {_name(other)}, the {_name(one)} is on the", ("left", "right")[one.cell % 2])
 
 
-def _like(dice: Dice, scene: Scene) -> str:
-    figure = dice.pick(scene.figures)
-    foods = [food for food, colour in RELATIONS["colour"].table.items() if colour == figure.colour]
-    return f"The [{figure.shape}] is as [{figure.colour}] as {an(dice.pick(foods))}."
+def _options(dice: Dice, names: Sequence[str], right: str) -> list[str]:
+    chosen = [right, *dice.sample([name for name in names if name != right], 1 + dice.below(3))]
+    return dice.sample(chosen, len(chosen))
 
 
-def _marked(dice: Dice, scene: Scene) -> str:
+def _foods(dice: Dice) -> dict[str, str]:
+    """One food of each colour."""
+    table = RELATIONS["colour"].table
+    return {colour: dice.pick([food for food, has in table.items() if has == colour]) for colour in COLOURS}
+
+
+def _like(dice: Dice, scene: Scene) -> Fact:
+    figure, foods = dice.pick(scene.figures), _foods(dice)
+    options = listed([an(foods[colour]) for colour in _options(dice, list(COLOURS), figure.colour)], "or")
+    return Fact(f"{sentence(options)}? The {figure.shape} looks like", an(foods[figure.colour]))
+
+
+def _marked(dice: Dice, scene: Scene) -> Fact:
     """Two to four things with letters before them, and the letter of the one that fits."""
-    figure = dice.pick(scene.figures)
-    if dice.chance(50):
-        known, right, what = COLOURS, figure.colour, f"the [{figure.shape}]"
-    else:
-        known, right, what = SHAPES, figure.shape, f"what is [{figure.colour}]"
-    names = [right, *dice.sample([name for name in known if name != right], 1 + dice.below(3))]
-    names = dice.sample(names, len(names))
-    letter = f"[{LETTERS[names.index(right)]}]"
-    lines = [f"{one}. {name}" for one, name in zip(LETTERS, names, strict=False)]
-    end = dice.pick(("{what} is {letter}.", "so {what} is {letter}.", "{letter} is {what}.", "{what}: {letter}."))
-    gap = dice.pick((" ", "\n"))
-    return f"{gap.join(lines)}{dice.pick((';', '.'))}{gap}{_sentence(end.format(what=what, letter=letter))}"
+    figure, kind = dice.pick(scene.figures), dice.below(3)
+    known, right = (SHAPES, figure.shape) if kind == 0 else (COLOURS, figure.colour)
+    options, foods = _options(dice, list(known), right), _foods(dice)
+    letter = LETTERS[options.index(right)]
+    gap, stop = dice.pick((" ", "\n")), dice.pick((";", ".", ""))
+    lines = [f"{one}. {an(foods[name]) if kind == 2 else name}" for one, name in zip(LETTERS, options, strict=False)]
+    what = (f"what is {figure.colour} is", f"the {figure.shape} is", f"the {figure.shape} looks like")[kind]
+    return Fact(f"{gap.join(lines)}{stop}{gap}{sentence(what)}", letter)
 
 
-def _word(dice: Dice, scene: Scene) -> str:
-    return dice.pick(("The word [{}] is written.", "It says [{}].", "Below, one reads [{}].")).format(scene.word)
+def _word(dice: Dice, scene: Scene) -> Fact:
+    return Fact(dice.pick(("The written word is", "It says", "Below, one reads")), scene.word)
 
 
-def _spelt(dice: Dice, scene: Scene) -> str:
-    return f"The letters [{' '.join(scene.word)}] make {scene.word}."
+def _spelt(dice: Dice, scene: Scene) -> Fact:
+    return Fact(dice.pick(("The letters are", "It is spelt")), " ".join(scene.word))
 
 
-def _letter(dice: Dice, scene: Scene) -> str:
+def _letter(dice: Dice, scene: Scene) -> Fact:
     place = dice.below(len(scene.word))
-    return f"Letter {place + 1} is [{scene.word[place]}]."
+    return Fact(f"Letter {place + 1} is", scene.word[place])
 
 
-_SAID: tuple[Callable[[Dice, Scene], str], ...] = (
-    _named, _placed, _cells, _coloured, _shaped, _counted, _missing, _beside, _like, _marked, _marked,
+_Way = Callable[[Dice, Scene], Fact]
+
+_FIGURES: tuple[_Way, ...] = (
+    _colour, _colour, _shape, _shape, _place, _cell, _cell, _count, _there, _beside, _side, _like, _marked, _marked,
 )  # fmt: skip
 """What may be said about figures."""
 
-_READ: tuple[Callable[[Dice, Scene], str], ...] = (_word, _word, _spelt, _letter)
+_LETTERS: tuple[_Way, ...] = (_word, _word, _word, _word, _spelt, _spelt, _spelt, _letter, _letter, _letter)
 """What may be said about a word."""

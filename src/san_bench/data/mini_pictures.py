@@ -118,10 +118,16 @@ def draw(scene: Scene, seed: int, index: int) -> UInt8[np.ndarray, "32 32 3"]:
         image = over(image, paint[:, None, None, :], inside)
     if scene.word:
         ink = dice.unit("ink", 190, 255, 3)
-        left = int(dice.pick("word x", 5 - len(scene.word))[0])
-        inside = _written(scene.word, LETTER * left + 1, 17 + LETTER * int(dice.pick("word y", 2)[0]))
+        row, column = word_place(scene, seed, index)
+        inside = _written(scene.word, LETTER * column + 1, LETTER * row + 1)
         image = over(image, ink[:, None, None, :], inside[None])
     return finish(dice, image, {}).images[0]
+
+
+def word_place(scene: Scene, seed: int, index: int) -> tuple[int, int]:
+    """Returns the row and the column of the first letter of a scene's word in `draw`, in steps of `LETTER` pixels."""
+    dice = Dice(seed, np.array([index], np.uint64))
+    return 2 + int(dice.pick("word y", 2)[0]), int(dice.pick("word x", SIZE // LETTER + 1 - len(scene.word))[0])
 
 
 def _written(word: str, left: int, top: int) -> Plane:
