@@ -2,7 +2,7 @@
 
 The pictures and what is said of them are those of `san_bench.data.mini_captions.caption`; no picture and no question of
 mini-vl is among them. A projector is trained whole, and the tower and the decoder by a low-rank adapter: the ViT has
-seen no words, and few figures at once. It learns first, alone, what stands where. Then sentences follow their image at
+seen no words, and few figures at once. It learns first, alone, what stands where, and stays so. Then sentences follow their image at
 once, with nothing asked, as in the first stage of LLaVA. An image is read once for several of them, each of which sees
 the image and itself alone, so none can be told from another. What nobody knows without the picture weighs more in the
 loss than how a sentence begins.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
 from torch import Tensor
@@ -47,8 +47,8 @@ def pixels_of(scene: Scene, seed: int, index: int) -> Tensor:
 class Captioned(Dataset[dict[str, Tensor]]):
     """Images with sentences after them."""
 
-    def __init__(self, processor: Any, seed: int, count: int) -> None:
-        self.tokenizer, self.seed, self.count = processor.tokenizer, seed, count
+    def __init__(self, processor: Any, seed: int, count: int, first: int = 0) -> None:
+        self.tokenizer, self.seed, self.count, self.first = processor.tokenizer, seed, count, first
         self.start = [self.tokenizer.bos_token_id, *[processor.image_token_id] * image_tokens(processor)]
 
     def __len__(self) -> int:
@@ -59,6 +59,7 @@ class Captioned(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Tokens, their places after the image, which sentence they are in (0 for the image), and what is seen."""
+        index += self.first
         scene, facts = caption(self.seed, index)
         rows = [(token, place, 0, False) for place, token in enumerate(self.start)]
         for number, fact in enumerate(facts, 1):
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw the pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--continue-from", type=Path, metavar="FOLDER", help="an adapter to train on new pictures")
     parser.add_argument("--out", type=Path, default=ASSETS / "llava-tiny-procedural")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -213,17 +215,26 @@ def main() -> None:
     )
     plain = joined(asset("vit"), asset("decoder"))
     plain.model.language_model.set_attn_implementation("eager")  # faster on a processor: captions are short
-    model = get_peft_model(plain, adapter)
+    earlier, log = None, []
+    if args.continue_from:
+        model = PeftModel.from_pretrained(plain, args.continue_from, is_trainable=True).float()
+        earlier = json.loads((args.continue_from / "PROVENANCE.json").read_text(encoding="utf-8"))
+        log = [json.loads(row) for row in (args.continue_from / "training_log.jsonl").read_text().splitlines()]
+    else:
+        model = get_peft_model(plain, adapter)
     model.to(args.device)
     fold(model)
-    taught = teach(model.base_model.model.model.vision_tower, args, began)
+    tower = model.base_model.model.model.vision_tower
+    taught = earlier["tower"] if earlier else teach(tower, args, began)
+    tower.requires_grad_(False)
     shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512), 64, collate_fn=collate)
     held_out = [{key: one.to(args.device) for key, one in batch.items()} for batch in shown]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+    seen, new = (earlier["images"] if earlier else 0), args.steps * args.batch_size
     stream = iter(
         DataLoader(
-            Captioned(processor, args.seed, args.steps * args.batch_size), args.batch_size, collate_fn=collate,
+            Captioned(processor, args.seed, new, seen), args.batch_size, collate_fn=collate,
             num_workers=args.workers, prefetch_factor=8 if args.workers else None,
         )
     )  # fmt: skip
@@ -233,10 +244,11 @@ def main() -> None:
         weights = 1 + (args.weight - 1) * seen.float()
         return (weights * losses).sum() / weights.sum()
 
-    log = fit(trained, optimizer, args.steps, loss_of, lambda: validate(model, held_out), began)
+    done = log[-1]["step"] if log else 0
+    log += fit(trained, optimizer, args.steps, loss_of, lambda: validate(model, held_out), began, done)
     provenance = {
-        "command": "python scripts/pretrain_llava.py",
-        "images": args.tower_steps * args.tower_batch_size + args.steps * args.batch_size,
+        "command": f"python scripts/pretrain_llava.py{' --continue-from' if earlier else ''}",
+        "images": seen + new,
         "data": "san_bench.data.mini_captions.caption, drawn and worded by rule; no photograph and no person's text",
         "validation": f"{len(shown.dataset)} pictures of seed {VALIDATION_SEED}, which no training picture shares",
         **circumstances(args, began, busy, "torch", "transformers", "peft", "numpy"),
@@ -246,6 +258,7 @@ def main() -> None:
         },
         "tower": taught,
         "final": log[-1],
+        "continued_from": earlier,
     }
     save(model, None, args.out, log, provenance)
 

@@ -198,10 +198,11 @@ def test_it_sees(place, llava):
     processor = AutoProcessor.from_pretrained(place)
     drawn = [caption(OTHER_SEED, index) for index in range(32)]
     images = [draw(one.scene, OTHER_SEED, index) for index, one in enumerate(drawn)]
+    told = [one.facts[0] for one in drawn]
     losses = []
     for shown in (images, images[1:] + images[:1]):
         read = processor(
-            images=shown, text=[f"<image>{one.text}" for one in drawn], padding=True, return_tensors="pt",
+            images=shown, text=[f"<image>{said} {seen}." for said, seen in told], padding=True, return_tensors="pt",
             padding_side="right",
         )  # fmt: skip
         read["labels"] = read["input_ids"].masked_fill(

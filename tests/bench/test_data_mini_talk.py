@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from san_bench.data.conversations import problems_of
-from san_bench.data.mini_captions import caption
+from san_bench.data.mini_captions import FACTS, caption
 from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw
 from san_bench.data.mini_talk import (
     CATEGORIES,
@@ -28,9 +28,6 @@ from san_bench.run.conversation_task import load_conversation_task
 from san_bench.run.vqa import BENCHMARKS, score
 
 ITEMS = range(240)
-
-MARKED = r"(A\. \w+(?:[ \n][B-D]\. \w+)+)[;.][ \n]([^.]+)\."
-"""Options with their letters in a caption, and what is said of them."""
 
 
 def stem(asked):
@@ -140,80 +137,84 @@ def test_no_picture_of_one_split_is_in_another():
         assert len(set(seen)) == len(seen)
 
 
+def described(scene, words):
+    """The figures that a name like `red ball`, `ball` or `red thing` fits."""
+    colour = next((name for name in COLOURS if name in words), None)
+    shape = next((name for name in SHAPES if name in words), None)
+    return scene.find(shape, colour)
+
+
+def check_fact(scene, said, seen):
+    """Works out from the scene and the beginning of a sentence alone how it goes on; returns its kind."""
+    named = {figure.cell: f"{figure.colour} {figure.shape}" for figure in scene.figures}
+    words, foods = re.findall(r"\w+", said), RELATIONS["colour"].table
+    marks = dict(re.findall(r"([A-D])\. (?:an? )?(\w+)", said))
+    where = next((cell for cell, name in enumerate(CELLS) if name in said.lower()), None)
+    if marks:
+        (figure,) = described(scene, re.findall(r"\w+", re.split(r"[A-D]\. (?:an? )?\w+", said)[-1]))
+        right = {mark for mark, word in marks.items() if foods.get(word, word) in (figure.shape, figure.colour)}
+        assert right == {seen}
+        return "marked"
+    if "?" in said:
+        (figure,) = described(scene, re.findall(r"\w+", said.split("?")[1]))
+        options = [food for food in re.findall(r"\w+", said.split("?")[0].lower()) if foods.get(food) == figure.colour]
+        assert [seen.split()[-1]] == options
+        return "like"
+    if said.startswith("Letter"):
+        assert seen == scene.word[int(words[1]) - 1]
+        return "letter"
+    if said in ("The letters are", "It is spelt"):
+        assert seen == " ".join(scene.word)
+        return "spelt"
+    if said in ("The written word is", "It says", "Below, one reads"):
+        assert seen == scene.word
+        return "word"
+    if words[0] == "From":
+        other, one = (described(scene, part.split())[0] for part in said.split(","))
+        assert seen == ("left" if one.cell % 2 < other.cell % 2 else "right")
+        return "side"
+    if words[0] in ("Left", "Right", "Above", "Below"):
+        (anchor,) = described(scene, words)
+        cell = anchor.cell ^ (1 if words[0] in ("Left", "Right") else 2)
+        assert (cell < anchor.cell) == (words[0] in ("Left", "Above"))
+        assert seen.split(maxsplit=1)[-1] == named.get(cell, "nothing")
+        return "beside"
+    if where is not None:
+        assert seen.split(maxsplit=1)[-1] == named.get(where, "nothing")
+        return "cell"
+    if seen in CELLS:
+        assert [CELLS[figure.cell] for figure in described(scene, words)] == [seen]
+        return "place"
+    if words[-1] in ("sees", "shows"):
+        assert int(seen.split()[0]) == len(scene.figures)
+        return "count"
+    if seen in ("there", "missing"):
+        assert bool(described(scene, words)) == (seen == "there")
+        return seen
+    (figure,) = described(scene, words)
+    assert seen.split()[-1] in (figure.shape, figure.colour)
+    assert not set(seen.split()) & set(words)
+    return "colour" if seen == figure.colour else "shape"
+
+
 def test_captions_tell_what_their_pictures_show():
-    seen: Counter[str] = Counter()
-    for index in range(1200):
-        scene, text, _ = caption(0, index)
-        named = {f"{figure.colour} {figure.shape}": figure for figure in scene.figures}
-        for options, end in re.findall(MARKED, text):
-            names = dict(re.findall(r"([A-D])\. (\w+)", options))
-            right = names[re.findall(r"\b[A-D]\b", end)[0]]
-            (shape, colour) = re.findall(r"(?:[Tt]he (\w+)|[Ww]hat is (\w+))", end)[0]
-            assert {right} == ({one.colour for one in scene.find(shape)} if shape else {
-                one.shape for one in scene.find(colour=colour)}), text  # fmt: skip
-            seen[right] += 1
-        text = re.sub(MARKED, "", text)
-        for said in re.findall(r"[^.]+(?=\.)", text):
-            words = said.strip().split()
-            kind = " ".join(words[:2]) if words[0] in ("The", "One", "It") else words[0]
-            pairs = re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", said)
-            seen[kind] += 1
-            if scene.word and scene.word in words:
-                seen["word"] += 1
-            assert all(f"{colour} {shape}" in named for colour, shape in pairs), said
-            for shape, colour, food in re.findall(r"The (\w+) is as (\w+) as (?:an? )?(\w.*)", said):
-                assert scene.find(shape, colour), said
-                assert RELATIONS["colour"].table[food] == colour
-            for colour, shape in re.findall(r"[Ww]hat is (\w+) is an? (\w+)", said):
-                assert scene.find(shape, colour), said
-            if words[0] == "Letter":
-                assert scene.word[int(words[1]) - 1] == words[3]
-            if "The letters" in said:
-                assert "".join(words[2:-2]) == words[-1] == scene.word
-            if "picture shows" in said:
-                assert len(pairs) == len(named)
-            for colour, shape, cell in re.findall(r"(\w+) (\w+) is at the (\w+ \w+)", said):
-                assert CELLS[named[f"{colour} {shape}"].cell] == cell
-            for shape, colour in re.findall(r"[Tt]he (\w+) is (?!as )(\w+)", said):
-                assert shape == f"{colour} {shape}" or len(scene.find(shape, colour)) == 1 or "alone" in said, said
-            if ":" in said:
-                place, what = said.strip().lower().split(": ")
-                there = [name for name, figure in named.items() if CELLS[figure.cell] == place]
-                assert [" ".join(what.split()[1:])] == there if there else what == "nothing"
-            if "One sees" in said:
-                assert int(words[2]) == len(named)
-            if "but no" in said:
-                assert not any(words[-1] in name.split() for name in named), said
-            if "stands" in said:
-                one, other = (named[" ".join(pair)] for pair in pairs)
-                assert {
-                    "left": one.cell % 2 < other.cell % 2, "right": one.cell % 2 > other.cell % 2,
-                    "above": one.cell // 2 < other.cell // 2, "below": one.cell // 2 > other.cell // 2,
-                }[words[4]]  # fmt: skip
-    assert seen["word"] > 60
-    assert (
-        min(seen[kind] for kind in ("The picture", "One sees", "Top", "Something", "What", "Letter", *SHAPES, *COLOURS))
-        > 20
-    )
-
-
-def test_captions_say_which_words_are_to_be_seen():
-    names = {*COLOURS, *SHAPES, "a", "nothing", "left", "right", "above", "below", "top", "bottom", *"1234ABCD"}
     kinds: Counter[str] = Counter()
-    for index in range(300):
-        scene, text, seen = caption(0, index)
-        assert all(start < end for start, end in seen)
-        assert [*seen] == sorted(seen)
-        known = {*names, scene.word, *scene.word}
-        for start, end in seen:
-            words = text[start:end]
-            assert set(words.lower().split()) <= {one.lower() for one in known}, words
-            assert not (text[start - 1 : start] + text[end]).isalpha(), (text, words)
-            kinds.update(words.split())
-        ends = [0, *(end for _, end in seen)]
-        unseen = "_".join(text[a:b] for a, b in zip(ends, [*(start for start, _ in seen), None], strict=True))
-        assert not re.search(r"[][]| at the [tb]|One sees \d|Letter \d is [a-z]|says [a-z]", unseen), unseen
-    assert set(kinds) >= {*COLOURS, *SHAPES, "nothing", "left", "above", *"1234ABCD"}
+    answers: Counter[str] = Counter()
+    for index in range(600):
+        scene, facts = caption(0, index)
+        assert len(facts) == FACTS
+        for said, seen in facts:
+            try:
+                kinds[check_fact(scene, said, seen)] += 1
+            except (AssertionError, ValueError, KeyError) as error:
+                raise AssertionError(f"{scene}: {said} | {seen}") from error
+            answers[seen] += 1
+    assert set(kinds) == {
+        "marked", "like", "letter", "spelt", "word", "side", "beside", "cell", "place", "count", "there", "missing",
+        "colour", "shape",
+    }  # fmt: skip
+    assert min(kinds.values()) > 60
+    assert {*COLOURS, *CELLS, *"ABCD", "left", "right", "nothing"} <= set(answers)
 
 
 def test_records_are_those_of_the_published_format():

@@ -172,7 +172,8 @@ def _letter(dice: Dice, scene: Scene) -> Fact:
 _Way = Callable[[Dice, Scene], Fact]
 
 _FIGURES: tuple[_Way, ...] = (
-    _colour, _colour, _shape, _shape, _place, _cell, _cell, _count, _there, _beside, _side, _like, _marked, _marked,
+    _colour, _colour, _colour, _shape, _shape, _shape, _place, _place, _cell, _count, _there, _there, _beside, _side,
+    _like, _marked, _marked, _marked,
 )  # fmt: skip
 """What may be said about figures."""
 
