@@ -2,10 +2,10 @@
 
 The pictures and what is said of them are those of `san_bench.data.mini_captions.caption`; no picture and no question of
 mini-vl is among them. A projector is trained whole, and the tower and the decoder by a low-rank adapter: the ViT has
-seen no words, and few figures at once. It learns first, alone, what stands where, and stays so. Then sentences follow their image at
-once, with nothing asked, as in the first stage of LLaVA. An image is read once for several of them, each of which sees
-the image and itself alone, so none can be told from another. What nobody knows without the picture weighs more in the
-loss than how a sentence begins.
+seen no words, and few figures at once. It learns first, alone, what stands where, and stays so. Then sentences follow
+their image at once, with nothing asked, as in the first stage of LLaVA. An image is read once for several of them, each
+of which sees the image and itself alone, so none can be told from another. What nobody knows without the picture weighs
+more in the loss than how a sentence begins. `--continue-from` trains on.
 
 The folder holds a PEFT adapter; `san_bench.data.embedded` merges it. It is written next to its final place and moved
 there when complete.
