@@ -27,13 +27,14 @@ from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import set_seed
+from transformers import AutoModelForImageTextToText, set_seed
 
 from san_bench.data.conversation_prompts import image_tokens
-from san_bench.data.embedded import asset, joined, processor_of
-from san_bench.data.mini_captions import caption
+from san_bench.data.embedded import asset, embedded_path, joined, processor_of
+from san_bench.data.mini_captions import KINDS, Fact, caption
 from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
 from san_bench.data.prompts import IGNORED
+from san_bench.data.world_words import Dice
 
 ADAPTED = r".*vision_tower\.layers\.[0-2]\..*(_proj|fc1|fc2)|.*language_model.*_proj"
 """Layers with an adapter; the last one of the tower is not read."""
@@ -58,9 +59,10 @@ class Captioned(Dataset[dict[str, Tensor]]):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.example(*caption(self.seed, self.first + index), self.first + index)
+
+    def example(self, scene: Scene, facts: Sequence[Fact], index: int) -> dict[str, Tensor]:
         """Tokens, their places after the image, which sentence they are in (0 for the image), and what is seen."""
-        index += self.first
-        scene, facts = caption(self.seed, index)
         rows = [(token, place, 0, False) for place, token in enumerate(self.start)]
         for number, fact in enumerate(facts, 1):
             said, seen = self._ids(fact.said), [*self._ids(f" {fact.seen}."), self.tokenizer.eos_token_id]
@@ -189,6 +191,23 @@ def validate(model: Any, held_out: list[dict[str, Tensor]]) -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
+def probe(args: argparse.Namespace) -> dict[str, float]:
+    """Share of facts whose words to be seen are all the likeliest, for each kind, on pictures of another seed."""
+    model = AutoModelForImageTextToText.from_pretrained(embedded_path("llava"), attn_implementation="eager").eval()
+    captioned, found = Captioned(processor_of(asset("vit"), asset("decoder")), VALIDATION_SEED, 0), {}
+    for kind, told in KINDS.items():
+        right, index = list[bool](), 0
+        while len(right) < args.probe:
+            dice, (scene, _), index = Dice(VALIDATION_SEED, index), caption(VALIDATION_SEED, index), index + 1
+            if scene.word if kind in ("word", "spelt", "letter") else scene.figures:
+                batch = collate([captioned.example(scene, [told(dice, scene)], index - 1)])
+                _, likeliest, seen = read_captions(model, batch)
+                right.append(bool(likeliest[seen].all()))
+        found[kind] = round(sum(right) / len(right), 3)
+    return found
+
+
 def main() -> None:
     """Trains for a fixed number of steps and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -205,8 +224,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--continue-from", type=Path, metavar="FOLDER", help="an adapter to train on new pictures")
     parser.add_argument("--out", type=Path, default=ASSETS / "llava-tiny-procedural")
+    parser.add_argument("--probe", type=int, metavar="N", help="ask the shipped model for N facts of each kind instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.probe:
+        print(json.dumps(probe(args)))
+        return
     set_seed(args.seed)
     began, busy = time.monotonic(), time.process_time()
     processor = processor_of(asset("vit"), asset("decoder"))

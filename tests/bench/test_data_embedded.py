@@ -25,7 +25,7 @@ from transformers import (
 
 from san_bench.data import embedded
 from san_bench.data.embedded import asset, embedded_path
-from san_bench.data.mini_captions import caption
+from san_bench.data.mini_captions import KINDS, caption
 from san_bench.data.mini_pictures import draw
 from san_bench.data.world_text import choice, text
 from san_bench.data.world_words import Dice
@@ -211,6 +211,23 @@ def test_it_sees(place, llava):
         with torch.no_grad():
             losses.append(llava(**read).loss.item())
     assert losses[0] < 0.8 * losses[1]
+
+
+@pytest.mark.parametrize("kind", ["shape", "cell", "count", "word"])
+def test_it_tells_what_it_sees(place, llava, kind):
+    """Of pictures that it was not trained on, in words that it writes itself."""
+    processor = AutoProcessor.from_pretrained(place)
+    right = asked = index = 0
+    while asked < 16:
+        dice, scene, index = Dice(OTHER_SEED, index), caption(OTHER_SEED, index).scene, index + 1
+        if len(scene.figures) < 3 if kind != "word" else not scene.word:
+            continue
+        said, seen = KINDS[kind](dice, scene)
+        image = draw(scene, OTHER_SEED, index - 1)
+        read = processor(images=image, text=f"<image>{said}", return_tensors="pt")
+        written = llava.generate(**read, max_new_tokens=10, do_sample=False)[0, read["input_ids"].shape[1] :]
+        asked, right = asked + 1, right + (processor.decode(written, skip_special_tokens=True).strip() == f"{seen}.")
+    assert right >= 12  # guessing a shape among three is right in one of three, a word in one of seventy
 
 
 def test_it_is_assembled_once_whoever_asks_first(place, tmp_path, monkeypatch):

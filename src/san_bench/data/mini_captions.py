@@ -61,8 +61,8 @@ def caption(seed: int, index: int) -> Caption:
     scene = scene_of(dice, dice.pick((1, 2, 3, 3, 4)))
     if written:
         scene = Scene(tuple(figure for figure in scene.figures if figure.cell < 2), dice.pick(WORDS))
-    ways = (*(_FIGURES if scene.figures else ()), *(_LETTERS if written else ()))
-    return Caption(scene, tuple(way(dice, scene) for way in dice.sample(ways, FACTS)))
+    kinds = (*(_FIGURES if scene.figures else ()), *(_LETTERS if written else ()))
+    return Caption(scene, tuple(KINDS[kind](dice, scene) for kind in dice.sample(kinds, FACTS)))
 
 
 def _name(figure: Figure) -> str:
@@ -169,13 +169,18 @@ def _letter(dice: Dice, scene: Scene) -> Fact:
     return Fact(f"Letter {place + 1} is", scene.word[place])
 
 
-_Way = Callable[[Dice, Scene], Fact]
+KINDS: dict[str, Callable[[Dice, Scene], Fact]] = {
+    "colour": _colour, "shape": _shape, "place": _place, "cell": _cell, "count": _count, "there": _there,
+    "beside": _beside, "side": _side, "like": _like, "marked": _marked, "word": _word, "spelt": _spelt,
+    "letter": _letter,
+}  # fmt: skip
+"""Every kind of fact; the last three are about a word, the others about figures."""
 
-_FIGURES: tuple[_Way, ...] = (
-    _colour, _colour, _colour, _shape, _shape, _shape, _place, _place, _cell, _count, _there, _there, _beside, _side,
-    _like, _marked, _marked, _marked,
+_FIGURES = (
+    "colour", "colour", "colour", "shape", "shape", "shape", "place", "place", "cell", "count", "there", "there",
+    "beside", "side", "like", "marked", "marked", "marked",
 )  # fmt: skip
-"""What may be said about figures."""
+"""What may be said about figures, as often as it comes up."""
 
-_LETTERS: tuple[_Way, ...] = (_word, _word, _word, _word, _spelt, _spelt, _spelt, _letter, _letter, _letter)
-"""What may be said about a word."""
+_LETTERS = ("word", "word", "word", "word", "spelt", "spelt", "spelt", "letter", "letter", "letter")
+"""What may be said about a word, as often as it comes up."""
