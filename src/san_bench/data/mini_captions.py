@@ -6,9 +6,9 @@ shapes, places and letters, to know a food by its colour, and to name a thing by
 Example:
     >>> scene, facts = caption(seed=5, index=1)
     >>> [f"{figure.colour} {figure.shape}" for figure in scene.figures]
-    ['purple bar', 'green ball']
+    ['yellow ball', 'white kite', 'purple bar']
     >>> print(facts[0].said, "|", facts[0].seen)
-    The green thing is | a ball
+    The white kite is at the | bottom left
 """
 
 from __future__ import annotations
