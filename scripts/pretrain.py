@@ -212,6 +212,14 @@ def fit(
     return log
 
 
+def earlier_stage(folder: Path | None) -> tuple[dict[str, Any] | None, list[dict]]:
+    """Returns the papers and the log of what a training goes on from; `None` and an empty one where it starts anew."""
+    if folder is None:
+        return None, []
+    log = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((folder / "PROVENANCE.json").read_text(encoding="utf-8")), [json.loads(row) for row in log]
+
+
 def circumstances(args: argparse.Namespace, began: float, busy: float, *packages: str) -> dict[str, Any]:
     """What the papers of every model say: settings, precision, machine, seconds, commit and versions.
 
@@ -290,12 +298,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     set_seed(args.seed)
     model = Pretraining(args.backbone)
-    earlier, log = None, []
+    earlier, log = earlier_stage(args.continue_from)
     if args.continue_from:
         model.backbone = load(args.backbone, args.continue_from).train()
         model.drop_patches()
-        earlier = json.loads((args.continue_from / "PROVENANCE.json").read_text(encoding="utf-8"))
-        log = [json.loads(row) for row in (args.continue_from / "training_log.jsonl").read_text().splitlines()]
     seen = earlier["images"] if earlier else 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     dropping = args.steps - args.full_steps if args.backbone == "vit" else 0

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
+from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -202,12 +202,10 @@ def main() -> None:
 
     set_seed(args.seed)
     began, busy = time.monotonic(), time.process_time()
-    earlier, log = None, []
+    earlier, log = earlier_stage(args.continue_from)
     if args.continue_from:
         tokenizer = AutoTokenizer.from_pretrained(args.continue_from)
         model = LlamaForCausalLM.from_pretrained(args.continue_from).train()
-        earlier = json.loads((args.continue_from / "PROVENANCE.json").read_text(encoding="utf-8"))
-        log = [json.loads(row) for row in (args.continue_from / "training_log.jsonl").read_text().splitlines()]
     else:
         tokenizer = new_tokenizer(args.seed, args.tokenizer_texts, args.vocabulary)
         model = new_decoder(len(tokenizer), args.layers, args.width)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pretrain import ASSETS, VALIDATION_SEED, circumstances, fit, save
+from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +32,7 @@ from transformers import AutoModelForImageTextToText, set_seed
 
 from san_bench.data.conversation_prompts import image_tokens
 from san_bench.data.embedded import asset, embedded_path, joined, processor_of
-from san_bench.data.mini_captions import KINDS, Fact, caption
+from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption
 from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
 from san_bench.data.prompts import IGNORED
 from san_bench.data.world_words import Dice
@@ -105,53 +106,52 @@ class Tower(torch.nn.Module):
     For every patch it tells the shape and the colour of the figure in whose cell the patch is, and its letter.
     """
 
-    KINDS = (tuple(SHAPES), tuple(COLOURS), tuple(FONT))
+    LABELS = (tuple(SHAPES), tuple(COLOURS), tuple(FONT))
 
-    def __init__(self, tower: Any, seed: int) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
-        self.tower, self.seed = tower, seed
-        self.head = torch.nn.Linear(tower.config.hidden_size, sum(map(len, self.KINDS)))
+        self.tower = tower
+        self.head = torch.nn.Linear(tower.config.hidden_size, sum(map(len, self.LABELS)))
 
-    def example(self, index: int) -> tuple[Tensor, Tensor]:
+    def example(self, seed: int, index: int) -> tuple[Tensor, Tensor]:
         """Pixels, and a label of each kind for every patch."""
-        scene, _ = caption(self.seed, index)
+        scene, _ = caption(seed, index)
+        shapes, colours, letters = self.LABELS
         labels = torch.full((3, 8, 8), IGNORED)
         for figure in scene.figures:
             top, left = 4 * (figure.cell // 2), 4 * (figure.cell % 2)
-            labels[0, top : top + 4, left : left + 4] = self.KINDS[0].index(figure.shape)
-            labels[1, top : top + 4, left : left + 4] = self.KINDS[1].index(figure.colour)
+            labels[0, top : top + 4, left : left + 4] = shapes.index(figure.shape)
+            labels[1, top : top + 4, left : left + 4] = colours.index(figure.colour)
         if scene.word:
-            row, column = word_place(scene, self.seed, index)
+            row, column = word_place(scene, seed, index)
             for place, letter in enumerate(scene.word, column):
-                labels[2, 2 * row : 2 * row + 2, 2 * place : 2 * place + 2] = self.KINDS[2].index(letter)
-        return pixels_of(scene, self.seed, index), labels.flatten(1)
+                labels[2, 2 * row : 2 * row + 2, 2 * place : 2 * place + 2] = letters.index(letter)
+        return pixels_of(scene, seed, index), labels.flatten(1)
 
-    def read(self, indices: range, device: str) -> list[tuple[Tensor, Tensor]]:
+    def read(self, seed: int, indices: range, device: str) -> list[tuple[Tensor, Tensor]]:
         """Logits of each kind for the patches that have one, and what is right there."""
-        pixels, labels = (torch.stack(part).to(device) for part in zip(*map(self.example, indices), strict=True))
+        drawn = [self.example(seed, index) for index in indices]
+        pixels, labels = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
         seen = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        logits = self.head(seen).float().split([len(names) for names in self.KINDS], -1)
-        return [
-            (one[labels[:, kind] != IGNORED], labels[:, kind][labels[:, kind] != IGNORED])
-            for kind, one in enumerate(logits)
-        ]
+        logits = self.head(seen).float().split([len(names) for names in self.LABELS], -1)
+        known = labels != IGNORED
+        return [(one[known[:, kind]], labels[:, kind][known[:, kind]]) for kind, one in enumerate(logits)]
 
 
 def teach(tower: Any, args: argparse.Namespace, began: float) -> dict[str, Any]:
     """Adapts a tower to these pictures, and returns the last row of the log."""
-    model, other = (Tower(tower, seed).to(args.device) for seed in (args.seed, VALIDATION_SEED))
-    other.head = model.head
+    model = Tower(tower).to(args.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
 
     def loss_of(step: int) -> Tensor:
         start = step * args.tower_batch_size
-        found = model.read(range(start, start + args.tower_batch_size), args.device)
+        found = model.read(args.seed, range(start, start + args.tower_batch_size), args.device)
         return torch.stack([F.cross_entropy(logits, labels) for logits, labels in found]).mean()
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
-        found = other.read(range(256), args.device)
+        found = model.read(VALIDATION_SEED, range(256), args.device)
         return {
             name: round((logits.argmax(-1) == labels).float().mean().item(), 4)
             for name, (logits, labels) in zip(("shape", "colour", "letter"), found, strict=True)
@@ -200,7 +200,7 @@ def probe(args: argparse.Namespace) -> dict[str, float]:
         right, index = list[bool](), 0
         while len(right) < args.probe:
             dice, (scene, _), index = Dice(VALIDATION_SEED, index), caption(VALIDATION_SEED, index), index + 1
-            if scene.word if kind in ("word", "spelt", "letter") else scene.figures:
+            if scene.word if kind in ABOUT_WORDS else scene.figures:
                 batch = collate([captioned.example(scene, [told(dice, scene)], index - 1)])
                 _, likeliest, seen = read_captions(model, batch)
                 right.append(bool(likeliest[seen].all()))
@@ -233,17 +233,14 @@ def main() -> None:
     set_seed(args.seed)
     began, busy = time.monotonic(), time.process_time()
     processor = processor_of(asset("vit"), asset("decoder"))
-    adapter = LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, target_modules=ADAPTED, modules_to_save=["multi_modal_projector"]
-    )
     plain = joined(asset("vit"), asset("decoder"))
     plain.model.language_model.set_attn_implementation("eager")  # faster on a processor: captions are short
-    earlier, log = None, []
+    earlier, log = earlier_stage(args.continue_from)
     if args.continue_from:
         model = PeftModel.from_pretrained(plain, args.continue_from, is_trainable=True).float()
-        earlier = json.loads((args.continue_from / "PROVENANCE.json").read_text(encoding="utf-8"))
-        log = [json.loads(row) for row in (args.continue_from / "training_log.jsonl").read_text().splitlines()]
     else:
+        kept = ["multi_modal_projector"]
+        adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=ADAPTED, modules_to_save=kept)
         model = get_peft_model(plain, adapter)
     model.to(args.device)
     fold(model)
@@ -254,7 +251,8 @@ def main() -> None:
     held_out = [{key: one.to(args.device) for key, one in batch.items()} for batch in shown]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
-    seen, new = (earlier["images"] if earlier else 0), args.steps * args.batch_size
+    seen = earlier["images"] if earlier else args.tower_steps * args.tower_batch_size
+    new = args.steps * args.batch_size
     stream = iter(
         DataLoader(
             Captioned(processor, args.seed, new, seen), args.batch_size, collate_fn=collate,

@@ -169,12 +169,19 @@ def _letter(dice: Dice, scene: Scene) -> Fact:
     return Fact(f"Letter {place + 1} is", scene.word[place])
 
 
-KINDS: dict[str, Callable[[Dice, Scene], Fact]] = {
+_Tell = Callable[[Dice, Scene], Fact]
+
+ABOUT_FIGURES: dict[str, _Tell] = {
     "colour": _colour, "shape": _shape, "place": _place, "cell": _cell, "count": _count, "there": _there,
-    "beside": _beside, "side": _side, "like": _like, "marked": _marked, "word": _word, "spelt": _spelt,
-    "letter": _letter,
+    "beside": _beside, "side": _side, "like": _like, "marked": _marked,
 }  # fmt: skip
-"""Every kind of fact; the last three are about a word, the others about figures."""
+"""Facts about figures, where there are some."""
+
+ABOUT_WORDS: dict[str, _Tell] = {"word": _word, "spelt": _spelt, "letter": _letter}
+"""Facts about a word, where one is written."""
+
+KINDS = {**ABOUT_FIGURES, **ABOUT_WORDS}
+"""Every kind of fact."""
 
 _FIGURES = (
     "colour", "colour", "colour", "shape", "shape", "shape", "place", "place", "cell", "count", "there", "there",
