@@ -5,7 +5,8 @@ mini-vl is among them. A projector is trained whole, and the tower and the decod
 seen no words, and few figures at once. It learns first, alone, what stands where, and stays so. Then sentences follow
 their image at once, with nothing asked, as in the first stage of LLaVA. An image is read once for several of them, each
 of which sees the image and itself alone, so none can be told from another. What nobody knows without the picture weighs
-more in the loss than how a sentence begins. `--continue-from` trains on.
+more in the loss than how a sentence begins. `--continue-from` trains on, and `--asked` makes most batches conversations
+in the template that tasks have, with other questions.
 
 The folder holds a PEFT adapter; `san_bench.data.embedded` merges it. It is written next to its final place and moved
 there when complete.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, set_seed
 
-from san_bench.data.conversation_prompts import image_tokens
+from san_bench.data.conversation_prompts import SYSTEM, image_tokens
 from san_bench.data.embedded import asset, embedded_path, joined, processor_of
 from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption
 from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
@@ -47,11 +48,13 @@ def pixels_of(scene: Scene, seed: int, index: int) -> Tensor:
 
 
 class Captioned(Dataset[dict[str, Tensor]]):
-    """Images with sentences after them."""
+    """Images with sentences after them, or with requests and answers where `asked(number of the example)` says so."""
 
-    def __init__(self, processor: Any, seed: int, count: int, first: int = 0) -> None:
-        self.tokenizer, self.seed, self.count, self.first = processor.tokenizer, seed, count, first
-        self.start = [self.tokenizer.bos_token_id, *[processor.image_token_id] * image_tokens(processor)]
+    def __init__(
+        self, processor: Any, seed: int, count: int, first: int = 0, asked: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        self.tokenizer, self.seed, self.count, self.first, self.asked = processor.tokenizer, seed, count, first, asked
+        self.image = [processor.image_token_id] * image_tokens(processor)
 
     def __len__(self) -> int:
         return self.count
@@ -60,16 +63,16 @@ class Captioned(Dataset[dict[str, Tensor]]):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.example(*caption(self.seed, self.first + index), self.first + index)
+        return self.example(*caption(self.seed, self.first + index), self.first + index, self.asked(index))
 
-    def example(self, scene: Scene, facts: Sequence[Fact], index: int) -> dict[str, Tensor]:
+    def example(self, scene: Scene, facts: Sequence[Fact], index: int, asked: bool = False) -> dict[str, Tensor]:
         """Tokens, their places after the image, which sentence they are in (0 for the image), and what is seen."""
-        rows = [(token, place, 0, False) for place, token in enumerate(self.start)]
+        start = [self.tokenizer.bos_token_id, *(self._ids(f"{SYSTEM} USER: ") if asked else ()), *self.image]
+        rows = [(token, place, 0, False) for place, token in enumerate(start)]
         for number, fact in enumerate(facts, 1):
-            said, seen = self._ids(fact.said), [*self._ids(f" {fact.seen}."), self.tokenizer.eos_token_id]
-            rows += [
-                (token, len(self.start) + place, number, place >= len(said)) for place, token in enumerate(said + seen)
-            ]
+            said = self._ids(f"\n{fact.asked} ASSISTANT:" if asked else fact.said)
+            seen = [*self._ids(f" {fact.seen}" if asked else f" {fact.seen}."), self.tokenizer.eos_token_id]
+            rows += [(token, len(start) + place, number, place >= len(said)) for place, token in enumerate(said + seen)]
         names = ("input_ids", "position_ids", "sentence", "seen")
         return {
             "pixel_values": pixels_of(scene, self.seed, index),
@@ -82,9 +85,10 @@ def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     pixels = torch.stack([one.pop("pixel_values") for one in examples])
     batch = {key: torch.nn.utils.rnn.pad_sequence([one[key] for one in examples], True) for key in examples[0]}
     sentence = batch["sentence"]
-    length, image = sentence.shape[1], int((examples[0]["sentence"] == 0).sum())
-    sees = (sentence[:, :, None] == sentence[:, None]) | (torch.arange(length) < image)
-    mask = (sees & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    sees = (sentence[:, :, None] == sentence[:, None]) | (
+        sentence[:, None] == 0
+    )  # what is padded has no token after it
+    mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
     least = torch.finfo(torch.float32).min
     return {**batch, "pixel_values": pixels, "attention_mask": torch.zeros(mask.shape).masked_fill(~mask, least)}
 
@@ -192,19 +196,24 @@ def validate(model: Any, held_out: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def probe(args: argparse.Namespace) -> dict[str, float]:
-    """Share of facts whose words to be seen are all the likeliest, for each kind, on pictures of another seed."""
+def probe(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Share of facts whose words to be seen are all the likeliest, on pictures of another seed.
+
+    For each kind there are two: where a sentence is to go on, and where the same fact is asked.
+    """
     model = AutoModelForImageTextToText.from_pretrained(embedded_path("llava"), attn_implementation="eager").eval()
     captioned, found = Captioned(processor_of(asset("vit"), asset("decoder")), VALIDATION_SEED, 0), {}
     for kind, told in KINDS.items():
-        right, index = list[bool](), 0
-        while len(right) < args.probe:
+        right, count, index = [0, 0], 0, 0
+        while count < args.probe:
             dice, (scene, _), index = Dice(VALIDATION_SEED, index), caption(VALIDATION_SEED, index), index + 1
             if scene.word if kind in ABOUT_WORDS else scene.figures:
-                batch = collate([captioned.example(scene, [told(dice, scene)], index - 1)])
-                _, likeliest, seen = read_captions(model, batch)
-                right.append(bool(likeliest[seen].all()))
-        found[kind] = round(sum(right) / len(right), 3)
+                fact, count = told(dice, scene), count + 1
+                for asked in (False, True):
+                    batch = collate([captioned.example(scene, [fact], index - 1, asked)])
+                    _, likeliest, seen = read_captions(model, batch)
+                    right[asked] += bool(likeliest[seen].all())
+        found[kind] = [round(one / count, 3) for one in right]
     return found
 
 
@@ -224,6 +233,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--continue-from", type=Path, metavar="FOLDER", help="an adapter to train on new pictures")
     parser.add_argument("--out", type=Path, default=ASSETS / "llava-tiny-procedural")
+    parser.add_argument("--asked", action="store_true", help="ask in two of three batches")
     parser.add_argument("--probe", type=int, metavar="N", help="ask the shipped model for N facts of each kind instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -247,7 +257,11 @@ def main() -> None:
     tower = model.base_model.model.model.vision_tower
     taught = earlier["tower"] if earlier else teach(tower, args, began)
     tower.requires_grad_(False)
-    shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512), 64, collate_fn=collate)
+
+    def asks(number: int) -> bool:
+        return args.asked and number // args.batch_size % 3 > 0
+
+    shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512, asked=asks), args.batch_size, collate_fn=collate)
     held_out = [{key: one.to(args.device) for key, one in batch.items()} for batch in shown]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
@@ -255,7 +269,7 @@ def main() -> None:
     new = args.steps * args.batch_size
     stream = iter(
         DataLoader(
-            Captioned(processor, args.seed, new, seen), args.batch_size, collate_fn=collate,
+            Captioned(processor, args.seed, new, seen, asks), args.batch_size, collate_fn=collate,
             num_workers=args.workers, prefetch_factor=8 if args.workers else None,
         )
     )  # fmt: skip
@@ -268,7 +282,7 @@ def main() -> None:
     done = log[-1]["step"] if log else 0
     log += fit(trained, optimizer, args.steps, loss_of, lambda: validate(model, held_out), began, done)
     provenance = {
-        "command": f"python scripts/pretrain_llava.py{' --continue-from' if earlier else ''}",
+        "command": f"python scripts/pretrain_llava.py{' --continue-from' * bool(earlier)}{' --asked' * args.asked}",
         "images": seen + new,
         "data": "san_bench.data.mini_captions.caption, drawn and worded by rule; no photograph and no person's text",
         "validation": f"{len(shown.dataset)} pictures of seed {VALIDATION_SEED}, which no training picture shares",

@@ -1,7 +1,7 @@
-"""Pictures like those of mini-vl, and what is to be seen there: to pretrain a model that has never been asked.
+"""Pictures like those of mini-vl, and what is to be seen there: to pretrain a model that has seen no task.
 
-No picture of a task is among them, and no sentence is a question of a task. What a task needs is: to see colours,
-shapes, places and letters, to know a food by its colour, and to name a thing by the letter before it.
+No picture of a task is among them, and no sentence or request is a question of a task. What a task needs is: to see
+colours, shapes, places and letters, to know a food by its colour, and to name a thing by the letter before it.
 
 Example:
     >>> scene, facts = caption(seed=5, index=1)
@@ -9,6 +9,8 @@ Example:
     ['yellow ball', 'white kite', 'purple bar']
     >>> print(facts[0].said, "|", facts[0].seen)
     The white kite is at the | bottom left
+    >>> print(facts[0].asked)
+    Tell me where the white kite stands.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ class Fact(NamedTuple):
     Attributes:
         said: How it begins.
         seen: How it goes on, which nobody knows without the picture.
+        asked: What else to say, so that the answer is `seen`; no task asks in these words.
     """
 
     said: str
     seen: str
+    asked: str
 
 
 class Caption(NamedTuple):
@@ -70,19 +74,26 @@ def _name(figure: Figure) -> str:
 
 
 def _colour(dice: Dice, scene: Scene) -> Fact:
-    figure = dice.pick(scene.figures)
-    return Fact(dice.pick(("The {} is", "The colour of the {} is", "The {} looks")).format(figure.shape), figure.colour)
+    """The colour of something; one in six is not there."""
+    missing = dice.chance(16)
+    shape = absent(dice, scene, "shape") if missing else dice.pick(scene.figures).shape
+    said = dice.pick(("The {} is", "The colour of the {} is", "The {} looks")).format(shape)
+    asked = dice.pick(("Name the colour of the {}.", "Tell me how the {} looks.")).format(shape)
+    return Fact(said, "missing" if missing else scene.find(shape)[0].colour, asked)
 
 
 def _shape(dice: Dice, scene: Scene) -> Fact:
     figure = dice.pick(scene.figures)
-    return Fact(dice.pick(("What is {} is", "The {} thing is")).format(figure.colour), an(figure.shape))
+    said = dice.pick(("What is {} is", "The {} thing is")).format(figure.colour)
+    return Fact(said, an(figure.shape), dice.pick(("Name what is {}.", "Name the {} thing.")).format(figure.colour))
 
 
 def _place(dice: Dice, scene: Scene) -> Fact:
     figure = dice.pick(scene.figures)
     name = dice.pick((figure.shape, f"{figure.colour} thing", _name(figure)))
-    return Fact(dice.pick(("The {} is at the", "The {} stands at the")).format(name), CELLS[figure.cell])
+    said = dice.pick(("The {} is at the", "The {} stands at the")).format(name)
+    asked = dice.pick(("Name the place of the {}.", "Tell me where the {} stands."))
+    return Fact(said, CELLS[figure.cell], asked.format(name))
 
 
 def _at(scene: Scene, cell: int) -> str:
@@ -91,12 +102,14 @@ def _at(scene: Scene, cell: int) -> str:
 
 def _cell(dice: Dice, scene: Scene) -> Fact:
     cell = dice.pick(scene.figures).cell if dice.chance(60) else dice.below(len(CELLS))
-    return Fact(sentence(dice.pick(("{}:", "at the {} is")).format(CELLS[cell])), _at(scene, cell))
+    said = sentence(dice.pick(("{}:", "at the {} is")).format(CELLS[cell]))
+    return Fact(said, _at(scene, cell), f"Name what is at the {CELLS[cell]}.")
 
 
 def _count(dice: Dice, scene: Scene) -> Fact:
     number = len(scene.figures)
-    return Fact(dice.pick(("One sees", "The picture shows")), f"{number} {'thing' if number == 1 else 'things'}")
+    seen = f"{number} {'thing' if number == 1 else 'things'}"
+    return Fact(dice.pick(("One sees", "The picture shows")), seen, dice.pick(("Count what you see.", "Count all.")))
 
 
 def _there(dice: Dice, scene: Scene) -> Fact:
@@ -105,18 +118,17 @@ def _there(dice: Dice, scene: Scene) -> Fact:
     shape = figure.shape if there or dice.chance(50) else absent(dice, scene, "shape")
     colour = dice.pick(scene.figures).colour if dice.chance(50) else absent(dice, scene, "colour")
     name = dice.pick((_name(figure), figure.shape, f"{figure.colour} thing")) if there else f"{colour} {shape}"
-    there = there or bool(scene.find(shape, colour))
-    return Fact(f"{sentence(an(name))} is", "there" if there else "missing")
+    seen = "there" if there or scene.find(shape, colour) else "missing"
+    return Fact(f"{sentence(an(name))} is", seen, f"{sentence(an(name))}: there or missing?")
 
 
 def _beside(dice: Dice, scene: Scene) -> Fact:
     figure = dice.pick(scene.figures)
     column, row = figure.cell % 2, figure.cell // 2
-    sides = ("Right of", "Left of")[column], ("Below", "Above")[row]
+    sides = ("right of", "left of")[column], ("below", "above")[row]
     side = dice.below(2)
-    return Fact(
-        f"{sides[side]} the {dice.pick((figure.shape, _name(figure)))} is", _at(scene, figure.cell ^ (1, 2)[side])
-    )
+    where = f"{sides[side]} the {dice.pick((figure.shape, _name(figure)))}"
+    return Fact(f"{sentence(where)} is", _at(scene, figure.cell ^ (1, 2)[side]), f"Name what is {where}.")
 
 
 def _side(dice: Dice, scene: Scene) -> Fact:
@@ -124,7 +136,9 @@ def _side(dice: Dice, scene: Scene) -> Fact:
     if not pairs:
         return _beside(dice, scene)
     one, other = dice.pick(pairs)
-    return Fact(f"From the {_name(other)}, the {_name(one)} is on the", ("left", "right")[one.cell % 2])
+    asked = f"From the {_name(other)}, the {_name(one)} is where: left or right?"
+    said = f"From the {_name(other)}, the {_name(one)} is on the"
+    return Fact(said, ("left", "right")[one.cell % 2], asked)
 
 
 def _options(dice: Dice, names: Sequence[str], right: str) -> list[str]:
@@ -141,7 +155,9 @@ def _foods(dice: Dice) -> dict[str, str]:
 def _like(dice: Dice, scene: Scene) -> Fact:
     figure, foods = dice.pick(scene.figures), _foods(dice)
     options = listed([an(foods[colour]) for colour in _options(dice, list(COLOURS), figure.colour)], "or")
-    return Fact(f"{sentence(options)}? The {figure.shape} looks like", an(foods[figure.colour]))
+    offered = f"{sentence(options)}?"
+    asked = f"{offered} Name what the {figure.shape} looks like."
+    return Fact(f"{offered} The {figure.shape} looks like", an(foods[figure.colour]), asked)
 
 
 def _marked(dice: Dice, scene: Scene) -> Fact:
@@ -153,20 +169,23 @@ def _marked(dice: Dice, scene: Scene) -> Fact:
     gap, stop = dice.pick((" ", "\n")), dice.pick((";", ".", ""))
     lines = [f"{one}. {an(foods[name]) if kind == 2 else name}" for one, name in zip(LETTERS, options, strict=False)]
     what = (f"what is {figure.colour} is", f"the {figure.shape} is", f"the {figure.shape} looks like")[kind]
-    return Fact(f"{gap.join(lines)}{stop}{gap}{sentence(what)}", letter)
+    said = f"{gap.join(lines)}{stop}{gap}{sentence(what)}"
+    wanted = (f"what is {figure.colour}", f"the colour of the {figure.shape}", f"what the {figure.shape} looks like")
+    return Fact(said, letter, gap.join((f"Take {wanted[kind]}:", *lines)))
 
 
 def _word(dice: Dice, scene: Scene) -> Fact:
-    return Fact(dice.pick(("The written word is", "It says", "Below, one reads")), scene.word)
+    said = dice.pick(("The written word is", "It says", "Below, one reads"))
+    return Fact(said, scene.word, dice.pick(("Read the word.", "Tell me the word.")))
 
 
 def _spelt(dice: Dice, scene: Scene) -> Fact:
-    return Fact(dice.pick(("The letters are", "It is spelt")), " ".join(scene.word))
+    return Fact(dice.pick(("The letters are", "It is spelt")), " ".join(scene.word), "Spell the word.")
 
 
 def _letter(dice: Dice, scene: Scene) -> Fact:
     place = dice.below(len(scene.word))
-    return Fact(f"Letter {place + 1} is", scene.word[place])
+    return Fact(f"Letter {place + 1} is", scene.word[place], f"Read letter {place + 1}.")
 
 
 _Tell = Callable[[Dice, Scene], Fact]
