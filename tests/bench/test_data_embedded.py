@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import PeftConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from san_bench.data import embedded
+from san_bench.data.conversation_prompts import encode_question
 from san_bench.data.embedded import asset, embedded_path
 from san_bench.data.mini_captions import KINDS, caption
 from san_bench.data.mini_pictures import draw
@@ -213,20 +215,25 @@ def test_it_sees(place, llava):
     assert losses[0] < 0.8 * losses[1]
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["told", "asked"])
 @pytest.mark.parametrize("kind", ["shape", "cell", "count", "word"])
-def test_it_tells_what_it_sees(place, llava, kind):
-    """Of pictures that it was not trained on, in words that it writes itself."""
+def test_it_tells_what_it_sees(place, llava, kind, asked):
+    """Of pictures that it was not trained on, in words that it writes itself; asked, in the template of the tasks."""
     processor = AutoProcessor.from_pretrained(place)
-    right = asked = index = 0
-    while asked < 16:
+    right = count = index = 0
+    while count < 16:
         dice, scene, index = Dice(OTHER_SEED, index), caption(OTHER_SEED, index).scene, index + 1
         if len(scene.figures) < 3 if kind != "word" else not scene.word:
             continue
-        said, seen, _ = KINDS[kind](dice, scene)
-        image = draw(scene, OTHER_SEED, index - 1)
-        read = processor(images=image, text=f"<image>{said}", return_tensors="pt")
+        fact = KINDS[kind](dice, scene)
+        image = Image.fromarray(draw(scene, OTHER_SEED, index - 1))
+        if asked:
+            read = {key: one[None] for key, one in encode_question(fact.asked, image, processor, pad=False).items()}
+        else:
+            read = processor(images=image, text=f"<image>{fact.said}", return_tensors="pt")
         written = llava.generate(**read, max_new_tokens=10, do_sample=False)[0, read["input_ids"].shape[1] :]
-        asked, right = asked + 1, right + (processor.decode(written, skip_special_tokens=True).strip() == f"{seen}.")
+        wanted = fact.seen if asked else f"{fact.seen}."
+        count, right = count + 1, right + (processor.decode(written, skip_special_tokens=True).strip() == wanted)
     assert right >= 12  # guessing a shape among three is right in one of three, a word in one of seventy
 
 
