@@ -66,7 +66,8 @@ def main() -> None:
     args = parser.parse_args()
     name = args.folder.name
     place = ROOT / "results" / name
-    rates = ship(json.loads((args.folder / "rates.json").read_text(encoding="utf-8")), name)
+    chosen = args.folder / "rates.json"  # only where a search was made
+    rates = ship(json.loads(chosen.read_text(encoding="utf-8")) if chosen.exists() else {}, name)
     counts = {
         "rows.jsonl": keep(args.folder / "rows.jsonl", place / "rows.jsonl", rates),
         "search/rows.jsonl": keep(args.folder / "search" / "rows.jsonl", place / "search" / "rows.jsonl"),
