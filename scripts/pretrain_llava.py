@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, set_seed
 
-from san_bench.data.conversation_prompts import SYSTEM, image_tokens
+from san_bench.data.conversation_prompts import image_tokens, render
+from san_bench.data.conversations import MARKER, Conversation, Turn
 from san_bench.data.embedded import asset, embedded_path, joined, processor_of
 from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption
 from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
@@ -48,12 +49,11 @@ def pixels_of(scene: Scene, seed: int, index: int) -> Tensor:
 
 
 class Captioned(Dataset[dict[str, Tensor]]):
-    """Images with sentences after them, or with requests and answers where `asked(number of the example)` says so."""
+    """Images with sentences after them; with `batch_size`, two of three batches have requests and answers instead."""
 
-    def __init__(
-        self, processor: Any, seed: int, count: int, first: int = 0, asked: Callable[[int], bool] = lambda _: False
-    ) -> None:
-        self.tokenizer, self.seed, self.count, self.first, self.asked = processor.tokenizer, seed, count, first, asked
+    def __init__(self, processor: Any, seed: int, count: int, first: int = 0, batch_size: int | None = None) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.seed, self.count, self.first, self.batch_size = seed, count, first, batch_size
         self.image = [processor.image_token_id] * image_tokens(processor)
 
     def __len__(self) -> int:
@@ -63,15 +63,24 @@ class Captioned(Dataset[dict[str, Tensor]]):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.example(*caption(self.seed, self.first + index), self.first + index, self.asked(index))
+        asked = self.batch_size is not None and index // self.batch_size % 3 > 0
+        return self.example(*caption(self.seed, self.first + index), self.first + index, asked)
+
+    def _words(self, fact: Fact, asked: bool) -> tuple[str, str, str]:
+        """What is before the image, what is after it, and what is seen then."""
+        if not asked:
+            return "", fact.said, f" {fact.seen}."
+        turns = (Turn("human", f"{MARKER}\n{fact.asked}"), Turn("gpt", fact.seen))
+        before, _, after = render(Conversation(0, turns, "image"), self.processor, ask=True).partition(MARKER)
+        return before, after, f" {fact.seen}"
 
     def example(self, scene: Scene, facts: Sequence[Fact], index: int, asked: bool = False) -> dict[str, Tensor]:
         """Tokens, their places after the image, which sentence they are in (0 for the image), and what is seen."""
-        start = [self.tokenizer.bos_token_id, *(self._ids(f"{SYSTEM} USER: ") if asked else ()), *self.image]
+        words = [self._words(fact, asked) for fact in facts]
+        start = [self.tokenizer.bos_token_id, *self._ids(words[0][0]), *self.image]
         rows = [(token, place, 0, False) for place, token in enumerate(start)]
-        for number, fact in enumerate(facts, 1):
-            said = self._ids(f"\n{fact.asked} ASSISTANT:" if asked else fact.said)
-            seen = [*self._ids(f" {fact.seen}" if asked else f" {fact.seen}."), self.tokenizer.eos_token_id]
+        for number, (_, after, told) in enumerate(words, 1):
+            said, seen = self._ids(after), [*self._ids(told), self.tokenizer.eos_token_id]
             rows += [(token, len(start) + place, number, place >= len(said)) for place, token in enumerate(said + seen)]
         names = ("input_ids", "position_ids", "sentence", "seen")
         return {
@@ -85,9 +94,8 @@ def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     pixels = torch.stack([one.pop("pixel_values") for one in examples])
     batch = {key: torch.nn.utils.rnn.pad_sequence([one[key] for one in examples], True) for key in examples[0]}
     sentence = batch["sentence"]
-    sees = (sentence[:, :, None] == sentence[:, None]) | (
-        sentence[:, None] == 0
-    )  # what is padded has no token after it
+    # what is padded counts as image too, but has no token after it
+    sees = (sentence[:, :, None] == sentence[:, None]) | (sentence[:, None] == 0)
     mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
     least = torch.finfo(torch.float32).min
     return {**batch, "pixel_values": pixels, "attention_mask": torch.zeros(mask.shape).masked_fill(~mask, least)}
@@ -257,11 +265,8 @@ def main() -> None:
     tower = model.base_model.model.model.vision_tower
     taught = earlier["tower"] if earlier else teach(tower, args, began)
     tower.requires_grad_(False)
-
-    def asks(number: int) -> bool:
-        return args.asked and number // args.batch_size % 3 > 0
-
-    shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512, asked=asks), args.batch_size, collate_fn=collate)
+    asks = args.batch_size if args.asked else None
+    shown = DataLoader(Captioned(processor, VALIDATION_SEED, 512, 0, asks), args.batch_size, collate_fn=collate)
     held_out = [{key: one.to(args.device) for key, one in batch.items()} for batch in shown]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))

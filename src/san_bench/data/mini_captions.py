@@ -119,7 +119,8 @@ def _there(dice: Dice, scene: Scene) -> Fact:
     colour = dice.pick(scene.figures).colour if dice.chance(50) else absent(dice, scene, "colour")
     name = dice.pick((_name(figure), figure.shape, f"{figure.colour} thing")) if there else f"{colour} {shape}"
     seen = "there" if there or scene.find(shape, colour) else "missing"
-    return Fact(f"{sentence(an(name))} is", seen, f"{sentence(an(name))}: there or missing?")
+    thing = sentence(an(name))
+    return Fact(f"{thing} is", seen, f"{thing}: there or missing?")
 
 
 def _beside(dice: Dice, scene: Scene) -> Fact:
