@@ -34,7 +34,7 @@ from transformers import AutoModelForImageTextToText, set_seed
 from san_bench.data.conversation_prompts import image_tokens, render
 from san_bench.data.conversations import MARKER, Conversation, Turn
 from san_bench.data.embedded import asset, embedded_path, joined, processor_of
-from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption
+from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption, closed
 from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
 from san_bench.data.prompts import IGNORED
 from san_bench.data.world_words import Dice
@@ -70,7 +70,7 @@ class Captioned(Dataset[dict[str, Tensor]]):
         """What is before the image, what is after it, and what is seen then."""
         if not asked:
             return "", fact.said, f" {fact.seen}."
-        turns = (Turn("human", f"{MARKER}\n{fact.asked}"), Turn("gpt", fact.seen))
+        turns = (Turn("human", f"{MARKER}\n{fact.request}"), Turn("gpt", fact.seen))
         before, _, after = render(Conversation(0, turns, "image"), self.processor, ask=True).partition(MARKER)
         return before, after, f" {fact.seen}"
 
@@ -216,7 +216,7 @@ def probe(args: argparse.Namespace) -> dict[str, list[float]]:
         while count < args.probe:
             dice, (scene, _), index = Dice(VALIDATION_SEED, index), caption(VALIDATION_SEED, index), index + 1
             if scene.word if kind in ABOUT_WORDS else scene.figures:
-                fact, count = told(dice, scene), count + 1
+                fact, count = closed(dice, told(dice, scene)), count + 1
                 for asked in (False, True):
                     batch = collate([captioned.example(scene, [fact], index - 1, asked)])
                     _, likeliest, seen = read_captions(model, batch)

@@ -9,8 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from san_bench.data import question_lines
 from san_bench.data.conversations import problems_of
-from san_bench.data.mini_captions import FACTS, caption
+from san_bench.data.mini_captions import FACTS, Fact, caption
 from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw
 from san_bench.data.mini_talk import (
     CATEGORIES,
@@ -201,10 +202,11 @@ def check_fact(scene, said, seen):
 def test_captions_tell_what_their_pictures_show():
     kinds: Counter[str] = Counter()
     answers: Counter[str] = Counter()
+    manners: Counter[int] = Counter()
     for index in range(600):
         scene, facts = caption(0, index)
         assert len(facts) == FACTS
-        for said, seen, asked in facts:
+        for said, seen, asked, manner in facts:
             try:
                 kind = check_fact(scene, said, seen)
                 assert check_fact(scene, asked, seen) == kind
@@ -212,18 +214,24 @@ def test_captions_tell_what_their_pictures_show():
                 raise AssertionError(f"{scene}: {said} | {seen} | {asked}") from error
             kinds[kind] += 1
             answers[seen] += 1
+            manners[len(manner.split("\n")) if manner else 0] += 1
     assert set(kinds) == {
         "marked", "like", "letter", "spelt", "word", "side", "beside", "cell", "place", "count", "there", "missing",
         "colour", "shape",
     }  # fmt: skip
     assert min(kinds.values()) > 60
     assert {*COLOURS, *CELLS, *"ABCD", "left", "right", "nothing"} <= set(answers)
+    assert set(manners) == {0, 1, 2}
+    assert min(manners.values()) > 400  # of 4800
+    assert Fact("", "", "Count all.", "Be brief.").request == "Count all.\nBe brief."
 
 
 def test_no_request_of_a_caption_is_a_question_of_a_task():
     tasks = {stem(item(name, index)) for name in TASKS for index in ITEMS}
-    told = {part for index in ITEMS for fact in caption(0, index).facts for part in (fact.said, fact.asked)}
-    assert not tasks & {line for part in told for line in part.splitlines()}
+    told = {part for index in ITEMS for fact in caption(0, index).facts for part in (fact.said, fact.request)}
+    assert not (tasks | {question_lines.SHORT, question_lines.LETTER, question_lines.UNANSWERABLE}) & {
+        line for part in told for line in part.splitlines()
+    }
 
 
 def test_records_are_those_of_the_published_format():

@@ -34,11 +34,18 @@ class Fact(NamedTuple):
         said: How it begins.
         seen: How it goes on, which nobody knows without the picture.
         asked: What else to say, so that the answer is `seen`; no task asks in these words.
+        manner: Lines on how to answer, which most requests of a caption end with; a model has to read past them.
     """
 
     said: str
     seen: str
     asked: str
+    manner: str = ""
+
+    @property
+    def request(self) -> str:
+        """What is asked, and how to answer."""
+        return f"{self.asked}\n{self.manner}" if self.manner else self.asked
 
 
 class Caption(NamedTuple):
@@ -66,7 +73,32 @@ def caption(seed: int, index: int) -> Caption:
     if written:
         scene = Scene(tuple(figure for figure in scene.figures if figure.cell < 2), dice.pick(WORDS))
     kinds = (*(_FIGURES if scene.figures else ()), *(_LETTERS if written else ()))
-    return Caption(scene, tuple(KINDS[kind](dice, scene) for kind in dice.sample(kinds, FACTS)))
+    facts = [KINDS[kind](dice, scene) for kind in dice.sample(kinds, FACTS)]
+    return Caption(scene, tuple(closed(dice, fact) for fact in facts))
+
+
+def closed(dice: Dice, fact: Fact) -> Fact:
+    """Adds to four of five facts how to answer; no task says it in these words."""
+    lines = [dice.pick(_DOUBTS)] if dice.chance(25) else []
+    if dice.chance(80):
+        lines.append(f"{dice.pick(_ANSWERS)} {dice.pick(_MANNERS)}{dice.pick(_ENDS)}.")
+    return fact._replace(manner="\n".join(lines))
+
+
+_DOUBTS = (
+    "If the photograph does not show enough, mention it.", "Whenever you cannot decide, admit that.",
+    "Should details be lacking, indicate so.", "Say so if this is impossible to know.",
+)  # fmt: skip
+
+_ANSWERS = ("Reply", "Respond", "Speak", "Write", "State this", "Give it", "Put it", "Finish", "Return that", "Explain")
+
+_MANNERS = (
+    "with one word", "with one or two words", "in a few words", "by a brief expression", "in the shortest form",
+    "by the correct mark alone", "by naming the choice that fits", "by one of the marks above", "without explanation",
+    "quickly and exactly",
+)  # fmt: skip
+
+_ENDS = ("", " only", ", please", ", not in a sentence", " and say nothing more", " from what the photograph shows")
 
 
 def _name(figure: Figure) -> str:
