@@ -140,15 +140,30 @@ def test_a_full_disk_is_one_message_and_nothing_is_half_written(name, tmp_path, 
     assert evaluate(tmp_path / "run")["correct"] == json.loads((tmp_path / "run/result.json").read_text())["correct"]
 
 
+def memory_ends_after_step_5(self, args, state, control, **kwargs):
+    if state.global_step == 5:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+
+def test_where_an_epoch_is_chosen_there_are_checkpoints_amid_epochs_too(tmp_path, monkeypatch):
+    """Epochs of three steps: the fourth is in the second one."""
+    settings = {"selection": "best-val", "train_split": "train800"}
+    recipe = short_recipe("san", tmp_path / "run", checkpoint_steps=2, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Journal, "on_step_end", memory_ends_after_step_5)
+        with pytest.raises(SanError, match="goes on from step 4"):
+            train(recipe)
+    resumed, whole = train(recipe), train(short_recipe("san", tmp_path / "whole", **settings))
+    assert (resumed["resumed_from_step"], whole["steps"]) == (4, 6)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert torch.equal(load_predictions(tmp_path / "run"), load_predictions(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("steps", [3, 0])
 def test_too_little_memory_is_one_message_and_the_last_checkpoint_stays(steps, tmp_path, monkeypatch):
-    def full(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-
     recipe = short_recipe("san", tmp_path / "run", checkpoint_steps=steps)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Journal, "on_step_end", full)
+        patch.setattr(trainer.Journal, "on_step_end", memory_ends_after_step_5)
         with pytest.raises(SanError) as error:
             train(recipe)
     said = str(error.value)

@@ -159,6 +159,21 @@ class Journal(TrainerCallback):
         write_atomically(marker, f"{self.seconds:.3f}\n")
 
 
+class Checkpoints(TrainerCallback):
+    """Saves amid epochs too, where Trainer saves after each epoch to choose one of them.
+
+    Args:
+        steps: Steps between two checkpoints.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for a checkpoint."""
+        control.should_save = control.should_save or state.global_step % self.steps == 0
+
+
 class Average(TrainerCallback):
     """timm's exponential moving average of the weights, kept in checkpoints, and what is scored in the end.
 
@@ -261,6 +276,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         **tracked,
     )
     journal = Journal(folder)
+    middle = [Checkpoints(recipe.checkpoint_steps)] if selects and recipe.checkpoint_steps else []
     trainer = _Trainer(
         recipe,
         training,
@@ -270,7 +286,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         train_dataset=training.dataset,
         eval_dataset=training.chosen_by,
         compute_metrics=_accuracy if training.metric == "accuracy" else None,
-        callbacks=[journal, *trackers],
+        callbacks=[*middle, journal, *trackers],
     )
     if training.average is not None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
