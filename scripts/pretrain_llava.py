@@ -252,7 +252,6 @@ def main() -> None:
     began, busy = time.monotonic(), time.process_time()
     processor = processor_of(asset("vit"), asset("decoder"))
     plain = joined(asset("vit"), asset("decoder"))
-    plain.model.language_model.set_attn_implementation("eager")  # faster on a processor: captions are short
     earlier, log = earlier_stage(args.continue_from)
     if args.continue_from:
         model = PeftModel.from_pretrained(plain, args.continue_from, is_trainable=True).float()
