@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from san_bench.methods import Method
 from san_bench.strict import Strict, check_file, did_you_mean, read_file, san_error
@@ -69,6 +69,19 @@ class Optimizer(Strict):
         return self
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Divides a model's name into that of its repository and its revision; a folder has none.
+
+    Example:
+        >>> split_revision("huggyllama/llama-7b@4782ad2")
+        ('huggyllama/llama-7b', '4782ad2')
+        >>> split_revision("huggyllama/llama-7b")
+        ('huggyllama/llama-7b', None)
+    """
+    name, at, revision = model.rpartition("@")
+    return (name, revision) if at and not Path(model).exists() else (model, None)
+
+
 class Recipe(Strict):
     """What every run has: what is trained, on what, how, and where the result goes.
 
@@ -76,7 +89,7 @@ class Recipe(Strict):
         task: Name of what is trained on.
         data: Folder of the data; `null` for tasks that come with the package. No part of the fingerprint: a result
             carries the fingerprint of the data itself.
-        model: What is fine-tuned.
+        model: What is fine-tuned. A name on the hub may end with `@` and a revision: a commit, a branch or a tag.
         method: What is trained.
         optimizer: The optimiser and its schedule.
         protocol: Name of the protocol that the settings come from, or `null`.
@@ -100,6 +113,14 @@ class Recipe(Strict):
     data_workers: int = Field(ge=0)
     checkpoint_steps: int = Field(ge=0)
     output: str = Field(min_length=1)
+
+    @field_validator("model")
+    @classmethod
+    def _named(cls, model: str) -> str:
+        name, revision = split_revision(model)
+        if not name or revision == "":
+            raise ValueError(f"{model!r} lacks the {'revision' if name else 'name'}; a model is NAME or NAME@REVISION")
+        return model
 
     @property
     def fingerprint(self) -> str:

@@ -73,7 +73,7 @@ class ConversationRecipe(Recipe):
         model: `embedded/llava` (the small LLaVA of the package), a folder, or a name that transformers resolves, of
             LLaVA 1.5, with its processor.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` or
-            `int8`. What an adapter trains is in float32.
+            `int8`. What is trained is in float32 until it is saved.
         tower: Whether the vision tower stays `frozen` or is `adapted` by the method as the language model is.
         projector_lr: Learning rate of the projector between the two, which is trained whole; `null` freezes it.
         conversation: How a conversation becomes what the model reads.

@@ -39,6 +39,8 @@ METHODS = {
     "san": {"kind": "san", **OWN},
     "lora": {"kind": "lora", **LORA},
     "san-lora": {"kind": "san-lora", **OVER},
+    "dora": {"kind": "dora", **LORA},
+    "san-dora": {"kind": "san-dora", **OVER},
     "full": {"kind": "full"},
 }
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -191,6 +191,8 @@ METHODS = {
     "san": {"kind": "san", "propagation": "all", "exponent": 1.0, "shift": False, "train_norms": True, **PLAIN},
     "lora": {"kind": "lora", **LORA},
     "san-lora": {"kind": "san-lora", **OVER},
+    "dora": {"kind": "dora", **LORA},
+    "san-dora": {"kind": "san-dora", **OVER},
     "full": {"kind": "full"},
 }
 

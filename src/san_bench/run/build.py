@@ -16,7 +16,7 @@ from torch import nn
 
 from san_bench.data.embedded import embedded_path
 from san_bench.methods import Ia3, Lora, San, SanOver, Ssf
-from san_bench.recipe import Recipe
+from san_bench.recipe import Recipe, split_revision
 from san_peft.errors import SanError
 from san_peft.tuner.resolve import norms_of
 
@@ -35,7 +35,24 @@ def head_of(model: Any) -> str | None:
 def model_path(recipe: Recipe) -> str | Path:
     """Returns what `from_pretrained` takes for the recipe's model."""
     name, _, which = recipe.model.partition("/")
-    return embedded_path(which or "vit") if name == "embedded" else recipe.model
+    return embedded_path(which or "vit") if name == "embedded" else split_revision(recipe.model)[0]
+
+
+def version(recipe: Recipe) -> dict[str, str]:
+    """Returns the `revision` that `from_pretrained` takes for the recipe's model, if it names one."""
+    revision = split_revision(recipe.model)[1]
+    return {} if revision is None else {"revision": revision}
+
+
+def loaded_commit(recipe: Recipe) -> str | None:
+    """Returns the commit of a model that was loaded from the hub, by its place in the cache; a folder has none."""
+    path = model_path(recipe)
+    if Path(path).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(str(path), "config.json", **version(recipe))
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def checkpoint_sha256(model: nn.Module) -> str:
@@ -75,7 +92,7 @@ def with_method(model: Any, recipe: Recipe) -> nn.Module:
         import peft
 
         with calm():
-            model = peft.get_peft_model(model, peft_config(recipe, model))  # type: ignore[arg-type]
+            model = peft.get_peft_model(model, peft_config(recipe, model), **version(recipe))  # type: ignore[arg-type]
     check_trainable(model, recipe)
     return model
 

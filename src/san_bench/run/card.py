@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from san_bench.recipe import Recipe
+from san_bench.recipe import Recipe, split_revision
 from san_bench.report.results import by_task
 from san_bench.run.provenance import write_atomically
 
@@ -49,9 +49,10 @@ def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any)
 
 
 def _text(name: str, recipe: Recipe, result: dict[str, Any], rows: list[dict[str, Any]], model: Any) -> str:
-    base = Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model
+    base = Path(recipe.model).name if Path(recipe.model).is_dir() else split_revision(recipe.model)[0]
+    of = f" revision `{result['model_revision']}`," if result["model_revision"] else ""
     facts = {
-        "Base model": f"`{base}`, weights with sha256 `{result['checkpoint_sha256']}`",
+        "Base model": f"`{base}`,{of} weights with sha256 `{result['checkpoint_sha256']}`",
         "Method": ", ".join(f"{key} {value}" for key, value in recipe.method.model_dump(mode="json").items()),
         "Trained parameters": f"{result['trainable_parameters']:,} of {result['total_parameters']:,}"
         + (f", of which {result['trainable_head']:,} in the head" if result["trainable_head"] else ""),

@@ -28,7 +28,7 @@ from san_bench.data.conversations import Conversation
 from san_bench.data.prompts import Collator
 from san_bench.recipe_conversation import ConversationRecipe
 from san_bench.run.answers import batches, decoding, scoring
-from san_bench.run.build import PROJECTOR, TOWER, model_path
+from san_bench.run.build import PROJECTOR, TOWER, model_path, version
 from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
 from san_bench.run.domain import Batch, Domain, Scores, Training
 from san_bench.run.processes import mine, together
@@ -88,7 +88,7 @@ class Conversations(Domain):
         """
         path = model_path(self.recipe)
         try:
-            return AutoProcessor.from_pretrained(path)
+            return AutoProcessor.from_pretrained(path, **version(self.recipe))
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no processor that transformers can load: {error}") from error
 
@@ -105,7 +105,8 @@ class Conversations(Domain):
                 not installed.
         """
         set_seed(self.recipe.seed)
-        model = load_pretrained(AutoModelForImageTextToText, model_path(self.recipe), self.recipe, (PROJECTOR, TOWER))
+        path, whole = model_path(self.recipe), (PROJECTOR, TOWER)
+        model = load_pretrained(AutoModelForImageTextToText, path, self.recipe, whole, **version(self.recipe))
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         if missing := [name for name in (TOWER, PROJECTOR) if name not in names]:
             raise SanError(

@@ -51,6 +51,9 @@ def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
 
     Returns:
         The model in eval mode, a `PeftModel` for an adapter.
+
+    Raises:
+        SanError: If the adapter was made for a model of another size.
     """
     if domain.recipe.method.kind in PLAIN:
         return domain.trained_model(saved).eval()
@@ -59,8 +62,17 @@ def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
     if domain.recipe.method.kind in SAN:
         import san_peft  # noqa: F401 - registers SAN with PEFT
     model = domain.base_model()
-    with calm():
-        return peft.PeftModel.from_pretrained(model, saved, is_trainable=trainable).eval()  # type: ignore[arg-type]
+    try:
+        with calm():
+            return peft.PeftModel.from_pretrained(model, saved, is_trainable=trainable).eval()  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        said = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise SanError(
+            f"The adapter in {saved} does not fit {domain.recipe.model}, which is of another size than what it was "
+            f"trained on: {said}"
+        ) from error
 
 
 def evaluate(run: str | Path, split: str | None = None, mode: str = "both") -> dict[str, Any]:

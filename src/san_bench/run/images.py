@@ -23,7 +23,7 @@ from san_bench.data.preprocess import Prepared, input_settings, mixing
 from san_bench.data.vision import Split, VisionTask, load_task
 from san_bench.recipe import VALIDATION
 from san_bench.recipe_image import ImageRecipe
-from san_bench.run.build import head_of, model_path
+from san_bench.run.build import head_of, model_path, version
 from san_bench.run.domain import Batch, Domain, Scores, Training
 from san_bench.run.weights import misfits
 from san_peft.errors import SanError
@@ -36,7 +36,7 @@ def task_of(recipe: ImageRecipe) -> VisionTask:
 
 def prepared(split: Split, recipe: ImageRecipe) -> Prepared:
     """Returns a split as the model of a recipe reads it in scoring."""
-    return Prepared(split, input_settings(recipe.input, model_path(recipe)))
+    return Prepared(split, input_settings(recipe.input, model_path(recipe), **version(recipe)))
 
 
 def predict(model: Any, split: Split, recipe: ImageRecipe) -> Float[Tensor, "n classes"]:
@@ -83,12 +83,13 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(model_path(recipe), num_labels=task.num_classes)
+        config = AutoConfig.from_pretrained(model_path(recipe), num_labels=task.num_classes, **version(recipe))
         if isinstance(options := getattr(config, "model_args", None), dict):
             options.pop("num_classes", None)  # timm writes the old head's size here, which would stand twice
         _set_drop_path(config, recipe)
         model, report = AutoModelForImageClassification.from_pretrained(
             model_path(recipe),
+            **version(recipe),
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # of the head alone, see below
@@ -183,7 +184,7 @@ class Images(Domain):
         recipe, selects = self.recipe, self.recipe.selection != "last"
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
-        settings = input_settings(recipe.input, model_path(recipe))
+        settings = input_settings(recipe.input, model_path(recipe), **version(recipe))
         collate = Collate(
             mixing(recipe.augmentation, self.task.num_classes), self.task.num_classes, recipe.channels_last
         )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from san_bench.recipe import Recipe
-from san_bench.run.build import check_trainable, checkpoint_sha256, saved_activation_bytes, with_method
+from san_bench.recipe import Recipe, split_revision
+from san_bench.run.build import check_trainable, checkpoint_sha256, loaded_commit, saved_activation_bytes, with_method
 from san_bench.run.card import write_card
 from san_bench.run.comparison import comparison
 from san_bench.run.domain import domain_of
@@ -26,6 +26,7 @@ from san_bench.run.provenance import Energy, provenance, write_atomically, write
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
 from san_bench.run.shards import gathered, is_sharded
 from san_bench.run.trainer import COMPLETE, make_trainer
+from san_bench.run.weights import train_in_float32
 from san_peft.errors import SanError
 
 
@@ -68,6 +69,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     if processes.is_main_process:
         head = f" and {trained['head']:,} of the head" if trained["head"] else ""
         print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters{head}.")
+    back = train_in_float32(model)
     trainer, journal = make_trainer(model, domain, folder, track)
     with processes.main_process_first():
         checkpoint = _last_checkpoint(folder / "checkpoints")
@@ -82,6 +84,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     joules = energy.joules()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     shards = gathered(trainer) if is_sharded(model) else None
+    if shards is None:
+        back()
     if processes.is_main_process:
         _save(model, folder / "adapter", shards)
         write_rows(folder / "log.jsonl", trainer.state.log_history)
@@ -98,7 +102,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "kind": recipe.method.kind,
         "task": recipe.task,
         "model": recipe.model,
-        "backbone": Path(recipe.model).name,
+        "model_revision": loaded_commit(recipe),
+        "backbone": Path(split_revision(recipe.model)[0]).name,
         "protocol": recipe.protocol,
         "selection": domain.recipe.selection,
         "split": domain.recipe.eval_split,

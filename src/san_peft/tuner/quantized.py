@@ -76,7 +76,7 @@ def keep_exact(model: nn.Module) -> None:
         if getattr(module, REPACKS, False):
             setattr(module, REPACKS, False)
         weight: Any = getattr(module, "weight", None)
-        if type(weight).__name__ == "Int8Params" and weight.SCB is None:
+        if type(weight).__name__ == "Int8Params" and weight.SCB is None and hasattr(module, "state"):
             weight.SCB = module.state.SCB
 
 
