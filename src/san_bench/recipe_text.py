@@ -43,14 +43,16 @@ class Scoring(Strict):
 
     Attributes:
         ways: `generation`: the model writes, and the first answer in what it writes counts. `likelihood`: the answer
-            that it finds likeliest counts. `lm-eval`: the tasks of lm-eval, which fetches its own data. The first one
-            is the accuracy of the run.
+            that it finds likeliest counts. `exact`: the model writes the record's output word for word. `lm-eval`: the
+            tasks of lm-eval, which fetches its own data. The first one is the accuracy of the run.
         batch_size: Questions at a time.
         beams: Beams of the search; 1 is greedy.
         max_new_tokens: The most tokens that are written.
     """
 
-    ways: Annotated[tuple[Literal["generation", "likelihood", "lm-eval"], ...], Field(min_length=1, strict=False)]
+    ways: Annotated[
+        tuple[Literal["generation", "likelihood", "exact", "lm-eval"], ...], Field(min_length=1, strict=False)
+    ]
     batch_size: int = Field(ge=1)
     beams: int = Field(ge=1)
     max_new_tokens: int = Field(ge=1)
@@ -72,9 +74,10 @@ class TextRecipe(Recipe):
         data: Folder of the data, or a data set on the Hugging Face hub; `null` for mini-language.
         train_split: `train`, or `trainval`: with what is held out as well.
         eval_split: What is scored once, after training.
-        model: `embedded/decoder` (the small LLaMA of the package), a folder, or a name that transformers resolves.
+        model: `embedded/decoder` (the small LLaMA of the package), a folder, or a name on the Hugging Face hub, which
+            may end with `@` and a revision.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` (as
-            QLoRA has it, with double quantisation) or `int8`. What an adapter trains is in float32.
+            QLoRA has it, with double quantisation) or `int8`. What is trained is in float32 until it is saved.
         text: How a record becomes what the model reads.
         scoring: How answers are found.
         gradient_checkpointing: Computes activations anew in the backward pass, which saves memory and costs time.

@@ -210,7 +210,7 @@ def test_every_task_loads_from_the_layout_of_the_community(data):
 
 
 def test_the_training_mix_may_have_the_answers_of_all_tasks(tmp_path):
-    path = write(tmp_path / commonsense.MIX, ROWS)
+    path = write(tmp_path / "commonsense_170k.json", ROWS)
     assert commonsense.load_mix(path) == tuple(ROWS)
     write(path, [Record("a", "", "b", "answer6")])
     with pytest.raises(SanError, match="answer 'answer6' is none of true, false, solution1"):
@@ -219,7 +219,7 @@ def test_the_training_mix_may_have_the_answers_of_all_tasks(tmp_path):
 
 def test_good_data_has_no_problem(data):
     write(data / "boolq" / "train.json", [record("boolq")] * 2)
-    write(data / commonsense.MIX, ROWS * 2)
+    write(data / "commonsense_170k.json", ROWS * 2)
     found = examine("commonsense", data, manifest=small())
     assert said(found) == []
     assert found[0].layout == "test 3 (true 3, false 0); train 2 (true 2, false 0)"
@@ -234,7 +234,7 @@ def test_every_problem_of_the_data_is_found_at_once(data):
     write(data / "openbookqa" / "test.json", [record("openbookqa")] * 2)
     write(data / "boolq" / "train.json", [record("boolq")])
     write(data / "hellaswag" / "test.json", [record("hellaswag"), {}, record("piqa")])
-    write(data / commonsense.MIX, ROWS)
+    write(data / "commonsense_170k.json", ROWS)
     problems = said(examine("commonsense", data, manifest=small()))
     assert problems[0] == "warning: commonsense/boolq: train has 1 records, not 2"
     assert problems[1].startswith(f"error: commonsense/piqa: test: {data / 'piqa'} holds no records")

@@ -256,19 +256,21 @@ def test_results_of_lm_eval_get_our_names():
     output = {
         "results": {
             "social_iqa": {"alias": "social_iqa", "acc,none": 0.5, "acc_stderr,none": 0.1},
+            "piqa": {"acc,none": 0.5},
             "arc_easy": {
                 "acc,none": 0.25,
                 "acc_stderr,none": 0.1,
                 "acc_norm,none": 0.75,
                 "acc_norm_stderr,none": "N/A",
             },
-        }
+        },
+        "n-samples": {"social_iqa": {"original": 9, "effective": 4}, "arc_easy": {"original": 8, "effective": 8}},
     }
     assert read_harness(output, ["siqa", "ARC-Easy"]) == {
-        "social_i_qa": {"acc": 0.5, "acc_stderr": 0.1},
-        "ARC-Easy": {"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.75},
+        "social_i_qa": {"acc": 0.5, "acc_stderr": 0.1, "n": 4},
+        "ARC-Easy": {"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.75, "n": 8},
     }
-    with pytest.raises(SanError, match="no accuracy of boolq, piqa; it has results of social_iqa, arc_easy"):
+    with pytest.raises(SanError, match="no number of questions, of boolq, piqa; it has results of social_iqa, piqa"):
         read_harness(output, ["boolq", "siqa", "piqa"])
 
 
@@ -280,13 +282,16 @@ def test_lm_eval_is_asked_for_where_it_is_missing(ready, model, monkeypatch):
 
 def test_lm_eval_gets_the_model_in_memory_and_its_own_names(ready, model, monkeypatch):
     made = []
-    output = {"results": {"boolq": {"acc,none": 0.5}, "social_iqa": {"acc,none": 0.25}}}
+    output = {
+        "results": {"boolq": {"acc,none": 0.5}, "social_iqa": {"acc,none": 0.25}},
+        "n-samples": {name: {"original": 9, "effective": 2} for name in ("boolq", "social_iqa")},
+    }
     harness = SimpleNamespace(simple_evaluate=lambda **given: made.append(given) or output)
     wrapper = SimpleNamespace(HFLM=lambda **given: made.append(given) or "wrapped")
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", wrapper)
     scores = harness_scores(model, ready, ("boolq", "siqa"), batch_size=4, limit=2)
-    assert scores == {"boolq": {"acc": 0.5}, "social_i_qa": {"acc": 0.25}}
+    assert scores == {"boolq": {"acc": 0.5, "n": 2}, "social_i_qa": {"acc": 0.25, "n": 2}}
     assert made[0] == {"pretrained": model, "tokenizer": ready.tokenizer, "batch_size": 4, "add_bos_token": True}
     assert made[1] == {"model": "wrapped", "tasks": ["boolq", "social_iqa"], "num_fewshot": 0, "limit": 2}
 

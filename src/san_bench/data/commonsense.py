@@ -27,8 +27,8 @@ SUITE = "commonsense"
 TASKS = tuple(load_manifest(SUITE).tasks)
 """The tasks, in the order of the published tables."""
 
-MIX = "commonsense_170k.json"
-"""File of the training mix."""
+MIX = "commonsense_170k"
+"""Name of the training mix: of its file, without the suffix, or of a folder that its mirror was fetched into."""
 
 
 def find_task(name: str) -> tuple[str, Facts]:
@@ -69,6 +69,26 @@ def load_test(name: str, data: Path) -> Questions:
     return Questions(records, facts.answers, facts.sought, facts.lm_eval)
 
 
+def find_mix(data: Path) -> Path:
+    """Returns where the training mix lies: `commonsense_170k.json`, `.jsonl` or `.parquet`, or a folder of that name.
+
+    Args:
+        data: Folder that holds the folders of the tasks.
+
+    Raises:
+        SanError: If it is not there.
+    """
+    found = _mixes(data)
+    if not found:
+        names = ", ".join(f"{MIX}{suffix}" for suffix in SUFFIXES)
+        raise SanError(f"{data} holds no training mix: neither {names} nor a folder {MIX}.")
+    return found[0]
+
+
+def _mixes(data: Path) -> list[Path]:
+    return [path for suffix in (*SUFFIXES, "") if (path := data / f"{MIX}{suffix}").exists()]
+
+
 def load_mix(source: str | Path) -> tuple[Record, ...]:
     """Loads the training mix: every record's answer is one of some task.
 
@@ -105,9 +125,9 @@ def examine(data: Path, task: str = "", manifest: Manifest | None = None) -> lis
     manifest = manifest or load_manifest(SUITE)
     name = find_task(task)[0] if task else ""
     found = [_read(one, data, manifest[one]) for one in ([name] if name else manifest.tasks)]
-    mix = data / MIX
-    if not name and mix.is_file():
-        one = Found(f"{SUITE}/{MIX}", data, files=[mix])
+    for mix in [] if name else _mixes(data)[:1]:
+        files = [mix] if mix.is_file() else sorted(path for path in mix.rglob("*") if path.suffix in SUFFIXES)
+        one = Found(f"{SUITE}/{mix.name}", data, files=files)
         size = sum(facts.splits["train"] for facts in manifest.tasks.values())
         _count(one, "train", mix, size, tuple(dict.fromkeys(a for f in manifest.tasks.values() for a in f.answers)))
         found.append(one)

@@ -60,7 +60,8 @@ class Questions:
     Attributes:
         records: The questions with their answers.
         answers: What may be answered.
-        sought: Patterns of what counts as an answer in a text; the first one that is found counts.
+        sought: Patterns of what counts as an answer in a text; the first one that is found counts. Where answers are
+            free there are none, and of `answers` neither.
         lm_eval: The task's name in lm-eval, or `None`.
     """
 
@@ -104,6 +105,22 @@ def load_records(
     else:
         rows = _hub_rows(str(source), split)
     return check_records(rows, str(source), answers)
+
+
+def splits_of(source: str | Path) -> tuple[str, ...]:
+    """Returns the splits that a source of `load_records` has, under their usual names; a file has none.
+
+    Raises:
+        SanError: If there is no such source.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        names = [] if path.is_file() else _hub_tables(str(source))
+    elif (path / "dataset_dict.json").is_file():
+        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    else:
+        names = by_split(_files(path))
+    return tuple(NAMES.get(str(name).lower(), str(name)) for name in names)
 
 
 def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | None = None) -> tuple[Record, ...]:
@@ -165,12 +182,17 @@ def _problems(row: Any, answers: Collection[str] | None) -> list[str]:
 def _folder_rows(folder: Path, split: str | None) -> Iterator[Row]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_rows(folder, split)
+    chosen = _choose(by_split(_files(folder)), split, str(folder))
+    named = [(path, path.name if len(chosen) > 1 else "") for path in chosen]
+    return (row for path, name in named for row in _named(file_rows(path, FIELDS), name))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of records, of the first kind that there are some of."""
     for suffix in SUFFIXES:
         files = sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith("."))
         if files:
-            chosen = _choose(by_split(files), split, str(folder))
-            named = [(path, path.name if len(chosen) > 1 else "") for path in chosen]
-            return (row for path, name in named for row in _named(file_rows(path, FIELDS), name))
+            return files
     raise SanError(f"{folder} holds no records: no {', '.join(SUFFIXES)} file, and nothing that save_to_disk wrote.")
 
 
@@ -191,6 +213,10 @@ def _saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
 
 
 def _hub_rows(name: str, split: str | None) -> Iterator[Row]:
+    return _table_rows(_choose(_hub_tables(name), split, name))
+
+
+def _hub_tables(name: str) -> dict[str, Any]:
     import datasets
     import httpx
     from datasets.exceptions import DatasetsError
@@ -203,7 +229,7 @@ def _hub_rows(name: str, split: str | None) -> Iterator[Row]:
             f"{str(error).rstrip('.')}. Where there is a network, `hf download {name} --repo-type dataset --local-dir "
             "DIR` fetches it; then name that folder."
         ) from error
-    return _table_rows(_choose({str(part): table for part, table in tables.items()}, split, name))
+    return {str(part): table for part, table in tables.items()}
 
 
 def _table_rows(table: Any) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from san_bench.data import commonsense, world
-from san_bench.data.instructions import Questions, Record, fingerprint, load_records
+from san_bench.data.instructions import Questions, Record, fingerprint, load_records, splits_of
 from san_bench.data.manifest import find_folder, load_manifest
 from san_bench.strict import suggest, task_of_suite
 from san_peft.errors import SanError
@@ -35,7 +35,7 @@ HELD_OUT_SEED = 2024
 """Seed of the draw of what is held out. Another seed is another task."""
 
 MOST_ANSWERS = 100
-"""Different answers that questions of one's own may have."""
+"""Different answers up to which those of questions of one's own are sought in texts; more of them are free ones."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
     Args:
         name: `mini-language` for its eight tasks together, or one of them such as `mini-language/easy`. `commonsense`
             for the published training mix and the eight test sets, or one of them, then trained on its own training
-            file. `instructions` for records of your own, in files named `train`, `test`, and if there is one `val`.
+            file. `instructions` for records of your own, in files named `train`, and if there are some `val` and
+            `test`.
         data: Folder of the data; for instructions also the name of a data set on the Hugging Face hub.
 
     Raises:
@@ -145,7 +146,7 @@ def _commonsense(name: str, data: Path, task: str) -> TextTask:
     if task:
         records = load_records(find_folder(data, known[0]), "train", known[0].answers)
     else:
-        records = commonsense.load_mix(data / commonsense.MIX)
+        records = commonsense.load_mix(commonsense.find_mix(data))
     test = {f"commonsense/{one}": commonsense.load_test(one, data) for one in tasks}
     splits = hold_out(records)
     # Records of the mix do not say which task they are of: what is held out is asked as one.
@@ -156,27 +157,17 @@ def _commonsense(name: str, data: Path, task: str) -> TextTask:
 
 
 def _own(name: str, data: str | Path) -> TextTask:
-    train, test = (load_records(data, split) for split in ("train", "test"))
+    train = load_records(data, "train")
     if len(train) < 2:
         raise SanError(f"{data} has {len(train)} record to train with, but one has to be held out.")
-    answers = sorted(
-        {r.answer for records in (train, test) for r in records}, key=lambda answer: (-len(answer), answer)
-    )
-    if "" in answers or len(answers) > MOST_ANSWERS:
-        what = "records without an answer" if "" in answers else f"{len(answers):,} different answers"
-        raise SanError(
-            f"{data} has {what}. To be scored, every record needs an answer, one of at most {MOST_ANSWERS}, which its "
-            "output contains."
-        )
-    try:
+    others = splits_of(data)
+    splits = hold_out(train)
+    if "val" in others:
         val = load_records(data, "val")
-    except SanError:
-        splits = hold_out(train)
-    else:
         splits = {"train": train, "val": val, "trainval": train + val}
+    asked = {"val": splits["val"]} | ({"test": load_records(data, "test")} if "test" in others else {})
+    found = {record.answer for records in (train, *asked.values()) for record in records}
+    answers = () if "" in found or len(found) > MOST_ANSWERS else tuple(sorted(found, key=lambda a: (-len(a), a)))
     sought = tuple(re.escape(answer) for answer in answers)
-    questions = {
-        split: {name: Questions(records, tuple(answers), sought)}
-        for split, records in (("val", splits["val"]), ("test", test))
-    }
+    questions = {split: {name: Questions(records, answers, sought)} for split, records in asked.items()}
     return TextTask(name, splits, questions)

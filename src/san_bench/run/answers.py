@@ -75,6 +75,7 @@ def answer_task(
     batch_size: int,
     beams: int = BEAMS,
     max_new_tokens: int = NEW_TOKENS,
+    exact: bool = False,
 ) -> TaskAnswers:
     """Lets a model answer the questions of a task, and scores it as published.
 
@@ -87,6 +88,7 @@ def answer_task(
         batch_size: Questions at a time; the texts do not depend on it.
         beams: Beams of the search; 1 is greedy.
         max_new_tokens: The most tokens of an answer.
+        exact: Seeks no answer: the whole text must be the record's output, but for outer blanks.
 
     Returns:
         The answers, in the order of the questions.
@@ -101,15 +103,17 @@ def answer_task(
     texts = generate_texts(model, tokenizer, prompts, batch_size, beams, max_new_tokens)
     rows: list[dict[str, Any]] = []
     for index, (record, text) in enumerate(zip(records, texts, strict=True)):
-        answer = questions.read_answer(response(text))
+        answer, right = questions.read_answer(response(text)), record.answer
+        if exact:
+            answer, right = response(text) or None, record.output.strip()
         rows.append(
             {
                 "index": index,
                 "instruction": record.instruction,
-                "answer": record.answer,
+                "answer": right,
                 "generated": text,
                 "predicted": answer,
-                "correct": answer == record.answer,
+                "correct": answer == right,
             }
         )
     correct = sum(row["correct"] for row in rows)

@@ -194,13 +194,14 @@ def read_harness(output: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, d
         tasks: The tasks.
 
     Returns:
-        For each task `acc`, the share of right choices, and its standard error `acc_stderr`; and where lm-eval has
-        them, the same with the likelihood divided by the length of the option, `acc_norm` and `acc_norm_stderr`.
+        For each task `n`, its number of questions, `acc`, the share of right choices, and `acc_stderr`, its standard
+        error; and where lm-eval has them, the same with the likelihood divided by the length of the option, `acc_norm`
+        and `acc_norm_stderr`.
 
     Raises:
-        SanError: If there is no such task, or lm-eval has no accuracy of one.
+        SanError: If there is no such task, or lm-eval has no accuracy of one, or no number of questions.
     """
-    results = output.get("results", {})
+    results, counts = output.get("results", {}), output.get("n-samples", {})
     scores: dict[str, dict[str, float]] = {}
     for name, facts in map(find_task, tasks):
         found = results.get(facts.lm_eval, {})
@@ -208,9 +209,12 @@ def read_harness(output: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, d
         scores[name] = {
             key: float(found[full]) for key, full in keys.items() if isinstance(found.get(full), int | float)
         }
-    missing = [name for name, own in scores.items() if "acc" not in own]
+        if facts.lm_eval in counts:
+            scores[name]["n"] = int(counts[facts.lm_eval]["effective"])
+    missing = [name for name, own in scores.items() if not {"acc", "n"} <= set(own)]
     if missing:
         raise SanError(
-            f"lm-eval gave no accuracy of {', '.join(missing)}; it has results of {', '.join(results) or 'none'}."
+            f"lm-eval gave no accuracy, or no number of questions, of {', '.join(missing)}; it has results of "
+            f"{', '.join(results) or 'none'}."
         )
     return scores

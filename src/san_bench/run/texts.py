@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFl
 
 from san_bench.data.instructions import Questions
 from san_bench.data.prompts import Collator, Tokenised, prompt, tokenise
-from san_bench.data.texts import TextTask, load_text_task
+from san_bench.data.texts import MOST_ANSWERS, TextTask, load_text_task
 from san_bench.data.tokens import PreparedTokenizer, prepare_tokenizer
 from san_bench.recipe_text import TextRecipe
 from san_bench.run.answers import answer_task
-from san_bench.run.build import model_path
+from san_bench.run.build import model_path, version
 from san_bench.run.domain import Batch, Domain, Scores, Training
 from san_bench.run.likelihood import choose, harness_scores
 from san_bench.run.weights import load_pretrained, place
@@ -40,6 +40,7 @@ class Texts(Domain):
         self.recipe: TextRecipe = recipe
         self.task = task or load_text_task(recipe.task, recipe.data)
         self.task.asked(recipe.eval_split)  # better known before the training than after it
+        _check_answers(self.task, recipe)
         self._tokens: dict[str, Tokenised] = {}
 
     @property
@@ -69,7 +70,7 @@ class Texts(Domain):
         """
         path = model_path(self.recipe)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, **version(self.recipe))
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no tokenizer that transformers can load: {error}") from error
         return prepare_tokenizer(tokenizer, self.recipe.text.pad)
@@ -82,7 +83,7 @@ class Texts(Domain):
                 needed and not installed.
         """
         set_seed(self.recipe.seed)
-        model = load_pretrained(AutoModelForCausalLM, model_path(self.recipe), self.recipe)
+        model = load_pretrained(AutoModelForCausalLM, model_path(self.recipe), self.recipe, **version(self.recipe))
         rows = model.get_input_embeddings().num_embeddings
         prepare_tokenizer(self.tokenizer.tokenizer, self.recipe.text.pad, rows)  # says so where there are too few
         return model
@@ -154,6 +155,18 @@ class Texts(Domain):
         self.tokenizer.tokenizer.save_pretrained(folder)
 
 
+def _check_answers(task: TextTask, recipe: TextRecipe) -> None:
+    """Raises an error where answers are to be sought, or compared, that are too many for it."""
+    free = [name for name, questions in task.asked(recipe.eval_split).items() if not questions.answers]
+    ways = [way for way in recipe.scoring.ways if way in ("generation", "likelihood")]
+    if free and ways:
+        raise SanError(
+            f"scoring.ways: {', '.join(ways)} needs answers to choose from, but the records of {', '.join(free)} in "
+            f"{recipe.data} have more than {MOST_ANSWERS} different answers, or empty ones. Score them with "
+            "scoring.ways=[exact], by the same words as the record's output."
+        )
+
+
 def _packing(model: Any) -> Callable[[list[Any]], Any]:
     """Makes one row of a batch, in which positions begin anew with each record, and so does what it may see."""
     inside = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -170,7 +183,7 @@ class _Found:
     files: dict[str, bytes]
 
 
-def _generate(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
+def _generate(domain: Texts, model: Any, asked: dict[str, Questions], exact: bool = False) -> _Found:
     text, scoring = domain.recipe.text, domain.recipe.scoring
     tasks, files = {}, {}
     for task, questions in asked.items():
@@ -183,11 +196,12 @@ def _generate(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
             scoring.batch_size,
             scoring.beams,
             scoring.max_new_tokens,
+            exact,
         )
         tasks[task] = {
             "accuracy": found.accuracy, "correct": found.correct, "n_test": found.n, "unanswered": found.unanswered
         }  # fmt: skip
-        files[_file("answers", task)] = _lines(found.rows)
+        files[_file("outputs" if exact else "answers", task)] = _lines(found.rows)
     return _Found(tasks, files)
 
 
@@ -207,13 +221,14 @@ def _harness(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
     names = {name.partition("/")[2]: name for name in asked}
     tasks = {}
     for name, own in scores.items():
-        n = len(asked[names[name]].records)
+        n = int(own.pop("n"))  # lm-eval's own: its data may have other questions than ours
         tasks[names[name]] = {"accuracy": own["acc"], "correct": round(own["acc"] * n), "n_test": n, **own}
     return _Found(tasks, {})
 
 
 WAYS: dict[str, Callable[[Texts, Any, dict[str, Questions]], _Found]] = {
     "generation": _generate,
+    "exact": partial(_generate, exact=True),
     "likelihood": _likeliest,
     "lm-eval": _harness,
 }
