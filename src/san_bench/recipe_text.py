@@ -44,7 +44,8 @@ class Scoring(Strict):
     Attributes:
         ways: `generation`: the model writes, and the first answer in what it writes counts. `likelihood`: the answer
             that it finds likeliest counts. `exact`: the model writes the record's output word for word. `lm-eval`: the
-            tasks of lm-eval, which fetches its own data. The first one is the accuracy of the run.
+            tasks of lm-eval, which fetches its own data, and scores tests alone. The first one is the accuracy of the
+            run.
         batch_size: Questions at a time.
         beams: Beams of the search; 1 is greedy.
         max_new_tokens: The most tokens that are written.

@@ -261,6 +261,13 @@ def test_what_is_not_read_in_the_source_is_marked():
     assert all(row.source for row in confirmed)
 
 
+def test_what_is_no_fine_tuned_model_stands_beside_every_one():
+    for backbone in ("LLaMA-7B", "LLaMA-13B", "LLaMA-2-7B", "LLaMA-3-8B"):
+        first = published("commonsense", backbone)[0]
+        assert (first.method, round(first.mean_of_tasks, 1)) == ("ChatGPT, asked", 77.0)
+    assert published("commonsense", None) == []
+
+
 def test_an_unknown_suite_or_backbone_has_nothing():
     assert published("mini-vision", "ViT-B/16") == published("vtab", None) == claims("mini-vision") == []
     assert tasks_of("mini-vision") == {}

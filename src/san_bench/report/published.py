@@ -17,7 +17,7 @@ class Published:
     """A row of a published table.
 
     Attributes:
-        backbone: As papers name it.
+        backbone: As papers name it; `*` where the row stands beside every backbone.
         method: The method, with the paper that ran it where there are several.
         source: Where the numbers were read.
         confirmed: Whether they were read there. Otherwise they are recalled or derived, and may be wrong.
@@ -64,7 +64,8 @@ def published(suite: str, backbone: str | None) -> list[Published]:
     known = shipped["suites"].get(suite)
     if known is None:
         return []
-    return [_row(row, known["groups"], shipped["sources"]) for row in known["rows"] if row["backbone"] == backbone]
+    wanted = set() if backbone is None else {backbone, "*"}
+    return [_row(row, known["groups"], shipped["sources"]) for row in known["rows"] if row["backbone"] in wanted]
 
 
 def tasks_of(suite: str) -> dict[str, str | None]:
@@ -99,10 +100,12 @@ def backbone_of(model: str | None) -> str | None:
     Example:
         >>> backbone_of("timm/vit_base_patch16_224.augreg_in21k"), backbone_of("google/vit-base-patch16-224-in21k")
         ('ViT-B/16', 'ViT-B/16')
+        >>> backbone_of("huggyllama/llama-7b@4782ad2")
+        'LLaMA-7B'
         >>> backbone_of("timm/vit_base_patch16_224.augreg_in21k_ft_in1k") is backbone_of("embedded") is None
         True
     """
-    name = (model or "").rstrip("/").rpartition("/")[2]
+    name = (model or "").partition("@")[0].rstrip("/").rpartition("/")[2]
     return next((known for known, form in _data()["backbones"].items() if re.fullmatch(form, name)), None)
 
 

@@ -143,6 +143,18 @@ def log_likelihoods(
     return together(scores, len(pairs))
 
 
+def load_harness() -> tuple[Any, Any]:
+    """Imports lm-eval and its models of transformers.
+
+    Raises:
+        SanError: If it is not installed.
+    """
+    try:
+        return import_module("lm_eval"), import_module("lm_eval.models.huggingface")
+    except ModuleNotFoundError as error:
+        raise SanError(f'lm-eval needs {error.name}, which is missing: pip install "san-peft[language]"') from error
+
+
 def harness_scores(
     model: Any,
     tokenizer: PreparedTokenizer,
@@ -166,10 +178,7 @@ def harness_scores(
         SanError: If lm-eval is not installed, there is no such task, or the data is not to be had.
     """
     names = {name: facts.lm_eval for name, facts in map(find_task, tasks)}
-    try:
-        lm_eval, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
-    except ModuleNotFoundError as error:
-        raise SanError(f'lm-eval needs {error.name}, which is missing: pip install "san-peft[language]"') from error
+    lm_eval, models = load_harness()
     with scoring(model):
         wrapped = models.HFLM(
             pretrained=model,

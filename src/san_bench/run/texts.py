@@ -21,7 +21,7 @@ from san_bench.recipe_text import TextRecipe
 from san_bench.run.answers import answer_task
 from san_bench.run.build import model_path, version
 from san_bench.run.domain import Batch, Domain, Scores, Training
-from san_bench.run.likelihood import choose, harness_scores
+from san_bench.run.likelihood import choose, harness_scores, load_harness
 from san_bench.run.weights import load_pretrained, place
 from san_peft.errors import SanError
 
@@ -41,6 +41,8 @@ class Texts(Domain):
         self.task = task or load_text_task(recipe.task, recipe.data)
         self.task.asked(recipe.eval_split)  # better known before the training than after it
         _check_answers(self.task, recipe)
+        if "lm-eval" in recipe.scoring.ways:
+            load_harness()  # better missed before the training than after it
         self._tokens: dict[str, Tokenised] = {}
 
     @property
@@ -138,13 +140,14 @@ class Texts(Domain):
         """
         scoring = self.recipe.scoring
         place(model)
-        found = {way: WAYS[way](self, model, self.task.asked(split)) for way in scoring.ways}
-        first = found[scoring.ways[0]]
+        ways = [way for way in scoring.ways if way != "lm-eval" or split == "test"]  # it has no other split
+        found = {way: WAYS[way](self, model, self.task.asked(split)) for way in ways}
+        first = found[ways[0]]
         numbers = {
             "accuracy": fmean(one["accuracy"] for one in first.tasks.values()),
             "correct": sum(one["correct"] for one in first.tasks.values()),
             "n_test": sum(one["n_test"] for one in first.tasks.values()),
-            "way": scoring.ways[0],
+            "way": ways[0],
             "tasks": first.tasks,
             "ways": {way: result.tasks for way, result in list(found.items())[1:]},
         }
