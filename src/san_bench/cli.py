@@ -264,7 +264,7 @@ class Data:
     """What to do."""
     suite: Positional[str]
     """vtab, fgvc, gic or commonsense, or one data set such as vtab/cifar; to check also folder or datasets for images
-    of your own, to fetch also the name of a data set on the Hugging Face hub."""
+    of your own, llava, llava/gqa or conversations; to fetch also the name of a data set on the Hugging Face hub."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder of the data."""
     images: bool = True

@@ -31,6 +31,9 @@ from san_peft.errors import SanError
 MIX = "llava_v1_5_mix665k.json"
 """File of the training mix."""
 
+TRAIN, TEST = "train.json", "test.json"
+"""Files of records of one's own."""
+
 ASKED = ("val", "test")
 """Splits of mini-vl that questions are asked of."""
 
@@ -178,10 +181,10 @@ def load_conversation_task(
         raise SanError(f"There is no folder {folder}.")
     if name == "llava":
         path = folder / MIX
-        asked = {f"llava/{benchmark}": _benchmark(benchmark, folder / "eval") for benchmark in benchmarks}
+        asked = {f"llava/{benchmark}": load_benchmark(benchmark, folder) for benchmark in benchmarks}
     elif name == "conversations":
-        path = folder / "train.json"
-        questions = tuple(map(_question, load_conversations(folder / "test.json")))
+        path = folder / TRAIN
+        questions = tuple(map(_question, load_conversations(folder / TEST)))
         asked = {name: Asked("exact", questions, folder)}
     else:
         raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations', 'mini-vl'))}")
@@ -198,49 +201,54 @@ def _question(record: Conversation) -> Question:
     return Question(record.id, record.image, asked.replace(MARKER, "").strip(), (answered,))
 
 
-def _benchmark(name: str, root: Path) -> Asked:
-    """A benchmark from its folder."""
-    loaders: dict[str, tuple[str, Callable[[Path], list[Question]], str]] = {
-        "vqav2": (
-            "vqav2",
-            lambda folder: vqa_files.load_vqav2(
-                folder / "v2_OpenEnded_mscoco_val2014_questions.json", folder / "v2_mscoco_val2014_annotations.json"
-            ),
-            "val2014",
+def benchmark_folder(name: str, data: Path) -> Path:
+    """Returns where a benchmark lies below the folder of `llava`."""
+    return data / "eval" / ("scienceqa" if name == "sqa" else name)
+
+
+def load_benchmark(name: str, data: Path) -> Asked:
+    """Loads a benchmark from below the folder of `llava`.
+
+    Args:
+        name: One of `san_bench.recipe_conversation.BENCHMARKS`.
+        data: The folder of `llava`.
+
+    Raises:
+        SanError: If a file is missing or not as it must be.
+    """
+    folder = benchmark_folder(name, data)
+    load, images = _LOADERS[name]
+    return Asked(name, tuple(load(folder)), folder / images)
+
+
+_LOADERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
+    "vqav2": (
+        lambda folder: vqa_files.load_vqav2(
+            folder / "v2_OpenEnded_mscoco_val2014_questions.json", folder / "v2_mscoco_val2014_annotations.json"
         ),
-        "gqa": (
-            "gqa",
-            lambda folder: vqa_files.load_gqa(
-                folder / "data" / "testdev_balanced_questions.json", folder / "llava_gqa_testdev_balanced.jsonl"
-            ),
-            "data/images",
+        "val2014",
+    ),
+    "gqa": (
+        lambda folder: vqa_files.load_gqa(
+            folder / "data" / "testdev_balanced_questions.json", folder / "llava_gqa_testdev_balanced.jsonl"
         ),
-        "vizwiz": ("vizwiz", lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
-        "sqa": (
-            "scienceqa",
-            lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"),
-            "images/test",
+        "data/images",
+    ),
+    "vizwiz": (lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
+    "sqa": (lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"), "images/test"),
+    "textvqa": (
+        lambda folder: vqa_files.load_textvqa(
+            folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
         ),
-        "textvqa": (
-            "textvqa",
-            lambda folder: vqa_files.load_textvqa(
-                folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
-            ),
-            "train_images",
-        ),
-        "pope": (
-            "pope",
-            lambda folder: vqa_files.load_pope(folder / "llava_pope_test.jsonl", folder / "coco"),
-            "val2014",
-        ),
-        "mmbench": (
-            "mmbench",
-            lambda folder: vqa_files.with_rotations(vqa_files.load_mmbench(folder / "mmbench_dev_20230712.tsv")),
-            "",
-        ),
-    }
-    place, load, images = loaders[name]
-    return Asked(name, tuple(load(root / place)), root / place / images)
+        "train_images",
+    ),
+    "pope": (lambda folder: vqa_files.load_pope(folder / "llava_pope_test.jsonl", folder / "coco"), "val2014"),
+    "mmbench": (
+        lambda folder: vqa_files.with_rotations(vqa_files.load_mmbench(folder / "mmbench_dev_20230712.tsv")),
+        "",
+    ),
+}
+"""How each benchmark is loaded from its folder, and where in it the images lie."""
 
 
 def _mini() -> ConversationTask:

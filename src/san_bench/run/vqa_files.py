@@ -188,7 +188,9 @@ def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | No
             raise san_error(f"{questions} does not ask the question {key}, which {split} has.")
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         options = tuple(problem["choices"])
-        _require_option(folder / "problems.json", key, problem["answer"], dict(enumerate(options)))
+        _require_option(
+            folder / "problems.json", key, problem["answer"], dict(zip(range(len(LETTERS)), options, strict=False))
+        )
         text = texts.get(key) or context + problem["question"] + _choices(options)
         out.append(Question(key, f"{key}/{problem['image']}", text, (LETTERS[problem["answer"]],), "default", options))
     return out
