@@ -31,9 +31,11 @@ from san_bench.run.build import with_method
 from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
 from san_bench.run.domain import domain_of
 from san_bench.run.evaluate import evaluate, export, load_model
+from san_bench.run.folder import export_facts
+from san_bench.run.submission import submission
 from san_bench.run.train import train
 from san_bench.run.trainer import make_trainer
-from san_bench.run.vqa import Question
+from san_bench.run.vqa import Question, lmms_command
 from san_peft.errors import SanError
 
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
@@ -213,6 +215,36 @@ def test_an_export_needs_nothing_of_ours(runs, tmp_path, kind):
     with torch.no_grad():
         torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-3)
     assert AutoProcessor.from_pretrained(tmp_path / "plain").patch_size == 4
+    facts = export_facts(tmp_path / "plain")
+    assert (facts["run"], facts["recipe_fingerprint"]) == (kind, domain.recipe.fingerprint)
+    assert 0 <= facts["max_abs_difference"] < 1e-3
+    assert f"pretrained={tmp_path / 'plain'}" in lmms_command(tmp_path / "plain", "out", ["gqa"])
+
+
+def test_a_run_answers_the_questions_of_a_server(place, runs, tmp_path):
+    rows = [{"question_id": n, "image": f"{n}.png", "text": "what"} for n in (12, 13)]
+    questions = tmp_path / "test.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, out, images = runs["lora"][1], tmp_path / "up.json", place / "data" / "images"
+    with pytest.raises(
+        SanError, match=r"2 images are missing, .*test2015: 12.png, 13.png\nName the folder .* --images"
+    ):
+        submission(run, "vqav2", questions, out)
+    assert submission(run, "vqav2", questions, out, images) == out
+    model, domain = load_model(run)
+    asked = tuple(Question(row["question_id"], row["image"], row["text"]) for row in rows)
+    texts = domain.answers(model, Asked("vqav2", asked, images))
+    said = [{"question_id": row["question_id"], "text": text} for row, text in zip(rows, texts, strict=True)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    again = submission(tmp_path / "answers.jsonl", "vqav2", questions, tmp_path / "again.json")
+    assert json.loads(out.read_text()) == json.loads(again.read_text())
+    assert [row["question_id"] for row in json.loads(out.read_text())] == [12, 13]
+    submission(run, "vizwiz", questions, tmp_path / "vizwiz.json", images)
+    assert [row["image"] for row in json.loads((tmp_path / "vizwiz.json").read_text())] == ["12.png", "13.png"]
+    with pytest.raises(SanError, match=r"up.json is there already"):
+        submission(run, "vqav2", questions, out, images)
+    with pytest.raises(SanError, match=r"is no run: it has no recipe.yaml"):
+        submission(tmp_path, "vqav2", questions, tmp_path / "other.json", images)
 
 
 def test_bad_images_stop_a_run_or_are_left_out_on_request(place, tmp_path):

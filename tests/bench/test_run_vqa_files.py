@@ -13,6 +13,7 @@ import pytest
 
 from san_bench.data.question_lines import LETTER, SHORT
 from san_bench.run import vqa_files, vqa_uploads
+from san_bench.run.submission import submission
 from san_bench.run.vqa import Question
 from san_peft.errors import SanError
 
@@ -250,6 +251,11 @@ def test_mmbenchs_upload_is_a_table_without_openpyxl(table, tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="openpyxl is not installed"):
         path = vqa_uploads.write_mmbench(tmp_path / "up.xlsx", table, vqa_files.load_mmbench(table), ["B", None, "A"])
     assert path == tmp_path / "up.tsv"
+    said = lines(tmp_path / "said.jsonl", {"question_id": 7, "text": "B"}, {"question_id": 8, "text": "A"})
+    with pytest.raises(SanError, match=r"up.tsv is there already. Choose another file with --out"):
+        submission(said, "mmbench", table, tmp_path / "up.xlsx")
+    with pytest.warns(UserWarning, match="openpyxl is not installed"):
+        assert submission(said, "mmbench", table, tmp_path / "other.xlsx").read_bytes() == path.read_bytes()
     with path.open(newline="") as file:
         assert list(csv.reader(file, delimiter="\t")) == UPLOADED
 

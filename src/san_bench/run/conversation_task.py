@@ -60,14 +60,18 @@ class Asked:
             decode: Decodes the images; otherwise they only have to be there.
             workers: Threads that look at images.
         """
-        found = []
+        found = self.problems_of_images(name, decode, workers)
         if secret := [str(question.id) for question in self.questions if not question.answers]:
             found.append(Problem(name, f"{len(secret):,} questions have no public answer", tuple(secret)))
-        if not callable(self.images):
-            uses = Counter(q.image for q in self.questions if isinstance(q.image, str))
-            looks = survey(uses, Path(self.images), workers, decode)
-            found += problems_of_images(name, looks, uses, f"questions are about, below {self.images}")
         return found
+
+    def problems_of_images(self, name: str, decode: bool = False, workers: int | None = None) -> list[Problem]:
+        """Returns what would stop the questions from being asked."""
+        if callable(self.images):
+            return []
+        uses = Counter(q.image for q in self.questions if isinstance(q.image, str))
+        looks = survey(uses, Path(self.images), workers, decode)
+        return problems_of_images(name, looks, uses, f"questions are about, below {self.images}")
 
 
 @dataclass(frozen=True)
