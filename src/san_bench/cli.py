@@ -5,15 +5,26 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+from san_bench.cli_report import Plot, Report, Table
+from san_bench.cli_vqa import LmmsEval, Submission
+
+
+class Verb(Protocol):
+    """What a command does."""
+
+    def run(self) -> None:
+        """Does it, and prints."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +275,7 @@ class Data:
     """What to do."""
     suite: Positional[str]
     """vtab, fgvc, gic or commonsense, or one data set such as vtab/cifar; to check also folder or datasets for images
-    of your own, to fetch also the name of a data set on the Hugging Face hub."""
+    of your own, llava, llava/gqa or conversations; to fetch also the name of a data set on the Hugging Face hub."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder of the data."""
     images: bool = True
@@ -288,67 +299,6 @@ class Data:
             check_command(self.suite, self.folder, self.images, self.workers, self.write_checksums, self.checksums)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Make tables of results: means with spread and n, paired differences, cost, published lines beside ours."""
-
-    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")]
-    """Folders of suites or of runs, or .jsonl files."""
-    format: Literal["rich", "markdown", "latex", "csv"] = "rich"
-    """Of the text; rich is for the terminal."""
-    published: bool = True
-    """Add published numbers where suite and backbone are theirs."""
-    reference: str | None = None
-    """Method that the others are compared with; san by default."""
-    only: tuple[str, ...] = ()
-    """Which tables, by how their names begin, such as means, difference, natural, cost; all by default."""
-    out: Path | None = None
-    """File to write to."""
-
-    def run(self) -> None:
-        """Reads, compares and prints."""
-        from san_bench.report.table import table_command
-
-        table_command(self.folders, self.format, self.published, self.reference, self.only, self.out)
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Draw what a suite, or a run, has data for: accuracy, curves, and all that trained scales tell."""
-
-    folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder of the suite or run."""
-    out: Path | None = None
-    """Folder of the pictures and their numbers; `plots` in the same folder by default."""
-    format: Literal["png", "svg", "pdf"] = "png"
-    """Of the pictures."""
-
-    def run(self) -> None:
-        """Draws and names the files."""
-        from san_bench.report.analysis import write_pictures
-
-        for path in write_pictures(self.folder, self.out or self.folder / "plots", self.format):
-            print(path)
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write a suite as one page that needs nothing else: tables, pictures, recipes, failures, provenance."""
-
-    folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder of the suite."""
-    out: Path | None = None
-    """File to write; `report.html` in the same folder by default."""
-
-    def run(self) -> None:
-        """Writes the page and names it."""
-        from san_bench.report.html import write_report
-
-        out = self.out or self.folder / "report.html"
-        write_report(self.folder, out)
-        print(out)
-
-
 EXTRAS = {
     "sklearn": "demo",
     "matplotlib": "plot",
@@ -360,16 +310,20 @@ EXTRAS = {
 }
 """Which extra brings a module that a verb may need."""
 
-VERBS = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Data, Table, Plot, Report)
+WORK = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Submission, LmmsEval, Data)
+VERBS: tuple[type[Verb], ...] = (*WORK, Table, Plot, Report)
 
-Verb = Demo | Train | Bench | Eval | Check | Recipes | Env | Trace | Export | Data | Table | Plot | Report
+
+def name_of(verb: type[Verb]) -> str:
+    """Returns what a verb is called on the command line."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", verb.__name__).lower()
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:
     """Reads the words of a command line into the verb they call, without running it."""
     verbs: Any = None
     for verb in VERBS:
-        named = Annotated[verb, subcommand(verb.__name__.lower(), prefix_name=False)]  # type: ignore[valid-type]
+        named = Annotated[verb, subcommand(name_of(verb), prefix_name=False)]  # type: ignore[valid-type]
         verbs = named if verbs is None else verbs | named
     return tyro.cli(
         verbs, prog="san", args=words, config=(OmitArgPrefixes,), description="Fine-tune with SAN, and compare."

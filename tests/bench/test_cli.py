@@ -41,6 +41,14 @@ def run(capsys, *words):
         ("env --json", cli.Env(json=True)),
         ("trace here --scheme exact --json", cli.Trace("here", "exact", json=True)),
         ("export runs/demo/san --out there --merged", cli.Export(Path("runs/demo/san"), Path("there"), True)),
+        (
+            "submission runs/llava vizwiz test.json --out up.json --images there",
+            cli.Submission(Path("runs/llava"), "vizwiz", Path("test.json"), Path("up.json"), Path("there")),
+        ),
+        (
+            "lmms-eval plain --benchmarks gqa sqa --processes 8",
+            cli.LmmsEval(Path("plain"), benchmarks=("gqa", "sqa"), processes=8),
+        ),
         ("train demo/san --track wandb", cli.Train("demo/san", track=("wandb",))),
         (
             "bench vtab --methods san ssf --seeds 5 --data there --engine ray --gpus-per-run 0.5",
@@ -69,7 +77,7 @@ def test_a_suites_command_is_written_as_it_can_be_typed():
 
 def test_every_verb_has_words_above():
     said = {words.split()[0] for words, _ in test_words_become_verbs.pytestmark[0].args[1]}
-    assert said == {verb.__name__.lower() for verb in cli.VERBS}
+    assert said == {cli.name_of(verb) for verb in cli.VERBS}
 
 
 @pytest.mark.parametrize("words", [["dmeo"], ["train"], ["export", "run"], ["env", "--jsno"]])
@@ -95,6 +103,13 @@ def test_check_prints_the_fingerprint(capsys):
         (["demo", "--methods"], "san: Name one method at least"),
         (["eval", "nowhere"], "san: nowhere is no run: it has no recipe.yaml. `san train RECIPE` makes one."),
         (["export", "nowhere", "--out", "there", "--merged"], "san: nowhere is no run"),
+        (["lmms-eval", "nowhere"], "san: nowhere is no merged export"),
+        (["submission", "run", "gqa", "q.jsonl", "--out", "up.json"], "san: There is no server of 'gqa' to write for"),
+        (
+            ["submission", "run", "vqav2", "q.jsonl", "--out", "up"],
+            "san: The server of vqav2 takes a .json file, not up",
+        ),
+        (["submission", "run", "vqav2", "q.jsonl", "--out", "up.json"], "san: There is no file q.jsonl."),
         (["export", "run", "--out", "there"], "san: Choose --merged or --as-lora RANK."),
         (["export", "run", "--out", "there", "--merged", "--as-lora", "2"], "san: Choose --merged or --as-lora RANK."),
     ],

@@ -229,7 +229,8 @@ def test_preflight_says_what_is_wrong_and_drops_nothing(pictures):
         "ocr_vqa/images": FolderCount(images=2, missing=0, unreadable=0, mislabelled=1),
         "vg/VG_100K": FolderCount(images=1, missing=1, unreadable=0, mislabelled=0),
     }
-    with pytest.raises(SanError, match=r"1 paths leave.*\n.*1 images are missing.*\n.*cannot be read.*\n.*drop=True"):
+    said = r"1 paths leave.*\n.*1 images are missing.*\n.*cannot be read.*\n.*conversation.drop_bad_images=true"
+    with pytest.raises(SanError, match=said):
         found.require()
 
 
@@ -238,15 +239,30 @@ def test_preflight_drops_on_request_and_keeps_what_can_be_read(pictures):
     assert [record.id for record in found.require()] == [0, 3, 4, 7]
     assert [record.id for record in found.dropped] == [1, 2, 5, 6]
     assert preflight(about(FILES[0]), pictures).require() == tuple(about(FILES[0]))
+    with pytest.raises(SanError, match="Mend them: no conversation is left without them"):
+        preflight(about(FILES[1]), pictures, drop=True).require()
     with pytest.raises(SanError, match="There is no folder of images"):
         preflight([], pictures / "nowhere")
+
+
+def test_a_report_names_every_bad_image_with_its_records(pictures):
+    report = preflight(about(*FILES), pictures, drop=True).report()
+    assert (report["conversations"], report["dropped"]) == (8, 4)
+    assert report["folders"]["vg/VG_100K"] == {"images": 1, "missing": 1, "unreadable": 0, "mislabelled": 0}
+    bad = {one["image"]: (one["reason"].split()[0], one["dropped"], one["records"]) for one in report["bad"]}
+    assert bad == {
+        "coco/train2017/2.jpg": ("unreadable", True, [1, 2]),
+        "ocr_vqa/images/4.jpg": ("mislabelled", False, [4]),
+        "vg/VG_100K/5.jpg": ("missing", True, [5]),
+        "../outside.jpg": ("outside", True, [6]),
+    }
 
 
 def test_an_image_is_read_in_colour_from_below_its_folder_alone(pictures):
     assert read_image(pictures, "ocr_vqa/images/4.jpg").mode == "RGB"
     with pytest.raises(SanError, match="leaves the folder of images"):
         read_image(pictures, "../outside.jpg")
-    with pytest.raises(SanError, match=r"cannot be read.*preflight"):
+    with pytest.raises(SanError, match=r"cannot be read.*`san data check` finds all"):
         read_image(pictures, "coco/train2017/2.jpg")
 
 

@@ -413,3 +413,30 @@ def test_a_report_of_good_rows_needs_no_torch(tmp_path, both):
         "table_command([Path(sys.argv[1])], 'csv'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
+
+
+def test_scores_of_another_split_than_the_papers_are_marked():
+    names = ("vqav2", "gqa", "vizwiz", "sqa", "textvqa", "pope", "mmbench")
+    model = {"backbone": "llava-1.5-7b", "model": "llava-hf/llava-1.5-7b-hf", "way": "generation", "correct": None}
+    rows = [
+        made_up(f"llava/{name}", method, 0, 0.7, group="vision-language", recipe_fingerprint=method, **model)
+        for method in ("san-lora-r128", "lora-r128")
+        for name in names
+    ]
+    accuracy = tables(rows)[0]
+    said = texts(accuracy, "san-lora-r128")
+    assert [said[name] for name in names] == ["70.0 †", "70.0", "70.0 †", "70.0", "70.0", "70.0", "70.0"]
+    assert said["Mean of 7 tasks"] == "70.0 †"
+    assert [texts(accuracy, "DoRA r128")[name] for name in ("vqav2", "sqa")] == ["78.6", "69.9"]
+    (note,) = [note for note in accuracy.notes if note.startswith("†")]
+    assert note == (
+        "† Another split than the papers', so not to be compared with published numbers: vqav2 is scored on val2014, "
+        "in papers on test-dev2015; vizwiz is scored on val, in papers on test (8,000 questions)."
+    )
+    assert r"70.0 $\dagger$" in to_latex(accuracy)
+    some = tables([row for row in rows if row["task"] != "llava/vqav2"])[0]
+    assert texts(some, "lora-r128")["Mean of 7 tasks"] == "6 of 7 tasks"
+
+
+def test_other_tables_have_no_mark(both):
+    assert not any("†" in to_markdown(table) for table in tables(both))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from tests.bench.copies import write_picture
 from tests.bench.test_data_conversation_prompts import VOCABULARY, processor
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -17,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 
 from san_bench.data.conversation_prompts import encode, encode_question, render
@@ -25,11 +28,14 @@ from san_bench.recipe import load_recipe
 from san_bench.recipe_conversation import ConversationRecipe
 from san_bench.report.results import read_rows
 from san_bench.run.build import with_method
-from san_bench.run.conversation_task import load_conversation_task
+from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
 from san_bench.run.domain import domain_of
 from san_bench.run.evaluate import evaluate, export, load_model
+from san_bench.run.folder import export_facts
+from san_bench.run.submission import submission
 from san_bench.run.train import train
 from san_bench.run.trainer import make_trainer
+from san_bench.run.vqa import Question, lmms_command
 from san_peft.errors import SanError
 
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
@@ -211,6 +217,36 @@ def test_an_export_needs_nothing_of_ours(runs, tmp_path, kind):
     with torch.no_grad():
         torch.testing.assert_close(plain(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-3)
     assert AutoProcessor.from_pretrained(tmp_path / "plain").patch_size == 4
+    facts = export_facts(tmp_path / "plain")
+    assert (facts["run"], facts["recipe_fingerprint"]) == (kind, domain.recipe.fingerprint)
+    assert 0 <= facts["max_abs_difference"] < 1e-3
+    assert f"pretrained={tmp_path / 'plain'}" in lmms_command(tmp_path / "plain", "out", ["gqa"])
+
+
+def test_a_run_answers_the_questions_of_a_server(place, runs, tmp_path):
+    rows = [{"question_id": n, "image": f"{n}.png", "text": "what"} for n in (12, 13)]
+    questions = tmp_path / "test.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, out, images = runs["lora"][1], tmp_path / "up.json", place / "data" / "images"
+    with pytest.raises(
+        SanError, match=r"2 images are missing, .*test2015: 12.png, 13.png\nName the folder .* --images"
+    ):
+        submission(run, "vqav2", questions, out)
+    assert submission(run, "vqav2", questions, out, images) == out
+    model, domain = load_model(run)
+    asked = tuple(Question(row["question_id"], row["image"], row["text"]) for row in rows)
+    texts = domain.answers(model, Asked("vqav2", asked, images))
+    said = [{"question_id": row["question_id"], "text": text} for row, text in zip(rows, texts, strict=True)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    again = submission(tmp_path / "answers.jsonl", "vqav2", questions, tmp_path / "again.json")
+    assert json.loads(out.read_text()) == json.loads(again.read_text())
+    assert [row["question_id"] for row in json.loads(out.read_text())] == [12, 13]
+    submission(run, "vizwiz", questions, tmp_path / "vizwiz.json", images)
+    assert [row["image"] for row in json.loads((tmp_path / "vizwiz.json").read_text())] == ["12.png", "13.png"]
+    with pytest.raises(SanError, match=r"up.json is there already"):
+        submission(run, "vqav2", questions, out, images)
+    with pytest.raises(SanError, match=r"is no run: it has no recipe.yaml"):
+        submission(tmp_path, "vqav2", questions, tmp_path / "other.json", images)
 
 
 def test_bad_images_stop_a_run_or_are_left_out_on_request(place, tmp_path):
@@ -226,9 +262,79 @@ def test_bad_images_stop_a_run_or_are_left_out_on_request(place, tmp_path):
         train(domain.recipe)
     assert "1 images are missing" in str(error.value)
     assert "1 images cannot be read" in str(error.value)
+    assert "conversation.drop_bad_images=true" in str(error.value)
+    assert f"{tmp_path / 'run' / 'images.json'} lists them all." in str(error.value)
+    found = json.loads((tmp_path / "run" / "images.json").read_text())
+    assert [(one["records"], one["dropped"]) for one in found["bad"]] == [([1], False), ([2], False)]
     assert not (tmp_path / "run" / "adapter").exists()
     domain = domain_of(recipe_of(place, tmp_path / "run", data=str(data), conversation__drop_bad_images=True))
     assert (domain.n_train, domain.facts()["dropped_records"]) == (3, 2)
+
+
+def test_what_is_dropped_and_what_is_mislabelled_is_told_and_written(place, tmp_path, capsys):
+    data, folder = tmp_path / "data", tmp_path / "run"
+    for number in (0, 1):
+        write_picture(data / "images" / f"{number}.png", number)
+    Image.new("RGB", (8, 8)).save(data / "images" / "1.png", format="JPEG")
+    (data / "train.json").write_text(json.dumps([talk(n, n < 3) for n in range(5)]))
+    (data / "test.json").write_text(json.dumps([talk(0, True)]))
+    changes = {"conversation__drop_bad_images": True, "optimizer__epochs": 1}
+    result = train(recipe_of(place, folder, data=str(data), **changes))
+    said = capsys.readouterr().out
+    assert "warning: images: 1 images are of another format than their names say" in said
+    assert f"1 of 5 conversations are left out for their images; {folder / 'images.json'} lists them." in said
+    assert (result["n_train"], result["dropped_records"]) == (4, 1)
+    bad = json.loads((folder / "images.json").read_text())["bad"]
+    assert [(one["image"], one["reason"], one["dropped"], one["records"]) for one in bad] == [
+        ("images/1.png", "mislabelled (JPEG)", False, [1]),
+        ("images/2.png", "missing", True, [2]),
+    ]
+
+
+def test_images_of_questions_are_missed_before_the_training(place, tmp_path):
+    data = tmp_path / "data"
+    write_picture(data / "images" / "0.png", 0)
+    (data / "train.json").write_text(json.dumps([talk(0, True)]))
+    (data / "test.json").write_text(json.dumps([talk(n, n != 8) for n in range(9)]))
+    recipe = recipe_of(place, tmp_path / "run", data=str(data))
+    with pytest.raises(
+        SanError, match=r"7 images are missing, which 7 questions are about, below .*data: images/1.png"
+    ):
+        train(recipe)
+    assert not (tmp_path / "run" / "adapter").exists()
+    with pytest.raises(SanError, match="7 images are missing"):
+        domain_of(recipe).score(None, "test")
+
+
+def test_questions_without_an_answer_are_found_before_the_training():
+    asked = Asked("vizwiz", (Question(1, "a.png", "what"), Question(2, "b.png", "what", ("a cat",))), lambda name: None)
+    task = ConversationTask("llava", "nowhere", {"test": {"llava/vizwiz": asked}}, lambda: ({}, None))
+    with pytest.raises(SanError, match="vizwiz: 1 questions have no public answer: 1\nMend them, or leave a benchmark"):
+        task.require_questions("test")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda ours: ours.tokenizer.__setattr__("eos_token", None), "has no end token"),
+        (lambda ours: ours.__setattr__("tokenizer", bare()), "has no token '<image>'"),
+    ],
+)
+def test_a_processor_that_lacks_a_token_is_named_before_the_training(place, tmp_path, spoil, said):
+    model = tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    ours = processor()
+    spoil(ours)
+    ours.save_pretrained(model)
+    with pytest.raises(SanError, match=f"The processor of .*model cannot be used. .*{said}"):
+        train(recipe_of(place, tmp_path / "run", model=str(model)))
+
+
+def bare():
+    """A tokenizer that knows no image."""
+    known = {word: number for word, number in VOCABULARY.items() if word != "<image>"}
+    words = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_mistakes_are_named(place, tmp_path):

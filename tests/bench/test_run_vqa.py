@@ -225,7 +225,13 @@ def test_the_command_of_lmms_eval(tmp_path):
     export.mkdir()
     with pytest.raises(SanError, match="is no merged export"):
         lmms_command(export, "out")
-    (export / "config.json").write_text("{}")
+    (export / "config.json").write_text('{"model_type": "llava"}')
+    for content in (None, "no JSON", "[]", '{"run": "llava"}'):
+        if content is not None:
+            (export / "export.json").write_text(content)
+        with pytest.raises(SanError, match=r"export.json is missing or says nothing of it\. `san export RUN --merged"):
+            lmms_command(export, "out")
+    (export / "export.json").write_text('{"run": "llava", "max_abs_difference": 1e-6}')
     text = lmms_command(export, "out", processes=8)
     remarks = [line for line in text.splitlines() if line.startswith("#")]
     assert [remark.split(":")[0] for remark in remarks] == ["# vqav2", "# vizwiz", "# textvqa", "# pope", "# mmbench"]
@@ -239,11 +245,15 @@ def test_the_command_of_lmms_eval(tmp_path):
     assert "--tasks gqa,scienceqa_img " in lmms_command(export, "out", ["gqa", "sqa"])
     with pytest.raises(SanError, match="no benchmark 'sqaa'"):
         lmms_command(export, "out", ["sqaa"])
+    (export / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(SanError, match="holds a model of type 'vit'; lmms-eval's llava_hf loads llava alone"):
+        lmms_command(export, "out")
     (export / "adapter_config.json").write_text("{}")
     with pytest.raises(SanError, match="is no merged export"):
         lmms_command(export, "out")
-    (tmp_path / "a,b").mkdir()
-    (tmp_path / "a,b" / "config.json").write_text("{}")
+    (export / "adapter_config.json").unlink()
+    (export / "config.json").write_text('{"model_type": "llava"}')
+    export.rename(tmp_path / "a,b")
     with pytest.raises(SanError, match="splits its arguments at commas"):
         lmms_command(tmp_path / "a,b", "out")
 

@@ -13,6 +13,7 @@ import pytest
 
 from san_bench.data.question_lines import LETTER, SHORT
 from san_bench.run import vqa_files, vqa_uploads
+from san_bench.run.submission import submission
 from san_bench.run.vqa import Question
 from san_peft.errors import SanError
 
@@ -155,6 +156,13 @@ def test_pope(tmp_path):
         (2, "adversarial", "no"),
         (3, "random", "no"),
     ]
+    path = tmp_path / "coco_pope_popular.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"label": "no"', '"label": "maybe"'))
+    said = r"coco_pope_popular.json: the answer to the question 1 is 'maybe'; it has to be one of yes, no\."
+    with pytest.raises(SanError, match=said):
+        vqa_files.load_pope(tmp_path / "llava_pope_test.jsonl", tmp_path)
+    path.write_text(whole)
     swapped = lines(tmp_path / "swapped.jsonl", *asked[::-1])
     with pytest.raises(SanError, match="is about 'Is there a 0 in the image\\?' where"):
         vqa_files.load_pope(swapped, tmp_path)
@@ -183,6 +191,14 @@ def test_scienceqa(tmp_path):
         vqa_files.load_sqa(tmp_path, questions=dump(tmp_path / "few.json", own[:1]))
     with pytest.raises(SanError, match="has no split 'val', only train, test"):
         vqa_files.load_sqa(tmp_path, "val")
+    said = r"problems.json: the answer to the question '4' is {}; it has to be one of 0 \(cat\), 1 \(bus\)\."
+    for answer in (2, -1, "B"):
+        dump(tmp_path / "problems.json", {**problems, "4": {**base, "answer": answer}})
+        with pytest.raises(SanError, match=said.format(repr(answer))):
+            vqa_files.load_sqa(tmp_path)
+    dump(tmp_path / "problems.json", {"4": base, "5": base})
+    with pytest.raises(SanError, match=r"problems.json: 1 of 3 rows have no question, the first is row 2"):
+        vqa_files.load_sqa(tmp_path)
 
 
 COLUMNS = "index question hint A B C D answer category image source l2-category comment split".split()
@@ -209,6 +225,11 @@ def test_mmbench(table):
     assert (questions[1].image, questions[1].answers) == (b"pixels" * 40_000, ("A",))
     assert (questions[2].text, questions[2].answers) == (f"Why\nso?\nA. x\nB. y\n{LETTER}", ())
     assert vqa_files.with_rotations(questions[:2]) == questions[:2]
+    table.write_text("index\tquestion\tA\tB\timage\tanswer\n1\tWhat?\tx\ty\tAAAA\tC\n")
+    with pytest.raises(
+        SanError, match=r"tsv: the answer to the question '1' is 'C'; it has to be one of A \(x\), B \(y\)"
+    ):
+        vqa_files.load_mmbench(table)
     table.write_text("index\tquestion\tA\tB\timage\n1\tWhat?\tx\ty\t#!\n")
     with pytest.raises(SanError, match="index 1: the image is no base64"):
         vqa_files.load_mmbench(table)
@@ -230,6 +251,11 @@ def test_mmbenchs_upload_is_a_table_without_openpyxl(table, tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="openpyxl is not installed"):
         path = vqa_uploads.write_mmbench(tmp_path / "up.xlsx", table, vqa_files.load_mmbench(table), ["B", None, "A"])
     assert path == tmp_path / "up.tsv"
+    said = lines(tmp_path / "said.jsonl", {"question_id": 7, "text": "B"}, {"question_id": 8, "text": "A"})
+    with pytest.raises(SanError, match=r"up.tsv is there already. Choose another file with --out"):
+        submission(said, "mmbench", table, tmp_path / "up.xlsx")
+    with pytest.warns(UserWarning, match="openpyxl is not installed"):
+        assert submission(said, "mmbench", table, tmp_path / "other.xlsx").read_bytes() == path.read_bytes()
     with path.open(newline="") as file:
         assert list(csv.reader(file, delimiter="\t")) == UPLOADED
 

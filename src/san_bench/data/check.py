@@ -37,6 +37,9 @@ A copy of one split in place of another is far above it.
 CHUNK = 64
 """Images that a thread reads at a time."""
 
+TALKS = ("llava", "conversations")
+"""Tasks of conversations about images; see `san_bench.run.conversation_check`."""
+
 
 def examine(
     suite: str,
@@ -51,8 +54,9 @@ def examine(
     """Checks the data of a suite, and notes every problem at once.
 
     Args:
-        suite: `vtab`, `fgvc`, `gic` or `commonsense`; one data set of them, such as `vtab/cifar`; or `folder` or
-            `datasets` for images of one's own.
+        suite: `vtab`, `fgvc`, `gic` or `commonsense`; one data set of them, such as `vtab/cifar`; `folder` or
+            `datasets` for images of one's own; or `llava`, one of its benchmarks such as `llava/gqa`, or
+            `conversations`.
         folder: Its folder.
         images: Also read and decode every image, and look for those that occur twice.
         workers: Threads that read images; by default as many as there are processors, up to eight.
@@ -73,6 +77,14 @@ def examine(
         if write_checksums or checksums:
             raise SanError(f"Checksums are of images, and {suite} has texts. sha256sum does the same for its files.")
         return commonsense.examine(folder, suite.partition("/")[2], manifest)
+    if suite.partition("/")[0] in TALKS:
+        if write_checksums or checksums:
+            raise SanError(
+                f"There are no checksums of {suite}. A run's task_fingerprint tells whether data is the same."
+            )
+        from san_bench.run import conversation_check
+
+        return conversation_check.examine(suite, folder, images, workers)
     if not images and (write_checksums or checksums):
         raise SanError("Checksums cover the images: leave out --no-images.")
     expected = _parse(checksums) if checksums else {}
@@ -127,7 +139,7 @@ def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
     if suite in folders.OWN:
         return [folders.read(suite, folder)]
     if kind not in SUITES:
-        raise SanError(f"There is no data called {suite!r} to check.{suggest(kind, [*SUITES, *folders.OWN])}")
+        raise SanError(f"There is no data called {suite!r} to check.{suggest(kind, [*SUITES, *folders.OWN, *TALKS])}")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     manifest = manifest or load_manifest(kind)

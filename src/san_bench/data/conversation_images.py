@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -53,26 +53,45 @@ class Preflight:
         dropped: The conversations that were left out.
         problems: What is wrong, each with all its files. What is mislabelled is a warning: it can be trained with.
         folders: Counts for each folder of images.
+        bad: What is wrong with each image that is not good, such as `missing` or `mislabelled (GIF)`.
     """
 
     kept: tuple[Conversation, ...]
     dropped: tuple[Conversation, ...]
     problems: tuple[Problem, ...]
     folders: dict[str, FolderCount]
+    bad: dict[str, str]
 
     def require(self) -> tuple[Conversation, ...]:
         """Returns the conversations to train with.
 
         Raises:
-            SanError: If any of them has an image that cannot be read; the message lists all that is wrong.
+            SanError: If any of them has an image that cannot be read, or all were left out; the message counts all
+                that is wrong, with the first files of each kind.
         """
         errors = [str(problem) for problem in self.problems if problem.level == "error"]
-        if errors and not self.dropped:
-            raise SanError(
-                "The images are not as they must be:\n  " + "\n  ".join(errors) + "\n"
-                "Mend them, or leave these conversations out with preflight(..., drop=True)."
-            )
+        if errors and not (self.dropped and self.kept):
+            leave = ", or leave their conversations out with conversation.drop_bad_images=true in the recipe"
+            way_out = ": no conversation is left without them" if self.dropped else leave
+            raise SanError("The images are not as they must be:\n  " + "\n  ".join(errors) + f"\nMend them{way_out}.")
         return self.kept
+
+    def report(self) -> dict[str, Any]:
+        """Returns what was found, for a file: counts by folder, and every bad image with its records' ids."""
+        ids: dict[str, list[str | int]] = {image: [] for image in self.bad}
+        for record in (*self.kept, *self.dropped):
+            if record.image in ids:
+                ids[record.image].append(record.id)
+        out = {record.image for record in self.dropped}
+        return {
+            "conversations": len(self.kept) + len(self.dropped),
+            "dropped": len(self.dropped),
+            "folders": {folder: asdict(count) for folder, count in self.folders.items()},
+            "bad": [
+                {"image": image, "reason": reason, "dropped": image in out, "records": ids[image]}
+                for image, reason in self.bad.items()
+            ],
+        }
 
 
 def preflight(
@@ -96,26 +115,58 @@ def preflight(
     if not root.is_dir():
         raise SanError(f"There is no folder of images {root}.")
     uses = Counter(record.image for record in records if record.image is not None)
-    files = list(uses)
+    looks = survey(uses, root, workers)
+    bad = {file for file, (state, _) in looks.items() if state not in ("good", "mislabelled")} if drop else set()
+    return Preflight(
+        tuple(record for record in records if record.image not in bad),
+        tuple(record for record in records if record.image in bad),
+        tuple(problems_of_images("images", looks, uses)),
+        _folders({file: state for file, (state, _) in looks.items()}),
+        {file: f"{state}{f' ({why})' if why else ''}" for file, (state, why) in looks.items() if state != "good"},
+    )
+
+
+def survey(
+    files: Iterable[str], root: Path, workers: int | None = None, decode: bool = True
+) -> dict[str, tuple[State, str]]:
+    """Looks at images.
+
+    Args:
+        files: Their paths below the folder.
+        root: The folder. A path that leaves it is never opened.
+        workers: Threads that read; by default as many as there are processors, up to eight.
+        decode: Decodes every image; otherwise only those that are not there are found.
+
+    Returns:
+        How each image is, and why.
+    """
+    files = list(dict.fromkeys(files))
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     endings = Image.registered_extensions()
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda chunk: [_look(root, file, endings) for file in chunk], chunks)
-        looks = dict(zip(files, chain.from_iterable(found), strict=True))
+        found = pool.map(lambda chunk: [_look(root, file, endings, decode) for file in chunk], chunks)
+        return dict(zip(files, chain.from_iterable(found), strict=True))
+
+
+def problems_of_images(
+    name: str, looks: Mapping[str, tuple[State, str]], uses: Mapping[str, int], about: str = "conversations are about"
+) -> list[Problem]:
+    """Returns what is wrong with images, each kind of it once with all its files.
+
+    Args:
+        name: What the problems are reported under.
+        looks: How each image is; see `survey`.
+        uses: How many records are about each image.
+        about: What these records are called, and do.
+    """
     problems = []
     for state, text in TEXTS.items():
         items = [f"{file}{f' ({why})' if why else ''}" for file, (seen, why) in looks.items() if seen == state]
         if items:
             concerned = sum(uses[file] for file, (seen, _) in looks.items() if seen == state)
-            said = f"{len(items):,} {text}, which {concerned:,} conversations are about"
-            problems.append(Problem("images", said, tuple(items), "warning" if state == "mislabelled" else "error"))
-    bad = {file for file, (state, _) in looks.items() if state not in ("good", "mislabelled")} if drop else set()
-    return Preflight(
-        tuple(record for record in records if record.image not in bad),
-        tuple(record for record in records if record.image in bad),
-        tuple(problems),
-        _folders({file: state for file, (state, _) in looks.items()}),
-    )
+            said = f"{len(items):,} {text}, which {concerned:,} {about}"
+            problems.append(Problem(name, said, tuple(items), "warning" if state == "mislabelled" else "error"))
+    return problems
 
 
 def read_image(root: str | Path, image: str) -> Image.Image:
@@ -131,8 +182,7 @@ def read_image(root: str | Path, image: str) -> Image.Image:
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SanError(
-            f"The image {Path(root) / image} cannot be read: {error}. "
-            "san_bench.data.conversation_images.preflight lists all such images."
+            f"The image {Path(root) / image} cannot be read: {error}. `san data check` finds all such images."
         ) from error
 
 
@@ -165,12 +215,14 @@ def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _look(root: Path, file: str, endings: dict[str, str]) -> tuple[State, str]:
+def _look(root: Path, file: str, endings: dict[str, str], decode: bool) -> tuple[State, str]:
     if leaves_root(file):
         return "outside", ""
     path = root / file
     if not path.is_file():
         return "missing", ""
+    if not decode:
+        return "good", ""
     try:
         with Image.open(path) as image:
             image.load()

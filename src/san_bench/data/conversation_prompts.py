@@ -297,5 +297,11 @@ def _check_processor(processor: Any) -> None:
         raise SanError(f"The processor {type(processor).__name__} is no LlavaProcessor: no {', '.join(missing)}.")
     if processor.image_token != MARKER:
         raise SanError(f"The processor's token of an image is {processor.image_token!r}, but the data has {MARKER!r}.")
+    tokenizer = processor.tokenizer
+    known = tokenizer.convert_tokens_to_ids(MARKER)
+    if known in (None, tokenizer.unk_token_id) or known != processor.image_token_id:
+        raise SanError(f"The tokenizer has no token {MARKER!r}, which stands for an image. Add it, as LLaVA's has it.")
+    if tokenizer.eos_token_id is None:
+        raise SanError("The tokenizer has no end token (eos_token), so a model could not learn where answers end.")
     if not getattr(processor.tokenizer, "is_fast", False):
         raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")

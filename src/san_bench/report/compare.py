@@ -19,6 +19,7 @@ from san_bench.report.origin import origin
 from san_bench.report.published import Published, claims, decimals_of
 from san_bench.report.results import Cell, Row, Table, trainings
 from san_bench.report.sections import Line, Section, selection_words
+from san_bench.run.vqa import BENCHMARKS
 
 Seeds = Mapping[int, Row]
 Tasks = Mapping[str, Seeds]
@@ -37,6 +38,9 @@ PAPERS = (
     "the same; weights, preprocessing and selection may differ. Unconfirmed: not read in the source, may be wrong. "
     "Derived: follows from other numbers by arithmetic."
 )
+MARK = "†"
+"""Stands at scores that were taken on another split than the papers'."""
+
 COSTS = (
     ("Training, s", "train_seconds"),
     ("Saved activations, MiB", "saved_activation_mib"),
@@ -72,9 +76,10 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Field:
-    """A column of accuracies: its name, and how it is had from rows and from a paper."""
+    """A column of accuracies: its name, the tasks it is over, and how it is had from rows and from a paper."""
 
     name: str
+    tasks: tuple[str, ...]
     measured: Callable[[Tasks], _Value]
     printed: Callable[[Published], float | None]
 
@@ -237,11 +242,12 @@ def _accuracy(
         trained = [row["trainable_parameters"] - row["trainable_head"] for s in tasks.values() for row in s.values()]
         head = [Cell(line.method), *([Cell("measured")] if papers else []), Cell(line.chosen or "–")]
         head += [Cell(str(most or "–"), most or None), _millions(min(trained) / 1e6, max(trained) / 1e6)]
-        rows.append((*head, *(value.cell(most, decimals, 100) for value in values)))
+        shown = [value.cell(most, decimals, 100) for value in values]
+        rows.append((*head, *map(_marked, shown, fields)))
     for paper in papers:
         rows.append(_printed(paper, sources.index(paper.source) + 1, [f.printed(paper) for f in fields], decimals))
     legacy = any("legacy" in cell.text for row in rows for cell in row)
-    notes = [*reading, *([LEGACY] if legacy else [])]
+    notes = [*reading, *([LEGACY] if legacy else []), *_other_splits(fields)]
     if papers:
         notes += [PAPERS, *(f"[{place}] {source}." for place, source in enumerate(sources, 1)), *claims(section.family)]
     where = ("Source",) if papers else ()
@@ -267,11 +273,32 @@ def _task_field(task: str) -> _Field:
     def printed(paper: Published) -> float | None:
         return paper.accuracy.get(_short(task))
 
-    return _Field(_short(task), lambda tasks: _over_seeds(tasks.get(task, {})), printed)
+    return _Field(_short(task), (task,), lambda tasks: _over_seeds(tasks.get(task, {})), printed)
 
 
 def _mean_field(name: str, parts: Sequence[Sequence[str]], printed: Callable[[Published], float | None]) -> _Field:
-    return _Field(name, lambda tasks: _mean(tasks, parts), printed)
+    return _Field(name, tuple(task for part in parts for task in part), lambda tasks: _mean(tasks, parts), printed)
+
+
+def _marked(cell: Cell, field: _Field) -> Cell:
+    """Marks a score that holds one of another split than the papers'."""
+    other = cell.value is not None and any(map(_other_split, field.tasks))
+    return replace(cell, text=f"{cell.text} {MARK}") if other else cell
+
+
+def _other_split(task: str) -> str:
+    """What a task is scored on where papers report another split; empty elsewhere."""
+    family, _, name = task.rpartition("/")
+    one = BENCHMARKS.get(name) if family == "llava" else None
+    return "" if one is None or one.same else f"{name} is scored on {one.local_split}, in papers on {one.paper_split}"
+
+
+def _other_splits(fields: Sequence[_Field]) -> list[str]:
+    """What the mark means in a table; nothing where it is not needed."""
+    said = dict.fromkeys(text for field in fields for task in field.tasks if (text := _other_split(task)))
+    if not said:
+        return []
+    return [f"{MARK} Another split than the papers', so not to be compared with published numbers: {'; '.join(said)}."]
 
 
 def _over_seeds(seeds: Seeds) -> _Value:

@@ -26,6 +26,7 @@ LATEX = str.maketrans(
         "−": "$-$",
         "–": "--",
         "≤": r"$\le$",
+        "†": r"$\dagger$",
     }
 )
 """Characters that mean something else in LaTeX, and those that not every font has."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from san_bench.data import mini_talk
-from san_bench.data.conversation_images import preflight
+from san_bench.data.conversation_images import Preflight, preflight, problems_of_images, survey
 from san_bench.data.conversation_prompts import Images
 from san_bench.data.conversations import MARKER, Conversation, fingerprint, load_conversations
+from san_bench.data.found import Problem
 from san_bench.data.texts import questions_of
 from san_bench.run import vqa_files
 from san_bench.run.vqa import Question
@@ -28,6 +30,9 @@ from san_peft.errors import SanError
 
 MIX = "llava_v1_5_mix665k.json"
 """File of the training mix."""
+
+TRAIN, TEST = "train.json", "test.json"
+"""Files of records of one's own."""
 
 ASKED = ("val", "test")
 """Splits of mini-vl that questions are asked of."""
@@ -47,6 +52,27 @@ class Asked:
     questions: tuple[Question, ...]
     images: Images
 
+    def problems(self, name: str, decode: bool = False, workers: int | None = None) -> list[Problem]:
+        """Returns what would stop the questions from being asked, or scored.
+
+        Args:
+            name: Task that the problems are reported under.
+            decode: Decodes the images; otherwise they only have to be there.
+            workers: Threads that look at images.
+        """
+        found = self.problems_of_images(name, decode, workers)
+        if secret := [str(question.id) for question in self.questions if not question.answers]:
+            found.append(Problem(name, f"{len(secret):,} questions have no public answer", tuple(secret)))
+        return found
+
+    def problems_of_images(self, name: str, decode: bool = False, workers: int | None = None) -> list[Problem]:
+        """Returns what would stop the questions from being asked."""
+        if callable(self.images):
+            return []
+        uses = Counter(q.image for q in self.questions if isinstance(q.image, str))
+        looks = survey(uses, Path(self.images), workers, decode)
+        return problems_of_images(name, looks, uses, f"questions are about, below {self.images}")
+
 
 @dataclass(frozen=True)
 class ConversationTask:
@@ -56,23 +82,36 @@ class ConversationTask:
         name: Its name.
         images: Folder that the images of the records are below, or what makes an image of its name.
         questions: Questions by split, and by the name of the task that tables show.
-        load: Loads the conversations to train with, by split, and says how many were left out for their images. It is
-            called when they are first wanted, since it decodes every image: who only asks questions is spared that.
+        load: Loads the conversations to train with, by split, with what was found of their images, if these lie in a
+            folder. It is called when they are first wanted, since it decodes every image: who only asks questions is
+            spared that.
     """
 
     name: str
     images: Images
     questions: dict[str, dict[str, Asked]]
-    load: Callable[[], tuple[dict[str, tuple[Conversation, ...]], int]]
+    load: Callable[[], tuple[dict[str, tuple[Conversation, ...]], Preflight | None]]
 
     @cached_property
-    def _loaded(self) -> tuple[dict[str, tuple[Conversation, ...]], int]:
+    def _looked(self) -> tuple[dict[str, tuple[Conversation, ...]], Preflight | None]:
         return self.load()
+
+    @property
+    def _loaded(self) -> dict[str, tuple[Conversation, ...]]:
+        splits, found = self._looked
+        if found is not None:
+            found.require()
+        return splits
+
+    @property
+    def preflight(self) -> Preflight | None:
+        """What was found of the images of the conversations; `None` where they are drawn."""
+        return self._looked[1]
 
     @property
     def dropped(self) -> int:
         """How many conversations were left out for their images."""
-        return self._loaded[1]
+        return 0 if self.preflight is None else len(self.preflight.dropped)
 
     def records(self, split: str) -> tuple[Conversation, ...]:
         """Returns the conversations of a split.
@@ -80,7 +119,7 @@ class ConversationTask:
         Raises:
             SanError: If there is no such split, a file is not as it must be, or images cannot be read.
         """
-        splits = self._loaded[0]
+        splits = self._loaded
         if split not in splits:
             raise SanError(f"{self.name} has no split {split!r} to train with; it has {', '.join(splits)}.")
         return splits[split]
@@ -93,11 +132,27 @@ class ConversationTask:
         """
         return questions_of(self.name, self.questions, split)
 
+    def require_questions(self, split: str) -> None:
+        """Insists that the questions of a split can be asked and scored: images are there, and answers. None is opened.
+
+        Raises:
+            SanError: If the task has no questions of that split, or not; the message counts all that is wrong, with the
+                first files of each kind.
+        """
+        problems = [problem for name, asked in self.asked(split).items() for problem in asked.problems(name)]
+        if problems:
+            leave = ", or leave a benchmark out of answering.benchmarks" if self.name == "llava" else ""
+            raise SanError(
+                "The questions that are asked after the training are not as they must be:\n  "
+                + "\n  ".join(map(str, problems))
+                + f"\nMend them{leave}."
+            )
+
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 over the records, the sizes of their images, and the questions, of every split."""
         folder, digest = None if callable(self.images) else self.images, hashlib.sha256()
-        for split, records in self._loaded[0].items():
+        for split, records in self._loaded.items():
             digest.update(f"{split} {fingerprint(records, folder)}\n".encode())
         for split, tasks in self.questions.items():
             for name, asked in tasks.items():
@@ -130,17 +185,17 @@ def load_conversation_task(
         raise SanError(f"There is no folder {folder}.")
     if name == "llava":
         path = folder / MIX
-        asked = {f"llava/{benchmark}": _benchmark(benchmark, folder / "eval") for benchmark in benchmarks}
+        asked = {f"llava/{benchmark}": load_benchmark(benchmark, folder) for benchmark in benchmarks}
     elif name == "conversations":
-        path = folder / "train.json"
-        questions = tuple(map(_question, load_conversations(folder / "test.json")))
+        path = folder / TRAIN
+        questions = tuple(map(_question, load_conversations(folder / TEST)))
         asked = {name: Asked("exact", questions, folder)}
     else:
         raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations', 'mini-vl'))}")
 
-    def load() -> tuple[dict[str, tuple[Conversation, ...]], int]:
+    def load() -> tuple[dict[str, tuple[Conversation, ...]], Preflight]:
         found = preflight(load_conversations(path), folder, drop)
-        return {"train": tuple(found.require())}, len(found.dropped)
+        return {"train": found.kept}, found
 
     return ConversationTask(name, folder, {"test": asked}, load)
 
@@ -150,56 +205,61 @@ def _question(record: Conversation) -> Question:
     return Question(record.id, record.image, asked.replace(MARKER, "").strip(), (answered,))
 
 
-def _benchmark(name: str, root: Path) -> Asked:
-    """A benchmark from its folder."""
-    loaders: dict[str, tuple[str, Callable[[Path], list[Question]], str]] = {
-        "vqav2": (
-            "vqav2",
-            lambda folder: vqa_files.load_vqav2(
-                folder / "v2_OpenEnded_mscoco_val2014_questions.json", folder / "v2_mscoco_val2014_annotations.json"
-            ),
-            "val2014",
+def benchmark_folder(name: str, data: Path) -> Path:
+    """Returns where a benchmark lies below the folder of `llava`."""
+    return data / "eval" / ("scienceqa" if name == "sqa" else name)
+
+
+def load_benchmark(name: str, data: Path) -> Asked:
+    """Loads a benchmark from below the folder of `llava`.
+
+    Args:
+        name: One of `san_bench.recipe_conversation.BENCHMARKS`.
+        data: The folder of `llava`.
+
+    Raises:
+        SanError: If a file is missing or not as it must be.
+    """
+    folder = benchmark_folder(name, data)
+    load, images = _LOADERS[name]
+    return Asked(name, tuple(load(folder)), folder / images)
+
+
+_LOADERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
+    "vqav2": (
+        lambda folder: vqa_files.load_vqav2(
+            folder / "v2_OpenEnded_mscoco_val2014_questions.json", folder / "v2_mscoco_val2014_annotations.json"
         ),
-        "gqa": (
-            "gqa",
-            lambda folder: vqa_files.load_gqa(
-                folder / "data" / "testdev_balanced_questions.json", folder / "llava_gqa_testdev_balanced.jsonl"
-            ),
-            "data/images",
+        "val2014",
+    ),
+    "gqa": (
+        lambda folder: vqa_files.load_gqa(
+            folder / "data" / "testdev_balanced_questions.json", folder / "llava_gqa_testdev_balanced.jsonl"
         ),
-        "vizwiz": ("vizwiz", lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
-        "sqa": (
-            "scienceqa",
-            lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"),
-            "images/test",
+        "data/images",
+    ),
+    "vizwiz": (lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
+    "sqa": (lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"), "images/test"),
+    "textvqa": (
+        lambda folder: vqa_files.load_textvqa(
+            folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
         ),
-        "textvqa": (
-            "textvqa",
-            lambda folder: vqa_files.load_textvqa(
-                folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
-            ),
-            "train_images",
-        ),
-        "pope": (
-            "pope",
-            lambda folder: vqa_files.load_pope(folder / "llava_pope_test.jsonl", folder / "coco"),
-            "val2014",
-        ),
-        "mmbench": (
-            "mmbench",
-            lambda folder: vqa_files.with_rotations(vqa_files.load_mmbench(folder / "mmbench_dev_20230712.tsv")),
-            "",
-        ),
-    }
-    place, load, images = loaders[name]
-    return Asked(name, tuple(load(root / place)), root / place / images)
+        "train_images",
+    ),
+    "pope": (lambda folder: vqa_files.load_pope(folder / "llava_pope_test.jsonl", folder / "coco"), "val2014"),
+    "mmbench": (
+        lambda folder: vqa_files.with_rotations(vqa_files.load_mmbench(folder / "mmbench_dev_20230712.tsv")),
+        "",
+    ),
+}
+"""How each benchmark is loaded from its folder, and where in it the images lie."""
 
 
 def _mini() -> ConversationTask:
     stops = {"train": mini_talk.SPLITS["train"].stop, "trainval": mini_talk.SPLITS["val"].stop}
     splits = {split: tuple(map(mini_talk.conversation, range(mini_talk.KINDS * stop))) for split, stop in stops.items()}
     questions = {split: {f"mini-vl/{name}": _mini_asked(name, split) for name in mini_talk.TASKS} for split in ASKED}
-    return ConversationTask("mini-vl", mini_talk.image_of, questions, lambda: (splits, 0))
+    return ConversationTask("mini-vl", mini_talk.image_of, questions, lambda: (splits, None))
 
 
 def _mini_asked(name: str, split: str) -> Asked:

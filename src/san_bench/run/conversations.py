@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from san_bench.data.conversation_prompts import (
     ConversationDataset,
     Images,
     encode_question,
+    image_tokens,
     measure,
     opened,
 )
@@ -30,12 +31,15 @@ from san_bench.recipe_conversation import ConversationRecipe
 from san_bench.run.answers import batches, decoding, scoring
 from san_bench.run.build import PROJECTOR, TOWER, model_path, version
 from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
-from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_bench.run.processes import mine, together
 from san_bench.run.vqa import Question, Score, score
 from san_bench.run.vqa_answers import normalise_gqa
 from san_bench.run.weights import load_pretrained, place
 from san_peft.errors import SanError
+
+IMAGES = "images.json"
+"""File in a run's folder that says what was found of the images of its conversations."""
 
 
 class Conversations(Domain):
@@ -65,6 +69,34 @@ class Conversations(Domain):
         """The conversations to train with."""
         return self.task.records(self.recipe.train_split)
 
+    def inspect(self) -> Findings:
+        """Looks at the images of conversations and questions, and at the processor, and notes all that is wrong."""
+        errors: list[str] = []
+
+        def tried(look: Callable[[], Any]) -> Any:
+            try:
+                return look()
+            except SanError as error:
+                errors.append(str(error))
+
+        found, file = tried(lambda: self.task.preflight), Path(self.recipe.output) / IMAGES
+        if found is not None:
+            tried(found.require)
+            errors[:] = [f"{error} {file} lists them all." for error in errors]
+        tried(lambda: self.processor)
+        tried(lambda: self.task.require_questions(self.recipe.eval_split))
+        if found is None:
+            return Findings((), tuple(errors))
+        remarks = [f"warning: {problem}" for problem in found.problems if problem.level == "warning"]
+        if found.dropped:
+            every = len(found.kept) + len(found.dropped)
+            remarks.append(
+                f"warning: {len(found.dropped):,} of {every:,} conversations are left out for their images; {file} "
+                "lists them."
+            )
+        content = json.dumps(found.report(), indent=2, ensure_ascii=False) + "\n"
+        return Findings(tuple(remarks), tuple(errors), {IMAGES: content.encode()})
+
     def facts(self) -> dict[str, Any]:
         """Returns what decides about numbers in the field, and how much was left out."""
         recipe = self.recipe
@@ -84,13 +116,18 @@ class Conversations(Domain):
         """The model's processor.
 
         Raises:
-            SanError: If there is none beside the model.
+            SanError: If there is none beside the model, or it is none of LLaVA's.
         """
         path = model_path(self.recipe)
         try:
-            return AutoProcessor.from_pretrained(path, **version(self.recipe))
+            found = AutoProcessor.from_pretrained(path, **version(self.recipe))
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no processor that transformers can load: {error}") from error
+        try:
+            image_tokens(found)
+        except SanError as error:
+            raise SanError(f"The processor of {path} cannot be used. {error}") from error
+        return found
 
     @cached_property
     def lengths(self) -> Any:
@@ -159,8 +196,9 @@ class Conversations(Domain):
             texts that are no answer, and what else its rule gives. The files hold every question with its answer.
 
         Raises:
-            SanError: If there are no questions of the split.
+            SanError: If there are no questions of the split, or they cannot be asked or scored.
         """
+        self.task.require_questions(split)
         chosen = self.task.asked(split)
         place(model)
         tasks, files = {}, {}

@@ -68,6 +68,21 @@ class Scores:
             write_atomically(folder / name, content)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was found of the data before a run.
+
+    Attributes:
+        remarks: What a user should know, in lines.
+        errors: What stops the run.
+        files: What is kept of it in the folder of the run, by name.
+    """
+
+    remarks: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
 class Domain(ABC):
     """A recipe with its data.
 
@@ -90,6 +105,10 @@ class Domain(ABC):
     @abstractmethod
     def n_train(self) -> int:
         """How many items are trained with."""
+
+    def inspect(self) -> Findings:
+        """Looks at what a run will read: what is wrong with it is better known before the training than after it."""
+        return Findings()
 
     def facts(self) -> dict[str, Any]:
         """Returns what a result says beside what all results say."""

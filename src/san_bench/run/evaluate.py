@@ -13,6 +13,7 @@ from torch import Tensor
 from san_bench.recipe import Recipe, load_recipe
 from san_bench.run.build import PLAIN, SAN, calm
 from san_bench.run.domain import Domain, domain_of
+from san_bench.run.folder import EXPORT
 from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
@@ -110,6 +111,8 @@ def eval_file(run: Path, split: str, mode: str = "both") -> Path:
 def export(run: str | Path, out: str | Path) -> dict[str, Any]:
     """Merges a run's adapter into its model and writes a plain transformers folder.
 
+    The folder also gets `export.json`: the run, its recipe's fingerprint, and the difference below.
+
     Args:
         run: Folder of the run.
         out: Folder to write; it must not exist, or be empty.
@@ -128,6 +131,13 @@ def export(run: str | Path, out: str | Path) -> dict[str, Any]:
         complete = Path(scratch) / "model"
         plain.save_pretrained(complete)
         domain.save_companions(complete)
+        facts = {
+            "run": Path(run).absolute().name,
+            "method": domain.recipe.method.kind,
+            "recipe_fingerprint": domain.recipe.fingerprint,
+            "max_abs_difference": difference,
+        }
+        write_atomically(complete / EXPORT, json.dumps(facts, indent=2) + "\n")
         complete.replace(folder)
     return {"folder": str(folder), "max_abs_difference": difference}
 

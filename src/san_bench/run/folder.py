@@ -1,11 +1,35 @@
-"""Whose run a folder holds; light, so that it can be asked before torch is imported."""
+"""Whose run, or export, a folder holds; light, so that it can be asked before torch is imported."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from san_bench.recipe import Recipe, load_recipe
 from san_bench.run.provenance import write_atomically
+
+EXPORT = "export.json"
+"""File that a merged export carries: of which run it is, and how much merging changed its outputs."""
+
+
+def export_facts(folder: Path) -> dict[str, Any]:
+    """Returns what a merged export says of itself.
+
+    Raises:
+        SanError: If the folder is none that `san export` wrote after it had compared outputs.
+    """
+    from san_peft.errors import SanError
+
+    try:
+        facts = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+        float(facts["max_abs_difference"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SanError(
+            f"{folder} is no merged export whose outputs were compared with its run's: {EXPORT} is missing or says "
+            f"nothing of it. `san export RUN --merged --out FOLDER` writes one."
+        ) from error
+    return facts
 
 
 def check_free(folder: Path, recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from san_bench.recipe import Recipe, split_revision
 from san_bench.run.build import check_trainable, checkpoint_sha256, loaded_commit, saved_activation_bytes, with_method
 from san_bench.run.card import write_card
 from san_bench.run.comparison import comparison
-from san_bench.run.domain import domain_of
+from san_bench.run.domain import Domain, domain_of
 from san_bench.run.evaluate import trained_model
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
@@ -35,9 +35,10 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
 
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
     adapter, or the whole model for methods without one), what was predicted, `scales.safetensors` where there are
-    scales, and `result.json`. A finished run is not repeated: its result is returned. Of several processes, as
-    `accelerate launch` or `torchrun` start them, each trains on its part of every batch, and the first one writes. A
-    model that was trained in shards is saved from whole tensors and scored as it was saved, whole on every device.
+    scales, `images.json` where conversations' images lie in a folder, and `result.json`. A finished run is not
+    repeated: its result is returned. Of several processes, as `accelerate launch` or `torchrun` start them, each trains
+    on its part of every batch, and the first one writes. A model that was trained in shards is saved from whole tensors
+    and scored as it was saved, whole on every device.
 
     Args:
         recipe: What to run.
@@ -48,8 +49,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         all that comes from; the same once more in the blocks of PEFT's method comparison.
 
     Raises:
-        SanError: If the folder holds another recipe's run, the loss or a prediction is not finite, or memory is not
-            enough; checkpoints stay.
+        SanError: If the folder holds another recipe's run, the data is not as it must be, the loss or a prediction is
+            not finite, or memory is not enough; checkpoints stay.
     """
     folder = Path(recipe.output)
     result_file = folder / "result.json"
@@ -60,6 +61,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         return json.loads(result_file.read_text(encoding="utf-8"))
     created, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     domain = domain_of(recipe)
+    _inspect(domain, folder, processes.is_main_process)
     count = domain.n_train  # loads the data: what is wrong with it is better known before a model is loaded
     plain = domain.base_model()
     pretrained = checkpoint_sha256(plain)
@@ -141,6 +143,18 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     processes.wait_for_everyone()
     return result
+
+
+def _inspect(domain: Domain, folder: Path, writes: bool) -> None:
+    """Keeps and tells what was found of the data, and raises `SanError` where it stops the run."""
+    found = domain.inspect()
+    if writes:
+        for name, content in found.files.items():
+            write_atomically(folder / name, content)
+        for remark in found.remarks:
+            print(remark)
+    if found.errors:
+        raise SanError("\n".join(found.errors))
 
 
 def _out_of_memory(folder: Path, step: int, error: BaseException) -> SanError:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from san_bench.run.folder import export_facts
 from san_bench.run.vqa_answers import (
     choice_letter,
     normalise_answer,
@@ -24,6 +25,7 @@ from san_bench.run.vqa_answers import (
     says_no,
     science_letter,
 )
+from san_bench.run.vqa_rows import read_json
 from san_bench.strict import san_error, suggest
 
 CIRCLE = 1_000_000
@@ -283,7 +285,7 @@ def lmms_command(export: str | Path, output: str | Path, names: Sequence[str] = 
     """Returns the command that scores a merged export with lmms-eval, with a line of comment for what differs.
 
     Args:
-        export: Folder that `san export` wrote. lmms-eval's `llava_hf` loads no adapter.
+        export: Folder that `san export --merged` wrote. lmms-eval's `llava_hf` loads no adapter.
         output: Folder that lmms-eval writes to.
         names: Benchmarks; all by default.
         processes: Number of processes, one GPU each.
@@ -292,11 +294,15 @@ def lmms_command(export: str | Path, output: str | Path, names: Sequence[str] = 
         Lines for a shell. Nothing is run.
 
     Raises:
-        SanError: If there is no such benchmark, the folder is no export, or its name cannot be an argument.
+        SanError: If there is no such benchmark, the folder is no export of LLaVA whose outputs were compared with its
+            run's, or its name cannot be an argument.
     """
     folder = Path(export)
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         raise san_error(f"{folder} is no merged export: it needs a config.json and no adapter. `san export` makes one.")
+    export_facts(folder)
+    if (kind := read_json(folder / "config.json").get("model_type")) != "llava":
+        raise san_error(f"{folder} holds a model of type {kind!r}; lmms-eval's llava_hf loads llava alone.")
     if set(str(folder)) & set(",="):
         raise san_error(f"lmms-eval splits its arguments at commas and equal signs, so {folder} needs another name.")
     chosen = {name: benchmark(name) for name in names or BENCHMARKS}
@@ -314,7 +320,7 @@ def _check(questions: Sequence[Question], answers: Sequence[str | None]) -> None
     if secret := [question.id for question in questions if not question.answers]:
         raise san_error(
             f"{len(secret):,} of {len(questions):,} questions have no public answer, such as {secret[0]!r}. "
-            "Such a split is scored by a server; san_bench.run.vqa_uploads writes what it takes."
+            "Such a split is scored by a server; `san submission` writes what it takes."
         )
 
 

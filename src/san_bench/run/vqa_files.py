@@ -136,7 +136,7 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
             in the order of LLaVA's questions of that category.
 
     Raises:
-        SanError: If a file cannot be read, lacks something, or is about other questions.
+        SanError: If a file cannot be read, lacks something, is about other questions, or a label is no yes or no.
     """
     asked = read_questions(questions)
     out: dict[int, Question] = {}
@@ -150,6 +150,7 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
         for (index, question), row in zip(mine, rows, strict=True):
             if question.image != row["image"] or not question.text.startswith(row["text"]):
                 raise san_error(f"{path} is about {row['text']!r} where {questions} asks {question.text!r}.")
+            _require_option(path, question.id, row["label"], {"yes": "", "no": ""})
             out[index] = replace(question, answers=(row["label"],))
     return [out[index] for index in sorted(out)]
 
@@ -166,7 +167,7 @@ def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | No
         The questions; the images are below `images/SPLIT`.
 
     Raises:
-        SanError: If a file cannot be read, or lacks something.
+        SanError: If a file cannot be read, or lacks something, or an answer is none of the options.
     """
     folder = Path(folder)
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
@@ -176,6 +177,8 @@ def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | No
     if questions is not None:
         for row in read_list(Path(questions)):
             texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
+    wanted = ("question", "choices", "answer", "hint", "image")
+    require_keys(folder / "problems.json", [problems.get(key) for key in splits[split]], wanted)
     out = []
     for key in splits[split]:
         problem = problems[key]
@@ -185,6 +188,9 @@ def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | No
             raise san_error(f"{questions} does not ask the question {key}, which {split} has.")
         context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         options = tuple(problem["choices"])
+        _require_option(
+            folder / "problems.json", key, problem["answer"], dict(zip(range(len(LETTERS)), options, strict=False))
+        )
         text = texts.get(key) or context + problem["question"] + _choices(options)
         out.append(Question(key, f"{key}/{problem['image']}", text, (LETTERS[problem["answer"]],), "default", options))
     return out
@@ -194,7 +200,7 @@ def load_mmbench(table: str | Path) -> list[Question]:
     """Reads MMBench's table, with the images decoded from base64; a cell of a few digits names another row's image.
 
     Raises:
-        SanError: If it cannot be read, lacks a column, or an image is no base64.
+        SanError: If it cannot be read, lacks a column, an answer is none of the options, or an image is no base64.
     """
     header, rows = read_table(Path(table))
     if missing := [name for name in ("index", "question", "A", "B", "image") if name not in header]:
@@ -209,6 +215,8 @@ def load_mmbench(table: str | Path) -> list[Question]:
             options.append(row[letter])
         stem = row["question"] if _empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
         answers = () if _empty(row.get("answer")) else (row["answer"],)
+        if answers:
+            _require_option(table, row["index"], row["answer"], dict(zip(LETTERS, options, strict=False)))
         try:
             image = base64.b64decode(images.get(row["image"], row["image"]), validate=True)
         except binascii.Error as error:
@@ -287,6 +295,17 @@ def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
             "with an answer."
         )
     return tuple(texts)
+
+
+def _require_option(path: str | Path, key: str | int, answer: Any, options: Mapping[Any, str]) -> None:
+    """Insists that an answer is one of the options.
+
+    Raises:
+        SanError: If not; the message lists the options, each with its text.
+    """
+    if answer not in list(options):
+        known = ", ".join(f"{name} ({text})" if text else str(name) for name, text in options.items()) or "no option"
+        raise san_error(f"{path}: the answer to the question {key!r} is {answer!r}; it has to be one of {known}.")
 
 
 def _empty(cell: str | None) -> bool:

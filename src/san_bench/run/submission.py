@@ -1,0 +1,99 @@
+"""What the servers of benchmarks take: a run's answers to questions whose answers are kept secret."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from san_bench.recipe_conversation import ConversationRecipe
+from san_bench.run import vqa_files, vqa_uploads
+from san_bench.run.vqa import Question
+from san_bench.strict import did_you_mean
+from san_peft.errors import SanError
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server of a benchmark is about, and takes.
+
+    Attributes:
+        load: Loads its questions.
+        images: Folder of their images, beside the questions.
+        ending: Of the file that it takes.
+    """
+
+    load: Callable[[Path], list[Question]]
+    images: str
+    ending: str
+
+
+SERVERS = {
+    "vqav2": Server(vqa_files.load_vqav2, "test2015", ".json"),
+    "vizwiz": Server(
+        lambda path: (vqa_files.read_questions if path.suffix == ".jsonl" else vqa_files.load_vizwiz)(path),
+        "test",
+        ".json",
+    ),
+    "mmbench": Server(vqa_files.load_mmbench, "", ".xlsx"),
+}
+"""The benchmarks that have one."""
+
+
+def submission(
+    source: str | Path, name: str, questions: str | Path, out: str | Path, images: str | Path | None = None
+) -> Path:
+    """Lets a run answer the questions of a server, and writes what the server takes.
+
+    Args:
+        source: Folder of a run, which is loaded and asked; or a file of answers as LLaVA writes them (`.jsonl`).
+        name: One of `SERVERS`.
+        questions: Of `vqav2` LLaVA's JSON lines or the official file, of `vizwiz` LLaVA's JSON lines or `test.json`, of
+            `mmbench` its table.
+        out: File to write.
+        images: Folder of the images; by default the server's, beside the questions. MMBench's are in its table.
+
+    Returns:
+        The file that was written: of `mmbench` a table (`.tsv`) where openpyxl is not installed.
+
+    Raises:
+        SanError: If the benchmark has no server, the file is there already or has another ending, the questions,
+            images or answers are not as they must be, or the run has not finished or is none of a model that sees.
+    """
+    if name not in SERVERS:
+        known = ", ".join(SERVERS)
+        raise SanError(f"There is no server of {name!r} to write for, only of {known}.{did_you_mean(name, SERVERS)}")
+    server, path = SERVERS[name], Path(out)
+    if path.suffix != server.ending:
+        raise SanError(f"The server of {name} takes a {server.ending} file, not {path.name}. Name it so with --out.")
+    if there := [file for file in (path, path.with_suffix(".tsv")) if file.exists()]:
+        raise SanError(f"{there[0]} is there already. Choose another file with --out.")
+    asked = server.load(Path(questions))
+    if Path(source).suffix == ".jsonl":
+        answers = vqa_uploads.read_answers(source, asked)
+    else:
+        answers = _ask(Path(source), name, asked, Path(images or Path(questions).parent / server.images))
+    if name == "mmbench":
+        return vqa_uploads.write_mmbench(path, questions, asked, answers)
+    write = {"vqav2": vqa_uploads.write_vqav2, "vizwiz": vqa_uploads.write_vizwiz}[name]
+    write(path, asked, answers)
+    return path
+
+
+def _ask(run: Path, name: str, questions: Sequence[Question], images: Path) -> list[str | None]:
+    from san_bench.run.conversation_task import Asked, ConversationTask
+    from san_bench.run.conversations import Conversations
+    from san_bench.run.evaluate import run_recipe, trained_model
+    from san_bench.run.weights import place
+
+    recipe = run_recipe(run)
+    if not isinstance(recipe, ConversationRecipe):
+        raise SanError(f"{run} is a run of {recipe.task}; only models that see and speak can be asked about images.")
+    asked = Asked(name, tuple(questions), images)
+    if problems := asked.problems_of_images(name):
+        raise SanError("\n".join([*map(str, problems), "Name the folder of the images with --images."]))
+    task = ConversationTask(recipe.task, images, {recipe.eval_split: {name: asked}}, lambda: ({}, None))
+    domain = Conversations(recipe, task)
+    model = trained_model(domain, run / "adapter")
+    place(model)
+    return [*domain.answers(model, asked)]
