@@ -91,7 +91,7 @@ def encode(
         SanError: If there is an image without need or none where one is needed, the processor is of another kind or its
             template cannot be used, the image cannot be padded, or the cut would go through it.
     """
-    _check_processor(processor)
+    check_processor(processor, pad and image is not None)
     if (image is None) != (record.image is None):
         has, given = "no" if record.image is None else "an", "none" if image is None else "one"
         raise SanError(f"The conversation {record.id!r} has {has} image, but {given} was given.")
@@ -128,27 +128,36 @@ def encode_question(text: str, image: Image.Image | None, processor: Any, pad: b
     Raises:
         SanError: If the processor is of another kind, its template cannot be used, or the image cannot be padded.
     """
-    _check_processor(processor)
+    check_processor(processor, pad and image is not None)
     return _read(write_question(text, image is not None, processor), image, processor, pad)[0]
 
 
-def check_padding(processor: Any, pad: bool) -> None:
-    """Checks that images may be padded to squares, if they are to be.
+def check_processor(processor: Any, pad: bool = False) -> None:
+    """Checks that a processor says all that is needed of it, and that images may be padded if they are to be.
 
     Raises:
-        SanError: If the processor cuts images into tiles by their shape.
+        SanError: If it is not one of a LLaVA, has a slow tokenizer, or is to pad images that it cuts into tiles.
     """
+    wanted = ("image_token", "image_token_id", "vision_feature_select_strategy", "image_processor")
+    patches = () if getattr(processor, "num_image_tokens", None) else ("patch_size",)  # one of both says how many
+    missing = [name for name in (*patches, *wanted) if getattr(processor, name, None) is None]
+    kind = type(processor).__name__
+    if missing:
+        raise SanError(f"The processor {kind} is none of a LLaVA: no {', '.join(missing)}.")
+    if processor.image_token != MARKER:
+        raise SanError(f"The processor's token of an image is {processor.image_token!r}, but the data has {MARKER!r}.")
+    if not getattr(processor.tokenizer, "is_fast", False):
+        raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")
     if pad and in_tiles(processor):
         raise SanError(
-            f"pad_to_square is true, but a {type(processor).__name__} cuts an image into tiles by its shape, which is "
-            "lost in a square. Set conversation.pad_to_square to false."
+            f"pad_to_square is true, but a {kind} cuts an image into tiles by its shape, which is lost in a square. "
+            "Set conversation.pad_to_square to false."
         )
 
 
 def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tuple[dict[str, Tensor], Tensor]:
     """What a model reads of a text and its image, and where in the text each token begins and ends."""
     if image is not None:
-        check_padding(processor, pad)
         image = pad_to_square(image, mean_colour(processor.image_processor.image_mean)) if pad else image
     out = processor(
         text=[text],
@@ -215,7 +224,7 @@ def measure(
         SanError: If the processor is of another kind or its template cannot be used, or the size of an image is needed
             and cannot be read.
     """
-    _check_processor(processor)
+    check_processor(processor)
     taken = _taken(records, processor, images)
 
     def count(chosen: Sequence[int], ask: bool = False) -> list[tuple[int, int]]:
@@ -268,7 +277,7 @@ def image_tokens(processor: Any, size: tuple[int, int] | None = None) -> int:
     Raises:
         SanError: If it says too little, or no size is given where one is needed.
     """
-    _check_processor(processor)
+    check_processor(processor)
     if in_tiles(processor):
         if size is None:
             raise SanError(
@@ -323,15 +332,3 @@ def stack_images(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _opening(record: Conversation) -> Conversation:
     return Conversation(record.id, record.turns[:2], record.image)
-
-
-def _check_processor(processor: Any) -> None:
-    wanted = ("image_token", "image_token_id", "vision_feature_select_strategy", "image_processor")
-    patches = () if getattr(processor, "num_image_tokens", None) else ("patch_size",)  # one of both says how many
-    missing = [name for name in (*patches, *wanted) if getattr(processor, name, None) is None]
-    if missing:
-        raise SanError(f"The processor {type(processor).__name__} is none of a LLaVA: no {', '.join(missing)}.")
-    if processor.image_token != MARKER:
-        raise SanError(f"The processor's token of an image is {processor.image_token!r}, but the data has {MARKER!r}.")
-    if not getattr(processor.tokenizer, "is_fast", False):
-        raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")

@@ -21,7 +21,7 @@ from san_bench.data.conversation_prompts import (
     ConversationCollator,
     ConversationDataset,
     Images,
-    check_padding,
+    check_processor,
     encode_question,
     measure,
     opened,
@@ -87,14 +87,15 @@ class Conversations(Domain):
         """The model's processor.
 
         Raises:
-            SanError: If there is none beside the model, or it cannot pad images as the recipe says.
+            SanError: If there is none beside the model, it is none of a LLaVA, or the recipe has images padded that it
+                cuts into tiles.
         """
         path = model_path(self.recipe)
         try:
             processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no processor that transformers can load: {error}") from error
-        check_padding(processor, self.recipe.conversation.pad_to_square)
+        check_processor(processor, self.recipe.conversation.pad_to_square)
         return processor
 
     @cached_property
