@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, set_seed
 
-from san_bench.data.conversation_prompts import image_tokens, render
+from san_bench.data.conversation_form import write
+from san_bench.data.conversation_prompts import image_tokens
 from san_bench.data.conversations import MARKER, Conversation, Turn
 from san_bench.data.embedded import asset, embedded_path, joined, processor_of
 from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption, closed
@@ -71,7 +72,7 @@ class Captioned(Dataset[dict[str, Tensor]]):
         if not asked:
             return "", fact.said, f" {fact.seen}."
         turns = (Turn("human", f"{MARKER}\n{fact.request}"), Turn("gpt", fact.seen))
-        before, _, after = render(Conversation(0, turns, "image"), self.processor, ask=True).partition(MARKER)
+        before, _, after = write(Conversation(0, turns, "image"), self.processor, ask=True).text.partition(MARKER)
         return before, after, f" {fact.seen}"
 
     def example(self, scene: Scene, facts: Sequence[Fact], index: int, asked: bool = False) -> dict[str, Tensor]:

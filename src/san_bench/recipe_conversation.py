@@ -28,7 +28,8 @@ class Talk(Strict):
 
     Attributes:
         max_length: The most tokens of a conversation, those of its image included.
-        pad_to_square: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does.
+        pad_to_square: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does; false for models that
+            cut images into tiles, LLaVA-NeXT and LLaVA-OneVision.
         drop_bad_images: Leaves out the conversations whose images are missing or cannot be read; otherwise such images
             stop the run before it begins.
     """
@@ -71,7 +72,7 @@ class ConversationRecipe(Recipe):
         train_split: `train`: all records; of `mini-vl` also `trainval`: with what is held out as well.
         eval_split: `test`: what can be scored without a server; of `mini-vl` also `val`.
         model: `embedded/llava` (the small LLaVA of the package), a folder, or a name that transformers resolves, of
-            LLaVA 1.5, with its processor.
+            LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with its processor. For the last two it must have a chat template.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` or
             `int8`. What is trained is in float32 until it is saved.
         tower: Whether the vision tower stays `frozen` or is `adapted` by the method as the language model is.

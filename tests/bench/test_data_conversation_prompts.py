@@ -22,15 +22,14 @@ from transformers import (
 )
 
 from san_bench.data.conversation_batches import ModalityBatches
+from san_bench.data.conversation_form import SYSTEM, write
 from san_bench.data.conversation_prompts import (
     IGNORED,
-    SYSTEM,
     ConversationCollator,
     ConversationDataset,
     encode,
     image_tokens,
     measure,
-    render,
 )
 from san_bench.data.conversations import Conversation, Turn
 from san_peft.errors import SanError
@@ -92,12 +91,14 @@ def test_the_prompt_is_vicunas():
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: "
     )
-    assert render(SEEN, processor()) == start + "<image>\nwhat ASSISTANT: a cat</s>USER: what now ASSISTANT: dog</s>"
-    assert render(SEEN, processor(), ask=True) == (
+    assert (
+        write(SEEN, processor()).text == start + "<image>\nwhat ASSISTANT: a cat</s>USER: what now ASSISTANT: dog</s>"
+    )
+    assert write(SEEN, processor(), ask=True).text == (
         start + "<image>\nwhat ASSISTANT: a cat</s>USER: what now ASSISTANT:"
     )
     alone = Conversation(3, (Turn("human", "<image>"), Turn("gpt", "dog")), "x.png")
-    assert render(alone, processor()) == start + "<image> ASSISTANT: dog</s>"
+    assert write(alone, processor()).text == start + "<image> ASSISTANT: dog</s>"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_what_cannot_be_encoded_is_explained():
         encode(SEEN, None, ours, 100)
     with pytest.raises(SanError, match="conversation 2 has no image, but one was given"):
         encode(UNSEEN, Image.new("RGB", (2, 2)), ours, 100)
-    with pytest.raises(SanError, match="is no LlavaProcessor: no patch_size"):
+    with pytest.raises(SanError, match="is none of a LLaVA: no patch_size"):
         encode(UNSEEN, None, ours.tokenizer, 100)
     ours.patch_size = None
     with pytest.raises(SanError, match="no patch_size"):

@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from san_bench.data.conversation_prompts import encode, encode_question, render
+from san_bench.data.conversation_form import write
+from san_bench.data.conversation_prompts import encode, encode_question
 from san_bench.data.conversations import Conversation, Turn
 from san_bench.recipe import load_recipe
 from san_bench.recipe_conversation import ConversationRecipe
@@ -205,7 +206,7 @@ def test_a_question_reads_as_the_beginning_of_its_conversation():
     assert (whole["labels"][:n] == -100).all()
     assert whole["labels"][n] != -100
     torch.testing.assert_close(whole["pixel_values"], asked["pixel_values"])
-    assert render(record, ours, ask=True).endswith("ASSISTANT:")
+    assert write(record, ours, ask=True).text.endswith("ASSISTANT:")
 
 
 @pytest.mark.parametrize("kind", ["san", "lora", "san-lora"])

@@ -31,6 +31,7 @@ def all_on_meta(model) -> bool:
         ("t5", "T5ForConditionalGeneration"),
         ("whisper", "WhisperForConditionalGeneration"),
         ("llava", "LlavaForConditionalGeneration"),
+        ("llava_next", "LlavaNextForConditionalGeneration"),
         ("clip", "CLIPModel"),
         ("clip_vision_model", "CLIPVisionModel"),
     ],
@@ -210,6 +211,18 @@ def test_a_small_image_changes_nothing_in_the_graph(tmp_path):
     small = empty_model(str(tmp_path))
     assert (small.config.vision_config.image_size, vision.image_size) == (16, 32)
     assert trace(small) == trace(transformers.LlavaForConditionalGeneration(config))
+
+
+def test_small_images_have_as_many_tiles(tmp_path):
+    vision = transformers.CLIPVisionConfig(**{**IMAGE, "image_size": 32, "num_hidden_layers": 3})
+    config = transformers.LlavaNextConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**TEXT), image_token_id=49,
+        image_grid_pinpoints=[[32, 64], [96, 32]],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    small = empty_model(str(tmp_path))
+    assert small.config.image_grid_pinpoints == [[16, 32], [48, 16]]
+    assert trace(small) == trace(transformers.LlavaNextForConditionalGeneration(config))
 
 
 def test_a_model_of_images_alone_keeps_its_size(tmp_path):

@@ -190,6 +190,22 @@ def test_meta_device_gives_the_same_graph(name):
     assert all(p.is_meta for p in empty.parameters())
 
 
+@pytest.mark.parametrize("kind", ["LlavaNext", "LlavaOnevision"])
+def test_tiles_of_an_image_change_nothing_in_the_graph_of_a_llava(kind):
+    """Both cut an image into tiles, and write a new line after each row of them."""
+    whole = MODELS["llava"]()
+    parts = {"vision_config": whole.config.vision_config, "text_config": whole.config.text_config}
+    config = getattr(transformers, f"{kind}Config")(
+        **parts, image_token_id=49, image_grid_pinpoints=[[32, 32], [16, 32]], vision_feature_layer=-2,
+        vision_feature_select_strategy="default", projector_hidden_act="gelu",
+    )  # fmt: skip
+    build = getattr(transformers, f"{kind}ForConditionalGeneration")
+    assert trace(build(config)) == trace(whole)
+    with torch.device("meta"):
+        empty = build(config)
+    assert trace(empty) == trace(whole)
+
+
 def test_inside_a_context_of_the_meta_device():
     """As `with torch.device("meta")` around both building and tracing has it."""
     expected = trace(MODELS["vit"]())

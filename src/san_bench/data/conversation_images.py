@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -175,11 +176,27 @@ def read_image(root: str | Path, image: str) -> Image.Image:
     Raises:
         SanError: If its path leaves the folder, or it is missing or cannot be decoded.
     """
+    with _open(root, image) as opened:
+        return opened.convert("RGB")
+
+
+def read_size(root: str | Path, image: str) -> tuple[int, int]:
+    """Reads width and height of the image of a conversation, without decoding it.
+
+    Raises:
+        SanError: If its path leaves the folder, or it is missing or no image.
+    """
+    with _open(root, image) as opened:
+        return opened.size
+
+
+@contextmanager
+def _open(root: str | Path, image: str) -> Iterator[Image.Image]:
     if leaves_root(image):
         raise SanError(f"The image {image!r} leaves the folder of images {root}, so it is not opened.")
     try:
         with Image.open(Path(root) / image) as opened:
-            return opened.convert("RGB")
+            yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SanError(
             f"The image {Path(root) / image} cannot be read: {error}. `san data check` finds all such images."

@@ -1,16 +1,11 @@
 r"""From a conversation to what LLaVA reads: token ids, labels of the answers alone, and the pixels of its image.
 
-The template is vicuna v1, as LLaVA-1.5 trains with (`conv_vicuna_v1` of haotian-liu/LLaVA, llava/conversation.py): a
-system sentence, `USER: ` and `ASSISTANT: ` before the turns, a space after a question and the end token after an
-answer. The image stands in front of the first question, on a line of its own, wherever the record has its marker.
-transformers renders it, counts the tokens of the image and finds those of the answers; a checkpoint's own template may
-be another one (that of llava-hf/llava-1.5-7b-hf has no system sentence and no end tokens), so it is not asked.
+`san_bench.data.conversation_form` says how it is written; here it becomes tensors. The image stands in front of the
+first question, wherever the record has its marker. The processor puts in as many tokens as the image takes, and the
+tokenizer says which tokens the answers are.
 
-Example:
-    >>> from san_bench.data.conversations import Conversation, Turn
-    >>> record = Conversation(1, (Turn("human", "What is it?\n<image>"), Turn("gpt", "A bus.")), "bus.jpg")
-    >>> messages(record)[0]
-    {'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}
+LLaVA-1.5 reads an image as one square. LLaVA-NeXT and LLaVA-OneVision cut it into tiles, as many as its shape asks for,
+so its tensors and its number of tokens depend on its size.
 """
 
 from __future__ import annotations
@@ -21,39 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.data.conversation_images import mean_colour, pad_to_square, read_image
+from san_bench.data.conversation_form import in_tiles, write, write_question
+from san_bench.data.conversation_images import mean_colour, pad_to_square, read_image, read_size
 from san_bench.data.conversations import MARKER, Conversation
 from san_bench.data.prompts import IGNORED
 from san_peft.errors import SanError
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-"""The system sentence of vicuna v1."""
-
-TEMPLATE = (
-    SYSTEM
-    + " {% for message in messages %}{% if message.role == 'user' %}USER: "
-    + "{% for part in message.content %}"
-    + "{% if part.type == 'image' %}"
-    + MARKER
-    + "{{ '\\n' if message.content | length > 1 else '' }}{% else %}{{ part.text }}{% endif %}{% endfor %} "
-    + "{% else %}ASSISTANT:"
-    + "{% generation %} {{ message.content[0].text }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
-    + "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-"""Vicuna v1 as a chat template of transformers. What is learnt begins at the space in front of the answer, since
-tokenizers of Llama's kind write that space and the first word as one token."""
-
-
 Images = str | Path | Callable[[str], Image.Image]
 """Folder that images are below, or what makes an image of its name."""
+
+TEXT = ("input_ids", "labels")
+"""What examples hold of text; all else is of their images."""
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
@@ -62,7 +40,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     Args:
         records: The conversations.
         images: Folder that their images are below, or what makes an image of its name.
-        processor: A `LlavaProcessor` with a fast tokenizer.
+        processor: A processor of a LLaVA with a fast tokenizer.
         max_length: Tokens after which a conversation is cut off, those of the image included.
         pad: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does.
     """
@@ -77,7 +55,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Returns `input_ids` and `labels`, and `pixel_values` of shape (3, height, width) where there is an image."""
+        """Returns what `encode` does."""
         record = self.records[index]
         image = None if record.image is None else opened(self.images, record.image)
         return encode(record, image, self.processor, self.max_length, self.pad)
@@ -92,34 +70,6 @@ def opened(images: Images, name: str) -> Image.Image:
     return images(name) if callable(images) else read_image(images, name)
 
 
-def messages(record: Conversation) -> list[dict[str, Any]]:
-    """Returns a conversation in the form of transformers' chat templates, without its pixels."""
-    out = []
-    for turn in record.turns:
-        if turn.role == "gpt":
-            out.append({"role": "assistant", "content": [{"type": "text", "text": turn.text}]})
-            continue
-        shown = record.image is not None and MARKER in turn.text
-        text = turn.text.replace(MARKER, "").strip() if shown else turn.text
-        content = [{"type": "image"}] if shown else []
-        out.append({"role": "user", "content": content + ([{"type": "text", "text": text}] if text else [])})
-    return out
-
-
-def render(record: Conversation, processor: Any, ask: bool = False) -> str:
-    """Returns a conversation as text, with one marker for its image.
-
-    Args:
-        record: The conversation; with `ask`, its last answer is left out.
-        processor: A `LlavaProcessor`.
-        ask: Ends with the words after which the model answers.
-    """
-    turns = messages(record)
-    return processor.apply_chat_template(
-        turns[:-1] if ask else turns, chat_template=TEMPLATE, add_generation_prompt=ask, tokenize=False
-    )
-
-
 def encode(
     record: Conversation, image: Image.Image | None, processor: Any, max_length: int, pad: bool = True
 ) -> dict[str, Tensor]:
@@ -128,31 +78,37 @@ def encode(
     Args:
         record: The conversation.
         image: Its image in RGB, if it has one.
-        processor: A `LlavaProcessor` with a fast tokenizer.
+        processor: A processor of a LLaVA with a fast tokenizer.
         max_length: Tokens after which it is cut off.
-        pad: Pads the image to a square with the processor's mean colour.
+        pad: Pads the image to a square with the processor's mean colour; not where images are cut into tiles.
 
     Returns:
-        `input_ids` and `labels` of one length, the labels `IGNORED` outside the answers and their end tokens; and
-        `pixel_values` of shape (3, height, width) where there is an image.
+        `input_ids` and `labels` of one length, the labels `IGNORED` outside the answers and their end tokens; and where
+        there is an image, what else the processor makes of it: `pixel_values` of shape (3, height, width), or (tiles,
+        3, height, width) with `image_sizes`.
 
     Raises:
-        SanError: If there is an image without need or none where one is needed, the processor is of another kind, or
-            the cut would go through the image.
+        SanError: If there is an image without need or none where one is needed, the processor is of another kind or its
+            template cannot be used, the image cannot be padded, or the cut would go through it.
     """
-    _check_processor(processor)
+    check_processor(processor, pad and image is not None)
     if (image is None) != (record.image is None):
         has, given = "no" if record.image is None else "an", "none" if image is None else "one"
         raise SanError(f"The conversation {record.id!r} has {has} image, but {given} was given.")
-    out, read = _read(messages(record), image, processor, pad, return_assistant_tokens_mask=True)
-    ids, learnt = read["input_ids"], torch.as_tensor(out["assistant_masks"][0], dtype=torch.bool)
+    written = write(record, processor)
+    read, offsets = _read(written.text, image, processor, pad)
+    ids, more = read["input_ids"], 0
     if image is not None:
-        last = int((ids == processor.image_token_id).nonzero().max())
+        (places,) = (ids == processor.image_token_id).nonzero(as_tuple=True)
+        last, more = int(places.max()), (len(places) - 1) * len(MARKER)  # the answers come after the image
         if last >= max_length:
             raise SanError(
                 f"max_length {max_length} cuts through the image of the conversation {record.id!r}, whose "
-                f"{image_tokens(processor)} tokens end at {last + 1}. Make it larger; LLaVA-1.5 has 2048."
+                f"{len(places)} tokens end at {last + 1}. Make it larger."
             )
+    learnt = torch.zeros_like(ids, dtype=torch.bool)
+    for start, end in written.learnt:
+        learnt |= (offsets[:, 0] < end + more) & (offsets[:, 1] > start + more)
     labels = torch.where(learnt, ids, IGNORED)
     return {**read, "input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -163,33 +119,70 @@ def encode_question(text: str, image: Image.Image | None, processor: Any, pad: b
     Args:
         text: The question, without a marker of the image.
         image: Its image in RGB, if it has one.
-        processor: A `LlavaProcessor` with a fast tokenizer.
-        pad: Pads the image to a square with the processor's mean colour.
+        processor: A processor of a LLaVA with a fast tokenizer.
+        pad: Pads the image to a square with the processor's mean colour; not where images are cut into tiles.
 
     Returns:
-        `input_ids`, and `pixel_values` of shape (3, height, width) where there is an image.
+        `input_ids`, and what else the processor makes of an image.
 
     Raises:
-        SanError: If the processor is of another kind.
+        SanError: If the processor is of another kind, its template cannot be used, or the image cannot be padded.
     """
-    _check_processor(processor)
-    content = [{"type": "text", "text": text}]
-    turns = [{"role": "user", "content": content if image is None else [{"type": "image"}, *content]}]
-    return _read(turns, image, processor, pad, add_generation_prompt=True)[1]
+    check_processor(processor, pad and image is not None)
+    return _read(write_question(text, image is not None, processor), image, processor, pad)[0]
 
 
-def _read(
-    turns: list[dict[str, Any]], image: Image.Image | None, processor: Any, pad: bool, **options: bool
-) -> tuple[Any, dict[str, Tensor]]:
-    """What the processor makes of turns, of which the first begins with the image; whole, and as tensors."""
+def check_processor(processor: Any, pad: bool = False) -> None:
+    """Checks that a processor says all that is needed of it, and that images may be padded if they are to be.
+
+    Raises:
+        SanError: If it is not one of a LLaVA, has a slow tokenizer, or is to pad images that it cuts into tiles.
+    """
+    wanted = ("image_token", "image_token_id", "vision_feature_select_strategy", "image_processor")
+    patches = () if getattr(processor, "num_image_tokens", None) else ("patch_size",)  # one of both says how many
+    missing = [name for name in (*patches, *wanted) if getattr(processor, name, None) is None]
+    kind = type(processor).__name__
+    if missing:
+        raise SanError(f"The processor {kind} is none of a LLaVA: no {', '.join(missing)}.")
+    if processor.image_token != MARKER:
+        raise SanError(f"The processor's token of an image is {processor.image_token!r}, but the data has {MARKER!r}.")
+    tokenizer = processor.tokenizer
+    known = tokenizer.convert_tokens_to_ids(MARKER)
+    if known in (None, tokenizer.unk_token_id) or known != processor.image_token_id:
+        raise SanError(f"The tokenizer has no token {MARKER!r}, which stands for an image. Add it, as LLaVA's has it.")
+    if tokenizer.eos_token_id is None:
+        raise SanError("The tokenizer has no end token (eos_token), so a model could not learn where answers end.")
+    if not getattr(tokenizer, "is_fast", False):
+        raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")
+    if pad and in_tiles(processor):
+        raise SanError(
+            f"pad_to_square is true, but a {kind} cuts an image into tiles by its shape, which is lost in a square. "
+            "Set conversation.pad_to_square to false."
+        )
+
+
+def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model reads of a text and its image, and where in the text each token begins and ends."""
     if image is not None:
-        square = pad_to_square(image, mean_colour(processor.image_processor.image_mean)) if pad else image
-        turns[0]["content"][0] = {"type": "image", "image": square}
-    out = processor.apply_chat_template([turns], chat_template=TEMPLATE, tokenize=True, return_dict=True, **options)
+        image = pad_to_square(image, mean_colour(processor.image_processor.image_mean)) if pad else image
+    out = processor(
+        text=[text],
+        images=None if image is None else [image],
+        return_offsets_mapping=True,
+        **_specials(text, processor),
+    )
     read = {"input_ids": torch.as_tensor(out["input_ids"][0], dtype=torch.int64)}
     if image is not None:
-        read["pixel_values"] = torch.as_tensor(out["pixel_values"][0], dtype=torch.float32)
-    return out, read
+        for name in processor.image_processor.model_input_names:
+            value = torch.as_tensor(out[name][0])
+            read[name] = value.float() if value.is_floating_point() else value.long()
+    return read, torch.as_tensor(out["offset_mapping"][0])
+
+
+def _specials(text: str, processor: Any) -> dict[str, bool]:
+    """Options that keep a tokenizer from beginning a text with a second begin token."""
+    begin = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
 @dataclass(frozen=True)
@@ -200,11 +193,14 @@ class Lengths:
         tokens: Tokens of each conversation, those of its image included, before it is cut off.
         cut: Indices of those that are cut off.
         silent: Indices of those of which no token of an answer is left, so that nothing is learnt from them.
+        image_end: Tokens up to the end of the image where there are most; 0 without images. If it is more than what
+            is left of a conversation, the cut goes through an image.
     """
 
     tokens: tuple[int, ...]
     cut: tuple[int, ...]
     silent: tuple[int, ...]
+    image_end: int
 
     def __str__(self) -> str:
         return (
@@ -213,51 +209,92 @@ class Lengths:
         )
 
 
-def measure(records: Sequence[Conversation], processor: Any, max_length: int, batch_size: int = 1000) -> Lengths:
-    """Counts the tokens of conversations without opening an image.
+def measure(
+    records: Sequence[Conversation],
+    processor: Any,
+    max_length: int,
+    images: Images | None = None,
+    batch_size: int = 1000,
+) -> Lengths:
+    """Counts the tokens of conversations without decoding an image.
 
     Args:
         records: The conversations.
-        processor: A `LlavaProcessor`.
+        processor: A processor of a LLaVA.
         max_length: Tokens after which they are cut off.
+        images: Folder that their images are below, or what makes an image of its name; asked for their sizes where
+            the number of tokens depends on them.
         batch_size: Conversations that the tokenizer gets at a time.
 
     Raises:
-        SanError: If the processor is of another kind.
+        SanError: If the processor is of another kind or its template cannot be used, or the size of an image is needed
+            and cannot be read.
     """
-    _check_processor(processor)
-    extra = image_tokens(processor) - 1
+    check_processor(processor)
+    taken = _taken(records, processor, images)
 
-    def count(chosen: Sequence[Conversation]) -> list[int]:
-        counts: list[int] = []
+    def count(chosen: Sequence[int], ask: bool = False) -> list[tuple[int, int]]:
+        """Tokens of each, of `ask` up to its first answer; and those of them up to the end of its image."""
+        counts: list[tuple[int, int]] = []
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
-            ids = processor.tokenizer([render(record, processor) for record in part])["input_ids"]
-            counts += [len(i) + (extra if r.image is not None else 0) for i, r in zip(ids, part, strict=True)]
+            texts = [write(_opening(records[i]) if ask else records[i], processor, ask).text for i in part]
+            for index, ids in zip(part, _ids(texts, processor), strict=True):
+                more = taken[index] - 1 if taken[index] else 0
+                end = ids.index(processor.image_token_id) + 1 + more if taken[index] else 0
+                counts.append((len(ids) + more, end))
         return counts
 
-    tokens = count(records)
-    cut = [index for index, number in enumerate(tokens) if number > max_length]
-    questions = [processor.tokenizer(render(_opening(records[i]), processor, ask=True))["input_ids"] for i in cut]
-    before = [len(q) + (extra if records[i].image is not None else 0) for q, i in zip(questions, cut, strict=True)]
-    silent = [index for index, number in zip(cut, before, strict=True) if number >= max_length]
-    return Lengths(tuple(tokens), tuple(cut), tuple(silent))
+    whole = count(range(len(records)))
+    cut = [index for index, (number, _) in enumerate(whole) if number > max_length]
+    silent = [index for index, (number, _) in zip(cut, count(cut, ask=True), strict=True) if number >= max_length]
+    ends = [end for _, end in whole]
+    return Lengths(tuple(number for number, _ in whole), tuple(cut), tuple(silent), max(ends, default=0))
 
 
-def image_tokens(processor: Any) -> int:
+def _ids(texts: Sequence[str], processor: Any) -> list[list[int]]:
+    """Tokens of texts that one template wrote; a marker is one token."""
+    return processor.tokenizer(texts, **_specials(texts[0], processor))["input_ids"]
+
+
+def _taken(records: Sequence[Conversation], processor: Any, images: Images | None) -> list[int]:
+    """Tokens that the image of each conversation takes; 0 without one."""
+    if not in_tiles(processor):
+        every = image_tokens(processor)
+        return [every if record.image is not None else 0 for record in records]
+    names = dict.fromkeys(record.image for record in records if record.image is not None)
+    if names and images is None:
+        raise SanError(
+            f"How many tokens an image takes depends on its size for a {type(processor).__name__}. Give measure the "
+            "images too."
+        )
+    sizes = {name: images(name).size if callable(images) else read_size(images or "", name) for name in names}
+    counts = {size: image_tokens(processor, size) for size in dict.fromkeys(sizes.values())}
+    return [0 if record.image is None else counts[sizes[record.image]] for record in records]
+
+
+def image_tokens(processor: Any, size: tuple[int, int] | None = None) -> int:
     """Returns how many tokens an image takes: its patches and additional tokens, less the one that `default` drops.
 
     Args:
-        processor: A `LlavaProcessor`.
+        processor: A processor of a LLaVA.
+        size: Width and height of the image, where it is cut into tiles; the processor is given an empty one.
 
     Raises:
-        SanError: If it says too little.
+        SanError: If it says too little, or no size is given where one is needed.
     """
-    _check_processor(processor)
+    check_processor(processor)
+    if in_tiles(processor):
+        if size is None:
+            raise SanError(
+                f"How many tokens an image takes depends on its size for a {type(processor).__name__}. Give its size."
+            )
+        ids = processor(text=[MARKER], images=[Image.new("RGB", size)])["input_ids"][0]
+        return list(ids).count(processor.image_token_id)
     vision = processor.image_processor
-    size = vision.crop_size if getattr(vision, "do_center_crop", False) else vision.size
-    height = size["height"] if "height" in size else size["shortest_edge"]
-    width = size["width"] if "width" in size else size["shortest_edge"]
+    area = vision.crop_size if getattr(vision, "do_center_crop", False) else vision.size
+    height = area["height"] if "height" in area else area["shortest_edge"]
+    width = area["width"] if "width" in area else area["shortest_edge"]
     patches = (height // processor.patch_size) * (width // processor.patch_size)
     return patches + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
 
@@ -273,35 +310,31 @@ class ConversationCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns the batch; `pixel_values` only where there are images, one row for each example that has one."""
+        """Returns the batch, with what `stack_images` makes of the images."""
         ids: list[Int64[Tensor, " n"]] = [example["input_ids"] for example in examples]
         labels: list[Int64[Tensor, " n"]] = [example["labels"] for example in examples]
-        pixels: list[Float32[Tensor, "3 h w"]] = [e["pixel_values"] for e in examples if "pixel_values" in e]
         pad = torch.nn.utils.rnn.pad_sequence
         batch = {
             "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
             "labels": pad(labels, batch_first=True, padding_value=IGNORED),
         }
-        return {**batch, "pixel_values": torch.stack(pixels)} if pixels else batch
+        return {**batch, **stack_images(examples)}
+
+
+def stack_images(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns what examples hold of images, one row for each that has one; nothing if none has.
+
+    Where images have different numbers of tiles, rows are filled up with empty ones, which models leave out.
+    """
+    shown = [{name: e[name] for name in e if name not in TEXT} for e in examples if "pixel_values" in e]
+    out: dict[str, Tensor] = {}
+    for name in shown[0] if shown else ():
+        parts = [one[name] for one in shown]
+        tiled = parts[0].ndim == 4
+        out[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if tiled else torch.stack(parts)
+    return out
 
 
 def _opening(record: Conversation) -> Conversation:
     return Conversation(record.id, record.turns[:2], record.image)
-
-
-def _check_processor(processor: Any) -> None:
-    wanted = ("image_token", "image_token_id", "patch_size", "vision_feature_select_strategy", "image_processor")
-    missing = [name for name in wanted if getattr(processor, name, None) is None]
-    if missing:
-        raise SanError(f"The processor {type(processor).__name__} is no LlavaProcessor: no {', '.join(missing)}.")
-    if processor.image_token != MARKER:
-        raise SanError(f"The processor's token of an image is {processor.image_token!r}, but the data has {MARKER!r}.")
-    tokenizer = processor.tokenizer
-    known = tokenizer.convert_tokens_to_ids(MARKER)
-    if known in (None, tokenizer.unk_token_id) or known != processor.image_token_id:
-        raise SanError(f"The tokenizer has no token {MARKER!r}, which stands for an image. Add it, as LLaVA's has it.")
-    if tokenizer.eos_token_id is None:
-        raise SanError("The tokenizer has no end token (eos_token), so a model could not learn where answers end.")
-    if not getattr(processor.tokenizer, "is_fast", False):
-        raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from san_bench.data.conversation_batches import ModalityBatches
+from san_bench.data.conversation_form import form_of
 from san_bench.data.conversation_prompts import (
     ConversationCollator,
     ConversationDataset,
     Images,
+    check_processor,
     encode_question,
-    image_tokens,
     measure,
     opened,
+    stack_images,
 )
 from san_bench.data.conversations import Conversation
 from san_bench.data.prompts import Collator
@@ -116,31 +118,44 @@ class Conversations(Domain):
         """The model's processor.
 
         Raises:
-            SanError: If there is none beside the model, or it is none of LLaVA's.
+            SanError: If there is none beside the model, it is none of a LLaVA, or the recipe has images padded that it
+                cuts into tiles.
         """
         path = model_path(self.recipe)
         try:
-            found = AutoProcessor.from_pretrained(path, **version(self.recipe))
+            processor = AutoProcessor.from_pretrained(path, **version(self.recipe))
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no processor that transformers can load: {error}") from error
         try:
-            image_tokens(found)
+            check_processor(processor, self.recipe.conversation.pad_to_square)
         except SanError as error:
             raise SanError(f"The processor of {path} cannot be used. {error}") from error
-        return found
+        return processor
 
     @cached_property
     def lengths(self) -> Any:
-        """How long the conversations are; see `san_bench.data.conversation_prompts.measure`."""
-        return measure(self.records, self.processor, self.recipe.conversation.max_length)
+        """How long the conversations are; see `san_bench.data.conversation_prompts.measure`.
+
+        Raises:
+            SanError: If they would be cut within an image.
+        """
+        most = self.recipe.conversation.max_length
+        lengths = measure(self.records, self.processor, most, self.task.images)
+        if lengths.image_end > most:
+            raise SanError(
+                f"conversation.max_length {most} cuts through an image, whose tokens end at {lengths.image_end}. Make "
+                "it larger."
+            )
+        return lengths
 
     def base_model(self) -> nn.Module:
         """Loads the pretrained model with its weights in the recipe's type.
 
         Raises:
-            SanError: If it holds no fitting weights, has no vision tower or projector, or bitsandbytes is needed and
-                not installed.
+            SanError: If it holds no fitting weights, has no vision tower or projector, its processor cannot be used,
+                or bitsandbytes is needed and not installed.
         """
+        form_of(self.processor)  # better known before the weights are loaded than after it
         set_seed(self.recipe.seed)
         path, whole = model_path(self.recipe), (PROJECTOR, TOWER)
         model = load_pretrained(AutoModelForImageTextToText, path, self.recipe, whole, **version(self.recipe))
@@ -229,8 +244,8 @@ class Conversations(Domain):
 
     def answers(self, model: Any, asked: Asked) -> list[str]:
         """Lets a model answer questions, which processes share, without sampling."""
-        tokenizer = self.processor.tokenizer
-        ends, most = [tokenizer.eos_token_id], self.recipe.answering.max_new_tokens
+        tokenizer, most = self.processor.tokenizer, self.recipe.answering.max_new_tokens
+        ends = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(form_of(self.processor).end)})
         settings = decoding(self._pad, tokenizer.bos_token_id, ends, 1, most)
         device = next(model.parameters()).device
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -268,8 +283,7 @@ class Conversations(Domain):
     def _left(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
         """A batch of prompts, filled up at the left."""
         batch = Collator(self._pad, "left")([{"input_ids": example["input_ids"].tolist()} for example in examples])
-        pixels = [example["pixel_values"] for example in examples if "pixel_values" in example]
-        return {**batch, "pixel_values": torch.stack(pixels)} if pixels else batch
+        return {**batch, **stack_images(examples)}
 
 
 def _score(rule: str, questions: Sequence[Question], texts: Sequence[str]) -> Score:

@@ -26,7 +26,7 @@ TASKS = (
 )
 """Tasks of transformers in the order in which one is chosen for a configuration that names no class."""
 
-FEW_PATCHES = ("llava", "paligemma", "vipllava")
+FEW_PATCHES = ("llava", "llava_next", "llava_onevision", "paligemma", "vipllava")
 """Models of text and images in which the number of patches changes only how many tokens the language model reads."""
 
 NO_TIMM = 'timm is not installed, so none of its models is known. Install it: pip install "san-peft[vision]".'
@@ -221,7 +221,10 @@ def _base_classes() -> dict[str, Any]:
 
 def _use_few_patches(config: Any) -> None:
     if config.model_type in FEW_PATCHES:
-        config.vision_config.image_size = 2 * config.vision_config.patch_size
+        before, config.vision_config.image_size = config.vision_config.image_size, 2 * config.vision_config.patch_size
+        if sizes := getattr(config, "image_grid_pinpoints", None):  # as many tiles as before, of fewer patches
+            few = config.vision_config.image_size
+            config.image_grid_pinpoints = [[side // before * few for side in size] for size in sizes]
 
 
 def _build(name: str, build: Any) -> nn.Module:

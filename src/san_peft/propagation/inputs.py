@@ -56,6 +56,20 @@ def _image(model: nn.Module, channels: int, size: Any) -> Tensor:
     return torch.zeros(1, channels, height, width, device=_device(model), dtype=dtype)
 
 
+def _tile(inputs: dict[str, Any], sizes: Any, tile: int, side: int) -> int:
+    """Makes the image one of LLaVA-NeXT's kind: itself, and the tiles of the smallest size that it may have.
+
+    Returns:
+        Tokens of the tiles: their patches, and a new line after each row.
+    """
+    height, width = min(sizes, key=lambda size: size[0] * size[1])
+    rows, columns = height // tile, width // tile
+    whole = inputs["pixel_values"]
+    inputs["pixel_values"] = whole[:, None].repeat(1, 1 + rows * columns, 1, 1, 1)
+    inputs["image_sizes"] = torch.tensor([[height, width]], device=whole.device)
+    return rows * side * (columns * side + 1)
+
+
 def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
     accepted = inspect.signature(model.forward).parameters
     device = _device(model)
@@ -71,7 +85,10 @@ def _transformers(model: nn.Module, config: Any) -> dict[str, Any]:
         token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         if vision is not None and token is not None:
             patches = (size // vision.patch_size) ** 2
-            patches += getattr(config, "vision_feature_select_strategy", "default") == "full"
+            if "image_sizes" in accepted and getattr(config, "image_grid_pinpoints", None):
+                patches += _tile(inputs, config.image_grid_pinpoints, size, size // vision.patch_size)
+            else:
+                patches += getattr(config, "vision_feature_select_strategy", "default") == "full"
             first, *rest = (word for word in range(1, 5) if word != token)
             ids = torch.tensor([[first, *[token] * patches, *rest[:2]]])
     if "input_features" in accepted and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
