@@ -231,7 +231,7 @@ def exported(runs, tmp_path_factory):
 def test_exported_models_need_nothing_of_ours(kind, runs, exported):
     recipe, _ = runs[kind]
     names = {p.name for p in (exported / kind).iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "again.safetensors"}
+    assert names == {"config.json", "export.json", "model.safetensors", "preprocessor_config.json", "again.safetensors"}
     logits, expected = load_file(exported / kind / "again.safetensors")["logits"], load_predictions(Path(recipe.output))
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
