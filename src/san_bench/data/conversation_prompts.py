@@ -163,8 +163,8 @@ def check_processor(processor: Any, pad: bool = False) -> None:
 
 def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tuple[dict[str, Tensor], Tensor]:
     """What a model reads of a text and its image, and where in the text each token begins and ends."""
-    if image is not None:
-        image = pad_to_square(image, mean_colour(processor.image_processor.image_mean)) if pad else image
+    if image is not None and pad:
+        image = pad_to_square(image, mean_colour(processor.image_processor.image_mean))
     out = processor(
         text=[text],
         images=None if image is None else [image],
@@ -173,7 +173,7 @@ def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tu
     )
     read = {"input_ids": torch.as_tensor(out["input_ids"][0], dtype=torch.int64)}
     if image is not None:
-        for name in processor.image_processor.model_input_names:
+        for name in (name for name in processor.image_processor.model_input_names if name in out):
             value = torch.as_tensor(out[name][0])
             read[name] = value.float() if value.is_floating_point() else value.long()
     return read, torch.as_tensor(out["offset_mapping"][0])
