@@ -163,7 +163,7 @@ def test_the_small_llava_trains_on_mini_vl_and_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(mini_talk, "SPLITS", {"train": range(0, 4), "val": range(4, 6), "test": range(6, 10)})
     recipe = load_recipe("vision-language/san", {"output": str(tmp_path / "run"), "optimizer.epochs": 4})
     result = train(recipe)
-    assert (result["n_train"], result["n_test"], result["steps"]) == (32, 28, 8)
+    assert (result["n_train"], result["n_test"], result["steps"]) == (48, 28, 16)
     assert list(result["tasks"]) == [f"mini-vl/{name}" for name in mini_talk.TASKS]
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "run" / "log.jsonl").open()) if "loss" in row]
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
