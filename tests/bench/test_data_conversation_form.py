@@ -168,5 +168,5 @@ def test_a_template_that_does_not_write_turn_by_turn_is_refused(template, what):
 def test_a_tokenizer_without_an_end_is_refused():
     ours = processor("next")
     ours.tokenizer.eos_token = None
-    with pytest.raises(SanError, match=r"no end token\. Set its eos_token"):
+    with pytest.raises(SanError, match=r"no end token \(eos_token\)"):
         form_of(ours)

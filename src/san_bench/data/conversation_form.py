@@ -192,6 +192,8 @@ def _form(processor: Any, template: str) -> Form:
         raise SanError(_strange(processor, "a question and its answer"))
     asked, (lead, tail) = asked.removeprefix(before), whole.removeprefix(before).split(SIGN)
     tokenizer = processor.tokenizer
+    if tokenizer.eos_token is None:
+        raise SanError("The tokenizer has no end token (eos_token), so a model could not learn where answers end.")
     found = [(tail.index(token), token) for token in tokenizer.all_special_tokens if token in tail]
     place, end = min(found, default=(0, tokenizer.eos_token))
     closing = tail[:place] + end

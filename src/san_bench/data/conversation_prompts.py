@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.data.conversation_form import in_tiles, write, write_question
+from san_bench.data.conversation_form import form_of, in_tiles, write, write_question
 from san_bench.data.conversation_images import mean_colour, pad_to_square, read_image, read_size
 from san_bench.data.conversations import MARKER, Conversation
 from san_bench.data.prompts import IGNORED
@@ -136,7 +136,8 @@ def check_processor(processor: Any, pad: bool = False) -> None:
     """Checks that a processor says all that is needed of it, and that images may be padded if they are to be.
 
     Raises:
-        SanError: If it is not one of a LLaVA, has a slow tokenizer, or is to pad images that it cuts into tiles.
+        SanError: If it is none of a LLaVA, has a slow tokenizer or one without an end token, lacks a template that it
+            needs, or is to pad images that it cuts into tiles.
     """
     wanted = ("image_token", "image_token_id", "vision_feature_select_strategy", "image_processor")
     patches = () if getattr(processor, "num_image_tokens", None) else ("patch_size",)  # one of both says how many
@@ -150,8 +151,6 @@ def check_processor(processor: Any, pad: bool = False) -> None:
     known = tokenizer.convert_tokens_to_ids(MARKER)
     if known in (None, tokenizer.unk_token_id) or known != processor.image_token_id:
         raise SanError(f"The tokenizer has no token {MARKER!r}, which stands for an image. Add it, as LLaVA's has it.")
-    if tokenizer.eos_token_id is None:
-        raise SanError("The tokenizer has no end token (eos_token), so a model could not learn where answers end.")
     if not getattr(tokenizer, "is_fast", False):
         raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")
     if pad and in_tiles(processor):
@@ -159,6 +158,7 @@ def check_processor(processor: Any, pad: bool = False) -> None:
             f"pad_to_square is true, but a {kind} cuts an image into tiles by its shape, which is lost in a square. "
             "Set conversation.pad_to_square to false."
         )
+    form_of(processor)
 
 
 def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tuple[dict[str, Tensor], Tensor]:

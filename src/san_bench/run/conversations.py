@@ -155,7 +155,7 @@ class Conversations(Domain):
             SanError: If it holds no fitting weights, has no vision tower or projector, its processor cannot be used,
                 or bitsandbytes is needed and not installed.
         """
-        form_of(self.processor)  # better known before the weights are loaded than after it
+        _ = self.processor  # what is wrong with it is better known before the weights are loaded than after it
         set_seed(self.recipe.seed)
         path, whole = model_path(self.recipe), (PROJECTOR, TOWER)
         model = load_pretrained(AutoModelForImageTextToText, path, self.recipe, whole, **version(self.recipe))
