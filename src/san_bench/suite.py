@@ -6,7 +6,7 @@ Example:
     >>> part = Choice(("san", "linear"), **few, overrides={"optimizer.lr": 0.01})
     >>> chosen = plan(suite, part)
     >>> [(run.method, run.backbone, run.recipe.seed) for run in chosen]
-    [('san', 'vit', 0), ('san', 'vit', 1), ('linear', 'vit', 0), ('linear', 'vit', 1)]
+    [('san', 'vit', 0), ('linear', 'vit', 0), ('san', 'vit', 1), ('linear', 'vit', 1)]
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def load_suite(name: str | Path) -> Suite:
 
 
 def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
-    """Returns the runs of a suite: every task, backbone, method and seed that is chosen.
+    """Returns the runs of a suite: every task, backbone, method and seed that is chosen, one seed after the other.
 
     Args:
         suite: The suite.
@@ -174,7 +174,7 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
             f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
             "or give one with --set optimizer.lr=..."
         )
-    return runs
+    return sorted(runs, key=lambda run: run.recipe.seed)  # what is stopped has the first seeds of everything
 
 
 def plan_search(suite: Suite, choice: Choice) -> list[Run]:
