@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 KEPT = sorted(path.parent for path in (ROOT / "results").glob("*/rows.jsonl"))
 SEARCHED = sorted(path.parents[1] for path in (ROOT / "results").glob("*/search/rows.jsonl"))
 PAGE = ROOT / "docs" / "guides" / "evidence.md"
-PAGES = (PAGE, ROOT / "docs" / "guides" / "evidence-language.md")
+PAGES = (PAGE, *(ROOT / "docs" / "guides" / f"evidence-{name}.md" for name in ("language", "vision-language")))
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
