@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/san demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
