@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from PIL import Image
 from tests.bench.copies import write_picture
+from tests.bench.test_run_vqa_files import dump, lines
 
 from san_bench.data.check import check_command, examine
 from san_peft.errors import SanError
@@ -16,11 +15,6 @@ def record(number, image=None):
     asked = "<image>\nWhat?" if image else "What?"
     turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "A bus."}]
     return {"id": number, "conversations": turns, **({"image": image} if image else {})}
-
-
-def dump(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture
@@ -44,9 +38,8 @@ def llava(tmp_path):
         folder / "eval/gqa/data/testdev_balanced_questions.json",
         {"1": {**row, "imageId": "a"}, "2": {**row, "imageId": "b"}},
     )
-    lines = [{"question_id": str(n), "image": f"{i}.jpg", "text": "Is it?"} for n, i in ((1, "a"), (2, "b"))]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "eval/gqa/llava_gqa_testdev_balanced.jsonl").write_text(text)
+    asked = [{"question_id": str(n), "image": f"{i}.jpg", "text": "Is it?"} for n, i in ((1, "a"), (2, "b"))]
+    lines(folder / "eval/gqa/llava_gqa_testdev_balanced.jsonl", *asked)
     write_picture(folder / "eval/gqa/data/images/a.jpg", 1)
     (folder / "eval/pope").mkdir()
     return folder
@@ -84,19 +77,19 @@ def test_the_benchmarks_of_llava_that_are_there_are_checked(llava, capsys):
     with pytest.raises(SystemExit) as stop:
         check_command("llava", llava)
     assert stop.value.code == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [
         "llava/train: 1 records, 0 of them about 0 images",
         f"llava/vqav2: not there, no folder {llava / 'eval/vqav2'}",
     ]
-    assert "llava/gqa: 2 questions about 2 images" in lines
-    problems = [line for line in lines if line.startswith("error")]
+    assert "llava/gqa: 2 questions about 2 images" in printed
+    problems = [line for line in printed if line.startswith("error")]
     assert problems == [
         f"error: llava/gqa: 1 images are missing, which 1 questions are about, below {llava / 'eval/gqa/data/images'}: "
         "b.jpg",
         f"error: llava/pope: There is no file {llava / 'eval/pope/llava_pope_test.jsonl'}.",
     ]
-    assert lines[-1] == "2 errors, 0 warnings"
+    assert printed[-1] == "2 errors, 0 warnings"
     assert said("llava/gqa", llava) == problems[:1]
     (llava / "eval/gqa/data/images/b.jpg").write_text("no image")
     assert said("llava/gqa", llava, images=False) == []

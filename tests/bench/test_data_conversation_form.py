@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 from tests.bench.tiled import CHATML, KINDS, MISTRAL, SIZES, TOKENS, VICUNA, processor
+from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 
 from san_bench.data.conversation_form import SIGN, form_of, write, write_question
 from san_bench.data.conversation_images import read_size
@@ -163,6 +167,21 @@ def test_what_cannot_be_read_is_explained(kind):
 def test_a_template_that_does_not_write_turn_by_turn_is_refused(template, what):
     with pytest.raises(SanError, match=f"does not write {what}.*Give the processor a chat_template"):
         write(RECORD, processor("next", template))
+
+
+def test_an_image_takes_as_many_tokens_as_the_page_says():
+    """With the grids that the processors have by default, their tiles' sizes, and patches of 14."""
+    following, onevision = processor("next"), processor("onevision")
+    following.image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+    )
+    following.patch_size = 14
+    onevision.image_processor, onevision.num_image_tokens = LlavaOnevisionImageProcessor(), (384 // 14) ** 2
+    page = (Path(__file__).parents[2] / "docs/how-to/vision-language.md").read_text(encoding="utf-8")
+    counts = [image_tokens(one, (640, 480)) for one in (following, onevision)]
+    said = re.search(r"640x480 takes (\S+) in LLaVA-NeXT .* and (\S+) in LLaVA-OneVision", page)
+    assert said is not None
+    assert [f"{count:,}" for count in counts] == list(said.groups())
 
 
 def test_a_tokenizer_without_an_end_is_refused():

@@ -112,12 +112,16 @@ def test_a_run_scored_by_lm_eval_has_its_numbers_of_questions(tmp_path, place, m
         "results": {name: {"acc,none": 0.25, "acc_stderr,none": 0.1} for name in names.values()},
         "n-samples": {name: {"original": 8, "effective": 8} for name in names.values()},
     }
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=lambda **given: output))
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **given: None))
     recipe = recipe_of(
         place, tmp_path / "run", "lora", task="commonsense", data=str(tmp_path), optimizer__epochs=1,
         scoring__ways=["generation", "lm-eval"],
     )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SanError, match="lm-eval needs lm_eval, which is missing"):
+        train(recipe)
+    assert not (tmp_path / "run" / "log.jsonl").exists()  # before the training
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=lambda **given: output))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **given: None))
     result = train(recipe)
     own = result["ways"]["lm-eval"]["commonsense/boolq"]
     assert (own["n_test"], own["correct"], own["accuracy"], own["acc_stderr"]) == (8, 2, 0.25, 0.1)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from tests.bench import test_run_conversations as conversations
 from tests.bench.copies import write_picture
+from tests.bench.test_run_vqa_files import dump, lines, people
 
 from san_bench.data import mini_talk
 from san_bench.data.question_lines import LETTER, SHORT
@@ -24,17 +25,6 @@ from san_bench.run.train import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 place = conversations.place
-
-
-def dump(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = content if isinstance(content, tuple) else None
-    text = json.dumps(content) if rows is None else "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-
-
-def people(answer):
-    return [{"answer": answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
 
 
 def picture_bytes():
@@ -56,7 +46,7 @@ def data(tmp_path_factory):
     pairs = [(n, word) for n, word in ((1, "cat"), (2, "dog"))]
 
     vqa = [{"question_id": n, "image_id": n, "question": f"What {n}?"} for n, _ in pairs]
-    notes = [{"question_id": n, "image_id": n, "answers": people(word)} for n, word in pairs]
+    notes = [{"question_id": n, "image_id": n, "answers": people(*[word] * 10)} for n, word in pairs]
     dump(root / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", {"data_subtype": "val2014", "questions": vqa})
     dump(root / "vqav2/v2_mscoco_val2014_annotations.json", {"annotations": notes})
     for n, _ in pairs:
@@ -65,11 +55,13 @@ def data(tmp_path_factory):
     gqa = {str(n): {"imageId": f"n{n}", "question": f"Is it {n}?", "answer": word} for n, word in pairs}
     dump(root / "gqa/data/testdev_balanced_questions.json", gqa)
     asked = [{"question_id": str(n), "image": f"n{n}.jpg", "text": f"Is it {n}?\n{SHORT}"} for n, _ in pairs]
-    dump(root / "gqa/llava_gqa_testdev_balanced.jsonl", tuple(asked))
+    lines(root / "gqa/llava_gqa_testdev_balanced.jsonl", *asked)
     for n, _ in pairs:
         write_picture(root / f"gqa/data/images/n{n}.jpg", n)
 
-    rows = [{"image": f"VizWiz_val_{n:08}.jpg", "question": "What?", "answers": people(word)} for n, word in pairs]
+    rows = [
+        {"image": f"VizWiz_val_{n:08}.jpg", "question": "What?", "answers": people(*[word] * 10)} for n, word in pairs
+    ]
     dump(root / "vizwiz/val.json", rows)
     for row in rows:
         write_picture(root / "vizwiz/val" / row["image"], 1)
@@ -90,7 +82,7 @@ def data(tmp_path_factory):
     dump(root / "textvqa/TextVQA_0.5.1_val.json", {"data": words})
     text = f"Which year?\nReference OCR token: 1999\n{SHORT}"
     asked = [{"question_id": f"t{n}", "image": f"t{n}.jpg", "text": text} for n, _ in pairs]
-    dump(root / "textvqa/llava_textvqa_val_v051_ocr.jsonl", tuple(asked))
+    lines(root / "textvqa/llava_textvqa_val_v051_ocr.jsonl", *asked)
     for n, _ in pairs:
         write_picture(root / f"textvqa/train_images/t{n}.jpg", n)
 
@@ -102,8 +94,8 @@ def data(tmp_path_factory):
             for n, text, _ in both
         ]
         rows = [{"question_id": n, "image": "p.jpg", "text": text, "label": label} for n, text, label in both]
-        dump(root / f"pope/coco/coco_pope_{category}.json", tuple(rows))
-    dump(root / "pope/llava_pope_test.jsonl", tuple(asked))
+        lines(root / f"pope/coco/coco_pope_{category}.json", *rows)
+    lines(root / "pope/llava_pope_test.jsonl", *asked)
     write_picture(root / "pope/val2014/p.jpg", 3)
 
     columns = "index question hint A B C D answer category image source l2-category comment split".split()

@@ -141,6 +141,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_half_written(name, tmp_path, 
 
 
 def memory_ends_after_step_5(self, args, state, control, **kwargs):
+    """In the place of `Journal.on_step_end`."""
     if state.global_step == 5:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 

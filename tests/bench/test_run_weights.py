@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from tests.bench import test_run_conversations as conversations
+from tests.bench.test_run_resume import losses, memory_ends_after_step_5
 from tests.bench.texts import llama, llama2, recipe_of, small_language
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -130,8 +131,8 @@ def test_weights_are_kept_as_the_recipe_says_and_a_run_answers_again(kind, weigh
     layer = domain_of(recipe).base_model().model.layers[0].mlp.down_proj.weight
     assert layer.dtype == {"bf16": torch.bfloat16, "nf4": torch.uint8, "int8": torch.int8}[weights]
     result = train(recipe)
-    losses = [loss for _, loss, _ in losses_of(tmp_path / "run")]
-    assert losses[-1] < losses[0]
+    found = [loss for _, loss, *_ in losses(tmp_path / "run")]
+    assert found[-1] < found[0]
     assert result["weights"] == weights
     assert evaluate(tmp_path / "run")["tasks"] == result["tasks"]
 
@@ -177,28 +178,15 @@ def test_what_is_trained_is_in_float32_and_goes_back_tied_or_not():
 # Resuming
 
 
-def stops_after(step):
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    return stop
-
-
-def losses_of(folder):
-    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
-
-
 def goes_on(make, tmp_path, monkeypatch):
     """Trains with a stop after step 5 and a checkpoint of step 4, and without; the two must be one."""
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Journal, "on_step_end", stops_after(5))
+        patch.setattr(trainer.Journal, "on_step_end", memory_ends_after_step_5)
         with pytest.raises(SanError, match=r"Memory is not enough in step 6 .* goes on from step 4"):
             train(make(tmp_path / "run"))
     resumed, whole = train(make(tmp_path / "run")), train(make(tmp_path / "whole"))
     assert resumed["resumed_from_step"] == 4
-    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     left, right = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("run", "whole"))
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
@@ -225,5 +213,5 @@ def test_gradient_checkpointing_changes_no_loss_of_conversations(place_of_pictur
         folders = [tmp_path / f"{kind}-{on}" for on in (False, True)]
         for folder, on in zip(folders, (False, True), strict=True):
             train(conversations.recipe_of(place_of_pictures, folder, kind, gradient_checkpointing=on))
-        (_, first, _), (_, second, _) = losses_of(folders[0])[-1], losses_of(folders[1])[-1]
+        first, second = (losses(folder)[-1][1] for folder in folders)
         assert first == pytest.approx(second, rel=1e-4)

@@ -78,15 +78,15 @@ def find_mix(data: Path) -> Path:
     Raises:
         SanError: If it is not there.
     """
-    found = _mixes(data)
-    if not found:
+    found = _mix(data)
+    if found is None:
         names = ", ".join(f"{MIX}{suffix}" for suffix in SUFFIXES)
         raise SanError(f"{data} holds no training mix: neither {names} nor a folder {MIX}.")
-    return found[0]
+    return found
 
 
-def _mixes(data: Path) -> list[Path]:
-    return [path for suffix in (*SUFFIXES, "") if (path := data / f"{MIX}{suffix}").exists()]
+def _mix(data: Path) -> Path | None:
+    return next((path for suffix in (*SUFFIXES, "") if (path := data / f"{MIX}{suffix}").exists()), None)
 
 
 def load_mix(source: str | Path) -> tuple[Record, ...]:
@@ -125,7 +125,8 @@ def examine(data: Path, task: str = "", manifest: Manifest | None = None) -> lis
     manifest = manifest or load_manifest(SUITE)
     name = find_task(task)[0] if task else ""
     found = [_read(one, data, manifest[one]) for one in ([name] if name else manifest.tasks)]
-    for mix in [] if name else _mixes(data)[:1]:
+    mix = None if name else _mix(data)
+    if mix is not None:
         files = [mix] if mix.is_file() else sorted(path for path in mix.rglob("*") if path.suffix in SUFFIXES)
         one = Found(f"{SUITE}/{mix.name}", data, files=files)
         size = sum(facts.splits["train"] for facts in manifest.tasks.values())

@@ -62,7 +62,7 @@ class InputSettings:
         return Image.Resampling[self.interpolation.upper()]
 
 
-def checkpoint_input(model: str | Path, revision: str | None = None) -> InputSettings:
+def checkpoint_input(model: str | Path, revision: str = "main") -> InputSettings:
     """Reads from a checkpoint how its model wants images: transformers' `preprocessor_config.json`, or timm's settings.
 
     Args:
@@ -82,7 +82,7 @@ def checkpoint_input(model: str | Path, revision: str | None = None) -> InputSet
         ) from error
 
 
-def input_settings(recipe_input: Input, model: str | Path, revision: str | None = None) -> InputSettings:
+def input_settings(recipe_input: Input, model: str | Path, revision: str = "main") -> InputSettings:
     """Returns how a recipe wants images: what it says, and what the checkpoint says where it leaves that open."""
     chosen: dict[str, Any] = {"squash": recipe_input.resize == "squash"}
     if recipe_input.size is not None:
@@ -206,15 +206,14 @@ def _resize_and_crop(image: Image.Image, settings: InputSettings) -> Image.Image
     return image.crop((left, top, left + size, top + size))
 
 
-def _facts(model: str | Path, revision: str | None) -> dict[str, Any]:
+def _facts(model: str | Path, revision: str) -> dict[str, Any]:
     """What a checkpoint says, as fields of `InputSettings`."""
     file = Path(model) / "preprocessor_config.json"
     if file.is_file():
         return _from_transformers(json.loads(file.read_text(encoding="utf-8")))
     from transformers import AutoConfig
 
-    version = {} if revision is None else {"revision": revision}
-    config = AutoConfig.from_pretrained(model, **version)
+    config = AutoConfig.from_pretrained(model, revision=revision)
     timm = getattr(config, "pretrained_cfg", None)
     if isinstance(timm, dict):
         found = {key: timm[key] for key in ("mean", "std", "interpolation", "crop_pct") if timm.get(key) is not None}
@@ -222,7 +221,7 @@ def _facts(model: str | Path, revision: str | None) -> dict[str, Any]:
         return {"size": timm["input_size"][-1], **found} if "input_size" in timm else found
     from transformers import AutoImageProcessor
 
-    return _from_transformers(AutoImageProcessor.from_pretrained(model, **version).to_dict())
+    return _from_transformers(AutoImageProcessor.from_pretrained(model, revision=revision).to_dict())
 
 
 def _from_transformers(facts: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from san_bench.data.tokens import PreparedTokenizer, prepare_tokenizer
 from san_bench.recipe_text import TextRecipe
 from san_bench.run.answers import answer_task
 from san_bench.run.build import model_path, version
-from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_bench.run.likelihood import choose, harness_scores, load_harness
 from san_bench.run.weights import load_pretrained, place
 from san_peft.errors import SanError
@@ -41,14 +41,21 @@ class Texts(Domain):
         self.task = task or load_text_task(recipe.task, recipe.data)
         self.task.asked(recipe.eval_split)  # better known before the training than after it
         _check_answers(self.task, recipe)
-        if "lm-eval" in recipe.scoring.ways:
-            load_harness()  # better missed before the training than after it
         self._tokens: dict[str, Tokenised] = {}
 
     @property
     def n_train(self) -> int:
         """Number of records to train with."""
         return len(self.task.splits[self.recipe.train_split])
+
+    def inspect(self) -> Findings:
+        """Looks for lm-eval where answers are to be found by it."""
+        if "lm-eval" in self.recipe.scoring.ways:
+            try:
+                load_harness()
+            except SanError as error:
+                return Findings(errors=(str(error),))
+        return Findings()
 
     def facts(self) -> dict[str, Any]:
         """Returns what decides about numbers in the field, and how many tokens were trained with."""
