@@ -24,9 +24,8 @@ from san_bench.run.evaluate import trained_model
 from san_bench.run.folder import claim
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
-from san_bench.run.shards import gathered, is_sharded
+from san_bench.run.shards import Engine
 from san_bench.run.trainer import COMPLETE, make_trainer
-from san_bench.run.weights import train_in_float32
 from san_peft.errors import SanError
 
 
@@ -71,8 +70,8 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     if processes.is_main_process:
         head = f" and {trained['head']:,} of the head" if trained["head"] else ""
         print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters{head}.")
-    back = train_in_float32(model)
     trainer, journal = make_trainer(model, domain, folder, track)
+    engine = Engine(trainer)
     with processes.main_process_first():
         checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()
@@ -82,12 +81,10 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(folder, trainer.state.global_step, error) from error
-    seconds, peak = journal.seconds, _peak_rss()
+    seconds, step, peak = journal.seconds, journal.step_seconds, _peak_rss()
     joules = energy.joules()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    shards = gathered(trainer) if is_sharded(model) else None
-    if shards is None:
-        back()
+    shards = engine.finish()
     if processes.is_main_process:
         _save(model, folder / "adapter", shards)
         write_rows(folder / "log.jsonl", trainer.state.log_history)
@@ -117,6 +114,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         "trainable_head": trained["head"],
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "train_seconds": round(seconds, 3),
+        "step_seconds": step and round(step, 4),
         "resumed_from_step": int(checkpoint.name.split("-")[-1]) if checkpoint else 0,
         "steps": trainer.state.global_step,
         "final_loss": losses[-1],

@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -121,16 +123,24 @@ class Journal(TrainerCallback):
 
     Attributes:
         memory: Bytes that the allocator of the GPU held after each step; empty without one.
+        ends: When the steps since the last start ended, on the clock of `time.perf_counter`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.earlier, self.start = folder, 0.0, time.perf_counter()
         self.memory: list[int] = []
+        self.ends: list[float] = []
 
     @property
     def seconds(self) -> float:
         """Seconds of training, those before an interruption included."""
         return self.earlier + time.perf_counter() - self.start
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds from the end of a step to the end of the next; `None` of fewer than two steps."""
+        between = [after - before for before, after in pairwise(self.ends)]
+        return median(between) if between else None
 
     def begin(self, checkpoint: Path | None) -> None:
         """Starts the clock, at the seconds that a checkpoint was written after."""
@@ -146,7 +156,8 @@ class Journal(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Notes the memory of the GPU."""
+        """Notes the time, and the memory of the GPU."""
+        self.ends.append(time.perf_counter())
         if torch.cuda.is_available():
             self.memory.append(torch.cuda.memory_reserved())
 
