@@ -127,6 +127,14 @@ def test_the_tower_stays_frozen_and_the_projector_is_trained_or_not(place, tmp_p
         assert any("layernorm" in name for name in rest) == (kind in ("san", "full"))
 
 
+def test_edges_of_a_frozen_tower_go_without_a_word(place, tmp_path, recwarn):
+    domain = domain_of(recipe_of(place, tmp_path, "san-lora"))
+    edges = with_method(domain.base_model(), domain.recipe).base_model.propagation_graph.edges
+    assert edges
+    assert not [edge for edge in edges if "vision_tower" in edge.anterior]
+    assert not [one for one in recwarn if "fall away" in str(one.message)]
+
+
 def test_the_tower_can_be_adapted_too(place, tmp_path):
     for kind in ("san", "lora", "full"):
         domain = domain_of(recipe_of(place, tmp_path, kind, tower="adapted", projector_lr=None))

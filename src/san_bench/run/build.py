@@ -68,9 +68,14 @@ def checkpoint_sha256(model: nn.Module) -> str:
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Hides a warning that PEFT causes in transformers and that nobody here can act on."""
+    """Hides warnings that nobody who has a recipe can act on.
+
+    PEFT causes one in transformers. In the other SAN tells of edges that begin in what a recipe leaves out, a frozen
+    vision tower for one.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".* edges fall away because their anterior layer carries no scale")
         yield
 
 
