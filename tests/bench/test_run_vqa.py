@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
@@ -231,7 +233,14 @@ def test_the_command_of_lmms_eval(tmp_path):
             (export / "export.json").write_text(content)
         with pytest.raises(SanError, match=r"export.json is missing or says nothing of it\. `san export RUN --merged"):
             lmms_command(export, "out")
-    (export / "export.json").write_text('{"run": "llava", "max_abs_difference": 1e-6}')
+    (export / "model.safetensors").write_bytes(b"weights")
+    known = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    for other in ({}, {"model.safetensors": "0"}, {**known, "more.safetensors": "0"}):
+        facts = {"run": "llava", "max_abs_difference": 1e-6, "weights_sha256": other}
+        (export / "export.json").write_text(json.dumps(facts))
+        with pytest.raises(SanError, match=r"other weights than .*: mo\S+ differ, or are missing or new"):
+            lmms_command(export, "out")
+    (export / "export.json").write_text(json.dumps({**facts, "weights_sha256": known}))
     text = lmms_command(export, "out", processes=8)
     remarks = [line for line in text.splitlines() if line.startswith("#")]
     assert [remark.split(":")[0] for remark in remarks] == ["# vqav2", "# vizwiz", "# textvqa", "# pope", "# mmbench"]

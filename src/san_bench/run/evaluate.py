@@ -13,7 +13,7 @@ from torch import Tensor
 from san_bench.recipe import Recipe, load_recipe
 from san_bench.run.build import PLAIN, SAN, calm
 from san_bench.run.domain import Domain, domain_of
-from san_bench.run.folder import EXPORT
+from san_bench.run.folder import EXPORT, weights_sha256
 from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
@@ -111,7 +111,8 @@ def eval_file(run: Path, split: str, mode: str = "both") -> Path:
 def export(run: str | Path, out: str | Path) -> dict[str, Any]:
     """Merges a run's adapter into its model and writes a plain transformers folder.
 
-    The folder also gets `export.json`: the run, its recipe's fingerprint, and the difference below.
+    The folder also gets `export.json`: the run, its recipe's fingerprint, the difference below, and hashes of its
+    weights.
 
     Args:
         run: Folder of the run.
@@ -136,6 +137,7 @@ def export(run: str | Path, out: str | Path) -> dict[str, Any]:
             "method": domain.recipe.method.kind,
             "recipe_fingerprint": domain.recipe.fingerprint,
             "max_abs_difference": difference,
+            "weights_sha256": weights_sha256(complete),
         }
         write_atomically(complete / EXPORT, json.dumps(facts, indent=2) + "\n")
         complete.replace(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,43 @@ from san_bench.recipe import Recipe, load_recipe
 from san_bench.run.provenance import write_atomically
 
 EXPORT = "export.json"
-"""File that a merged export carries: of which run it is, and how much merging changed its outputs."""
+"""File of a merged export: of which run it is, how much merging changed its outputs, and hashes of its weights."""
 
 
 def export_facts(folder: Path) -> dict[str, Any]:
     """Returns what a merged export says of itself.
 
     Raises:
-        SanError: If the folder is none that `san export` wrote after it had compared outputs.
+        SanError: If the folder is none that `san export` wrote after it had compared outputs, or has other weights now.
     """
     from san_peft.errors import SanError
 
     try:
         facts = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
         float(facts["max_abs_difference"])
+        exported = dict(facts["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SanError(
             f"{folder} is no merged export whose outputs were compared with its run's: {EXPORT} is missing or says "
             f"nothing of it. `san export RUN --merged --out FOLDER` writes one."
         ) from error
+    found = weights_sha256(folder)
+    if found != exported:
+        other = ", ".join(sorted({name for name, _ in found.items() ^ exported.items()}))
+        raise SanError(
+            f"{folder} has other weights than `san export` compared and wrote there: {other} differ, or are missing or "
+            "new. Export the run again, to another folder."
+        )
     return facts
+
+
+def weights_sha256(folder: Path) -> dict[str, str]:
+    """Returns a sha256 of each file of weights in a folder, by its name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def check_free(folder: Path, recipe: Recipe) -> None:
