@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -192,22 +192,28 @@ def method_of(size: Size, kind: str) -> dict[str, Any]:
     return methods[kind if kind in methods else f"{kind}-r{size.rank}"].model_dump(mode="json")
 
 
-def measure(name: str, variants: tuple[str, ...], steps: int, shrink: int, place: Path) -> dict[str, Any]:
-    """Trains the variants of one model, one after the other; returns their rows."""
-    size, folder = SIZES[name], place / name
-    batch = load_recipe(size.recipe, {}).optimizer.batch_size
-    if not (folder / "model").exists():
-        size.model(folder / "part", shrink)
-        (folder / "part").rename(folder / "model")
+def build(name: str, shrink: int, place: Path) -> Path:
+    """Writes a model unless it is there; returns its folder."""
+    folder = place / name / "model"
+    if not folder.exists():
+        part = folder.with_name("part")
+        SIZES[name].model(part, shrink)
+        part.rename(folder)
         torch.cuda.empty_cache()
+    return folder
+
+
+def measure(name: str, variants: tuple[str, ...], steps: int, shrink: int, place: Path) -> Iterator[dict[str, Any]]:
+    """Trains the variants of one model, one after the other; yields its rows so far after each of them."""
+    size, folder, model = SIZES[name], place / name, build(name, shrink, place)
     shutil.rmtree(folder / "data", ignore_errors=True)
-    size.data(folder / "data", steps * batch)
-    rows = {}
+    size.data(folder / "data", steps * load_recipe(size.recipe, {}).optimizer.batch_size)
+    rows: dict[str, Any] = {}
     for variant in track(variants, description=name):
         kind, _, weights = variant.partition("/")
         output = folder / "runs" / variant.replace("/", "-")
         shutil.rmtree(output, ignore_errors=True)
-        changes = {**size.changes, "method": method_of(size, kind), "model": str(folder / "model")}
+        changes = {**size.changes, "method": method_of(size, kind), "model": str(model)}
         changes |= {"data": str(folder / "data"), "output": str(output), **({"weights": weights} if weights else {})}
         result = in_fresh_process(train, load_recipe(size.recipe, changes))
         seconds = result["step_seconds"]
@@ -223,8 +229,7 @@ def measure(name: str, variants: tuple[str, ...], steps: int, shrink: int, place
             "adapter": result["train_info"]["file_size"],
             "total_seconds": result["run_info"]["total_time"],
         }
-        print(f"{name} {variant}: {rows[variant]}", flush=True)
-    return {"model": name, "what": size.what, "shrink": shrink, "variants": rows}
+        yield {"model": name, "what": size.what, "shrink": shrink, "variants": rows}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -266,17 +271,24 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measures, and writes JSON and tables."""
+    """Measures, and writes JSON and tables after each variant."""
+    done: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = options.place or Path(temporary)
-        results = [measure(m, options.variants, options.steps, options.shrink, place) for m in options.models]
+        for name in options.models:
+            for so_far in measure(name, options.variants, options.steps, options.shrink, place):
+                done[name] = so_far
+                write(list(done.values()), options.out)
+    print(options.out / "recipes.md")
+
+
+def write(results: list[dict[str, Any]], out: Path) -> None:
     command = " ".join(["python", *sys.argv])
     now = {"run": "recipes", "finished": datetime.now(UTC).isoformat(timespec="seconds"), "resumed_from_step": 0}
     facts = {"command": command, "results": results, **now, **provenance()}
-    write_atomically(options.out / "recipes.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(out / "recipes.json", json.dumps(facts, indent=2) + "\n")
     tables = "\n".join(table(result) for result in results)
-    write_atomically(options.out / "recipes.md", f"{tables}\n{origin([facts], command)}\n")
-    print(options.out / "recipes.md")
+    write_atomically(out / "recipes.md", f"{tables}\n{origin([facts], command)}\n")
 
 
 if __name__ == "__main__":
