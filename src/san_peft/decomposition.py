@@ -18,14 +18,15 @@ from torch.autograd.function import once_differentiable
 from san_peft.errors import SanError
 
 DECOMPOSITIONS = ("norm", "projection")
-CHUNK = 128
-"""Rows of a half-precision weight that are cast to float32 at a time."""
+CHUNK = {"cpu": 2**18, "cuda": 2**24}
+"""Entries of a half-precision weight that are cast to float32 at a time, by type of device: 1 MiB stays in the cache of
+a processor, and 64 MiB keep a GPU busy, which with small parts would wait for the launches of their kernels."""
 
 
 def weight_product(weight: Float[Tensor, "out in"], rows: Float[Tensor, "r in"]) -> Float[Tensor, "out r"]:
     r"""Multiplies a frozen weight with a few rows: $M = W A^\top$, in float32 at least.
 
-    A weight in half precision is cast a few rows at a time, in both passes: no float32 copy of it is made.
+    A weight in half precision is cast some rows at a time, `CHUNK` entries, in both passes: no larger copy is made.
 
     Args:
         weight: Frozen weight $W$; no gradient flows to it.
@@ -47,13 +48,18 @@ def weight_product(weight: Float[Tensor, "out in"], rows: Float[Tensor, "r in"])
     return _WeightProduct.apply(weight, rows)
 
 
+def rows_at_once(weight: Float[Tensor, "out in"]) -> int:
+    """Returns how many rows of a half-precision weight are cast at a time."""
+    return max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // max(1, weight.shape[1]))
+
+
 class _WeightProduct(torch.autograd.Function):
     """`weight @ rows.T` for a weight in half precision, cast by chunks of rows."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.cat([torch.mm(chunk.to(rows.dtype), rows.t()) for chunk in weight.split(CHUNK)])
+        return torch.cat([torch.mm(chunk.to(rows.dtype), rows.t()) for chunk in weight.split(rows_at_once(weight))])
 
     @staticmethod
     @once_differentiable
@@ -61,7 +67,8 @@ class _WeightProduct(torch.autograd.Function):
         (grad,) = grads
         (weight,) = ctx.saved_tensors
         total = torch.zeros(grad.shape[1], weight.shape[1], dtype=grad.dtype, device=grad.device)
-        for chunk, part in zip(weight.split(CHUNK), grad.split(CHUNK), strict=True):
+        count = rows_at_once(weight)
+        for chunk, part in zip(weight.split(count), grad.split(count), strict=True):
             total.addmm_(part.t(), chunk.to(grad.dtype))
         return None, total
 

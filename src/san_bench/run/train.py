@@ -26,6 +26,7 @@ from san_bench.run.provenance import Energy, provenance, write_atomically, write
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
 from san_bench.run.shards import Engine
 from san_bench.run.trainer import COMPLETE, make_trainer
+from san_bench.run.weights import place
 from san_peft.errors import SanError
 
 
@@ -93,6 +94,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         trainer.accelerator.free_memory()
         processes.wait_for_everyone()
         model = trained_model(domain, folder / "adapter", trainable=True)
+        place(model)
     activations = saved_activation_bytes(model, _batch(trainer, trainer.args.per_device_train_batch_size))
     scores = domain.score(model, domain.recipe.eval_split)
     result = {
