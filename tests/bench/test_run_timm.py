@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
@@ -14,6 +16,7 @@ from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+GREY = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,16 @@ def folder(tmp_path_factory):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **ARGS)
     timm.models.save_for_hf(model, path, model_args={**ARGS, "num_classes": 7}, safe_serialization=True)
     return path
+
+
+@pytest.mark.parametrize("size", [32, [40, 32]])
+def test_images_get_the_size_that_the_model_was_built_for(size, tmp_path):
+    """Older versions of timm save the size of the architecture's weights beside it."""
+    facts = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [3, 224, 224], **GREY}}
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "num_classes": 7, "model_args": {"img_size": size}}))
+    assert for_checkpoint(small_task()["test"], tmp_path).settings.size == 32
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "num_classes": 7}))
+    assert for_checkpoint(small_task()["test"], tmp_path).settings.size == 224
 
 
 @pytest.mark.parametrize("name", ["san", "linear", "full"])

@@ -218,7 +218,10 @@ def _facts(model: str | Path, revision: str) -> dict[str, Any]:
     if isinstance(timm, dict):
         found = {key: timm[key] for key in ("mean", "std", "interpolation", "crop_pct") if timm.get(key) is not None}
         found.update({key: tuple(found[key]) for key in ("mean", "std") if key in found})
-        return {"size": timm["input_size"][-1], **found} if "input_size" in timm else found
+        built_for = (getattr(config, "model_args", None) or {}).get("img_size", timm.get("input_size"))
+        if built_for is not None:
+            found["size"] = built_for if isinstance(built_for, int) else built_for[-1]
+        return found
     from transformers import AutoImageProcessor
 
     return _from_transformers(AutoImageProcessor.from_pretrained(model, revision=revision).to_dict())
