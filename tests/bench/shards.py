@@ -8,10 +8,10 @@ from typing import Any
 
 import accelerate
 import pytest
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from san_bench.run import train
+from san_bench.run.shards import Engine
 
 
 @contextmanager
@@ -19,14 +19,14 @@ def in_shards(wanted: bool) -> Iterator[None]:
     """Makes `train` shard its model, each decoder layer by itself, and Accelerate leave it as it is."""
     with pytest.MonkeyPatch.context() as patch:
         if wanted:
-            with_method = train.with_method
 
-            def sharded(*args: Any) -> nn.Module:
-                model = with_method(*args)
-                for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
-                    fully_shard(module)
-                return fully_shard(model)
+            class Sharding(Engine):
+                def __init__(self, trainer: Any) -> None:
+                    super().__init__(trainer)
+                    for module in [m for m in trainer.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+                        fully_shard(module)
+                    fully_shard(trainer.model)
 
-            patch.setattr(train, "with_method", sharded)
+            patch.setattr(train, "Engine", Sharding)
             patch.setattr(accelerate.Accelerator, "prepare_model", lambda _self, model, **_: model)
         yield

@@ -33,7 +33,14 @@ with small_scale():
             cli.main(["train", recipe])
 """
 
-SHARDED = {"shards-san": "san", "shards-san-lora": "san-lora", "shards-full": "full"}
+HALF = {"weights": "bf16", "precision": "bf16"}
+SHARDED = {
+    "shards-san": ("san", {}),
+    "shards-san-lora": ("san-lora", {}),
+    "shards-full": ("full", {}),
+    "shards-half-san-lora": ("san-lora", HALF),
+    "shards-half-full": ("full", HALF),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +59,8 @@ def both(tmp_path_factory):
     place = small_language(folder / "language")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, kind in {"text": "san-lora", **SHARDED}.items():
-        alone, shared = (recipe_of(place, folder / where / name, kind) for where in ("alone", "shared"))
+    for name, (kind, more) in {"text": ("san-lora", {}), **SHARDED}.items():
+        alone, shared = (recipe_of(place, folder / where / name, kind, **more) for where in ("alone", "shared"))
         (folder / f"{name}.yaml").write_text(shared.to_yaml(), encoding="utf-8")
         made[name] = [alone, shared, train(alone)]
     torch.set_num_threads(threads)
@@ -68,7 +75,7 @@ def both(tmp_path_factory):
         check=False,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     assert done.stdout.count("recipe_fingerprint") == len(made), "the first process alone prints"
     return made
 
@@ -109,18 +116,19 @@ def test_two_processes_share_the_questions_and_answer_as_one(both):
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_model_in_shards_is_saved_and_scored_whole(both, name):
     alone, shared, result = both[name]
-    folder = Path(shared.output)
+    folder, half = Path(shared.output), "half" in name
     again = json.loads((folder / "result.json").read_text())
     assert (result["processes"], again["processes"]) == (1, 2)
-    for key in ("steps", "trainable_parameters", "total_parameters", "tasks"):
+    for key in ("steps", "trainable_parameters", "total_parameters", *(() if half else ("tasks",))):
         assert again[key] == result[key], key
     logs = [losses_of(Path(r.output)) for r in (alone, shared)]
-    assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+    assert logs[1] == pytest.approx(logs[0], rel=0.02 if half else 1e-3)
     one, two = (load_file(next((Path(r.output) / "adapter").glob("*.safetensors"))) for r in (alone, shared))
     assert one.keys() == two.keys()
     for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, atol=1e-3, rtol=1e-2)
-    assert evaluate(folder)["tasks"] == result["tasks"]
+        close = {"atol": 0.03, "rtol": 0.05} if half else {"atol": 1e-3, "rtol": 1e-2}
+        torch.testing.assert_close(two[key], tensor, **close)  # the type too
+    assert evaluate(folder)["tasks"] == again["tasks"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ class Engine:
     """The types and the places of parameters before a training and after it.
 
     What is trained is in float32 meanwhile. DeepSpeed keeps such copies itself, and rounds all of the model to the
-    type that it computes in; elsewhere `train_in_float32` sees to it. FSDP2, and DeepSpeed's ZeRO-3, cut the model up.
+    type that it computes in; elsewhere `train_in_float32` sees to it, and FSDP2 is kept from rounding what it gathers.
+    FSDP2, and DeepSpeed's ZeRO-3, cut the model up.
 
     Args:
         trainer: The Trainer, before it trains.
@@ -26,6 +27,11 @@ class Engine:
         self.trainer = trainer
         self.types = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
         self._back = None if trainer.is_deepspeed_enabled else train_in_float32(trainer.model)
+        plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as without shards
 
     def finish(self) -> dict[str, Tensor] | None:
         """Brings the trained parameters back to their types; to be called on all processes.

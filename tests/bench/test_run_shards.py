@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3, as Accelerate launches them with the settings that ship, train what one process does.
+"""Engines of training: DeepSpeed, launched with the settings that ship, trains what one process does; what is saved.
 
-Needs deepspeed, ninja and a C++ compiler, with which DeepSpeed builds its communication between processes of a CPU.
+The slow tests need deepspeed, ninja and a C++ compiler, with which DeepSpeed builds what processes of a CPU talk by.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tests.bench.texts import recipe_of, small_language
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from san_bench.report.groups import losses_of
 from san_bench.run import shards
@@ -75,7 +76,7 @@ def test_two_processes_train_as_one(alone, stage, name):
 class Trained:
     """Trainer with a model that DeepSpeed has rounded, and with what its optimiser keeps of it."""
 
-    is_deepspeed_enabled = True
+    is_deepspeed_enabled, is_fsdp_enabled = True, False
 
     def __init__(self):
         self.model = self.model_wrapped = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).bfloat16())
@@ -118,3 +119,13 @@ def test_what_is_trained_is_what_the_optimiser_has_in_its_former_type(trained, c
     assert torch.equal(found["1.weight"], trained.exact[last.weight].bfloat16())
     assert found["0.bias"].dtype == torch.bfloat16  # frozen: as DeepSpeed left it
     assert cleared, "the next model would be cut up as well"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp2_does_not_round_what_it_gathers(version):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    plugin = types.SimpleNamespace(fsdp_version=version, mixed_precision_policy=policy)
+    accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
+    engines = {"is_deepspeed_enabled": False, "is_fsdp_enabled": True}
+    shards.Engine(types.SimpleNamespace(model=nn.Linear(2, 2), accelerator=accelerator, **engines))
+    assert plugin.mixed_precision_policy == (policy if version == 1 else MixedPrecisionPolicy())
