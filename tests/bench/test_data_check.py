@@ -165,7 +165,7 @@ def test_the_command_prints_all_and_ends_with_1(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         check_command("folder", place)
     assert stop.value.code == 1
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines[1].startswith("error: folder: test: 1 images cannot be read: test/cat/000.png")
     assert lines[2] == "1 errors, 0 warnings"
 
