@@ -101,3 +101,12 @@ def test_the_page_says_how_alike_scales_are():
         )
         assert row in text
         assert san["p"] == ssf["p"] == 0.0001
+
+
+def test_the_page_of_texts_says_how_alike_scales_are():
+    text = PAGES[1].read_text(encoding="utf-8")
+    found = json.loads((ROOT / "results" / "engrams" / "similarity.json").read_text(encoding="utf-8"))
+    san, ssf = ({r["method"]: r for r in found if r["measure"] == "cosine"}[name] for name in ("san", "ssf"))
+    cells = "".join(f" {r['intra']:.2f} | {r['inter']:.2f} |" for r in (san, ssf))
+    assert f"| {san['n_runs'] // san['n_tasks']} |{cells}" in text
+    assert san["p"] == ssf["p"] == 0.0001
