@@ -80,6 +80,7 @@ def test_the_result_has_its_origin(one):
     assert result["checkpoint_sha256"] == build.checkpoint_sha256(base_model(recipe, small_task()))
     assert (result["model"], result["selection"], result["protocol"]) == ("embedded", "last", None)
     assert result["saved_activation_mib"] > 0
+    assert 0 < result["step_seconds"] < result["train_seconds"]
     assert result["peak_rss_mib"] > result["peak_rss_growth_mib"]
 
 

@@ -11,7 +11,7 @@ from tests.bench.small import SIZES, built, short_recipe, small_scale, small_tas
 from san_bench.run.evaluate import evaluate
 from san_bench.run.images import Images, load_predictions
 from san_bench.run.train import train
-from san_bench.run.trainer import make_trainer
+from san_bench.run.trainer import Journal, make_trainer
 from san_peft.errors import SanError
 
 
@@ -26,6 +26,13 @@ def test_accumulating_halves_is_one_batch(tmp_path):
     halves = short_recipe("san", tmp_path / "halves", optimizer__accumulation=2)
     assert train(whole)["steps"] == train(halves)["steps"]
     torch.testing.assert_close(*(load_predictions(tmp_path / n) for n in ("whole", "halves")), atol=1e-4, rtol=1e-4)
+
+
+def test_the_seconds_of_a_step_are_those_of_the_median(tmp_path):
+    journal = Journal(tmp_path)
+    assert journal.step_seconds is None
+    journal.ends = [10.0, 12.0, 12.5, 99.0, 100.0]  # the third step was followed by an evaluation
+    assert journal.step_seconds == 1.5
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
