@@ -51,7 +51,7 @@ class Size:
     changes: dict[str, Any]
 
 
-def llama_config(shrink: int, tokens: int = 128256) -> Any:
+def llama_config(shrink: int) -> Any:
     """LLaMA-3-8B's configuration; https://huggingface.co/meta-llama/Meta-Llama-3-8B."""
     from transformers import LlamaConfig
 
@@ -62,7 +62,7 @@ def llama_config(shrink: int, tokens: int = 128256) -> Any:
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128 // shrink,
-        vocab_size=tokens // shrink,
+        vocab_size=128256 // shrink,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -78,7 +78,7 @@ def llava_config(shrink: int) -> Any:
         intermediate_size=4096 // shrink,
         num_hidden_layers=max(2, 24 // shrink),
         num_attention_heads=16,
-        image_size=336 // shrink // 14 * 14,
+        image_size=max(14, 336 // shrink // 14 * 14),
         patch_size=14,
     )
     text = LlamaConfig(
@@ -92,26 +92,27 @@ def llava_config(shrink: int) -> Any:
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token())
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=marking_tokenizer().convert_tokens_to_ids(MARKER)
+    )
 
 
 def llava_processor(shrink: int) -> Any:
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+    from transformers import CLIPImageProcessor, LlavaProcessor
 
     side = llava_config(shrink).vision_config.image_size
-    tokenizer = AutoTokenizer.from_pretrained(embedded_path("decoder"))
-    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     select = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaProcessor(images, tokenizer, patch_size=14, **select)
+    return LlavaProcessor(images, marking_tokenizer(), patch_size=14, **select)
 
 
-def image_token() -> int:
+def marking_tokenizer() -> Any:
+    """The tokenizer of the small decoder, with a token for the place of an image."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_path("decoder"))
     tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
-    return tokenizer.convert_tokens_to_ids(MARKER)
+    return tokenizer
 
 
 def save_random(model_class: Any, config: Any, folder: Path) -> None:
