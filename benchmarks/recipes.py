@@ -107,12 +107,10 @@ def llava_processor(shrink: int) -> Any:
 
 
 def marking_tokenizer() -> Any:
-    """The tokenizer of the small decoder, with a token for the place of an image."""
+    """The tokenizer of the small LLaVA, which has a token for the place of an image."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded_path("decoder"))
-    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
-    return tokenizer
+    return AutoTokenizer.from_pretrained(embedded_path("llava"))
 
 
 def save_random(model_class: Any, config: Any, folder: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -12,6 +16,20 @@ from torch.distributed.fsdp import fully_shard
 
 from san_bench.run import train
 from san_bench.run.shards import Engine
+
+
+def launch(settings: Path, recipe: Path, *words: str, timeout: int, **environment: str) -> None:
+    """Trains a recipe by `accelerate launch` with settings of Accelerate, and sees that it ends well."""
+    place = ["--config_file", str(settings), *words, "--module", "san_bench.cli", "train", str(recipe)]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *place],
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @contextmanager

@@ -6,8 +6,6 @@ The slow tests need deepspeed, ninja and a C++ compiler, with which DeepSpeed bu
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.bench.shards import launch
 from tests.bench.texts import recipe_of, small_language
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -49,18 +48,9 @@ def test_two_processes_train_as_one(alone, stage, name):
     kind, more = RECIPES[name]
     output, file = place / f"zero{stage}" / name, place / f"zero{stage}-{name}.yaml"
     file.write_text(recipe_of(place, output, kind, **more).to_yaml(), encoding="utf-8")
-    words = ["launch", "--config_file", str(SETTINGS / f"deepspeed-zero{stage}.yaml"), "--num_processes", "2"]
-    words += ["--mixed_precision", "no", "--main_process_port", "0", "--module", "san_bench.cli", "train", str(file)]
-    path = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    settings = SETTINGS / f"deepspeed-zero{stage}.yaml"
+    launch(settings, file, *words, timeout=500, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     again, result = json.loads((output / "result.json").read_text()), results[name]
     assert (result["processes"], again["processes"]) == (1, 2)
     for key in ("steps", "trainable_parameters", "total_parameters", "n_test", "tasks"):

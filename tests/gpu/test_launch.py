@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.bench.shards import launch
 from tests.bench.texts import recipe_of, small_language
 
 from san_bench.report.groups import losses_of
@@ -40,16 +38,7 @@ def test_a_launch_trains_as_one_process_does(alone, settings, kind):
     output = place / settings.stem / kind
     file = place / f"{settings.stem}-{kind}.yaml"
     file.write_text(recipe_of(place, output, kind, **BFLOAT16).to_yaml(), encoding="utf-8")
-    words = ["launch", "--config_file", str(settings), "--num_processes", "1", "--module", "san_bench.cli", "train"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words, str(file)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(settings, file, "--num_processes", "1", timeout=200)
     again, result = json.loads((output / "result.json").read_text()), results[kind]
     for key in ("steps", "trainable_parameters", "total_parameters", "n_test"):
         assert again[key] == result[key], key
