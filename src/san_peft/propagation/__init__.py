@@ -1,7 +1,9 @@
 """The propagation graph: which layer's output channels are which other layer's input channels."""
 
 from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
+from san_peft.propagation.graph import Barrier, Edge, Layer, Norm, PropagationGraph
+from san_peft.propagation.placement import describe as describe_placement
+from san_peft.propagation.placement import place
 from san_peft.propagation.schemes import ABLATIONS, SCHEMES, ablate, select
 from san_peft.propagation.trace import trace
 
@@ -12,8 +14,11 @@ __all__ = [
     "ChannelMap",
     "Edge",
     "Layer",
+    "Norm",
     "PropagationGraph",
     "ablate",
+    "describe_placement",
+    "place",
     "select",
     "trace",
 ]

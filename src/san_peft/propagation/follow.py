@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from san_peft.propagation import rules
-
-STRIDE = 1 << 32
-"""Codes of one writer: code = writer * STRIDE + channel; -1 is no writer."""
-
-
-@dataclass
-class State:
-    """Where a tensor's entries come from.
-
-    Attributes:
-        codes: For every entry the code of its writer's channel, of the tensor's shape.
-        via: For every writer in `codes` the operations passed since.
-        statistic: Whether it was reduced from channels, as the denominator of a norm or attention scores.
-    """
-
-    codes: Int64[Tensor, "*shape"]
-    via: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    statistic: bool = False
-
-    def passed(self, *names: str) -> dict[int, tuple[str, ...]]:
-        """Returns the paths with further operations at their end."""
-        return {writer: rules.join(path, *names) for writer, path in self.via.items()}
-
-
-class Lost(Exception):
-    """The channel axis ends in an operation; the message says why."""
+from san_peft.propagation.codes import STRIDE, Lost, State, carries, move, thin
+from san_peft.propagation.norms import Norms
 
 
 class Follow(TorchDispatchMode):
@@ -49,35 +25,76 @@ class Follow(TorchDispatchMode):
     Attributes:
         writers: By number, the layer that wrote, or (operation, reason) where an axis was lost.
         joined: Pairs of writers whose outputs were added to each other with nothing in between, as two heads are.
+        consumed: By number, which channels which layer read; under "" those that anything else did more with than to
+            move them or to scale them, and those that the model returns.
+        calls: How often each layer ran.
+        overwritten: Layers whose output was written into in place.
+        norms: Where the outputs of norms go, followed beside the channels.
         paused: Above zero while a layer, whose inside is not followed, runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, norms: Norms) -> None:
         super().__init__()
         self.states: Any = WeakTensorKeyDictionary()
         self.storages: dict[int, list[Any]] = {}
         self.writers: list[str | tuple[str, str]] = []
         self.joined: set[tuple[int, int]] = set()
+        self.sizes: list[int] = []
+        self.consumed: list[dict[str, Tensor]] = []
+        self.outputs: dict[StorageWeakRef, str] = {}
+        self.overwritten: set[str] = set()
+        self.calls: Counter[str] = Counter()
+        self.norms = norms
         self.paused = 0
 
     def write(self, tensor: Tensor, layer: str, dim: int) -> None:
         """Marks a tensor as freshly written by a layer, channels along `dim`."""
-        self.writers.append(layer)
-        writer, shape = len(self.writers) - 1, [1] * tensor.dim()
+        writer, shape = self._writer(layer, tensor.shape[dim]), [1] * tensor.dim()
         shape[dim] = tensor.shape[dim]
         codes = writer * STRIDE + torch.arange(tensor.shape[dim]).view(shape)
         self.states[tensor] = State(codes.expand(tensor.shape), {writer: ()})
+        self.outputs[StorageWeakRef(tensor.untyped_storage())] = layer
         self._remember(tensor)
 
     def lose(self, tensor: Tensor, operation: str, reason: str) -> None:
         """Marks a tensor as one whose channels cannot be followed."""
-        self.writers.append((operation, reason))
-        writer = len(self.writers) - 1
+        writer = self._writer((operation, reason), 0)
         self.states[tensor] = State(torch.full((), writer * STRIDE).expand(tensor.shape), {writer: ()})
+
+    def _writer(self, writer: str | tuple[str, str], size: int) -> int:
+        self.writers.append(writer)
+        self.sizes.append(size)
+        self.consumed.append({})
+        return len(self.writers) - 1
+
+    def consume(self, codes: Tensor, reader: str = "") -> None:
+        """Notes that a layer read the channels of these codes, or, without a name, that something else did."""
+        codes = thin(codes)[0]
+        codes = codes[codes >= 0]
+        for writer in (codes >> 32).unique().tolist():
+            mask = self.consumed[writer].setdefault(reader, torch.zeros(self.sizes[writer], dtype=torch.bool))
+            if len(mask):
+                mask[codes[codes >> 32 == writer] % STRIDE] = True
+
+    def overwrite(self, tensors: Iterable[Tensor]) -> None:
+        """Notes the layers whose outputs these tensors are, or share memory with, as overwritten."""
+        for tensor in tensors:
+            layer = self.outputs.get(StorageWeakRef(tensor.untyped_storage()))
+            if layer is not None:
+                self.overwritten.add(layer)
+
+    def release(self, tensors: Iterable[Tensor]) -> None:
+        """Notes that something that is not followed gets these tensors, as whoever called the model does."""
+        for tensor in tensors:
+            if tensor in self.states:
+                self.consume(self.states[tensor].codes)
+            self.norms.open(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         there = _on_one_device(func, args, kwargs)
+        written = _written(func, args, kwargs)
+        self.overwrite(written)
         if self.paused:
             return func(*there[0], **there[1])
         flat = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -85,21 +102,29 @@ class Follow(TorchDispatchMode):
         out = func(*there[0], **there[1])
         name = func._schema.name.split("::")[-1]
         outs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-        if not known or not any(map(_carries, outs)):
-            return out
         inplace = name.endswith("_") and bool(args) and isinstance(args[0], Tensor)
         plain = name.rstrip("_") if inplace else name
+        self.norms.see(plain, func, args, kwargs, flat, outs, bool(written))
+        if not known or plain in rules.BLIND:
+            return out
+        before = [self.states[leaf] for leaf in known]
         try:
+            if not any(map(carries, outs)):
+                raise Lost("what it gives carries no channel")
             states = self._apply(plain, func, args, kwargs, out)
         except Lost as lost:
-            for tensor in filter(_carries, outs):
+            self._spend(before, [])
+            for tensor in filter(carries, outs):
                 self.lose(tensor, plain, str(lost))
             if inplace:
                 self._spread(args[0], plain)
             return out
+        if written or plain not in rules.MOVES | rules.KEEPS:
+            self._spend(before, [] if written or plain in ("addmm", "baddbmm") else states)
         for tensor, state in zip(outs, states, strict=False):
-            if _carries(tensor):
+            if carries(tensor):
                 if state.codes.shape != tensor.shape:
+                    self._spend(before, [])
                     self.lose(tensor, plain, "its rule gave another shape; please report this")
                 else:
                     self.states[tensor] = state
@@ -108,6 +133,16 @@ class Follow(TorchDispatchMode):
         for tensor in outs:
             self._remember(tensor)
         return out
+
+    def _spend(self, before: list[State], after: list[State]) -> None:
+        """Notes the channels that an operation read and does not carry on, scaled at most."""
+        exact = [s.codes for s in after if all(rules.kind_of(path) == "exact" for path in s.via.values())]
+        kept = [thin(codes)[0].flatten() for codes in exact]
+        for state in before:
+            codes = thin(state.codes)[0].flatten()
+            for others in kept:
+                codes = codes[~torch.isin(codes, others)]
+            self.consume(codes)
 
     def _remember(self, tensor: Tensor) -> None:
         if tensor in self.states:
@@ -119,6 +154,7 @@ class Follow(TorchDispatchMode):
         for reference in self.storages.get(target.untyped_storage()._cdata, []):
             view = reference()
             if isinstance(view, Tensor) and view is not target and view in self.states:
+                self.consume(self.states[view].codes)
                 self.lose(view, operation, "another view of the same memory was written in place")
 
     # ---------------------------------------------------------------- rules
@@ -134,7 +170,7 @@ class Follow(TorchDispatchMode):
 
     def _apply(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
         if name in rules.MOVES:
-            return self._move(name, func, args, kwargs)
+            return move(name, func, args, kwargs, self.states)
         first = self._state(args[0] if args else None)
         if name in rules.KEEPS:
             return [first]
@@ -151,7 +187,7 @@ class Follow(TorchDispatchMode):
             return [self._sum(*args[:2])]
         if name == "addcmul":
             return [self._sum(args[0], self._product("mul", *args[1:3]))]
-        if name in ("mul", "div"):
+        if name in ("mul", "div") and not kwargs.get("rounding_mode"):
             return [self._product(name, *args[:2])]
         if name in rules.REDUCTIONS:
             return self._reduce(name, first, out)
@@ -169,39 +205,6 @@ class Follow(TorchDispatchMode):
             return [self._choose(name, args)]
         raise Lost(f"there is no rule for {name}")
 
-    def _move(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State]:
-        """Runs the operation on the codes themselves."""
-        via: dict[int, tuple[str, ...]] = {}
-        statistic = False
-        seen: set[int] = set()
-
-        def codes(tensor: Tensor) -> Tensor:
-            nonlocal statistic
-            if tensor in self.states:
-                state = self.states[tensor]
-                seen.add(id(tensor))
-                for writer, path in state.via.items():
-                    via[writer] = rules.join(via.get(writer, ()), *path)
-                statistic = statistic or state.statistic
-                return state.codes
-            if tensor.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
-                if tensor.is_meta:
-                    raise Lost(f"{name} has an index on the meta device")
-                return tensor.cpu()
-            return torch.full((), -1).expand(tensor.shape)
-
-        args, kwargs = tree_map_only(Tensor, codes, (args, kwargs))
-        for key in ("dtype", "layout", "device", "memory_format", "pin_memory"):
-            kwargs.pop(key, None)
-        if name == "constant_pad_nd":
-            args = (args[0], args[1], -1)
-        if name in ("view", "_unsafe_view"):
-            moved = args[0].reshape(args[1])
-        else:
-            moved = func(*args, **kwargs)
-        moved = moved if isinstance(moved, list | tuple) else [moved]
-        return [State(m, via, statistic) for m in moved]
-
     def _sum(self, a: Any, b: Any) -> State:
         left, right = self._state(a), self._state(b)
         if left.statistic or right.statistic:
@@ -210,7 +213,7 @@ class Follow(TorchDispatchMode):
             if not (kept.codes >= 0).any():
                 return State(self._broadcast(left, right)[0], {}, True)
             return State(torch.broadcast_to(kept.codes, _shape(kept, other)), kept.passed("norm"))
-        x, y, size = *_thin(*self._broadcast(left, right)), _shape(left, right)
+        x, y, size = *thin(*self._broadcast(left, right)), _shape(left, right)
         via: dict[int, tuple[str, ...]] = {}
         both = (x >= 0) & (y >= 0)
         differ = both & (x != y)
@@ -221,6 +224,7 @@ class Follow(TorchDispatchMode):
         vector = isinstance(added, Tensor) and added.numel() == max(added.shape, default=1)
         name = (rules.BIAS if vector else rules.OFFSET,) if only else (rules.RESIDUAL,) if bool(differ.any()) else ()
         codes = torch.maximum(x, y)
+        self.consume(codes[(x == -1) != (y == -1)])
         if name == (rules.RESIDUAL,) and len(left.via) == len(right.via) == 1:
             if all(rules.kind_of(path) == "exact" for state in (left, right) for path in state.via.values()):
                 self.joined.add((max(*left.via, *right.via), min(*left.via, *right.via)))
@@ -261,7 +265,7 @@ class Follow(TorchDispatchMode):
         else:
             dims, keep = _reduced(size, shape), False
         if dims is not None and dims and not state.statistic:
-            collapsed = _collapse(state.codes, dims)
+            collapsed = self._collapse(state.codes, dims)
             if collapsed is not None:
                 codes = collapsed if keep else collapsed.reshape(shape)
                 label = rules.POOL if name in ("mean", "sum") else name
@@ -274,7 +278,7 @@ class Follow(TorchDispatchMode):
         query, value = args[0], self._state(args[2])
         if not (value.codes >= 0).any():
             return State(torch.full((), -1).expand(out.shape))
-        collapsed = _collapse(value.codes, [value.codes.dim() - 2])
+        collapsed = self._collapse(value.codes, [value.codes.dim() - 2])
         if collapsed is None:
             raise Lost("the values of different tokens come from different channels")
         if collapsed.shape[-3] != out.shape[-3]:
@@ -288,7 +292,7 @@ class Follow(TorchDispatchMode):
         if not any(tracked):
             return State(torch.full((), -1).expand(shape), {}, left.statistic or right.statistic)
         carried = [
-            _collapse(s.codes, [dim]) if t else None
+            self._collapse(s.codes, [dim]) if t else None
             for s, t, dim in ((left, tracked[0], left.codes.dim() - 1), (right, tracked[1], right.codes.dim() - 2))
         ]
         found = [c is not None for c in carried]
@@ -305,7 +309,7 @@ class Follow(TorchDispatchMode):
 
     def _pool(self, name: str, state: State, out: Tensor) -> State:
         spatial = list(range(state.codes.dim() - rules.POOLS[name], state.codes.dim()))
-        collapsed = _collapse(state.codes, spatial)
+        collapsed = self._collapse(state.codes, spatial)
         if collapsed is None:
             raise Lost("pixels of one channel come from different channels")
         label = rules.POOL if "max" not in name else name
@@ -313,7 +317,10 @@ class Follow(TorchDispatchMode):
 
     def _choose(self, name: str, args: Any) -> State:
         if name == "masked_fill":
-            return self._state(args[0])
+            state = self._state(args[0])
+            if isinstance(args[2], Tensor) or args[2] != 0:
+                self.consume(state.codes)
+            return state
         if name == "copy":
             state = self._state(args[1])
             return State(torch.broadcast_to(state.codes, args[0].shape), state.via, state.statistic)
@@ -325,11 +332,27 @@ class Follow(TorchDispatchMode):
         y = torch.broadcast_to(y, x.shape)
         if bool(((x >= 0) & (y >= 0) & (x != y)).any()):
             raise Lost("it chooses between two streams")
+        self.consume(torch.maximum(x, y)[(x == -1) != (y == -1)])
         return State(torch.maximum(x, y), {**left.via, **right.via}, left.statistic or right.statistic)
+
+    def _collapse(self, codes: Tensor, dims: Iterable[int]) -> Tensor | None:
+        """Reduces axes along which all entries have one writer's channel, -1 aside; `None` where two differ."""
+        high = codes.amax(list(dims), keepdim=True)
+        self.consume(high.expand_as(codes)[codes == -1])
+        return high if bool(((codes == high) | (codes < 0)).all()) else None
 
     def _broadcast(self, left: State, right: State) -> tuple[Tensor, Tensor]:
         shape = _shape(left, right)
         return torch.broadcast_to(left.codes, shape), torch.broadcast_to(right.codes, shape)
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Returns the tensors that an operation writes into, by its schema."""
+    if not func._schema.is_mutable:
+        return []
+    places = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    held = [args[i] if i < len(args) else kwargs.get(name) for i, name in places]
+    return [leaf for leaf in tree_flatten(held)[0] if isinstance(leaf, Tensor)]
 
 
 def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -350,20 +373,8 @@ def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
     return tree_map_only(Tensor, lambda leaf: leaf.to("meta"), (args, kwargs))
 
 
-def _carries(tensor: Tensor) -> bool:
-    """Whether a tensor can hold features; indices and masks cannot."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _shape(left: State, right: State) -> torch.Size:
     return torch.broadcast_shapes(left.codes.shape, right.codes.shape)
-
-
-def _collapse(codes: Tensor, dims: Iterable[int]) -> Tensor | None:
-    """Reduces axes along which all entries have one writer's channel, -1 aside; `None` where two differ."""
-    dims = list(dims)
-    high = codes.amax(dims, keepdim=True)
-    return high if bool(((codes == high) | (codes < 0)).all()) else None
 
 
 def _reduced(size: Iterable[int], shape: Iterable[int]) -> list[int] | None:
@@ -376,11 +387,3 @@ def _reduced(size: Iterable[int], shape: Iterable[int]) -> list[int] | None:
         else:
             gone.append(dim)
     return gone if position == len(shape) else None
-
-
-def _thin(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Keeps one entry of every axis along which all tensors of one shape repeat themselves."""
-    for dim in range(tensors[0].dim()):
-        if all(t.stride(dim) == 0 for t in tensors):
-            tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
-    return tensors

@@ -8,39 +8,83 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from san_peft.errors import GraphError
 from san_peft.propagation.channels import ChannelMap
 from san_peft.propagation.rules import kind_of
 
-__all__ = ["Barrier", "ChannelMap", "Edge", "Layer", "PropagationGraph"]
+__all__ = ["Barrier", "ChannelMap", "Edge", "Layer", "Norm", "PropagationGraph"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A traced layer that SAN could adapt: its name, its class and the sizes of its two channel axes."""
+    """A traced layer that SAN could adapt.
+
+    Args:
+        fqn: Its name.
+        type: Its class.
+        in_channels: Size of its input's channel axis.
+        out_channels: Size of its output's channel axis.
+        overwritten: Whether an operation in place was seen to write into its output, which is then not there any more
+            in the backward pass.
+    """
 
     fqn: str
     type: str
     in_channels: int
     out_channels: int
+    overwritten: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Returns the layer as plain data."""
-        return {"fqn": self.fqn, "type": self.type, "in": self.in_channels, "out": self.out_channels}
+        data = {"fqn": self.fqn, "type": self.type, "in": self.in_channels, "out": self.out_channels}
+        return {**data, "overwritten": True} if self.overwritten else data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layer:
         """Returns the layer that `to_json` wrote; raises `GraphError` where it is malformed."""
-        fields = _fields(data, "layer", {"fqn": str, "type": str, "in": int, "out": int})
-        return cls(fields["fqn"], fields["type"], fields["in"], fields["out"])
+        needed = {"fqn": str, "type": str, "in": int, "out": int}
+        fields = _fields(data, "layer", needed, {"overwritten": bool})
+        return cls(fields["fqn"], fields["type"], fields["in"], fields["out"], fields.get("overwritten", False))
 
     def __str__(self) -> str:
         return f"{self.fqn} ({self.type} {self.in_channels} -> {self.out_channels})"
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation module whose output only layers read, its channel j as their input channel j.
+
+    Whatever multiplies its output, or its affine weight and bias, multiplies these layers' inputs and nothing else.
+
+    Args:
+        fqn: Its name.
+        readers: Names of the layers that read its output, in the order in which they ran.
+    """
+
+    fqn: str
+    readers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.readers, str) or not all(isinstance(name, str) for name in self.readers):
+            raise GraphError(f"norm {self.fqn}: readers is a tuple of layer names.")
+        object.__setattr__(self, "readers", tuple(self.readers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the norm as plain data."""
+        return {"fqn": self.fqn, "readers": list(self.readers)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Norm:
+        """Returns the norm that `to_json` wrote; raises `GraphError` where it is malformed."""
+        return cls(**_fields(data, "norm", {"fqn": str, "readers": list | tuple}))
+
+    def __str__(self) -> str:
+        return f"{self.fqn} -> {', '.join(self.readers)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +96,8 @@ class Edge:
         posterior: Name of the layer whose input channels are scaled.
         channels: Where each input channel of the posterior comes from.
         via: The operations on the way that are more than a movement of channels, in order, each named once.
+        closed: Whether the edge is exact and nothing but the posterior reads these channels of the anterior, as far as
+            a trace could see: scaling them where they are written is then the same as where they are read.
 
     Raises:
         GraphError: If a name is empty or the two ends are the same layer.
@@ -66,6 +112,7 @@ class Edge:
     posterior: str
     channels: ChannelMap
     via: tuple[str, ...] = ()
+    closed: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.anterior, self.posterior):
@@ -86,24 +133,26 @@ class Edge:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the edge as plain data."""
-        return {
+        data = {
             "anterior": self.anterior,
             "posterior": self.posterior,
             "channels": self.channels.to_json(),
             "via": list(self.via),
         }
+        return {**data, "closed": True} if self.closed else data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Edge:
         """Returns the edge that `to_json` wrote; raises `GraphError` where it is malformed."""
         needed = {"anterior": str, "posterior": str, "channels": Mapping}
-        fields = _fields(data, "edge", needed, {"via": list | tuple})
+        fields = _fields(data, "edge", needed, {"via": list | tuple, "closed": bool})
         name = f"edge {fields['anterior']} -> {fields['posterior']}"
         try:
             channels = ChannelMap.from_json(fields["channels"])
         except GraphError as error:
             raise GraphError(f"{name}: {error}") from error
-        return cls(fields["anterior"], fields["posterior"], channels, tuple(fields.get("via", ())))
+        via, closed = tuple(fields.get("via", ())), fields.get("closed", False)
+        return cls(fields["anterior"], fields["posterior"], channels, via, closed)
 
     def __str__(self) -> str:
         path = f" (through {', '.join(self.via)})" if self.via else ""
@@ -140,9 +189,11 @@ class PropagationGraph:
         barriers: Where a channel axis was lost.
         layers: All layers that were traced, in the order in which they first ran.
         heads: Layers that write the model's output directly. `select("all")` leaves out the edges into them.
+        norms: The norms whose output nothing but layers reads.
 
     Raises:
-        GraphError: If an edge appears twice, names a layer that was not traced, or has lengths that do not fit.
+        GraphError: If an edge appears twice, an edge or a norm names a layer that was not traced, or lengths do not
+            fit.
 
     Example:
         >>> graph = PropagationGraph([Edge("fc1", "fc2", ChannelMap.identity(64), via=("gelu",))])
@@ -157,14 +208,19 @@ class PropagationGraph:
     barriers: tuple[Barrier, ...] = ()
     layers: tuple[Layer, ...] = ()
     heads: tuple[str, ...] = ()
+    norms: tuple[Norm, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("edges", "barriers", "layers", "heads"):
+        for name in ("edges", "barriers", "layers", "heads", "norms"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check()
 
     def _check(self) -> None:
         known = {layer.fqn: layer for layer in self.layers}
+        for norm in self.norms:
+            for fqn in norm.readers:
+                if known and fqn not in known:
+                    raise GraphError(f"norm {norm} names {fqn}, which was not traced.{_suggest(fqn, known)}")
         pairs: set[tuple[str, str]] = set()
         in_channels = {layer.fqn: layer.in_channels for layer in self.layers}
         out_channels = {layer.fqn: layer.out_channels for layer in self.layers}
@@ -220,7 +276,7 @@ class PropagationGraph:
 
     def with_edges(self, edges: Iterable[Edge]) -> PropagationGraph:
         """Returns the graph with other edges and everything else as it is."""
-        return PropagationGraph(tuple(edges), self.barriers, self.layers, self.heads)
+        return replace(self, edges=tuple(edges))
 
     def select(self, scheme: str) -> PropagationGraph:
         """Returns the graph that a scheme keeps: `all`, `exact`, `feedforward`, `reference` or `none`.
@@ -245,12 +301,12 @@ class PropagationGraph:
         for item in drop:
             if isinstance(item, str) and item not in known:
                 raise GraphError(f"cannot leave out {item}: no such layer in the graph.{_suggest(item, known)}")
-            if not isinstance(item, str) and item not in self.edges:
+            if not isinstance(item, str) and _bare(item) not in map(_bare, self.edges):
                 shown = _suggest(str(item), [str(edge) for edge in self.edges])
                 raise GraphError(f"cannot leave out {item}: no such edge in the graph.{shown}")
-        dropped = {item for item in drop if isinstance(item, Edge)}
+        dropped = {_bare(item) for item in drop if isinstance(item, Edge)}
         return self.with_edges(
-            e for e in self.edges if e not in dropped and e.anterior not in names and e.posterior not in names
+            e for e in self.edges if _bare(e) not in dropped and e.anterior not in names and e.posterior not in names
         )
 
     def reversed(self) -> PropagationGraph:
@@ -258,8 +314,9 @@ class PropagationGraph:
 
         Read backwards, a layer's outputs are what it reads, so the records of the layers swap their two sizes. Where
         one source channel feeds several input channels (repeat, tile) the first of them is kept, see
-        `ChannelMap.inverse`; reversing twice gives the graph back where no channel feeds two. For the ablation that
-        trains with reversed propagation, where lengths must fit the real layers, see
+        `ChannelMap.inverse`; reversing twice gives the graph back where no channel feeds two, but for what the trace
+        saw beside the edges: norms, closed edges and overwritten outputs. For the ablation that trains with reversed
+        propagation, where lengths must fit the real layers, see
         `san_peft.propagation.schemes.ablate`.
         """
         edges = [Edge(e.posterior, e.anterior, e.channels.inverse(), e.via[::-1]) for e in self.edges[::-1]]
@@ -274,6 +331,7 @@ class PropagationGraph:
             "barriers": [barrier.to_json() for barrier in self.barriers],
             "layers": [layer.to_json() for layer in self.layers],
             "heads": list(self.heads),
+            "norms": [norm.to_json() for norm in self.norms],
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -292,7 +350,7 @@ class PropagationGraph:
                 data = json.loads(data)
             except json.JSONDecodeError as error:
                 raise GraphError(f"the propagation graph is not valid JSON: {error}.") from error
-        optional = {"barriers": list, "layers": list, "heads": list, "format": int}
+        optional = {"barriers": list, "layers": list, "heads": list, "norms": list, "format": int}
         fields = _fields(data, "propagation graph", {"edges": list}, optional)
         if fields.get("format", FORMAT) > FORMAT:
             raise GraphError(f"the propagation graph has format {fields['format']}; this version reads up to {FORMAT}.")
@@ -304,6 +362,7 @@ class PropagationGraph:
             tuple(Barrier.from_json(item) for item in fields.get("barriers", [])),
             tuple(Layer.from_json(item) for item in fields.get("layers", [])),
             tuple(heads),
+            tuple(Norm.from_json(item) for item in fields.get("norms", [])),
         )
 
     def __str__(self) -> str:
@@ -316,6 +375,11 @@ class PropagationGraph:
         if self.heads:
             lines.append(f"  heads: {', '.join(self.heads)}")
         return "\n".join(lines)
+
+
+def _bare(edge: Edge) -> Edge:
+    """Returns an edge as a user writes it, who cannot know whether it is closed."""
+    return replace(edge, closed=False)
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -99,3 +99,9 @@ COMPARISONS = frozenset(
     "is_nonzero equal rand_like randn_like bernoulli new_empty_strided".split()
 )
 """Operations whose results carry no channel."""
+
+BLIND = frozenset(
+    "sym_size zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like "
+    "new_empty_strided".split()
+)
+"""Of these, the ones that look at a tensor's shape and not at its entries."""

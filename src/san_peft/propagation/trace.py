@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten
 
 from san_peft.errors import TraceError
 from san_peft.propagation import rules
 from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.follow import STRIDE, Follow
+from san_peft.propagation.codes import STRIDE, ZERO
+from san_peft.propagation.follow import Follow
 from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 from san_peft.propagation.inputs import derive_inputs
+from san_peft.propagation.norms import Norms
 
 REPACKS = "support_avx512bf16_for_cpu"
 """Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew, for good, when it runs in eval mode."""
+
+
+_CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 
 @dataclass
@@ -44,7 +51,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
             of transformers and timm.
 
     Returns:
-        The graph among all adaptable layers, with its barriers and heads.
+        The graph among all adaptable layers, with its barriers, heads and norms.
 
     Raises:
         TraceError: If inputs cannot be derived, or the model raises on them.
@@ -62,13 +69,20 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
             return trace(model, example_inputs)
     inputs = derive_inputs(model) if example_inputs is None else example_inputs
     layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
-    follow, reads = Follow(), dict.fromkeys(layers)
+    follow, reads = Follow(Norms(model, layers)), dict.fromkeys(layers)
     order: list[str] = []
     with _as_it_was(model), ExitStack() as stack:
         for name, module in layers.items():
             before, after = _hooks(follow, name, module, reads, order)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
+        for number, module in enumerate(follow.norms.modules.values()):
+            before, after = _norm_hooks(follow, number)
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        for module in model.modules():
+            if isinstance(module, _DropoutNd) and module.inplace:  # it writes in training only, which is not traced
+                stack.callback(module.register_forward_pre_hook(lambda _, args: follow.overwrite(_held(args))).remove)
         try:
             with torch.no_grad(), follow:
                 if isinstance(inputs, Mapping):
@@ -83,7 +97,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
                 "it accepts: san_peft.trace(model, example_inputs)."
             ) from error
         heads = _heads(follow, out, reads)
-    return _graph(layers, reads, order, heads)
+        follow.release(_held(out, inputs))
+    return _graph(follow, layers, reads, order, heads)
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -113,12 +128,15 @@ def _hooks(follow: Follow, name: str, module: nn.Module, reads: dict[str, Any], 
     dim = _channel_dim(module)
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if not follow.paused and x is not None:
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        follow.calls[name] += 1
+        if given and not follow.paused:
             if reads[name] is None:
                 reads[name] = _Reads()
                 order.append(name)
-            _read(follow, reads[name], x, dim)
+            _read(follow, name, reads[name], given[0], dim)
+            follow.norms.read(name, given[0], dim)
+            follow.release(given[1:])
         follow.paused += 1
 
     def after(_: nn.Module, __: Any, out: Any) -> None:
@@ -129,7 +147,32 @@ def _hooks(follow: Follow, name: str, module: nn.Module, reads: dict[str, Any], 
     return before, after
 
 
-def _read(follow: Follow, reads: _Reads, x: Tensor, dim: int) -> None:
+def _norm_hooks(follow: Follow, number: int) -> tuple[Any, Any]:
+    def before(_: nn.Module, __: Any) -> None:
+        follow.norms.enter(number, follow.paused > 0)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        follow.norms.leave(number, module, args, kwargs, out)
+
+    return before, after
+
+
+def _held(*values: Any) -> Iterator[Tensor]:
+    """Yields the tensors within some values, those in attributes of objects, as of caches, included."""
+    seen: dict[int, Any] = {}
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) not in seen and not isinstance(value, type | ModuleType | nn.Module):
+            seen[id(value)] = value
+            inside = value.values() if isinstance(value, Mapping) else value
+            todo += inside if isinstance(inside, Iterable) and isinstance(value, _CONTAINERS) else ()
+            todo += getattr(value, "__dict__", {}).values()
+
+
+def _read(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> None:
     """Notes the source of every input channel of one call, and compares it with the calls before."""
     state = follow.states.get(x)
     size = x.shape[dim]
@@ -138,6 +181,8 @@ def _read(follow: Follow, reads: _Reads, x: Tensor, dim: int) -> None:
         rows = state.codes.movedim(dim, -1).reshape(-1, size)
         high = rows.amax(0)
         differ = ((rows != high) & (rows >= 0)).any(0)
+        follow.consume(rows, name)
+        follow.consume(rows[:, ((rows != high) & (rows != ZERO)).any(0)])
         for position, (code, bad) in enumerate(zip(high.tolist(), differ.tolist(), strict=True)):
             if code < 0:
                 continue
@@ -187,9 +232,13 @@ def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tupl
 
 
 def _graph(
-    layers: dict[str, nn.Module], reads: dict[str, _Reads | None], order: list[str], heads: tuple[str, ...]
+    follow: Follow,
+    layers: dict[str, nn.Module],
+    reads: dict[str, _Reads | None],
+    order: list[str],
+    heads: tuple[str, ...],
 ) -> PropagationGraph:
-    records = {name: _record(name, layers[name]) for name in order}
+    records = {name: replace(_record(name, layers[name]), overwritten=name in follow.overwritten) for name in order}
     edges, barriers = [], []
     for name in order:
         read = reads[name]
@@ -206,14 +255,30 @@ def _graph(
                 barriers.append(Barrier("call", name, "it reads its own output in a later call"))
                 continue
             channels = ChannelMap.from_index(index, records[anterior].out_channels)
-            edges.append(Edge(anterior, name, channels, read.via.get(anterior, ())))
+            edge = Edge(anterior, name, channels, read.via.get(anterior, ()))
+            edges.append(replace(edge, closed=_closed(follow, edge, read)))
         barriers += [Barrier(operation, name, reason) for operation, reason in read.barriers]
     barriers += [
         Barrier("call", name, "it was never called; what reads its weight directly goes past SAN")
         for name in layers
         if name not in records
     ]
-    return PropagationGraph(tuple(edges), tuple(barriers), tuple(records.values()), heads)
+    norms = follow.norms.norms(order)
+    return PropagationGraph(tuple(edges), tuple(barriers), tuple(records.values()), heads, norms)
+
+
+def _closed(follow: Follow, edge: Edge, read: _Reads) -> bool:
+    """Whether nothing but its posterior reads what an exact edge carries; see `Follow.consumed`."""
+    if (
+        edge.kind != "exact"
+        or follow.calls[edge.anterior] > 1
+        or any(operation == "call" for operation, _ in read.barriers)
+    ):
+        return False
+    consumed = follow.consumed[follow.writers.index(edge.anterior)]
+    index = edge.channels.index
+    carried = index[index >= 0]
+    return not any(mask[carried].any() for reader, mask in consumed.items() if reader != edge.posterior)
 
 
 @contextmanager
