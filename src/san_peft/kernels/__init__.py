@@ -1,0 +1,347 @@
+"""Triton kernels: a factor for each channel, alone or inside a norm, in one pass over memory.
+
+What these functions do is bound by memory on a GPU, so every one of them reads its tensors once and writes its result
+once. `rounding.multiply` is the reference of `scale_forward`, bit for bit. Gradients are returned, not recorded: the
+functions belong inside a `torch.autograd.Function`. Sums over rows are taken in a fixed order, without atomics.
+
+Triton is imported at the first launch. Whether a tensor can go through a kernel is what `available` says.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from san_peft.kernels import programs
+
+MAX_HIDDEN = 16384
+"""The longest row that the kernels of a norm hold at once."""
+
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+"""How many low bits of a float32 each type lacks."""
+_TILE = 4096
+"""Entries that a program of a scale holds at once."""
+_PROCESSORS = 132
+"""Multiprocessors of an H100 or H200. A constant, so that sums come in the same order on every device."""
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@lru_cache(maxsize=64)
+def _capable(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def available(x: Tensor) -> bool:
+    """Whether the kernels can be launched for a tensor.
+
+    Args:
+        x: A tensor. Only its device and types are looked at; that it is contiguous is asked for at the launch.
+
+    Returns:
+        True for a plain tensor of half or single precision on a CUDA device (compute capability 8.0 or above), where
+        Triton is installed. With `TRITON_INTERPRET=1` in the environment since before Triton was imported, also on the
+        CPU. Never while `torch.compile` or `torch.export` traces.
+
+    Example:
+        >>> available(torch.ones(2, dtype=torch.float64))
+        False
+    """
+    if torch.compiler.is_compiling() or x.dtype not in _DROPPED or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return x.device.type in ("cpu", "cuda") and _has_triton()
+    return x.is_cuda and _has_triton() and _capable(x.device.index)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        programs.compiled(kernel)[grid](*args, **{"enable_fp_fusion": True} | options)
+
+
+def _power(n: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _ceil(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _check(like: Tensor, shape: tuple[int, ...], *types: torch.dtype, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != like.device or tensor.dtype not in (types or _DROPPED):
+            wanted = " or ".join(str(t) for t in types or _DROPPED)
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted: {wanted}, on {like.device}.")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted: {tuple(shape)}.")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() on it first.")
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _layout(x: Tensor, dim: int) -> tuple[int, int, int]:
+    """A contiguous tensor as (outer, channels, inner)."""
+    dim %= x.dim()
+    channels = x.shape[dim]
+    inner = x.shape[dim + 1 :].numel()
+    return x.numel() // max(channels * inner, 1), channels, inner
+
+
+def scale_forward(
+    x: Float[Tensor, "*shape"],
+    factor: Float[Tensor, " channels"],
+    shift: Float[Tensor, " channels"] | None = None,
+    dim: int = -1,
+    *,
+    out: Float[Tensor, "*shape"] | None = None,
+) -> Float[Tensor, "*shape"]:
+    r"""Multiplies with one factor for each channel, as `rounding.multiply` does, and adds a shift before rounding.
+
+    Args:
+        x: Features, contiguous, in half or single precision.
+        factor: Factor $f$ of every channel, in float32.
+        shift: Shift $t$ of every channel, in float32.
+        dim: Axis of the channels.
+        out: Where to write, of the shape and type of `x`; it may be `x`.
+
+    Returns:
+        $f \odot x + t$ in the type of `x`: computed in float32, half precision rounded by dithering.
+    """
+    outer, channels, inner = _layout(x, dim)
+    out = _empty(x) if out is None else out
+    _check(x, x.shape, x=x)
+    _check(x, x.shape, x.dtype, out=out)
+    _check(x, (channels,), torch.float32, factor=factor, shift=shift)
+    if x.numel():
+        last = inner == 1
+        rows, size = (outer, channels) if last else (outer * channels, inner)
+        columns = min(_power(size), 256)
+        tile = _TILE // columns
+        grid = (_ceil(rows, tile) * _ceil(size, columns),)
+        shapes = {"LAST": last, "DROPPED": _DROPPED[x.dtype], "ROWS": tile, "COLUMNS": columns}
+        # fused, product and shift would be rounded once, which the reference does twice
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        _launch(programs.scale, grid, x.device, x, factor, shift, out, rows, channels, size, **shapes, **options)
+    return out
+
+
+def scale_backward(
+    grad: Float[Tensor, "*shape"],
+    saved: Float[Tensor, "*shape"],
+    factor: Float[Tensor, " channels"],
+    dim: int = -1,
+    need_x: bool = True,
+    need_shift: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    r"""Gradients of $f \odot x + t$.
+
+    Args:
+        grad: Gradient of the result, contiguous.
+        saved: What to sum against, contiguous: $x$ for the gradient of the factor. It may be of another type.
+        factor: Factor $f$ of every channel, in float32.
+        dim: Axis of the channels.
+        need_x: Whether to compute the gradient of $x$.
+        need_shift: Whether to compute the gradient of the shift.
+
+    Returns:
+        $f \odot \mathrm{grad}$ rounded to the nearest in the type of `grad`, or `None`; the sum of
+        $\mathrm{grad} \odot \mathrm{saved}$ for each channel in float32; and that of `grad`, or `None`.
+    """
+    outer, channels, inner = _layout(grad, dim)
+    _check(grad, grad.shape, grad=grad, saved=saved)
+    _check(grad, (channels,), torch.float32, factor=factor)
+    grad_x = _empty(grad) if need_x else None
+    last = inner == 1
+    columns = min(_power(channels if last else inner), 256)
+    rows = _TILE // columns if last else min(_TILE // columns, _power(channels))
+    tiles = _ceil(channels, columns if last else rows)
+    steps = _ceil(outer, rows) if last else outer * _ceil(inner, columns)
+    per = max(_ceil(steps * tiles, 8 * _PROCESSORS), 1)
+    blocks = _ceil(steps, per)
+    sums = torch.empty((1 + need_shift, blocks, channels), dtype=torch.float32, device=grad.device)
+    if grad.numel():
+        shapes = {"LAST": last, "SHIFT": need_shift, "ROWS": rows, "COLUMNS": columns}
+        sizes = (outer, channels, inner, per)
+        tensors = (grad, saved, factor, grad_x, sums)
+        _launch(programs.scale_backward, (tiles, blocks), grad.device, *tensors, *sizes, **shapes, num_warps=4)
+    summed = sums[:, 0] if blocks == 1 else sums.sum(1)
+    return grad_x, summed[0], summed[1] if need_shift else None
+
+
+def _norm_tiles(size: int, rows: int) -> tuple[dict[str, int], int]:
+    """Shapes of a tile of whole rows, and how many tiles there are."""
+    if not 0 < size <= MAX_HIDDEN:
+        raise ValueError(f"A row has {size} entries: the kernels of a norm hold from 1 to {MAX_HIDDEN}.")
+    columns = _power(size)
+    tile = max(1024 // columns, 1)
+    warps = min(max(columns // 512, 4), 16)
+    return {"ROWS": tile, "COLUMNS": columns, "num_warps": warps}, _ceil(rows, tile)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    *,
+    center: bool = False,
+    offset: float = 0.0,
+    cast: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    size = x.shape[-1]
+    _check(x, x.shape, x=x)
+    _check(x, (size,), weight=weight, bias=bias)
+    _check(x, (size,), torch.float32, scale=scale)
+    rows = x.numel() // max(size, 1)
+    shapes, tiles = _norm_tiles(size, rows)
+    y = _empty(x)
+    rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if center else None
+    if rows:
+        tensors = (x, weight, bias, scale, y, mean, rstd)
+        _launch(programs.norm, (tiles,), x.device, *tensors, rows, size, float(eps), float(offset), CAST=cast, **shapes)
+    return y, mean, rstd
+
+
+def _norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    size, rows = x.shape[-1], rstd.numel()
+    _check(x, x.shape, x=x, grad=grad)
+    _check(x, (size,), weight=weight, bias=bias)
+    _check(x, (size,), torch.float32, scale=scale)
+    _check(x, (*x.shape[:-1], 1), torch.float32, mean=mean, rstd=rstd)
+    shapes, tiles = _norm_tiles(size, rows)
+    per = max(_ceil(tiles, _PROCESSORS * (2 if shapes["num_warps"] > 4 else 4)), 1)
+    blocks = _ceil(tiles, per)
+    wanted = [scale is not None, need_weight and weight is not None, need_bias and bias is not None]
+    sums = torch.empty((sum(wanted), blocks, size), dtype=torch.float32, device=x.device)
+    buffers = iter(sums)
+    parts = [next(buffers) if want else None for want in wanted]
+    grad_x = _empty(x)
+    if rows:
+        tensors = (grad, x, weight, bias, scale, mean, rstd, grad_x, *parts)
+        _launch(programs.norm_backward, (blocks,), x.device, *tensors, rows, size, float(offset), per, **shapes)
+    summed = iter(sums[:, 0] if blocks == 1 or not any(wanted) else sums.sum(1))
+    grad_scale, grad_weight, grad_bias = (next(summed) if want else None for want in wanted)
+    return grad_x, grad_scale, grad_weight, grad_bias
+
+
+def rms_forward(
+    x: Float[Tensor, "*batch size"],
+    weight: Float[Tensor, " size"] | None,
+    scale: Float[Tensor, " size"] | None,
+    eps: float,
+    weight_after_cast: bool = False,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""RMS norm with a scale inside, before the only rounding that a plain norm has.
+
+    Args:
+        x: Features, contiguous, of at most `MAX_HIDDEN` channels in the last axis.
+        weight: Weight $w$ of the norm; `None` is one.
+        scale: Scale $s$ of every channel, in float32; `None` is one.
+        eps: What is added to the mean square.
+        weight_after_cast: Whether the weight is multiplied after the cast to the type of `x` (as LLaMA, T5 and Qwen
+            do) or before it (as Gemma and `nn.RMSNorm` do).
+        offset: What is added to the weight, one for Gemma. Without effect with `weight_after_cast`.
+
+    Returns:
+        $w \odot \operatorname{cast}(s \odot h)$ or $\operatorname{cast}(s \odot (o + w) \odot h)$ in the type of `x`,
+        with $h = x / \sqrt{\operatorname{mean}(x^2) + \epsilon}$ in float32; and $1 / \sqrt{\cdot}$ of every row.
+    """
+    y, _, rstd = _norm(x, weight, None, scale, eps, offset=offset, cast=weight_after_cast)
+    return y, rstd
+
+
+def rms_backward(
+    grad: Float[Tensor, "*batch size"],
+    x: Float[Tensor, "*batch size"],
+    weight: Float[Tensor, " size"] | None,
+    scale: Float[Tensor, " size"] | None,
+    rstd: Float[Tensor, "*batch 1"],
+    weight_after_cast: bool = False,
+    offset: float = 0.0,
+    need_weight: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `rms_forward`, from the gradient of its result, its arguments and the `rstd` that it returned.
+
+    Returns:
+        Gradients of `x` in its type, of the scale and of the weight in float32; `None` for what is not there or not
+        asked for.
+    """
+    offset = 0.0 if weight_after_cast else offset
+    grads = _norm_backward(grad, x, weight, None, scale, None, rstd, offset, need_weight, False)
+    return grads[:3]
+
+
+def layer_forward(
+    x: Float[Tensor, "*batch size"],
+    weight: Float[Tensor, " size"] | None,
+    bias: Float[Tensor, " size"] | None,
+    scale: Float[Tensor, " size"] | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Layer norm with a scale inside, before the rounding.
+
+    Args:
+        x: Features, contiguous, of at most `MAX_HIDDEN` channels in the last axis.
+        weight: Weight $w$ of the norm; `None` is one.
+        bias: Bias $b$ of the norm; `None` is zero.
+        scale: Scale $s$ of every channel, in float32; `None` is one.
+        eps: What is added to the variance.
+
+    Returns:
+        $s \odot (w \odot h + b)$ in the type of `x`, with $h$ the normalised row in float32; and the mean and the
+        inverse standard deviation of every row.
+    """
+    y, mean, rstd = _norm(x, weight, bias, scale, eps, center=True)
+    assert mean is not None
+    return y, mean, rstd
+
+
+def layer_backward(
+    grad: Float[Tensor, "*batch size"],
+    x: Float[Tensor, "*batch size"],
+    weight: Float[Tensor, " size"] | None,
+    bias: Float[Tensor, " size"] | None,
+    scale: Float[Tensor, " size"] | None,
+    mean: Float[Tensor, "*batch 1"],
+    rstd: Float[Tensor, "*batch 1"],
+    need_weight: bool = False,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `layer_forward`, from the gradient of its result, its arguments and what it returned besides.
+
+    Returns:
+        Gradients of `x` in its type, of the scale, of the weight and of the bias in float32; `None` for what is not
+        there or not asked for.
+    """
+    return _norm_backward(grad, x, weight, bias, scale, mean, rstd, 0.0, need_weight, need_bias)
