@@ -1,6 +1,7 @@
 """Times a training step of SAN over LoRA and over DoRA beside the hosts alone, as `step.py` does it.
 
     python benchmarks/hosts.py                     # both shapes, eager
+    python benchmarks/hosts.py --dtype bfloat16 --out runs/bfloat16
     python benchmarks/hosts.py --shapes vit --rounds 4
 
 | name | what is trained |
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 
 import tyro
-from step import Builder, Options, lora_config, on_dense, run
+from step import Builder, Goals, Options, lora_config, on_dense, run
 
 from san_peft import SanConfig
 
@@ -39,6 +40,7 @@ METHODS: dict[str, Builder] = {
     "lean-dora": over("none", use_dora=True),
 }
 AGAINST = {"san-dora": "dora", "lean-dora": "dora"}
+GOALS: Goals = {"san-lora": (1.03, 1.03)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,4 +52,4 @@ class HostOptions(Options):
 
 
 if __name__ == "__main__":
-    run(tyro.cli(HostOptions), METHODS, AGAINST, "hosts")
+    run(tyro.cli(HostOptions), METHODS, AGAINST, "hosts", GOALS)
