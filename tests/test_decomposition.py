@@ -10,16 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from san_peft import SanError
-from san_peft.decomposition import (
-    CHUNK,
-    adapted_linear,
-    dense_scale,
-    low_rank_norm,
-    low_rank_scale,
-    rows_at_once,
-    weight_product,
-)
+from san_peft import SanError, products
+from san_peft.decomposition import dense_scale, low_rank_norm, low_rank_scale, low_rank_scales
+from san_peft.products import CHUNK, adapted_linear, rows_at_once, weight_product
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**16))
 
@@ -181,8 +174,8 @@ def test_a_gpu_is_given_few_large_parts():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scaled", [False, True], ids=["lora", "dora"])
-def test_a_dense_layer_and_its_adapter_in_one_pass(bias, scaled):
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_dense_layer_and_its_adapter_in_one_pass(bias, dropped):
     torch.manual_seed(0)
 
     def draw(*shape: int, grad: bool = True) -> torch.Tensor:
@@ -190,20 +183,74 @@ def test_a_dense_layer_and_its_adapter_in_one_pass(bias, scaled):
 
     x, a, b = draw(2, 3, 5), draw(2, 5), draw(4, 2)
     weight, shift = draw(4, 5, grad=False), draw(4, grad=False) if bias else None
-    magnitude = (torch.rand(4, dtype=torch.float64) + 0.5).requires_grad_() if scaled else None
 
     def one(x, a, b, *rest):
         return adapted_linear(x, weight, shift, a, b, 0.7, *rest)
 
     def plain(x, a, b, *rest):
-        adapted = weight + 0.7 * b @ a
-        adapted = rest[0][:, None] * adapted if rest else adapted
-        return torch.nn.functional.linear(x, adapted, shift)
+        read = rest[0] if rest else x
+        return torch.nn.functional.linear(x, weight, shift) + 0.7 * read @ a.t() @ b.t()
 
-    inputs = (x, a, b) if magnitude is None else (x, a, b, magnitude)
+    inputs = (x, a, b, draw(2, 3, 5)) if dropped else (x, a, b)
     torch.testing.assert_close(one(*inputs), plain(*inputs))
     assert torch.autograd.gradcheck(one, inputs)
     upstream = torch.randn(2, 3, 4, dtype=torch.float64)
     grads = [torch.autograd.grad(f(*inputs), inputs, upstream) for f in (one, plain)]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_no_rows_and_an_output_that_is_overwritten():
+    weight, a, b = torch.randn(4, 5), torch.randn(2, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    assert adapted_linear(torch.randn(0, 5), weight, None, a, b).shape == (0, 4)
+    adapted_linear(torch.randn(3, 5), weight, None, a, b).relu_().sum().backward()
+    assert a.grad.shape == (2, 5)
+
+
+@pytest.mark.parametrize("decomposition", ["norm", "projection"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_scales_of_several_layers_together(decomposition, moved):
+    """Values and gradients of the stacked node against those of each layer by itself."""
+    if moved and decomposition == "projection":
+        pytest.skip("a reference goes with norm")
+    torch.manual_seed(0)
+    weights = [torch.randn(4, 5, dtype=torch.float64) for _ in range(3)]
+    weights[1][2] = 0
+    down = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in weights]
+    up = [torch.randn(4, 2, dtype=torch.float64, requires_grad=True) for _ in weights]
+    norms = [w.norm(dim=1) for w in weights]
+    references = [n * 1.5 for n in norms] if moved else norms
+    total = torch.stack(references).square()
+    inverse = torch.where(total > 0, 1 / total, torch.zeros_like(total))
+    start = torch.where(total > 0, torch.stack(norms).square() * inverse, torch.ones_like(total)) if moved else None
+    mine = low_rank_scales([lambda w=w: w for w in weights], inverse, 0.7, decomposition, start, down, up)
+    upstream = torch.randn_like(mine)
+    grads = torch.autograd.grad((mine * upstream).sum(), [*down, *up])
+    each = torch.stack(
+        [
+            low_rank_scale(weight_product(w, a), a, b, n, 0.7, decomposition, r if moved else None)
+            for w, a, b, n, r in zip(weights, down, up, norms, references, strict=True)
+        ]
+    )
+    torch.testing.assert_close(mine, each)
+    expected = torch.autograd.grad((each * upstream).sum(), [*down, *up])
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_high_and_low_halves_of_the_rows(monkeypatch):
+    """What a GPU does with a weight in bfloat16: exact to float32's rounding, the weight as it is."""
+    seen = []
+
+    def multiply(a, b):
+        seen.append((a.dtype, b.dtype))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(products, "multiply_wide", multiply)
+    monkeypatch.setattr(products, "_splits", lambda weight, other: True)
+    weight, rows, columns = torch.randn(40, 30).bfloat16(), torch.randn(3, 30), torch.randn(40, 3)
+    torch.testing.assert_close(products.times_rows(weight, rows), weight.float() @ rows.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        products.times_columns(weight, columns), columns.t() @ weight.float(), rtol=1e-4, atol=1e-4
+    )
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}

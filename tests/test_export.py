@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import get_peft_model
-from tests.contract.nets import disturb
+from tests.contract.nets import KINDS, disturb
 from tests.golden.models import MODELS
 from torch import nn
 
@@ -104,6 +105,106 @@ def test_nothing_to_merge():
     model.unmerge_adapter()
     with model.base_model.set_mode("neuron"), pytest.raises(MergeError, match=r"Mode 'neuron' is for analysis"):
         merge_and_verify(model)
+
+
+# ------------------------------------------------------------------ what is held against the adapter's own effect
+
+
+def small(name: str, dtype=torch.float32, size: float = 0.2, head: float = 1.0, **options):
+    """A net of the contract tests with an adapter of some size, whose outputs are of another."""
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model = get_peft_model(kind.net(dtype), kind.config(**options)).eval()
+    disturb(model, size=size)
+    with torch.no_grad():
+        for parameter in model.base_model.model.head.parameters():
+            parameter.mul_(head)
+    return model, (kind.input(dtype, batch=64),)
+
+
+def spoil(layer: SanLayer, part: str) -> None:
+    """Lets a layer forget a part of the adapter when it is merged."""
+    if part == "host":
+        layer._with_hosts = lambda before, parts: tuple(None if t is None else t.float() for t in before)
+        return
+    factors = layer.factors
+
+    def wrong(name: str):
+        given = factors(name)
+        neutral = torch.zeros_like if part == "shift" else torch.ones_like
+        return given._replace(**{part: neutral(getattr(given, part))})
+
+    layer.factors = wrong
+
+
+def parts_of(name: str, dtype=torch.float32, **options) -> list[tuple[int, str]]:
+    """All that can be forgotten in a net: number of the layer, and the part."""
+    model, _ = small(name, dtype, **options)
+    found = []
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, SanLayer)):
+        factors = layer.factors("default")
+        found += [(number, part) for part in factors._fields if getattr(factors, part) is not None]
+        found += [(number, "host")] if layer.host is not None else []
+    return found
+
+
+@pytest.mark.parametrize(("size", "head"), [(0.2, 1.0), (0.002, 1e-4)])
+@pytest.mark.parametrize("name", KINDS)
+def test_each_part_of_each_layer_is_missed(name, size, head):
+    """However small the outputs and the effect are, and nothing is missed where nothing is forgotten."""
+    report = merge_and_verify(*small(name, size=size, head=head))
+    assert report.relative < 1e-3
+    assert report.max_abs_difference <= report.tolerance < report.effect
+    for number, part in parts_of(name):
+        model, x = small(name, size=size, head=head)
+        before = model(*x)
+        layer = [m for m in model.modules() if isinstance(m, SanLayer)][number]
+        spoil(layer, part)
+        with pytest.raises(MergeError, match=r"Merging (changes|keeps) .* left as it was"):
+            merge_and_verify(model, x)
+        assert torch.equal(model(*x), before), (number, part)
+
+
+@pytest.mark.parametrize("name", ["dense", "dense-lora", "dense-dora", "conv2d-lora"])
+def test_in_half_precision_a_tenth_is_missed(name):
+    """Where a factor is a tenth from one, which is above what rounding does to the output of these nets."""
+    report = merge_and_verify(*small(name, torch.bfloat16))
+    assert 0 < report.relative < 0.15
+    for number, part in parts_of(name):
+        model, x = small(name, torch.bfloat16)
+        spoil([m for m in model.modules() if isinstance(m, SanLayer)][number], part)
+        with pytest.raises(MergeError, match=r"Merging (changes|keeps)"):
+            merge_and_verify(model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("name", KINDS)
+def test_what_rounding_does_is_accepted(name, size, dtype):
+    report = merge_and_verify(*small(name, dtype, size=size))
+    assert report.max_abs_difference <= report.tolerance
+    if size == 0.0:
+        assert (report.effect, report.relative) == (0.0, 0.0)
+
+
+def test_a_lost_effect_in_small_outputs_is_found():
+    """The case that an absolute floor let pass: 3.6e-5 of an effect of 5.4e-5."""
+    net = nn.Sequential(OrderedDict(first=nn.Linear(4, 6), last=nn.Linear(6, 2, bias=False)))
+    with torch.no_grad():
+        net.last.weight.mul_(1e-3)
+    model = get_peft_model(net, SanConfig(target_modules=["first", "last"], propagation="none")).eval()
+    disturb(model, size=0.2)
+    spoil(next(m for m in model.modules() if isinstance(m, SanLayer)), "scale")
+    with pytest.raises(MergeError, match="more than the tolerance"):
+        merge_and_verify(model, torch.randn(8, 4))
+
+
+def test_a_tolerance_is_the_largest_difference():
+    model, x = small("dense")
+    spoil(next(m for m in model.modules() if isinstance(m, SanLayer)), "scale")
+    report = merge_and_verify(model, x, tolerance=10.0)
+    assert report.tolerance == 10.0
+    assert report.relative > 0.1
 
 
 # ------------------------------------------------------------------ hotswap

@@ -2,12 +2,12 @@ r"""Taking a scale per output channel out of a change of a weight: the equations
 
 An adapter turns the frozen weight $W_0$ into $W_0 + \Delta$. The part of $\Delta$ that scales row $j$ is what SAN
 propagates. `low_rank_scale` finds it for $\Delta = c\,B A$ without forming $B A$, `dense_scale` for any $\Delta$.
-`adapted_linear` is the layer itself, frozen weight and low-rank adapter together.
 Source: arXiv 2409.06706 for the idea; the equations are this library's reading of it, see the guide to the method.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,61 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from san_peft.errors import SanError
+from san_peft.products import times_columns, times_rows, weight_product
+from san_peft.scaling import plain_operations
 
 DECOMPOSITIONS = ("norm", "projection")
-CHUNK = {"cpu": 2**18, "cuda": 2**24}
-"""Entries of a half-precision weight that are cast to float32 at a time, by type of device: 1 MiB stays in the cache of
-a processor, and 64 MiB keep a GPU busy, which with small parts would wait for the launches of their kernels."""
-
-
-def weight_product(weight: Float[Tensor, "out in"], rows: Float[Tensor, "r in"]) -> Float[Tensor, "out r"]:
-    r"""Multiplies a frozen weight with a few rows: $M = W A^\top$, in float32 at least.
-
-    A weight in half precision is cast some rows at a time, `CHUNK` entries, in both passes: no larger copy is made.
-
-    Args:
-        weight: Frozen weight $W$; no gradient flows to it.
-        rows: The rows $A$, of the same type as the weight or wider.
-
-    Returns:
-        The product, in float32 or float64.
-
-    Example:
-        >>> weight_product(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 1.0]])).tolist()
-        [[3.0], [7.0]]
-    """
-    wide = torch.promote_types(torch.promote_types(weight.dtype, rows.dtype), torch.float32)
-    weight, rows = weight.detach(), rows.to(wide)
-    if weight.dtype == wide:
-        return torch.mm(weight, rows.t())
-    if torch.compiler.is_compiling():
-        return torch.mm(weight.to(wide), rows.t())
-    return _WeightProduct.apply(weight, rows)
-
-
-def rows_at_once(weight: Float[Tensor, "out in"]) -> int:
-    """Returns how many rows of a half-precision weight are cast at a time."""
-    return max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // max(1, weight.shape[1]))
-
-
-class _WeightProduct(torch.autograd.Function):
-    """`weight @ rows.T` for a weight in half precision, cast by chunks of rows."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return torch.cat([torch.mm(chunk.to(rows.dtype), rows.t()) for chunk in weight.split(rows_at_once(weight))])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
-        (grad,) = grads
-        (weight,) = ctx.saved_tensors
-        total = torch.zeros(grad.shape[1], weight.shape[1], dtype=grad.dtype, device=grad.device)
-        count = rows_at_once(weight)
-        for chunk, part in zip(weight.split(count), grad.split(count), strict=True):
-            total.addmm_(part.t(), chunk.to(grad.dtype))
-        return None, total
 
 
 def low_rank_scale(
@@ -158,6 +107,118 @@ def _gain(product: Tensor, rows: Tensor, columns: Tensor, scaling: float) -> Ten
     return 2 * scaling * cross + scaling**2 * square
 
 
+Unpack = Callable[[], Tensor]
+"""Gives a frozen weight as a matrix with one row for each output channel; a packed weight is unpacked anew."""
+
+
+def low_rank_scales(
+    weights: Sequence[Unpack],
+    inverse: Float[Tensor, "layers out"],
+    scaling: float,
+    decomposition: str,
+    start: Float[Tensor, "layers out"] | None,
+    lora_A: Sequence[Float[Tensor, "r in"]],
+    lora_B: Sequence[Float[Tensor, "out r"]],
+) -> Float[Tensor, "layers out"]:
+    r"""Decomposes the scales of several layers of one shape together: `low_rank_scale`, stacked.
+
+    One autograd node with its backward pass written out. With $N = M + c\,B G$ and $u = c\,\dot g / (n g)$ (`norm`),
+
+    $$ \frac{\partial L}{\partial B} = \operatorname{diag}(u)\, N, \qquad
+       \frac{\partial L}{\partial A} = (\operatorname{diag}(u) B)^\top W + c\,(B^\top \operatorname{diag}(u) B)\, A, $$
+
+    and for `projection` $N = M$, $u = c\,\dot g / n$ without the second term.
+
+    Args:
+        weights: The frozen weights.
+        inverse: One over the squared row norms that count as one, $1 / n$; zero for a row of zeros.
+        scaling: The factor $c$.
+        decomposition: `norm` or `projection`.
+        start: Squared row norms of the frozen weights times `inverse`, where these differ (see `reference` of
+            `low_rank_scale`); `None` is one.
+        lora_A: Down-projections, in float32 at least.
+        lora_B: Up-projections.
+
+    Returns:
+        The scales.
+
+    Example:
+        >>> weight, a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0]])
+        >>> low_rank_scales([lambda: weight], torch.tensor([[1 / 25]]), 1.0, "norm", None, [a], [b]).tolist()
+        [[2.0]]
+    """
+    if plain_operations():
+        return _plain_scales(weights, inverse, scaling, decomposition, start, lora_A, lora_B)
+    return _LowRankScales.apply(weights, inverse, scaling, decomposition == "norm", start, *lora_A, *lora_B)
+
+
+def _plain_scales(
+    weights: Sequence[Unpack],
+    inverse: Tensor,
+    scaling: float,
+    decomposition: str,
+    start: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+) -> Tensor:
+    rows, columns = torch.stack(list(lora_A)), torch.stack(list(lora_B))
+    product = torch.stack([weight_product(w(), a) for w, a in zip(weights, lora_A, strict=True)])
+    if decomposition == "projection":
+        return 1 + scaling * (columns * product).sum(-1) * inverse
+    full = product + scaling * columns @ (rows @ rows.transpose(1, 2))
+    gain = scaling * (columns * (product + full)).sum(-1) * inverse
+    return _root(gain if start is None else gain + (start - 1))
+
+
+class _LowRankScales(torch.autograd.Function):
+    """The scales of layers of one shape, stacked; what is kept is of the size of the adapters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: Sequence[Unpack],
+        inverse: Tensor,
+        scaling: float,
+        norm: bool,
+        start: Tensor | None,
+        *adapters: Tensor,
+    ) -> Tensor:
+        count = len(weights)
+        rows, columns = torch.stack(adapters[:count]), torch.stack(adapters[count:])
+        product = torch.stack([times_rows(w().detach(), a) for w, a in zip(weights, rows.unbind(0), strict=True)])
+        total = along = product
+        if norm:
+            gram = torch.bmm(rows, rows.transpose(1, 2))
+            total = torch.baddbmm(product, columns, gram, alpha=scaling)
+            along = product.add_(total)
+        gain = torch.linalg.vecdot(columns, along).mul_(inverse)
+        if norm:
+            base = torch.ones_like(inverse) if start is None else start
+            scale = base.add(gain, alpha=scaling).clamp_min_(torch.finfo(gain.dtype).tiny).sqrt_()
+        else:
+            scale = gain.mul_(scaling).add_(1)
+        ctx.weights, ctx.scaling, ctx.norm = weights, scaling, norm
+        ctx.save_for_backward(rows, columns, total, scale if norm else None, inverse)
+        return scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+        rows, columns, total, scale, inverse = ctx.saved_tensors
+        weighed = grads[0] * inverse
+        if ctx.norm:
+            weighed = weighed.div_(scale)
+        weighed = weighed.mul_(ctx.scaling).unsqueeze(-1)
+        scaled = weighed * columns
+        parts = [times_columns(w().detach(), one) for w, one in zip(ctx.weights, scaled.unbind(0), strict=True)]
+        grad_rows = torch.stack(parts)
+        if ctx.norm:
+            square = torch.bmm(scaled.transpose(1, 2), columns)
+            grad_rows = grad_rows.baddbmm_(square, rows, alpha=ctx.scaling)
+        grad_columns = weighed * total
+        return (None, None, None, None, None, *grad_rows.unbind(0), *grad_columns.unbind(0))
+
+
 def dense_scale(
     change: Float[Tensor, "out in"], weight: Float[Tensor, "out in"], decomposition: str = "norm"
 ) -> Float[Tensor, " out"]:
@@ -188,94 +249,6 @@ def dense_scale(
     if decomposition == "projection":
         return 1 + _ratio(along, total)
     return _root(_ratio(2 * along + change.square().sum(1), total))
-
-
-def adapted_linear(
-    x: Float[Tensor, "*batch in"],
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"] | None,
-    lora_A: Float[Tensor, "r in"],
-    lora_B: Float[Tensor, "out r"],
-    scaling: float = 1.0,
-    magnitude: Float[Tensor, " out"] | None = None,
-) -> Float[Tensor, "*batch out"]:
-    r"""A frozen dense layer with LoRA, or with DoRA, in one pass.
-
-    $$ y = m \odot (W + c\,B A)\,x + b $$
-
-    Both passes write into one tensor of the size of the output, or of the input, where autograd makes one for each
-    term. For the backward pass it keeps $x$ and $A x$; with a magnitude also $y$, as `scale_output` does and with its
-    gradient, so no entry of the magnitude may be near zero.
-
-    Args:
-        x: Input of the layer. All tensors have one type.
-        weight: Frozen weight $W$; it gets no gradient, and neither does the bias.
-        bias: Frozen bias, or `None`.
-        lora_A: Down-projection.
-        lora_B: Up-projection.
-        scaling: The factor $c$.
-        magnitude: What the rows are multiplied with, DoRA's magnitude over the row norms; `None` is one (LoRA).
-
-    Returns:
-        The output of the layer.
-
-    Example:
-        >>> x, weight = torch.ones(1, 2), torch.eye(2)
-        >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])
-        >>> adapted_linear(x, weight, None, a, b, scaling=0.5, magnitude=torch.tensor([2.0, 4.0])).tolist()
-        [[2.0, 6.0]]
-    """
-    return _AdaptedLinear.apply(x, weight, bias, lora_A, lora_B, scaling, magnitude)
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """Matrix products that accumulate in place, forward and backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        magnitude: Tensor | None,
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        hidden = torch.mm(flat, lora_A.t()).mul_(scaling)
-        y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
-        y.addmm_(hidden, lora_B.t())
-        if magnitude is not None:
-            y.mul_(magnitude)
-            if bias is not None:
-                y.add_(bias * (1 - magnitude))
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, hidden, weight, bias, lora_A, lora_B, magnitude, None if magnitude is None else y)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
-        x, hidden, weight, bias, lora_A, lora_B, magnitude, y = ctx.saved_tensors
-        grad = grads[0].reshape(-1, weight.shape[0])
-        grad_x = grad_a = grad_b = grad_m = None
-        if magnitude is not None:
-            product = grad * y
-            if ctx.needs_input_grad[6]:
-                grad_m = product.sum(0)
-                if bias is not None:
-                    grad_m -= grad.sum(0) * bias
-                grad_m /= magnitude
-            grad = torch.mul(grad, magnitude, out=product)
-        grad_hidden = torch.mm(grad, lora_B).mul_(ctx.scaling)
-        if ctx.needs_input_grad[4]:
-            grad_b = torch.mm(grad.t(), hidden)
-        if ctx.needs_input_grad[3]:
-            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]))
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(grad_hidden, lora_A).view(x.shape)
-        return grad_x, None, None, grad_a, grad_b, None, grad_m
 
 
 def _check_decomposition(decomposition: str) -> None:

@@ -12,17 +12,17 @@ Source: arXiv 2409.06706; the equations are this library's reading of it, see th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from san_peft import rounding
 from san_peft.errors import SanError
+from san_peft.rounding import HALF
+from san_peft.scaling import Factor, along, near_zero, scale_channels
 
-NEAR_ZERO = 1e-2
-"""Below this magnitude of a scale its gradient is taken from a kept copy of the channel, not from a division."""
+AT_ONCE = {"cpu": (2**12, 2**20), "cuda": (2**22, 2**24)}
+"""How many entries of a half-precision weight are folded at a time, in float32, at least and at most."""
 
 
 def propagate(
@@ -70,19 +70,19 @@ def scale_input(
     scale: Float[Tensor, " channels"],
     channel_dim: int = -1,
     *,
-    keep_output: bool = False,
+    keep: str = "input",
 ) -> Float[Tensor, "*shape"]:
     r"""Scales the input channels of a layer: $s \odot x$, which equals scaling the columns of its weight.
 
     Args:
         x: Input of the layer.
-        scale: Input scale $s$. It is cast to the type of `x`, never the other way round.
+        scale: Input scale $s$.
         channel_dim: Axis of the channels in `x`.
-        keep_output: Whether to keep the scaled input for the backward pass in place of `x`, as in `scale_output`. This
-            costs nothing where the layer keeps its input anyway: a trained layer, a LoRA adapter.
+        keep: Which tensor the backward pass keeps, see `scale_output`. `"output"` costs nothing where the layer keeps
+            its input anyway, as a LoRA adapter does.
 
     Returns:
-        The scaled input, of the type of `x`.
+        The scaled input, of the dtype of `x`; in half precision rounded as `san_peft.rounding.multiply` does.
 
     Raises:
         SanError: If the length of `scale` is not the size of that axis.
@@ -91,57 +91,8 @@ def scale_input(
         >>> scale_input(torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0])).tolist()
         [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
-    factor = _along(scale, x, channel_dim, "input scale")
-    if torch.is_grad_enabled() and scale.requires_grad and not torch.compiler.is_compiling():
-        return _ScaleInput.apply(x, factor, channel_dim % x.dim(), keep_output)
-    return x * factor
-
-
-class _ScaleInput(torch.autograd.Function):
-    """`x * factor` whose backward pass makes one tensor of the size of `x`, where autograd's product makes two."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, dim: int, keep_output: bool) -> Tensor:
-        y = x * factor
-        ctx.dim, ctx.keep_output = dim, keep_output
-        near_zero = kept = None
-        if keep_output:
-            near_zero, kept = _near_zero(x, factor, dim)
-        ctx.save_for_backward(y if keep_output else x, factor, near_zero, kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
-        (grad,) = grads
-        saved, factor, near_zero, kept = ctx.saved_tensors
-        product = grad * saved
-        grad_factor = _sum_but(product, ctx.dim)
-        if ctx.keep_output:
-            grad_factor = _divided(grad_factor, factor, grad, near_zero, kept, ctx.dim)
-        grad_x = torch.mul(grad, factor, out=product) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_factor.to(factor.dtype), None, None
-
-
-def _near_zero(x: Tensor, factor: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Channels whose factor is too near zero to divide by, and a copy of them."""
-    channels = torch.nonzero(factor.flatten().abs() < NEAR_ZERO).flatten()
-    return channels, x.index_select(dim, channels) if channels.numel() else None
-
-
-def _divided(total: Tensor, factor: Tensor, grad: Tensor, near_zero: Tensor, kept: Tensor | None, dim: int) -> Tensor:
-    """The gradient of a factor from sums over the scaled tensor, and from the kept channels where it is near zero."""
-    out = total / factor
-    if kept is not None:
-        exact = _sum_but(grad.index_select(dim, near_zero) * kept, dim)
-        out.view(-1)[near_zero] = exact.view(-1)
-    return out
-
-
-def _sum_but(x: Tensor, dim: int) -> Tensor:
-    """Sums over all axes but one, in float32 at least."""
-    dims = [d for d in range(x.dim()) if d != dim]
-    return x.sum(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    _check_length(scale, x, channel_dim, "input scale")
+    return scale_output(x, scale, None, channel_dim, keep=keep)
 
 
 def scale_output(
@@ -151,6 +102,7 @@ def scale_output(
     channel_dim: int = -1,
     *,
     inplace: bool = False,
+    keep: str = "output",
 ) -> Float[Tensor, "*shape"]:
     r"""Scales and shifts the output channels of a layer.
 
@@ -158,20 +110,23 @@ def scale_output(
        \frac{\partial L}{\partial g_j} = \sum_n \dot y_{nj} z_{nj} = \frac{1}{g_j} \sum_n \dot y_{nj} (y_{nj} - t_j) $$
 
     The second form of the gradient needs the output $y$, which the operation that follows usually keeps anyway, in
-    place of $z$, which nobody else keeps: no activation of its own is saved there. Channels with a scale nearer to zero
-    than `NEAR_ZERO` are kept and take the first form. Compiled code, and a shift in half precision (where $y - t$ would
-    cancel), take the first form throughout.
+    place of $z$, which nobody else keeps: no activation of its own is saved there. The first form is taken where a
+    scale is nearer to zero than `NEAR_ZERO` (looked at on the CPU; on other devices a channel of exactly zero gets the
+    gradient zero), in compiled code, and with a shift in half precision, where $y - t$ would cancel.
 
     Args:
         z: Output of the frozen layer.
-        scale: Scale $g$, cast to the type of `z`; `None` is one.
-        shift: Shift $t$, cast to the type of `z`; `None` is zero.
+        scale: Scale $g$; `None` is one.
+        shift: Shift $t$; `None` is zero.
         channel_dim: Axis of the channels in `z`.
         inplace: Whether `z` may be overwritten. Only for a tensor nobody else reads, fresh from a layer that does not
             keep its own output.
+        keep: `"output"` or `"input"`: which tensor is kept for the backward pass. An output that a later operation
+            overwrites, as `ReLU(inplace=True)` does, must not be kept.
 
     Returns:
-        The scaled and shifted output, of the type of `z`.
+        The scaled and shifted output, of the dtype of `z`; in half precision rounded as
+        `san_peft.rounding.multiply` does, so that a scale near one is not lost.
 
     Raises:
         SanError: If the length of a vector is not the size of that axis.
@@ -181,54 +136,12 @@ def scale_output(
         >>> y.tolist()
         [[2.0, 4.0], [2.0, 4.0]]
     """
+    for vector, name in ((scale, "scale"), (shift, "shift")):
+        _check_length(vector, z, channel_dim, name)
     if scale is None:
-        return z if shift is None else z + _along(shift, z, channel_dim, "shift")
-    factor = _along(scale, z, channel_dim, "scale")
-    term = None if shift is None else _along(shift, z, channel_dim, "shift")
-    cancels = term is not None and z.dtype in (torch.float16, torch.bfloat16)
-    lean = torch.is_grad_enabled() and scale.requires_grad and not cancels and not torch.compiler.is_compiling()
-    if lean:
-        return _ScaleOutput.apply(z, factor, term, channel_dim % z.dim(), inplace)
-    if inplace and not (torch.is_grad_enabled() and scale.requires_grad):
-        return z.mul_(factor) if term is None else z.mul_(factor).add_(term)
-    return z * factor if term is None else z * factor + term
-
-
-class _ScaleOutput(torch.autograd.Function):
-    """`z * factor + shift` that saves its output in place of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, factor: Tensor, shift: Tensor | None, dim: int, inplace: bool) -> Tensor:
-        near_zero, kept = _near_zero(z, factor, dim)
-        y = z.mul_(factor) if inplace else z * factor
-        if shift is not None:
-            y += shift
-        if inplace:
-            ctx.mark_dirty(y)
-        ctx.dim = dim
-        ctx.save_for_backward(y, factor, shift, near_zero, kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
-        (grad,) = grads
-        y, factor, shift, near_zero, kept = ctx.saved_tensors
-        grad_z = grad_factor = grad_shift = None
-        product = None
-        if shift is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[1]):
-            grad_shift = _sum_but(grad, ctx.dim)
-        if ctx.needs_input_grad[1]:
-            product = grad * y
-            total = _sum_but(product, ctx.dim)
-            if shift is not None:
-                total -= grad_shift * shift
-            grad_factor = _divided(total, factor, grad, near_zero, kept, ctx.dim).to(factor.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_z = grad * factor if product is None else torch.mul(grad, factor, out=product)
-        if grad_shift is not None:
-            grad_shift = grad_shift.to(grad.dtype) if ctx.needs_input_grad[2] else None
-        return grad_z, grad_factor, grad_shift, None, None
+        return z if shift is None else z + along(shift, z, channel_dim).to(z.dtype)
+    factor = Factor(scale, divisible=not near_zero(scale))
+    return scale_channels(z, factor, shift, channel_dim, inplace=inplace, keep=keep)
 
 
 def fold(
@@ -240,13 +153,19 @@ def fold(
     *,
     groups: int = 1,
     transposed: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*weight"], Float[Tensor, " out"] | None]:
     r"""Folds a scale, a shift and the scale propagated to the input into a dense or convolutional layer.
 
     $$ W' = \operatorname{diag}(g)\, W \,\operatorname{diag}(s), \qquad b' = g \odot b + t $$
 
     Exact for every stride, dilation and zero padding, because the shift goes into the layer's own bias, which is added
-    after the padding. Computed in float32 at least, and cast to the weight's type last.
+    after the padding.
+
+    Rounding: computed in float32 at least and rounded once, at the end. To float16 and bfloat16 by dithering
+    (`rounding.round_to`): rounded to the nearest, a weight would not move before a scale is about half a percent away
+    from one. So single entries are up to one step of the type off, twice what the nearest would be, and sums over many
+    are what float32 gives. An entry whose factors are one comes back bit for bit. No gradient flows through dithering.
 
     Args:
         weight: Frozen weight: (out, in) dense; (out, in/groups, *kernel) convolution; with `transposed`, (in, out) as
@@ -257,6 +176,7 @@ def fold(
         shift: Shift $t$; `None` is zero. Without a bias it becomes one.
         groups: Number of groups of the convolution.
         transposed: Whether the input axis of the weight comes first.
+        dtype: Type of the folded weight, and of a bias that a shift has made; `None` is that of the weight.
 
     Returns:
         The folded weight and bias, as new tensors; the bias is `None` where there is neither bias nor shift.
@@ -270,24 +190,43 @@ def fold(
         ([[2.0, 2.0, 2.0], [0.5, 0.5, 0.5]], [2.0, 0.5])
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    rows, columns = _weight_factors(weight, scale, input_scale, wide, groups, transposed)
-    folded = weight.to(wide, copy=True)
-    for factor in (rows, columns):
-        if factor is not None:
-            grouped = folded.view(_grouped_shape(weight, groups))
-            grouped.mul_(factor)
+    dtype = weight.dtype if dtype is None else dtype
+    both = _weight_factors(weight, scale, input_scale, wide, groups, transposed)
     _check_lengths(weight, bias, shift, groups, transposed)
+    folded = _multiplied(weight, [factor for factor in both if factor is not None], groups, dtype)
     if bias is not None:
         out = bias.to(wide, copy=True)
     elif shift is not None:
         out = torch.zeros_like(shift, dtype=wide)
     else:
-        return folded.to(weight.dtype), None
+        return folded, None
     if scale is not None:
         out *= scale.to(wide)
     if shift is not None:
         out += shift.to(wide)
-    return folded.to(weight.dtype), out.to(weight.dtype if bias is None else bias.dtype)
+    return folded, rounding.round_to(out, dtype if bias is None else bias.dtype)
+
+
+def _multiplied(weight: Tensor, factors: list[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
+    """Returns a weight times factors that broadcast over its grouped shape, half precision by parts."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    shape = _grouped_shape(weight, groups)
+    if dtype not in HALF:
+        folded = weight.to(wide, copy=True)
+        for factor in factors:
+            folded.view(shape).mul_(factor)
+        return folded.to(dtype)
+    folded = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    source, result = weight.detach().view(shape), folded.view(shape)
+    least, most = AT_ONCE.get(weight.device.type, AT_ONCE["cuda"])
+    entries = max(least, min(most, weight.numel() // 40))  # 20 bytes an entry stand beside the whole weight's two
+    count = max(1, entries * shape[1] // max(1, weight.numel()))
+    for start in range(0, shape[1], count):
+        part = source[:, start : start + count].to(wide, copy=True)
+        for factor in factors:
+            part.mul_(factor.detach()[:, start : start + count] if factor.shape[1] > 1 else factor.detach())
+        result[:, start : start + count] = rounding.round_to(part, dtype)
+    return folded
 
 
 def unfold(
@@ -336,18 +275,15 @@ def unfold(
         inverse.append(None if vector is None else vector.to(wide).reciprocal())
     base = bias if bias is None or shift is None else (bias.to(wide) - shift.to(wide))
     restored, base = fold(weight, base, inverse[0], inverse[1], groups=groups, transposed=transposed)
-    return restored, base if base is None or bias is None else base.to(bias.dtype)
+    return restored, base if base is None or bias is None else rounding.round_to(base, bias.dtype)
 
 
-def _along(vector: Tensor, x: Tensor, channel_dim: int, name: str) -> Tensor:
-    """Views a vector so that it broadcasts along one axis of `x`, in the type of `x`."""
-    if vector.dim() != 1 or vector.numel() != x.shape[channel_dim]:
+def _check_length(vector: Tensor | None, x: Tensor, channel_dim: int, name: str) -> None:
+    if vector is not None and (vector.dim() != 1 or vector.numel() != x.shape[channel_dim]):
         raise SanError(
             f"The {name} has shape {tuple(vector.shape)}, but axis {channel_dim} of the activation of shape "
             f"{tuple(x.shape)} has {x.shape[channel_dim]} channels."
         )
-    dim = channel_dim % x.dim()
-    return vector.to(x.device, x.dtype).view([-1 if d == dim else 1 for d in range(x.dim())])
 
 
 def _grouped_shape(weight: Tensor, groups: int) -> list[int]:

@@ -69,7 +69,7 @@ def test_a_frozen_model_in_half_precision_under_fsdp(spread):
     assert gradients
     for name in gradients:
         assert found[name].dtype == torch.float32
-        assert (found[name] - expected[name]).norm() < 0.02 * expected[name].norm(), name
+        assert (found[name] - expected[name]).norm() < 0.05 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("fsdp", "accelerate-fsdp"))])

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.contract.nets import disturb
 from tests.golden.models import MODELS
@@ -85,7 +85,7 @@ def test_what_does_not_fit_the_model(model, options, error, text):
         ({"exponent": "two"}, r"exponent must be a number, got 'two'"),
         ({"exponent": float("nan")}, r"exponent must be finite"),
         ({"layers_pattern": "layers"}, r"give layers_to_transform as well"),
-        ({"format": 99}, r"has format 99, this version reads up to 1\. Upgrade"),
+        ({"format": 99}, r"has format 99, this version reads up to 2\. Upgrade"),
         ({"edges": [{"anterior": "a"}]}, r"'posterior' is missing"),
         ({"edges": "many"}, r"edges is a list of edges"),
     ],
@@ -192,7 +192,8 @@ def test_a_failed_second_adapter_leaves_the_first(model, saved):
 def test_an_adapter_of_an_older_format_loads(model, saved):
     """The first adapters had no format, no edges and no gate: edges follow from the scheme, by tracing."""
     config = json.loads((saved / "adapter_config.json").read_text())
-    old = {k: v for k, v in config.items() if k not in ("format", "edges", "gate", "detach", "exponent")}
+    missing = ("format", "edges", "placement", "gate", "detach", "exponent")
+    old = {k: v for k, v in config.items() if k not in missing}
     (saved / "adapter_config.json").write_text(json.dumps(old))
     again = PeftModel.from_pretrained(copy.deepcopy(model), saved).eval()
     shutil.copytree(saved, saved.parent / "new")
@@ -200,7 +201,19 @@ def test_an_adapter_of_an_older_format_loads(model, saved):
     new = PeftModel.from_pretrained(copy.deepcopy(model), saved.parent / "new").eval()
     x = torch.randn(1, 3, 16, 16)
     assert torch.equal(again(x).logits, new(x).logits)
-    assert PeftConfig.from_pretrained(saved).format == 1
+
+
+def test_an_adapter_of_the_first_format_means_what_it_meant(model, saved):
+    """It says nothing of norms, nor of what is overwritten: every scale acts at the input of its posterior layer."""
+    config = json.loads((saved / "adapter_config.json").read_text())
+    first = {k: v for k, v in config.items() if k != "placement"} | {"format": 1}
+    first["edges"] = [{k: v for k, v in edge.items() if k != "closed"} for edge in config["edges"]]
+    new = PeftModel.from_pretrained(copy.deepcopy(model), saved).eval()
+    (saved / "adapter_config.json").write_text(json.dumps(first))
+    old = PeftModel.from_pretrained(copy.deepcopy(model), saved).eval()
+    assert set(old.base_model.scales.placements["default"].values()) == {"input"}
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(old(x).logits, new(x).logits)
 
 
 def test_weighted_adapter_mistakes(model):

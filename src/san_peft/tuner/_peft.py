@@ -152,6 +152,11 @@ class Tuner(BaseTuner):
     ) -> None:
         self.create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        self.unloaded()
+        return model
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         layers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
@@ -195,8 +200,10 @@ class Tuner(BaseTuner):
             for module in self.modules()
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts
         ]
+        self.set_mixed(adapter_names)
         try:
             yield
         finally:
+            self.set_mixed(None)
             for handle in handles:
                 handle.remove()

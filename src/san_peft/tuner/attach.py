@@ -146,6 +146,9 @@ def detach_san(model: PeftModel) -> PeftModel:
 
 
 def _take_off(net: Any) -> None:
-    """Puts the frozen layers, or the hosts, in the place of SAN's layers."""
-    for name, layer in [(n, m) for n, m in net.named_modules() if isinstance(m, SanLayer)]:
-        net.set_submodule(name, layer.unwrap())
+    """Puts the frozen layers, or the hosts, in the place of SAN's layers, and lets go of norms and hooks."""
+    layers = [(n, m) for n, m in net.named_modules() if isinstance(m, SanLayer)]
+    for scales in {id(s): s for s in (getattr(m, "san_scales", None) for _, m in layers) if s is not None}.values():
+        scales.release()
+    for name, layer in layers:
+        net.set_submodule(name, layer.base_layer)

@@ -23,7 +23,7 @@ from san_peft.propagation.schemes import SCHEMES
 from san_peft.tuner._peft import SAN
 from san_peft.tuner.decompose import host_config, kind_of, moves_weight
 
-FORMAT = 1
+FORMAT = 2
 INNER_REFUSED = {
     "bias": "SAN folds scales into the frozen biases; leave them frozen",
     "layer_replication": "copied layers have one name in two places",
@@ -74,6 +74,9 @@ class SanConfig(PeftConfig):
             frozen row, or `"projection"`, the least-squares scale of one on the other.
         own_scale: Whether layers with a host get a scale of their own as well. Without a host they always do.
         edges: The resolved edges, filled in when the adapter is injected and saved with it: loading never traces.
+        placement: What the trace saw beside the edges, filled in and saved as they are: which norms are read by layers
+            alone (a scale may act in them), and whose outputs are overwritten in place. `None` is not known; every
+            scale then acts at the input of its posterior layer.
         format: Version of the adapter's format.
 
     Raises:
@@ -117,6 +120,9 @@ class SanConfig(PeftConfig):
     edges: list[dict] | None = field(
         default=None, metadata={"help": "The resolved edges; filled in when the adapter is injected."}
     )
+    placement: dict | None = field(
+        default=None, metadata={"help": "What the trace saw beside the edges; filled in when the adapter is injected."}
+    )
     format: int = field(default=FORMAT, metadata={"help": "Version of the adapter's format."})
 
     def __post_init__(self) -> None:
@@ -142,6 +148,8 @@ class SanConfig(PeftConfig):
             self._take_inner()
         if self.edges is not None:
             self.resolved_edges()
+        if self.placement is not None:
+            _check_placement(self.placement)
 
     def inner_config(self) -> PeftConfig:
         """Returns the host's configuration, without targets: they are those of this one.
@@ -225,6 +233,16 @@ class SanConfig(PeftConfig):
                 draft = card.with_suffix(".tmp")
                 draft.write_text(text.rstrip() + "\n" + CARD, encoding="utf-8")
                 draft.replace(card)
+
+
+def _check_placement(value: Any) -> None:
+    """Raises `GraphError` where a saved placement is malformed."""
+    norms, overwritten = (value.get(key) if isinstance(value, dict) else None for key in ("norms", "overwritten"))
+    names = [overwritten, *(norms.values() if isinstance(norms, dict) else [None])]
+    if not all(isinstance(one, list) and all(isinstance(name, str) for name in one) for one in names):
+        raise GraphError(
+            f"placement holds norms, with their readers, and overwritten, a list of layers; got {value!r:.200}."
+        )
 
 
 def _as_set(value: Any) -> Any:

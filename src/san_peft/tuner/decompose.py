@@ -1,7 +1,8 @@
-"""Taking the scale out of the adapter that hosts SAN: LoRA, DoRA, (IA)3 and others of PEFT's tuners."""
+"""What can host SAN, in one table, and how a scale comes out of each: LoRA, DoRA, (IA)3 and others of PEFT's tuners."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from san_peft.decomposition import dense_scale, low_rank_scale
 from san_peft.errors import AdapterError, SanError
 from san_peft.tuner.quantized import dense_weight, is_quantized, row_matrix, unpacked_product
-from san_peft.tuner.sharded import is_distributed, is_sharded, onloaded, whole, whole_product
+from san_peft.tuner.sharded import is_sharded, onloaded, whole, whole_product
 
 MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that put a part of the frozen weight into the adapter."""
@@ -31,7 +32,7 @@ REFUSED = {
 
 
 class RowNorms:
-    """Norms of the rows of a frozen weight, taken once for as long as that weight stays what it is.
+    """Row norms of a frozen weight: constants, made when the adapter is put on and made anew for another weight.
 
     Args:
         host: The layer that hosts SAN.
@@ -41,22 +42,21 @@ class RowNorms:
     def __init__(self, host: BaseTunerLayer, like_dora: bool = False) -> None:
         self.host, self.like_dora = host, like_dora
         # by whether the weight was sharded, since FSDP2 switches back and forth
-        self.kept: dict[bool, tuple[Any, Tensor]] = {}
+        self._made: dict[bool, tuple[Any, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Returns them, in float32 at least, on the device of the weight."""
+        """Returns the norms, in float32 at least, on the device of the weight; the same tensor while it is the same."""
         base: Any = self.host.get_base_layer()
+        if torch.compiler.is_compiling():  # compiled code has no say in when it would be stale
+            return row_norms(base, self.like_dora)
         weight, sharded = base.weight, is_sharded(base.weight)
-        key, value = self.kept.get(sharded, (None, None))
-        if torch.compiler.is_compiling() and value is not None:
-            return value.to(weight.device)
         address = 0 if sharded or is_quantized(base) else weight.data_ptr()
-        now = (id(weight), address, _version(weight), weight.device)
-        if value is None or key != now:
-            value = row_norms(base, self.like_dora)
-            self.kept[sharded] = (now, value)
-        return value
+        now = (id(weight), address, -1 if weight.is_inference() else weight._version, weight.device, weight.dtype)
+        made = self._made.get(sharded)
+        if made is None or made[0] != now:
+            made = self._made[sharded] = (now, row_norms(base, self.like_dora))
+        return made[1]
 
 
 @torch.no_grad()
@@ -75,8 +75,8 @@ def row_norms(base: Any, like_dora: bool = False) -> Tensor:
 class HostScale(nn.Module):
     """The scale of one adapter of a host layer, as something to call; it has no parameter of its own.
 
-    Without gradients and in eval mode the scale is kept until a parameter changes or the mode is set anew, so that
-    generation does not compute it for every token. While the host is merged it is the scale from before.
+    A forward pass of the whole model does not call it: `Scales` computes the scales of all layers together. While the
+    host is merged it is the scale from before.
     """
 
     reference: Tensor | None
@@ -87,22 +87,17 @@ class HostScale(nn.Module):
         self.adapter_name, self.decomposition, self.norms = adapter_name, decomposition, norms
         self.register_buffer("reference", None, persistent=False)
         self.frozen: Tensor | None = None
-        self._cached: tuple[Any, Tensor] | None = None
+
+    @property
+    def host(self) -> Any:
+        """PEFT's layer."""
+        return self._host[0]
 
     def forward(self) -> Float32[Tensor, " out"]:
         """Returns the scale, in float32 at least."""
         if self.frozen is not None:
             return self.frozen
-        host = self._host[0]
-        keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
-        if not keep:
-            return self._decompose(host)
-        key = _state_of(host, self.adapter_name)
-        if self._cached is None or key is None or self._cached[0] != key:
-            self._cached = (key, self._decompose(host))
-        return self._cached[1]
-
-    def _decompose(self, host: Any) -> Tensor:
+        host = self.host
         weight = host.get_base_layer().weight
         if not weight.is_meta:
             return self._scale(host)
@@ -113,13 +108,8 @@ class HostScale(nn.Module):
 
     def _scale(self, host: Any) -> Tensor:
         # the parameters' own type decides: under autocast the products would round
-        with torch.autocast(_device_type(host), enabled=False):
+        with torch.autocast(host.get_base_layer().weight.device.type, enabled=False):
             return _kind(host).scale(host, self)
-
-    def train(self, mode: bool = True) -> HostScale:
-        """Forgets what was kept: some tools write parameters past their version counter between two modes."""
-        self._cached = None
-        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostScale:
         kept = self.reference
@@ -130,27 +120,46 @@ class HostScale(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns the kind of host and the decomposition for `print`."""
-        return f"{_kind(self._host[0]).name}, {self.decomposition}"
+        return f"{_kind(self.host).name}, {self.decomposition}"
 
 
 # ---------------------------------------------------------------------- what each host gives
 
 
+def _fits(base: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of host: its name in PEFT, and how the scale comes out of one of its layers."""
+    """A kind of host.
+
+    Attributes:
+        name: Its name in PEFT.
+        scale: How the scale comes out of one of its layers.
+        decompositions: Which decompositions make sense.
+        forms_delta: Whether the scale costs the whole delta weight in every step, O(out * in * in) for rotations; the
+            others cost O(out * in * r) or nothing.
+        variants: Fields of its configuration that change its forward pass and are right under SAN. Fields that PEFT
+            marks as a variant (`is_lora_variant`) and that do not stand here are refused.
+        refused: Reasons for variants that are known not to be right.
+        unfit: Says of a frozen layer why the host cannot take it, or `None`.
+    """
 
     name: str
     scale: Callable[[Any, HostScale], Tensor]
     decompositions: tuple[str, ...] = ("norm", "projection")
     forms_delta: bool = False
+    variants: tuple[str, ...] = ()
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    unfit: Callable[[Any], str | None] = _fits
 
 
 def _lora(host: Any, scale: HostScale) -> Tensor:
     name = scale.adapter_name
     if name in host.lora_magnitude_vector:
         magnitude = whole(host.lora_magnitude_vector[name].weight)
-        return _over_norm(magnitude, scale.norms())
+        return over_norm(magnitude, scale.norms())
     return _low_rank(host, scale, host.lora_A[name].weight, host.lora_B[name].weight, host.scaling[name])
 
 
@@ -199,17 +208,58 @@ def _check_whole(host: Any) -> None:
         )
 
 
+def _mixing_groups(base: Any) -> str | None:
+    groups = getattr(base, "groups", 1)
+    if groups > 1:
+        return f"in {groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
+    return None
+
+
+def _overlapping(base: Any) -> str | None:
+    if max(getattr(base, "kernel_size", (1,))) > 1:
+        return f"of size {base.kernel_size}, where PEFT's OFT sums overlapping patches of its input"
+    return None
+
+
 KINDS = {
-    "LORA": Kind("LORA", _lora),
-    "IA3": Kind("IA3", _ia3),
-    "VERA": Kind("VERA", _vera),
-    "LOHA": Kind("LOHA", _delta, forms_delta=True),
-    "LOKR": Kind("LOKR", _delta, forms_delta=True),
-    "RANDLORA": Kind("RANDLORA", _delta, forms_delta=True),
-    "OFT": Kind("OFT", _rotation, ("projection",), forms_delta=True),
-    "HRA": Kind("HRA", _rotation, ("projection",), forms_delta=True),
+    kind.name: kind
+    for kind in (
+        Kind(
+            "LORA",
+            _lora,
+            variants=("use_dora", "velora_config"),
+            refused={
+                "kasa_config": "KaSA multiplies a diagonal between A and B, which the scale does not see",
+                "alora_invocation_tokens": "activated LoRA acts on some tokens, and a scale would act on all",
+                "use_bdlora": "BD-LoRA keeps its matrices in blocks, which the scale does not see",
+                "use_qalora": "QA-LoRA pools the input of A, which the scale does not see",
+                "arrow_config": "Arrow routes every token to adapters of its own, and a scale would act on all",
+                "monteclora_config": "MonteCLoRA draws its matrices anew in every forward pass",
+            },
+            unfit=_mixing_groups,
+        ),
+        Kind("IA3", _ia3),
+        Kind("VERA", _vera),
+        Kind("LOHA", _delta, forms_delta=True),
+        Kind("LOKR", _delta, forms_delta=True),
+        Kind("RANDLORA", _delta, forms_delta=True),
+        Kind("OFT", _rotation, ("projection",), forms_delta=True, unfit=_overlapping),
+        Kind("HRA", _rotation, ("projection",), forms_delta=True),
+    )
 }
 """The hosts, by PEFT's name of their type."""
+
+
+def _check_variants(kind: Kind, config: Any) -> None:
+    """Raises `AdapterError` where a configuration asks for a variant that is not right under SAN."""
+    marked = {f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")} | kind.refused.keys()
+    for name in sorted(marked - set(kind.variants)):
+        if getattr(config, name, None) not in (None, False):
+            reason = kind.refused.get(name, "SAN does not know this variant, so its scale might be wrong")
+            raise AdapterError(
+                f"{kind.name} with {name}={getattr(config, name)!r} cannot host SAN: {reason}. Leave {name} out; "
+                f"variants that can are {', '.join(kind.variants)}."
+            )
 
 
 def type_of(host: BaseTunerLayer) -> str:
@@ -240,6 +290,7 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
             reason = REFUSED.get(name, "SAN does not know how to take a scale per channel out of it")
         raise AdapterError(f"{name} cannot host SAN: {reason}. Hosts are {', '.join(KINDS)}.")
     kind = KINDS[name]
+    _check_variants(kind, config)
     if decomposition not in kind.decompositions:
         raise AdapterError(
             f"{name} rotates the frozen weight and leaves the norm of its rows as it is, so decomposition="
@@ -250,11 +301,7 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
 
 def unfit(peft_type: str, base: Any) -> str | None:
     """Says why what a host does to a convolution is no change of its weight, or returns `None` where it is one."""
-    if peft_type == "LORA" and getattr(base, "groups", 1) > 1:
-        return f"in {base.groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
-    if peft_type == "OFT" and max(getattr(base, "kernel_size", (1,))) > 1:
-        return f"of size {base.kernel_size}, where PEFT's OFT sums overlapping patches of its input"
-    return None
+    return KINDS[peft_type].unfit(base)
 
 
 def moves_weight(config: Any) -> bool:
@@ -287,38 +334,10 @@ def host_config(value: PeftConfig | dict[str, Any]) -> PeftConfig:
     return PeftConfig.from_peft_type(**value)
 
 
-def _over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
+def over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Magnitude over row norm; one, and no gradient, for a row of zeros."""
     wide = torch.promote_types(magnitude.dtype, torch.float32)
     norm = norm.to(wide)
     empty = norm == 0
     scale = magnitude.flatten().to(wide) / torch.where(empty, torch.ones_like(norm), norm)
     return torch.where(empty, torch.ones_like(scale), scale)
-
-
-def _device_type(host: BaseTunerLayer) -> str:
-    base: Any = host.get_base_layer()
-    return base.weight.device.type
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _state_of(host: BaseTunerLayer, adapter_name: str) -> Any:
-    """What identifies the values of an adapter's parameters, or `None` where nothing does."""
-    if is_distributed() or host.get_base_layer().weight.is_meta:
-        return None
-    found: list[Any] = []
-    for bank in (getattr(host, name) for name in host.adapter_layer_names):
-        if adapter_name not in bank:
-            continue
-        item = bank[adapter_name]
-        for p in item.parameters() if isinstance(item, nn.Module) else (item,):
-            if p.is_inference():
-                return None
-            found.append((id(p), p.data_ptr(), p._version, p.dtype))
-    base: Any = host.get_base_layer()
-    found.append((id(base.weight), base.weight.device, _version(base.weight)))
-    found.append(getattr(host, "scaling", {}).get(adapter_name))
-    return tuple(found)

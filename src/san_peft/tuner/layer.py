@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from san_peft.errors import AdapterError, MergeError, SanError, TargetError
-from san_peft.functional import channels_of, propagate, scale_input, scale_output
+from san_peft.functional import channels_of, propagate
+from san_peft.rounding import multiply
+from san_peft.scaling import Factor, near_zero, scale_channels
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import HostScale, RowNorms
-from san_peft.tuner.lean import in_one_pass, make_lean, make_plain, output_is_fresh
+from san_peft.tuner.fill import Vectors
+from san_peft.tuner.hosted import PLAIN, HostedLayer, is_quiet
 from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
+from san_peft.tuner.scales import Scales
 from san_peft.tuner.sharded import whole
-from san_peft.tuner.shared import SharedInput
 
 MODES = ("both", "neuron", "synapse", "off")
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
@@ -81,7 +84,7 @@ def total_scale(banks: tuple[nn.ModuleDict, ...], adapter_name: str) -> Tensor |
     return total
 
 
-class SanLayer(nn.Module, MergingLayer):
+class SanLayer(nn.Module, HostedLayer, MergingLayer):
     r"""A frozen dense or convolutional layer under SAN, or one that hosts another adapter, such as LoRA.
 
     $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k $$
@@ -98,7 +101,9 @@ class SanLayer(nn.Module, MergingLayer):
     """
 
     adapter_layer_names = ("san_scale", "san_shift", "san_gate", "san_host")
-    other_param_names = ("san_incoming", "san_shared")
+    other_param_names = ("san_incoming",)
+    san_scales: Scales
+    san_name: str
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ class SanLayer(nn.Module, MergingLayer):
         self.san_scale, self.san_shift, self.san_gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.san_host = nn.ModuleDict()
         self.san_incoming: dict[str, list[Incoming]] = {}
-        self.san_shared: dict[str, tuple[SharedInput, int]] = {}
+        self.san_keep = "input"
         self.init_merging()
         self.groups = getattr(base, "groups", 1)
         self.transposed = isinstance(base, Conv1D)
@@ -139,10 +144,8 @@ class SanLayer(nn.Module, MergingLayer):
             norms = RowNorms(self.host, adapter_name in getattr(self.host, "lora_magnitude_vector", ()))
             if not self.get_base_layer().weight.is_meta:
                 norms()
-            make_lean(self.host, adapter_name, norms)
             if not getattr(self.host, "is_feedforward", False):
                 self.san_host[adapter_name] = HostScale(self.host, adapter_name, config.decomposition, norms)
-                self.san_host[adapter_name].train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def connect(self, adapter_name: str, incoming: list[Incoming], gate: bool = False) -> None:
@@ -182,13 +185,6 @@ class SanLayer(nn.Module, MergingLayer):
         if self.host is not None:
             self.host.delete_adapter(adapter_name)
         super().delete_adapter(adapter_name)
-
-    def unwrap(self) -> nn.Module:
-        """Returns the layer without SAN: the frozen layer, or the host as it was before."""
-        if self.host is not None:
-            for adapter_name in self.san_host:
-                make_plain(self.host, adapter_name)
-        return self.base_layer
 
     # ------------------------------------------------------------------ reading
 
@@ -239,10 +235,28 @@ class SanLayer(nn.Module, MergingLayer):
                 product = one if product is None else product * one
         return product
 
+    def vectors_alone(self, adapter_names: list[str]) -> Vectors:
+        """Returns what the layer applies where no pass is running: computed for this layer by itself."""
+        names = [name for name in adapter_names if self.san_incoming.get(name)]
+        scale, shift = self._output_vectors(adapter_names)
+        input_scale = self._input_vector(names)
+        if input_scale is not None and input_scale.is_meta and not self.get_base_layer().weight.is_meta:
+            anteriors = dict.fromkeys(edge.anterior for name in names for edge in self.san_incoming[name])
+            raise SanError(
+                f"The input scale of a layer comes from {', '.join(anteriors)}, of which a module above keeps the "
+                "parameters offloaded. Dispatch without preload_module_classes, or merge the adapter first."
+            )
+        factors = [None if v is None else Factor(v, None, not near_zero(v)) for v in (scale, input_scale)]
+        return Vectors(factors[0], shift, factors[1])
+
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the frozen layer, or the host, between its input scale and its own scale."""
+        """Runs the frozen layer, or the host, between its input scale and its own scale.
+
+        Which scales act here was decided when the adapter was put on, and their values are those of the pass that is
+        running: see `Vectors` in `scales.py`.
+        """
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -252,33 +266,39 @@ class SanLayer(nn.Module, MergingLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        inside = self.base_layer if self.san_mode in ("both", "neuron") else self.get_base_layer()
-        x = self._scaled(x)
-        z = in_one_pass(inside, x) if inside is self.host and not (args or kwargs) else None
-        if z is None:
-            z = inside(x, *args, **kwargs)
-        scale, shift = self._output_vectors(self.active_adapters)
-        return scale_output(z, scale, shift, self.channel_dim, inplace=output_is_fresh(inside))
+        vectors = self.san_scales.of(self)
+        if vectors.input_scale is not None and self.san_mode in ("both", "synapse"):
+            x = self._scaled(x, vectors)
+        if self.san_mode in ("synapse", "off"):
+            return self.get_base_layer()(x, *args, **kwargs)
+        if self.host is not None and not (args or kwargs) and (adapter_name := self._runs_here()):
+            return self._run_host(x, adapter_name, vectors)
+        z = self.base_layer(x, *args, **kwargs)
+        return self._finished(z, vectors.scale, vectors.shift)
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        names = [name for name in self.active_adapters if self.san_incoming.get(name)]
-        if not names or self.san_mode not in ("both", "synapse"):
-            return x
+    def _scaled(self, x: Tensor, vectors: Vectors) -> Tensor:
+        """Scales the input, once for all layers that read it by the same scales."""
+        keep = "input" if self.host is None else "output"
+        factor: Any = vectors.input_scale
 
         def make() -> Tensor:
-            scale: Any = self._input_vector(names)
-            if scale.is_meta and not x.is_meta:
-                anteriors = dict.fromkeys(edge.anterior for name in names for edge in self.san_incoming[name])
-                raise SanError(
-                    f"The input scale of a layer comes from {', '.join(anteriors)}, of which a module above keeps the "
-                    "parameters offloaded. Dispatch without preload_module_classes, or merge the adapter first."
-                )
-            return scale_input(x, scale, self.channel_dim, keep_output=self.host is not None)
+            return scale_channels(x, factor, None, self.channel_dim, keep=keep)
 
-        if len(names) > 1 or names[0] not in self.san_shared:
-            return make()
-        shared, reader = self.san_shared[names[0]]
-        return shared.fetch(reader, x, (names[0], self.san_mode), make)
+        return self.san_scales.share(self, vectors, x, make)
+
+    def _finished(self, z: Tensor, scale: Factor | None, shift: Tensor | None, fresh: bool | None = None) -> Tensor:
+        """Scales and shifts the output."""
+        if scale is None and shift is None:
+            return z
+        if scale is None:
+            return z + shift.to(z.device, z.dtype).view(self._view(z))  # type: ignore[union-attr]
+        if fresh is None:
+            fresh = self.host is None and is_quiet(self.base_layer) and type(self.base_layer) in PLAIN
+        return scale_channels(z, scale, shift, self.channel_dim, inplace=fresh, keep=self.san_keep)
+
+    def _view(self, x: Tensor) -> list[int]:
+        """Shape of a vector along the channels of a tensor."""
+        return [-1 if d == self.channel_dim % x.dim() else 1 for d in range(x.dim())]
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Runs a batch in which every sample names its adapter; `"__base__"` is the frozen layer."""
@@ -287,30 +307,35 @@ class SanLayer(nn.Module, MergingLayer):
         if x.shape[0] % len(adapter_names):
             raise AdapterError(f"{len(adapter_names)} adapter names do not fit a batch of {x.shape[0]} samples.")
         names = sorted(set(adapter_names))
-        sets = [[name] if name != "__base__" else [] for name in names]
+        found = [None if name == "__base__" else self.san_scales.of_adapter(self, name) for name in names]
         rows = torch.tensor([names.index(name) for name in adapter_names], device=x.device)
         rows = rows.repeat_interleave(x.shape[0] // len(adapter_names))
 
-        def per_sample(chosen: list[Tensor | None], size: int, neutral: float, like: Tensor) -> Tensor | None:
+        def per_sample(field: str, size: int, neutral: float, like: Tensor) -> Tensor | None:
+            chosen = [None if one is None else getattr(one, field) for one in found]
             if all(vector is None for vector in chosen):
                 return None
-            filled = [torch.full((size,), neutral, device=like.device) if v is None else v for v in chosen]
-            dim = self.channel_dim % like.dim()
-            shape = [like.shape[0] if d == 0 else size if d == dim else 1 for d in range(like.dim())]
-            return torch.stack(filled)[rows].to(like.dtype).view(shape)
+            plain = torch.full((size,), neutral, device=like.device)
+            vectors = [v.wide if isinstance(v, Factor) else v for v in chosen]
+            filled = [plain if v is None else v.to(plain.device, plain.dtype) for v in vectors]
+            shape = [-1 if d == self.channel_dim % like.dim() else 1 for d in range(1, like.dim())]
+            return torch.stack(filled)[rows].view(len(rows), *shape)
 
-        input_scale = per_sample([self._input_vector(one) for one in sets], self.in_features, 1.0, x)
-        x = x if input_scale is None else x * input_scale
+        if self.san_mode in ("both", "synapse"):
+            input_scale = per_sample("input_scale", self.in_features, 1.0, x)
+            x = x if input_scale is None else multiply(x, input_scale, self.channel_dim)
         if self.host is not None:
             each = [names[row] for row in rows.tolist()]
             y = self.host(x, *args, adapter_names=each, **kwargs)
         else:
             y = self.base_layer(x, *args, **kwargs)
-        vectors = [self._output_vectors(one) for one in sets]
-        scale = per_sample([v[0] for v in vectors], self.out_features, 1.0, y)
-        shift = per_sample([v[1] for v in vectors], self.out_features, 0.0, y)
-        y = y if scale is None else y * scale
-        return y if shift is None else y + shift
+        if self.san_mode not in ("both", "neuron"):
+            return y
+        scale = per_sample("scale", self.out_features, 1.0, y)
+        shift = per_sample("shift", self.out_features, 0.0, y)
+        if scale is None:
+            return y if shift is None else y + shift.to(y.dtype)
+        return multiply(y, scale, self.channel_dim, shift)
 
     @torch.no_grad()
     def factors(self, name: str) -> Factors:

@@ -1,21 +1,25 @@
-"""Merging a layer: its own rows and columns, after those of its host, and back."""
+"""Merging a layer: its own rows and columns, after those of its host, and back; and many layers, all or none."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from san_peft.errors import MergeError
+from san_peft.errors import AdapterError, MergeError
 from san_peft.functional import fold
+from san_peft.rounding import HALF, round_to
 from san_peft.tuner._peft import TunerLayer
-from san_peft.tuner.decompose import has_adapter
+from san_peft.tuner.decompose import has_adapter, row_norms
 from san_peft.tuner.quantized import is_quantized
+
+Tensors = tuple[Tensor, Tensor | None]
+"""Weight and bias of a layer."""
 
 
 class Factors(NamedTuple):
@@ -26,75 +30,97 @@ class Factors(NamedTuple):
     shift: Tensor | None
 
 
+class Part(NamedTuple):
+    """All that one adapter has put into a merged layer: its factors, and copies of its host's parameters."""
+
+    factors: Factors
+    host: tuple[Tensor, ...]
+
+
 class MergingLayer(TunerLayer):
-    """The part of `SanLayer` that merges and unmerges."""
+    """The part of `SanLayer` that merges and unmerges.
+
+    The frozen tensors of a merged layer are kept as buffers that no state dict contains: they follow the model to
+    another type or device, as the weights that they will be again.
+    """
 
     host: Any
     groups: int
     transposed: bool
     out_features: int
     san_host: nn.ModuleDict
+    san_incoming: Any
     factors: Any
+    register_buffer: Any
+    san_kept_weight: Tensor | None
+    san_kept_bias: Tensor | None
 
     def init_merging(self) -> None:
         """Starts out with nothing merged."""
         self.merged_adapters: list[str] = []
-        self.keeps_base = True
-        self._kept: tuple[Tensor, Tensor | None] | None = None
-        self._merged: dict[str, Factors] = {}
+        self._merged: dict[str, Part] = {}
+        self.register_buffer("san_kept_weight", None, persistent=False)
+        self.register_buffer("san_kept_bias", None, persistent=False)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def has_part(self, adapter_name: str) -> bool:
+        """Whether an adapter does anything in this layer: by vectors, by a host, or by edges that arrive here."""
+        if any(adapter_name in getattr(self, bank) for bank in self.adapter_layer_names):
+            return True
+        return bool(self.san_incoming.get(adapter_name)) or has_adapter(self.host, adapter_name)
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keeps_base: bool = True
+    ) -> None:
         r"""Folds adapters into this layer's own weight and bias; the neighbours' weights are theirs to fold.
 
         Of several adapters, and of hosts that add to the weight, the result is
         $W' = \operatorname{diag}(\prod g)\,(W + \sum \Delta W)\operatorname{diag}(\prod s)$ in whatever order they are
-        merged, computed from the frozen weight in float32 at least and cast once.
+        merged, computed from the frozen weight in float32 at least and rounded once, as `fold` rounds.
 
         Args:
-            safe_merge: Whether to compute everything and check it for NaN before touching the weight.
-            adapter_names: Which adapters; `None` is all active ones.
+            safe_merge: Whether to check the result for NaN before touching the weight.
+            adapter_names: Which adapters; `None` is all active ones. Those without a part in this layer are passed
+                over.
+            keeps_base: Whether to keep the frozen weight, so that the layer can be unmerged.
 
         Raises:
             ValueError: With `safe_merge`, if the merged weight or bias is not finite.
             MergeError: If the mode is not `both` (the merged model would not be the one that was looked at), or the
-                weight is quantised.
+                weight is quantised or made anew at every forward pass.
         """
-        names = check_adapters_to_merge(self, adapter_names)
+        names = self._to_merge(adapter_names)
         if not names:
             return
-        self.check_dense()
-        merged = {**self._merged, **{name: self.factors(name) for name in names}}
-        before = self._kept or self._base_tensors()
-        weight, bias = self._folded(before, merged)
-        if safe_merge:
-            self._check_finite(names, weight, bias)
+        merged, (weight, bias) = self._outcome(names, safe_merge)
+        frozen = self._frozen()
         for name in names:
-            if name in self.san_host:
-                self.san_host[name].frozen = self.san_host[name]().detach().clone()
-        if self.keeps_base and self._kept is None:
-            self._kept = before
-        self._merged = merged
+            self.take_scale(name)
+        if keeps_base or self.san_kept_weight is not None:
+            self.san_kept_weight, self.san_kept_bias = frozen
         self._write(weight, bias)
-        if self.host is not None:
-            self.host.merged_adapters = list(merged)
-        self.merged_adapters = list(merged)
+        self._note(merged)
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raises what `merge(safe_merge=True)` would raise, and changes nothing."""
-        names = [n for n in adapter_names or self.active_adapters if n not in self.merged_adapters]
-        if names:
-            self.check_dense()
-            merged = {**self._merged, **{name: self.factors(name) for name in names}}
-            self._check_finite(names, *self._folded(self._kept or self._base_tensors(), merged))
+    def check_merge(self, adapter_names: list[str] | None = None, finite: bool = True) -> None:
+        """Raises what `merge` would raise, and changes nothing; `finite` is for what `safe_merge` looks for."""
+        if names := self._to_merge(adapter_names):
+            self._outcome(names, finite)
 
     def check_dense(self) -> None:
-        """Raises `MergeError` if the frozen weight is quantised."""
+        """Raises `MergeError` if the frozen weight is quantised, or no parameter that could be written."""
         base: Any = self.get_base_layer()
         if is_quantized(base):
             raise MergeError(
                 f"A {type(base).__name__} holds a quantised weight, in which small scales would be rounded away. Call "
                 "san_peft.dequantize(model) first, which puts dense layers in the place of the quantised ones."
             )
+        own = vars(base)["_parameters"]
+        for name in ("weight", "bias"):
+            if name not in own and getattr(base, name, None) is not None:
+                raise MergeError(
+                    f"A {type(base).__name__} makes its {name} anew at every forward pass (weight_norm, spectral_norm "
+                    "or another parametrization), so nothing can be merged into it. Take that off first: "
+                    "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or remove_spectral_norm."
+                )
 
     @torch.no_grad()
     def get_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -111,73 +137,13 @@ class MergingLayer(TunerLayer):
         zeros = torch.zeros(self.out_features, dtype=wide, device=weight.device)
         start = zeros if bias is None else bias.to(wide)
         after, end = self._folded(
-            (weight.to(wide), None if bias is None else start), {adapter_name: self.factors(adapter_name)}
+            (weight.to(wide), None if bias is None else start), {adapter_name: Part(self.factors(adapter_name), ())}
         )
         return after - weight.to(wide), (zeros if end is None else end) - start
 
-    def _base_tensors(self) -> tuple[Tensor, Tensor | None]:
-        base: Any = self.get_base_layer()
-        return base.weight.data, None if base.bias is None else base.bias.data
-
-    @torch.no_grad()
-    def _folded(self, before: tuple[Tensor, Tensor | None], merged: dict[str, Factors]) -> tuple[Tensor, Tensor | None]:
-        """Returns weight and bias with the hosts' deltas added and all factors multiplied in, as new tensors."""
-        weight, bias = before
-        hosted = [name for name in merged if has_adapter(self.host, name)]
-        if hosted:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            copies = weight.to(wide, copy=True), None if bias is None else bias.to(wide, copy=True)
-            with self._borrowed(*copies):
-                self.host.merge(adapter_names=hosted)
-                weight, bias = self._base_tensors()
-        scale = _product([f.scale for f in merged.values()])
-        input_scale = _product([f.input_scale for f in merged.values()])
-        shifts = [f.shift for f in merged.values() if f.shift is not None]
-        shift = torch.stack(shifts).sum(0) if shifts else None
-        weight, bias = fold(weight, bias, scale, input_scale, shift, groups=self.groups, transposed=self.transposed)
-        of_bias = before[0] if before[1] is None else before[1]
-        return weight.to(before[0].dtype), None if bias is None else bias.to(of_bias.dtype)
-
-    @contextmanager
-    def _borrowed(self, weight: Tensor, bias: Tensor | None) -> Iterator[Any]:
-        """Lends the frozen layer other tensors, and the host the state of being unmerged, to merge into."""
-        base: Any = self.get_base_layer()
-        before, merged = self._base_tensors(), self.host.merged_adapters
-        present: Any = base.bias
-        training = self.host.training
-        if bias is None:  # a bias that a merged shift has made is none of the host's
-            base.bias = None
-        try:
-            self.host.merged_adapters = []
-            base.weight.data = weight
-            if bias is not None:
-                present.data = bias
-            yield base
-        finally:
-            base.weight.data, base.bias = before[0], present
-            if present is not None:
-                present.data = before[1]
-            self.host.merged_adapters = merged
-            self.host.train(training)
-
-    def _check_finite(self, names: list[str], weight: Tensor, bias: Tensor | None) -> None:
-        if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-
-    @torch.no_grad()
-    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
-        base: Any = self.get_base_layer()
-        base.weight.data = weight
-        if bias is None:
-            base.bias = None
-        elif base.bias is not None:
-            base.bias.data = bias
-        else:
-            base.bias = nn.Parameter(bias, requires_grad=False)
-
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the frozen weight and bias back, bit for bit.
+        """Puts the frozen weight and bias back, bit for bit, in the present type and on the present device.
 
         Raises:
             MergeError: If they were not kept, as in `merge_and_unload`.
@@ -185,18 +151,278 @@ class MergingLayer(TunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._kept is None:
-            raise MergeError("The frozen weights were not kept when the adapters were merged.")
-        self._write(*self._kept)
-        self._kept, self._merged = None, {}
+        self.restore({})
+
+    # ------------------------------------------------------------------ for merging many layers, all or none
+
+    @property
+    def merged_parts(self) -> dict[str, Part]:
+        """What is merged, to hand to `restore` later."""
+        return dict(self._merged)
+
+    @torch.no_grad()
+    def restore(self, parts: dict[str, Part]) -> None:
+        """Goes back to an earlier state of merging.
+
+        Raises:
+            MergeError: If the frozen weights were not kept.
+        """
+        if self._merged.keys() != parts.keys():
+            if self.san_kept_weight is None:
+                raise MergeError("The frozen weights were not kept when the adapters were merged.")
+            self._write(*self._folded(self._frozen(), parts) if parts else self._frozen())
+            self._note(parts)
+        self.forget_scales()
+
+    @torch.no_grad()
+    def take_scale(self, adapter_name: str) -> None:
+        """Fixes the scale of an adapter's host: it comes out of the frozen weight, which merging overwrites."""
+        scale: Any = self.san_host[adapter_name] if adapter_name in self.san_host else None
+        if scale is not None and scale.frozen is None:
+            scale.frozen = scale().detach().clone()
+
+    def forget_scales(self) -> None:
+        """Lets the scales of hosts that are not merged follow their parameters again."""
         scales: Any = self.san_host
         for name in scales:
-            scales[name].frozen = None
+            if name not in self._merged:
+                scales[name].frozen = None
+
+    @contextmanager
+    def frozen_weight(self) -> Iterator[None]:
+        """Puts the frozen weight back for a moment, for scales to be taken out of it."""
+        base: Any = self.get_base_layer()
+        kept, present = self.san_kept_weight, base.weight.data
+        try:
+            if kept is not None:
+                base.weight.data = kept
+            yield
+        finally:
+            if kept is not None:
+                base.weight.data = present
+
+    # ------------------------------------------------------------------ inside
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if not isinstance(names, str):
+            names = [name for name in dict.fromkeys(names) if self.has_part(name)]
+        return check_adapters_to_merge(self, names) if names else []
+
+    @torch.no_grad()
+    def _outcome(self, names: list[str], finite: bool) -> tuple[dict[str, Part], Tensors]:
+        """What would be merged with some adapters more, and the tensors that come of it."""
+        self.check_dense()
+        new = {name: Part(self.factors(name), self._host_copies(name)) for name in names}
+        merged = {**self._merged, **new}
+        weight, bias = self._folded(self._frozen(), merged)
+        if finite and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        return merged, (weight, bias)
+
+    def _base_tensors(self) -> Tensors:
+        base: Any = self.get_base_layer()
+        return base.weight.data, None if base.bias is None else base.bias.data
+
+    def _frozen(self) -> Tensors:
+        """Weight and bias as they are without what is merged."""
+        if self.san_kept_weight is None:
+            if self.merged:
+                raise MergeError("The frozen weights were not kept when the adapters were merged.")
+            return self._base_tensors()
+        return self.san_kept_weight, self.san_kept_bias
+
+    @torch.no_grad()
+    def _folded(self, before: Tensors, parts: dict[str, Part]) -> Tensors:
+        """Returns weight and bias with the hosts' deltas added and all factors multiplied in, as new tensors."""
+        weight, bias = before
+        if any(has_adapter(self.host, name) for name in parts):
+            weight, bias = self._with_hosts(before, parts)
+        every, device = [part.factors for part in parts.values()], weight.device
+        scale = _product([factors.scale for factors in every], device)
+        input_scale = _product([factors.input_scale for factors in every], device)
+        shifts = [factors.shift.to(device) for factors in every if factors.shift is not None]
+        shift = torch.stack(shifts).sum(0) if shifts else None
+        layout = {"groups": self.groups, "transposed": self.transposed}
+        weight, bias = fold(weight, bias, scale, input_scale, shift, dtype=before[0].dtype, **layout)
+        return weight, bias if bias is None or before[1] is None else round_to(bias, before[1].dtype)
+
+    def _with_hosts(self, before: Tensors, parts: dict[str, Part]) -> Tensors:
+        """Returns copies of weight and bias, in float32 at least, into which the hosts have merged."""
+        wide = torch.promote_types(before[0].dtype, torch.float32)
+        weight, bias = (None if t is None else t.to(wide, copy=True) for t in before)
+        base: Any = self.get_base_layer()
+        host, present = self.host, base.bias
+        kept, merged, training = self._base_tensors(), host.merged_adapters, host.training
+        with ExitStack() as stack:
+            for name, part in parts.items():
+                self._lend_dora_norm(name, before[0], stack)
+                for parameter, copy in zip(self._host_parameters(name), part.host, strict=False):
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = copy.to(parameter.device)
+            try:
+                host.merged_adapters = []
+                base.weight.data = weight
+                if bias is None:  # a bias that a merged shift has made is none of the host's
+                    base.bias = None
+                else:
+                    present.data = bias
+                host.merge(adapter_names=[name for name in parts if has_adapter(host, name)])
+                return self._base_tensors()
+            finally:
+                base.weight.data, base.bias = kept[0], present
+                if present is not None:
+                    present.data = kept[1]
+                host.merged_adapters = merged
+                host.train(training)
+
+    def _host_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        found: list[nn.Parameter] = []
+        for bank in (getattr(self.host, name) for name in getattr(self.host, "adapter_layer_names", ())):
+            item = bank[adapter_name] if adapter_name in bank else None
+            if isinstance(item, nn.Module):
+                found.extend(item.parameters())
+            elif isinstance(item, nn.Parameter):
+                found.append(item)
+        return found
+
+    def _host_copies(self, adapter_name: str) -> tuple[Tensor, ...]:
+        """Copies of a host's parameters, where another adapter might be merged later, over one that trained on."""
+        parameters = self._host_parameters(adapter_name)
+        names = (
+            {name for bank in self.host.adapter_layer_names for name in getattr(self.host, bank)} if parameters else ()
+        )
+        return tuple(parameter.detach().clone() for parameter in parameters) if len(names) > 1 else ()
+
+    def _lend_dora_norm(self, adapter_name: str, weight: Tensor, stack: ExitStack) -> None:
+        """Lets DoRA divide its magnitude by row norms that are rounded as those it was trained with.
+
+        PEFT takes the norms of a weight in half precision in that precision. Merging into a float32 copy would take
+        the exact ones, and so multiply every row with a rounding error.
+        """
+        bank: Any = getattr(self.host, "lora_magnitude_vector", ())
+        if weight.dtype not in HALF or adapter_name not in bank:
+            return
+        base: Any = self.get_base_layer()
+        magnitude, present = bank[adapter_name], base.weight.data
+        base.weight.data = weight
+        rounding = row_norms(base, like_dora=True) / row_norms(base)
+        base.weight.data = present
+        rounding = torch.where(rounding.isfinite(), rounding, torch.ones_like(rounding))
+        plain = magnitude.get_weight_norm
+
+        def rounded(*args: Any, **kwargs: Any) -> Tensor:
+            norm = plain(*args, **kwargs)
+            return norm * rounding.view(norm.shape)
+
+        magnitude.get_weight_norm = rounded
+        stack.callback(delattr, magnitude, "get_weight_norm")
+
+    def _note(self, parts: dict[str, Part]) -> None:
+        """Writes down what is merged, here and in the host."""
+        if not parts:
+            self.san_kept_weight = self.san_kept_bias = None
+        self._merged, self.merged_adapters = dict(parts), list(parts)
         if self.host is not None:
-            self.host.merged_adapters = []
-        self.merged_adapters = []
+            self.host.merged_adapters = [name for name in parts if has_adapter(self.host, name)]
+
+    @torch.no_grad()
+    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        base: Any = self.get_base_layer()
+        like = base.weight.data
+        base.weight.data = weight.to(like.device, like.dtype)
+        if bias is None:
+            base.bias = None
+        elif base.bias is not None:
+            base.bias.data = bias.to(base.bias.device, base.bias.dtype)
+        else:
+            base.bias = nn.Parameter(bias.to(like.device), requires_grad=False)
 
 
-def _product(vectors: list[Tensor | None]) -> Tensor | None:
-    given = [vector for vector in vectors if vector is not None]
+def _product(vectors: list[Tensor | None], device: torch.device) -> Tensor | None:
+    given = [vector.to(device) for vector in vectors if vector is not None]
     return torch.stack(given).prod(0) if given else None
+
+
+# ---------------------------------------------------------------------- many layers
+
+
+def existing(adapter_names: list[str] | None, known: Iterable[str]) -> list[str] | None:
+    """Returns adapter names as they were given, if there are such adapters; `None`, the active ones, always are.
+
+    Raises:
+        TypeError: If it is one name, not a list of names.
+        AdapterError: If there is no such adapter.
+    """
+    if adapter_names is None:
+        return None
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    unknown = [name for name in dict.fromkeys(adapter_names) if name not in known]
+    if unknown:
+        raise AdapterError(
+            f"There is no adapter {', '.join(map(repr, unknown))} to merge; there are {', '.join(known)}."
+        )
+    return list(adapter_names)
+
+
+@contextmanager
+def scales_taken(layers: Sequence[MergingLayer], adapter_names: list[str] | None) -> Iterator[None]:
+    """Takes every scale of every host out of the frozen weights, before a weight is touched.
+
+    At the end those of adapters that were not merged are forgotten.
+    """
+    try:
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.frozen_weight())
+            for layer in layers:
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    layer.take_scale(name)
+        yield
+    finally:
+        for layer in layers:
+            layer.forget_scales()
+
+
+def check_layers(layers: Sequence[MergingLayer], adapter_names: list[str] | None, finite: bool = True) -> None:
+    """Raises what merging any of the layers would raise; every result is computed, one at a time, and dropped."""
+    with scales_taken(layers, adapter_names), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layer in layers:
+            with onload_layer(layer):
+                layer.check_merge(adapter_names, finite)
+
+
+def merge_layers(
+    layers: Sequence[MergingLayer], adapter_names: list[str] | None, safe_merge: bool = False, keeps_base: bool = True
+) -> None:
+    """Merges all layers or, if one raises, none.
+
+    Where going back would need more than to put kept weights back, all is computed once before a weight is touched,
+    so that only a lack of memory or an interruption could still come in between.
+
+    Args:
+        layers: The layers.
+        adapter_names: Which adapters; `None` is all active ones.
+        safe_merge: Whether to look for NaN before anything is touched.
+        keeps_base: Whether to keep the frozen weights.
+    """
+    if safe_merge or not keeps_base or any(layer.merged for layer in layers):
+        check_layers(layers, adapter_names, finite=safe_merge)
+    before = [layer.merged_parts for layer in layers]
+    with scales_taken(layers, adapter_names):
+        try:
+            for layer in layers:
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapter_names, keeps_base=keeps_base)
+        except BaseException as error:
+            lost = 0
+            for layer, parts in zip(layers, before, strict=True):
+                try:
+                    layer.restore(parts)
+                except Exception:
+                    lost += 1
+            if lost:
+                error.add_note(f"{lost} of {len(layers)} layers could not be taken back: load the model again.")
+            raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -16,13 +16,16 @@ from torch import nn
 
 from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
+from san_peft.propagation.placement import place
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, row_norms
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
+from san_peft.tuner.merge import check_layers, existing, merge_layers
+from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import keep_exact
 from san_peft.tuner.resolve import layers_by_name, resolve
-from san_peft.tuner.shared import SharedInput
+from san_peft.tuner.scales import Scales
 
 
 class SanModel(_peft.Tuner):
@@ -52,7 +55,7 @@ class SanModel(_peft.Tuner):
     ) -> None:
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
         config: Any = self.peft_config[adapter_name]
-        edges = resolve(self, model, config)
+        graph = resolve(self, model, config)
         keep_exact(model)
         if config.inner is not None:
             self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
@@ -65,7 +68,45 @@ class SanModel(_peft.Tuner):
             state_dict=state_dict,
             **kwargs,
         )
-        self._wire(model, adapter_name, config, edges, low_cpu_mem_usage)
+        self._wire(model, adapter_name, config, graph, low_cpu_mem_usage)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model, in a pass of its scales."""
+        with self.scales.passing(kwargs):
+            return self.model.forward(*args, **kwargs)
+
+    @property
+    def scales(self) -> Scales:
+        """The scales of all adapters of the model, one object for a forward pass."""
+        own = vars(self)
+        if "_scales" not in own:
+            layers = (m for m in self.model.modules() if isinstance(m, SanLayer))
+            there = next((s for s in (getattr(layer, "san_scales", None) for layer in layers) if s is not None), None)
+            own["_scales"] = Scales(self.model) if there is None else there
+        return own["_scales"]
+
+    def set_mixed(self, adapter_names: list[str] | None) -> None:
+        """Says which adapters the samples of the next batch name, or that they name none."""
+        self.scales.mixed = () if adapter_names is None else tuple(sorted(set(adapter_names)))
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activates adapters."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self.scales.prepare()
+
+    def enable_adapter_layers(self) -> None:
+        """Switches the adapters on."""
+        super().enable_adapter_layers()
+        self.scales.prepare()
+
+    def disable_adapter_layers(self) -> None:
+        """Switches the adapters off."""
+        super().disable_adapter_layers()
+        self.scales.prepare()
+
+    def unloaded(self) -> None:
+        """Gives norms their own classes back, once the layers are out of the model."""
+        self.scales.release()
 
     @property
     def propagation_graph(self) -> PropagationGraph:
@@ -76,6 +117,19 @@ class SanModel(_peft.Tuner):
     def _edges_of(self, adapter_name: str) -> tuple[Edge, ...]:
         config: Any = self.peft_config[adapter_name]
         return config.resolved_edges()
+
+    def precision_report(self) -> PrecisionReport:
+        """Says how many propagated scales half precision would round to one, and how many are lost when applied.
+
+        See `san_peft.tuner.precision.report`, also for an example.
+
+        Returns:
+            The report, with one row for each edge of the active adapters that acts at present.
+
+        Raises:
+            SanError: If frozen weights are offloaded or partitioned.
+        """
+        return report(self.scales)
 
     # ------------------------------------------------------------------ hosts
 
@@ -146,9 +200,11 @@ class SanModel(_peft.Tuner):
                 layer.requires_grad_(False)
             _peft.replace(self, parent, target_name, layer, target)
 
-    def _wire(self, model: nn.Module, adapter_name: str, config: SanConfig, edges: Iterable[Edge], empty: bool) -> None:
+    def _wire(
+        self, model: nn.Module, adapter_name: str, config: SanConfig, graph: PropagationGraph, empty: bool
+    ) -> None:
         by_posterior: dict[str, list[Edge]] = {}
-        for edge in edges:
+        for edge in graph.edges:
             by_posterior.setdefault(edge.posterior, []).append(edge)
         for fqn, group in by_posterior.items():
             posterior = model.get_submodule(fqn)
@@ -172,14 +228,20 @@ class SanModel(_peft.Tuner):
             if config.gate:
                 trainable = adapter_name in self.active_adapters and not config.inference_mode
                 posterior.san_gate[adapter_name].requires_grad_(trainable)
-        if not config.gate:
-            _share_inputs(model, adapter_name, by_posterior)
+        layers = {name: m for name, m in layers_by_name(model).items() if isinstance(m, SanLayer)}
+        for name, layer in layers.items():
+            if adapter_name in layer.san_scale or adapter_name in layer.san_host:
+                stays = config.placement is not None and name not in config.placement["overwritten"]
+                layer.san_keep = "output" if stays else "input"
+        readers = {norm.fqn: norm.readers for norm in graph.norms}
+        self.scales.wire(adapter_name, layers, place(graph), readers)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, its host's part included."""
         super().delete_adapter(adapter_name)
         for host in self.hosts.values():
             host.peft_config.pop(adapter_name, None)
+        self.scales.unwire(adapter_name)
 
     # ------------------------------------------------------------------ modes
 
@@ -205,28 +267,27 @@ class SanModel(_peft.Tuner):
         before = layers[0].san_mode if layers else "both"
         for layer in layers:
             layer.san_mode = mode
+        self.scales.prepare()
         return _Mode(self, before)
 
     # ------------------------------------------------------------------ merging and combining
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises what a safe merge of any layer would raise, before any weight is touched."""
+        names = existing(adapter_names, self.peft_config)
         self._check_merge_allowed()
-        for layer in self._san_layers():
-            layer.check_merge(adapter_names)
+        check_layers(self._san_layers(), names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges as PEFT does, hosts included; with `safe_merge`, all are checked before one is touched."""
-        if safe_merge:
-            self.check_merge(adapter_names)
+        """Merges as PEFT does, hosts included, all layers or none; `safe_merge` looks for NaN before it begins."""
+        names = existing(adapter_names, self.peft_config)
         self._check_merge_allowed()
-        for layer in self._san_layers():
-            with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        merge_layers(self._san_layers(), names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Unmerges all merged adapters, hosts included: the frozen weights come back bit for bit."""
-        for layer in self._san_layers():
+        layers = self._san_layers()
+        for layer in [layer for layer in layers if layer.merged] or layers[:1]:
             with onload_layer(layer):
                 layer.unmerge()
 
@@ -236,12 +297,13 @@ class SanModel(_peft.Tuner):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Merges and returns the plain model; with `safe_merge`, all layers are checked before one is touched."""
-        if safe_merge:
-            self.check_merge(adapter_names)
-        for layer in self._san_layers():
-            layer.keeps_base = False  # nobody unmerges these
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        """Merges and returns the plain model; every layer is checked before one is touched, and nothing is kept."""
+        names = existing(adapter_names, self.peft_config)
+        self._check_merge_allowed()
+        merge_layers(self._san_layers(), names, safe_merge, keeps_base=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            return super().merge_and_unload(progressbar, adapter_names=names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts a module into the place of another; PEFT's would ask one of several layers for a weight of its own."""
@@ -375,20 +437,6 @@ def _references(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         if not base.weight.is_meta:
             found[name] = row_norms(base)
     return found
-
-
-def _share_inputs(model: nn.Module, adapter_name: str, by_posterior: dict[str, list[Edge]]) -> None:
-    """Lets posteriors that read the same channels of the same layers share one scaled input."""
-    groups: dict[Any, list[SanLayer]] = {}
-    for fqn, edges in by_posterior.items():
-        layer: Any = model.get_submodule(fqn)
-        key = (layer.host is None, layer.channel_dim, *((e.anterior, e.channels) for e in edges))
-        groups.setdefault(key, []).append(layer)
-    for layers in groups.values():
-        shared = SharedInput(len(layers))
-        for number, layer in enumerate(layers):
-            if len(layers) > 1:
-                layer.san_shared[adapter_name] = (shared, number)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from san_peft.decomposition import weight_product
 from san_peft.errors import AdapterError, MergeError
+from san_peft.products import weight_product
 from san_peft.propagation.trace import REPACKS
 
 BITSANDBYTES = ("Params4bit", "Int8Params")

@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from san_peft.errors import GraphError, TargetError, TraceError
-from san_peft.propagation.graph import Edge, PropagationGraph
+from san_peft.propagation.graph import Edge, Norm, PropagationGraph
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import is_feedforward, type_of, unfit
@@ -22,8 +22,8 @@ from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
 from san_peft.tuner.sharded import is_sharded
 
 
-def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Edge, ...]:
-    """Fills in the configuration's targets, norms and edges, and returns the edges."""
+def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> PropagationGraph:
+    """Fills in the configuration's targets, norms, edges and placement, and returns the edges with their norms."""
     modules = layers_by_name(model)
     names = {name: module for name, module in modules.items() if _is_layer(module)}
     targets: Any = config.target_modules
@@ -40,15 +40,24 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> tuple[Ed
         norms = sorted({*(norms or []), *(n for n in norms_of(model) if not _inside(n, norms))})
     draft = dataclasses.replace(config, target_modules=targets, edges=None)
     stored = None if config.edges is None else config.resolved_edges()
+    placement = config.placement
     _check_edges(stored or (), names)
     _check_targets(tuner, model, draft, modules, graph)
     if stored is None:
         stored = _select(tuner, draft, graph, names) if graph else ()
+        placement = None
+        if graph is not None and graph.layers:
+            placement = {
+                "norms": {norm.fqn: list(norm.readers) for norm in graph.norms},
+                "overwritten": [layer.fqn for layer in graph.layers if layer.overwritten],
+            }
     for edge in stored:
         _check_parallel(edge.posterior, names[edge.posterior])
     config.target_modules, config.modules_to_save = targets, norms
     config.edges = [edge.to_json() for edge in stored]
-    return stored
+    config.placement = placement
+    seen = () if placement is None else placement["norms"].items()
+    return PropagationGraph(stored, norms=tuple(Norm(fqn, tuple(readers)) for fqn, readers in seen))
 
 
 def _check_targets(
@@ -223,7 +232,9 @@ def _plain_graph(graph: PropagationGraph) -> PropagationGraph:
         dataclasses.replace(e, anterior=plain_name(e.anterior), posterior=plain_name(e.posterior)) for e in graph.edges
     ]
     layers = [dataclasses.replace(layer, fqn=plain_name(layer.fqn)) for layer in graph.layers]
-    return PropagationGraph(tuple(edges), graph.barriers, tuple(layers), tuple(plain_name(h) for h in graph.heads))
+    norms = [Norm(plain_name(norm.fqn), tuple(map(plain_name, norm.readers))) for norm in graph.norms]
+    heads = tuple(map(plain_name, graph.heads))
+    return PropagationGraph(tuple(edges), graph.barriers, tuple(layers), heads, tuple(norms))
 
 
 def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from san_peft.decomposition import weight_product
+from san_peft.products import weight_product
 
 distributed: Any = None
 if torch.distributed.is_available():

@@ -1,4 +1,4 @@
-"""The lean forward passes of LoRA and DoRA give what PEFT's give, and so do their gradients."""
+"""LoRA and DoRA computed by the layer of SAN give what PEFT's give, and so do their gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from tests.contract.nets import KINDS, Dense, disturb
 from torch import nn
 
 from san_peft import SanConfig, SanLayer
-from san_peft.tuner import lean
-from san_peft.tuner.lean import LeanLora
+from san_peft.tuner import hosted
 
 CASES = {
     "lora": {},
@@ -30,7 +29,6 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **options):
     mine = get_peft_model(net.net(dtype), SanConfig(inner=inner, target_modules=targets, propagation="none"))
     for model in (theirs, mine):
         disturb(model)
-    assert sum(isinstance(v, LeanLora) or "Lean" in type(v).__name__ for v in variants(mine)) == len(targets)
     return net, theirs, mine
 
 
@@ -100,15 +98,39 @@ def test_a_row_of_zeros_under_dora():
     assert layer.get_scale()[2] == 1
 
 
-def test_other_variants_keep_their_own_forward():
+def test_nothing_of_the_host_is_patched():
+    """After SAN every attribute of a host is PEFT's own."""
+    for case in ("lora", "dora"):
+        _, theirs, mine = pair("dense-lora", **CASES[case])
+        mine(KINDS["dense"].input())
+        for name in KINDS["dense-lora"].targets:
+            host, own = mine.base_model.model.get_submodule(name).host, theirs.base_model.model.get_submodule(name)
+            assert vars(host).keys() == vars(own).keys()
+            assert type(host) is type(own)
+            assert {k: type(v) for k, v in host.lora_variant.items()} == {
+                k: type(v) for k, v in own.lora_variant.items()
+            }
+
+
+def test_other_variants_run_themselves():
     inner = LoraConfig(r=2, init_lora_weights="mica")
     mine = get_peft_model(Dense(), SanConfig(inner=inner, target_modules=["fc1"], propagation="none"))
     assert [type(v).__name__ for v in variants(mine)] == ["MiCALinearVariant"]
+    assert mine.base_model.model.fc1._runs_here() is None
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [("nothing", 3), ("hook", 2), ("autocast", 0), ("dropout", 0), ("bias", 0), ("half", 0), ("eval dropout", 3)],
+    [
+        ("nothing", 3),
+        ("hook", 2),
+        ("backward hook", 2),
+        ("autocast", 3),
+        ("dropout", 3),
+        ("bias", 0),
+        ("half", 3),
+        ("eval dropout", 3),
+    ],
 )
 @pytest.mark.parametrize("case", ["lora", "dora"])
 def test_layers_that_are_taken_in_one_pass(case, change, expected, monkeypatch):
@@ -119,10 +141,13 @@ def test_layers_that_are_taken_in_one_pass(case, change, expected, monkeypatch):
     _, _, model = pair("dense-lora", dtype, **CASES[case], **options)
     model.train("eval" not in change)
     calls = []
-    original = lean.adapted_linear
-    monkeypatch.setattr(lean, "adapted_linear", lambda *args: calls.append(args) or original(*args))
+    original = hosted.adapted_linear
+    monkeypatch.setattr(hosted, "adapted_linear", lambda *args: calls.append(args) or original(*args))
+    lora_A = model.base_model.model.fc1.host.lora_A["default"]
     if change == "hook":
-        model.base_model.model.fc1.host.lora_A["default"].register_forward_hook(lambda module, args, out: None)
+        lora_A.register_forward_hook(lambda module, args, out: None)
+    if change == "backward hook":
+        lora_A.register_full_backward_hook(lambda module, grad_input, grad_output: None)
     with torch.autocast("cpu", enabled=change == "autocast"):
         model(KINDS["dense"].input(dtype))
     assert len(calls) == expected

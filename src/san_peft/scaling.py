@@ -1,0 +1,178 @@
+"""Scaling the channels of an activation as training needs it: what is kept for the backward pass, how it rounds."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from san_peft import kernels, rounding
+from san_peft.rounding import HALF
+
+NEAR_ZERO = 1e-2
+"""Below this magnitude of a scale its gradient is taken from a kept copy of the channel, not from a division."""
+
+
+class Factor(NamedTuple):
+    """A scale as a layer applies it.
+
+    Attributes:
+        wide: The scale in float32 at least; gradients flow to it.
+        low: The same in the dtype of the activation, for the gradient of the activation; `None` where that is to be
+            made on the spot.
+        divisible: Whether no entry is too near to zero for the second form of the gradient (see `scale_output`).
+        deferred: Whether the division of that form is left to whoever made the scale, for many layers at once: the
+            gradient is then returned times the scale.
+    """
+
+    wide: Tensor
+    low: Tensor | None = None
+    divisible: bool = True
+    deferred: bool = False
+
+
+def near_zero(scale: Float[Tensor, "*shape"]) -> bool:
+    """Whether an entry on the CPU lies nearer to zero than `NEAR_ZERO`; `False` on other devices, without a look."""
+    if scale.device.type != "cpu" or plain_operations():
+        return False
+    return bool(scale.numel()) and float(np.abs(scale.detach().numpy()).min()) < NEAR_ZERO
+
+
+def plain_operations() -> bool:
+    """Whether autograd functions of our own have to stand back: in compiled code and under `torch.func`."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+
+
+def scale_channels(
+    x: Tensor,
+    factor: Factor,
+    shift: Tensor | None = None,
+    channel_dim: int = -1,
+    *,
+    inplace: bool = False,
+    keep: str = "output",
+) -> Tensor:
+    """Scales and shifts channels, as `scale_output` without its checks."""
+    if factor.wide.device != x.device:
+        factor = factor._replace(wide=factor.wide.to(x.device), low=None)
+        shift = None if shift is None else shift.to(x.device)
+    dim, wide = channel_dim % x.dim(), factor.wide
+    if plain_operations():
+        return _plain_scale(x, wide, shift, dim)
+    trained = torch.is_grad_enabled() and (wide.requires_grad or (shift is not None and shift.requires_grad))
+    if trained:
+        keep_output = keep == "output" and factor.divisible and not (x.dtype in HALF and shift is not None)
+        return _ScaleChannels.apply(x, wide, factor.low, shift, dim, inplace, keep_output, factor.deferred)
+    if inplace and x.dtype not in HALF and not (torch.is_grad_enabled() and x.requires_grad and x.is_leaf):
+        y = x.mul_(along(wide, x, dim).to(x.dtype))
+        return y if shift is None else y.add_(along(shift, x, dim).to(x.dtype))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _ScaleChannels.apply(x, wide, factor.low, shift, dim, False, False, False)
+    return _multiply(x, wide, shift, dim)
+
+
+def _multiply(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+    if kernels.available(x) and x.is_contiguous():
+        return kernels.scale_forward(x, wide, shift, dim)
+    return rounding.multiply(x, along(wide, x, dim), dim, None if shift is None else along(shift, x, dim))
+
+
+def _plain_scale(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+    """Operations that can be compiled and transformed; the rounding of half precision has the gradient of identity."""
+    y = x * along(wide, x, dim)
+    if shift is not None:
+        y = y + along(shift, x, dim)
+    y = y.to(x.dtype)
+    if x.dtype not in HALF:
+        return y
+    with torch.no_grad():
+        vectors = [None if v is None else along(v.detach(), x, dim) for v in (wide, shift)]
+        correction = rounding.multiply(x.detach(), vectors[0], dim, vectors[1]) - y.detach()  # type: ignore[arg-type]
+    return y + correction
+
+
+class _ScaleChannels(torch.autograd.Function):
+    """`x * factor + shift` that keeps either its input or its output for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wide: Tensor,
+        low: Tensor | None,
+        shift: Tensor | None,
+        dim: int,
+        inplace: bool,
+        keep_output: bool,
+        deferred: bool,
+    ) -> Tensor:
+        if inplace and keep_output and x.dtype not in HALF:
+            y = x.mul_(along(wide, x, dim).to(x.dtype))
+            if shift is not None:
+                y += along(shift, x, dim).to(x.dtype)
+            ctx.mark_dirty(y)
+        else:
+            y = _multiply(x, wide, shift, dim)
+        ctx.dim, ctx.deferred, ctx.keep_output = dim, deferred, keep_output
+        trained = any(ctx.needs_input_grad[i] for i in (1, 3))
+        ctx.save_for_backward((y if keep_output else x) if trained else None, wide, low, shift)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+        (grad,) = grads
+        saved, wide, low, shift = ctx.saved_tensors
+        grad_scale: Any
+        need_x, need_scale, need_shift = (ctx.needs_input_grad[i] for i in (0, 1, 3))
+        need_shift = need_shift or (need_scale and shift is not None and ctx.keep_output)
+        grad_x = grad_scale = grad_shift = None
+        if need_scale and kernels.available(grad) and saved.is_contiguous():
+            grad_x, grad_scale, grad_shift = kernels.scale_backward(
+                grad.contiguous(), saved, wide, ctx.dim, need_x=need_x, need_shift=need_shift
+            )
+        else:
+            product = None
+            if need_shift:
+                grad_shift = _sum_but(grad, ctx.dim)
+            if need_scale:
+                product = grad * saved
+                grad_scale = _sum_but(product, ctx.dim)
+            if need_x:
+                factor = along(wide.to(grad.dtype) if low is None or low.dtype != grad.dtype else low, grad, ctx.dim)
+                grad_x = grad * factor if product is None else torch.mul(grad, factor, out=product)
+        if need_scale and ctx.keep_output:
+            if shift is not None:
+                grad_scale -= grad_shift * shift  # type: ignore[operator]
+            if not ctx.deferred:
+                grad_scale = undo_scale(grad_scale, wide)
+        elif need_scale and ctx.deferred:
+            grad_scale *= wide
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(wide.dtype)
+        if grad_shift is not None:
+            grad_shift = grad_shift.to(shift.dtype) if ctx.needs_input_grad[3] else None  # type: ignore[union-attr]
+        return grad_x, grad_scale, None, grad_shift, None, None, None, None
+
+
+def undo_scale(total: Tensor, scale: Tensor) -> Tensor:
+    """Divides sums over a scaled tensor by the scale; zero where that is zero."""
+    return torch.where(scale == 0, torch.zeros_like(total), total / scale)
+
+
+def _sum_but(x: Tensor, dim: int) -> Tensor:
+    """Sums over all axes but one, in float32 at least."""
+    dims = [d for d in range(x.dim()) if d != dim]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.sum(dims, dtype=wide) if dims else x.to(wide)
+
+
+def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Views a vector so that it broadcasts along one axis of `x`, on the device of `x`."""
+    if vector.device != x.device:
+        vector = vector.to(x.device)
+    return vector.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])

@@ -1,0 +1,172 @@
+"""The part of a SAN layer that computes its host, LoRA or DoRA, together with the frozen layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraLinearVariant
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from san_peft.decomposition import low_rank_norm
+from san_peft.products import adapted_linear
+from san_peft.scaling import Factor, near_zero, plain_operations
+from san_peft.tuner.decompose import type_of
+from san_peft.tuner.fill import Vectors
+from san_peft.tuner.quantized import row_matrix
+from san_peft.tuner.sharded import onloaded, whole, whole_product
+
+ONE_PASS: dict[Any, tuple[Any, Any]] = {
+    lora.Linear: (nn.Linear, DoraLinearVariant),
+    lora.Conv1d: (nn.Conv1d, DoraConv1dVariant),
+    lora.Conv2d: (nn.Conv2d, DoraConv2dVariant),
+}
+"""PEFT's layers of LoRA whose forward pass a `SanLayer` computes itself: the frozen layer, and the variant of DoRA."""
+
+DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant)
+"""The variants of LoRA whose magnitude is applied by a `SanLayer`."""
+
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Layers whose output nobody else holds, where no hook looks at it."""
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether hooks listen to a module's passes, its own or those of all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def is_quiet(module: Any) -> bool:
+    """Whether nothing listens to a module's passes: no hooks, and no `forward` put in the place of its own."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
+class HostedLayer:
+    """Runs a LoRA or DoRA host without calling it, where nothing listens to it.
+
+    It gives what the host gives, up to rounding. PEFT's LoRA makes three tensors of the size of the output and its DoRA
+    forms the whole of $B A$ and a copy of the weight; here the update is added in place, the norms of the adapted rows
+    come from `Scales`, and what is propagated to the posterior joins the magnitude. Nothing of the host is patched.
+    """
+
+    host: Any
+    base_layer: Any
+    san_host: Any
+    channel_dim: int
+    training: bool
+    get_base_layer: Any
+    _finished: Any
+    _view: Any
+
+    def matrices(self, adapter_name: str) -> tuple[Any, Any]:
+        """Returns the modules that hold a LoRA host's matrices A and B."""
+        return self.host.lora_A[adapter_name], self.host.lora_B[adapter_name]
+
+    def one_pass(self, adapter_name: str) -> bool:
+        """Whether the host is LoRA, or DoRA, on a layer that is computed together with it."""
+        host = self.host
+        if type(host) not in ONE_PASS or adapter_name not in host.lora_A:
+            return False
+        base, variant = host.base_layer, host.lora_variant.get(adapter_name)
+        kind, dora = ONE_PASS[type(host)]
+        return (
+            type(base) is kind
+            and type(base.weight) is nn.Parameter
+            and base.weight.dtype.is_floating_point
+            and base.weight.dtype.itemsize > 1
+            and not host.lora_bias.get(adapter_name, False)
+            and (variant is None or type(variant) is dora)
+        )
+
+    def one_pass_dora(self, adapter_name: str) -> bool:
+        """Whether the host is DoRA whose magnitude `Scales` divides by the norms of the adapted rows."""
+        if not self.one_pass(adapter_name) or adapter_name not in self.host.lora_magnitude_vector:
+            return False
+        return bool((self.san_host[adapter_name].norms() > 0).all())
+
+    def _magnitude(self, adapter_name: str) -> tuple[Factor, Tensor | None]:
+        """The factor and the offset of a DoRA host by itself."""
+        host, base = self.host, self.get_base_layer()
+        with onloaded(host, base.weight), torch.autocast(base.weight.device.type, enabled=False):
+            magnitude = whole(host.lora_magnitude_vector[adapter_name].weight).flatten()
+            bias = None if base.bias is None else base.bias.detach()
+            with torch.no_grad():
+                down, up = (whole(m.weight).flatten(1) for m in self.matrices(adapter_name))
+                product = whole_product(row_matrix(base), down)
+                norms = self.san_host[adapter_name].norms()
+                norms = low_rank_norm(product, down, up, norms, host.scaling[adapter_name])
+            factor = magnitude / norms
+            return Factor(factor, None, not near_zero(factor)), None if bias is None else bias * (1 - factor)
+
+    def _runs_here(self) -> str | None:
+        """Returns the one active adapter of a LoRA host that is computed here, or `None` if the host runs itself.
+
+        It does so where something listens to it (hooks, offloading), where several adapters are active, and for other
+        variants of LoRA.
+        """
+        host = self.host
+        if type_of(host) != "LORA" or host.disable_adapters or host.merged or has_hooks(host):
+            return None
+        names = [name for name in host.active_adapters if name in host.lora_A]
+        if len(names) != 1:
+            return None
+        variant = type(host.lora_variant.get(names[0]))
+        dora = variant in DORA and names[0] in self.san_host
+        return names[0] if dora or (self.one_pass(names[0]) and self._is_quiet(names[0])) else None
+
+    def _is_quiet(self, adapter_name: str) -> bool:
+        """Whether the modules of the host may be left out, and their tensors multiplied directly."""
+        host, matrices = self.host, self.matrices(adapter_name)
+        base = host.base_layer
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return False
+        parts = (host, base, *matrices, host.lora_dropout[adapter_name])
+        return all(map(is_quiet, parts)) and all(type(m.weight) is nn.Parameter for m in matrices)
+
+    def _run_host(self, x: Tensor, adapter_name: str, vectors: Vectors) -> Tensor:
+        """The frozen layer with its LoRA or DoRA host and what acts at the output."""
+        host = self.host
+        base, dropout = host.base_layer, host.lora_dropout[adapter_name]
+        read = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
+        if type(host.lora_variant.get(adapter_name)) not in DORA:
+            z = self._adapted(x, adapter_name, vectors, read)
+            return self._finished(z, vectors.scale, vectors.shift, fresh=True)
+        if base.weight.is_meta and "forward" in vars(host):  # accelerate loads what is inside when the host is called
+            with onloaded(host, base.weight):
+                return self._run_host(x, adapter_name, vectors)
+        factor, offset, placed = vectors.magnitude, vectors.offset, vectors.placed
+        if factor is None:
+            factor, offset = self._magnitude(adapter_name)
+            placed = None
+        z = self._adapted(x if read is None else read, adapter_name, vectors)
+        z = self._finished(z, factor, offset, fresh=True)
+        if read is not None:
+            # PEFT's DoRA drops what the magnitude acts on, and adds the frozen layer's output on what was dropped
+            rest = base(x) - base(read)
+            z = z + (rest if placed is None else rest * placed.to(rest.dtype).view(self._view(rest)))
+        return self._finished(z, vectors.scale, vectors.shift)
+
+    def _adapted(self, x: Tensor, name: str, vectors: Vectors, read: Tensor | None = None) -> Tensor:
+        """The output of the frozen layer and LoRA, which reads `read` where that is not `x`; nobody else holds it."""
+        base: Any = self.host.base_layer
+        down, up = self.matrices(name)
+        scaling = self.host.scaling[name]
+        if self.channel_dim == -1 and self.one_pass(name) and self._is_quiet(name):
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+            low, high = vectors.lora or (down.weight, up.weight)
+            bias = None if base.bias is None else base.bias.to(dtype)
+            x, dropped = x.to(dtype), None if read is None else read.to(dtype)
+            return adapted_linear(x, base.weight.to(dtype), bias, low.to(dtype), high.to(dtype), scaling, dropped)
+        hidden = down((x if read is None else read).to(down.weight.dtype))
+        update = up(hidden * scaling)
+        z = base(x)
+        fresh = is_quiet(base) and type(base) in PLAIN and not plain_operations()
+        return z.add_(update) if fresh else (z + update).to(z.dtype)

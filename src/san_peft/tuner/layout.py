@@ -1,0 +1,263 @@
+"""Where the scales of an adapter stand in the vectors of a pass, and which of them acts where: all that is constant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from san_peft.tuner.decompose import type_of
+from san_peft.tuner.norms import bind, norm_at
+from san_peft.tuner.sharded import is_sharded
+
+INPUT, OUTPUT, NORM = "input", "output", "norm:"
+"""Where a propagated scale acts: at the posterior's input, at the anterior's output, in the norm that is named."""
+
+
+@dataclass
+class Layout:
+    """Where the scales of one adapter stand in the vectors of a pass, and where they go. All of it is constant.
+
+    The *sources* are the scales of all layers that something reads, one after the other, and a one at the end. An index
+    then gives, in one operation, what every layer's input, every output and every norm is multiplied with.
+
+    Attributes:
+        name: The adapter.
+        own: Layers with a scale of their own and no host's, which come first among the sources.
+        both: Layers with a scale of their own and a host's.
+        shifted: Of these, the layers with a shift.
+        low_rank: Groups of LoRA hosts of one shape, whose scales are computed together.
+        dora: DoRA hosts that are computed in one pass; those with a scale of their own as well come last.
+        other: Hosts whose scale is computed by itself.
+        offset: By layer, where its scale begins among the sources.
+        placed: Hosts whose output carries what is propagated to the posterior.
+        outputs: For the channels of own, both, placed and dora in turn, the source of what acts at the output.
+        shifts: The same for the channels of `shifted`.
+        inputs: Layers with an input scale, then norms: name and size.
+        index: For the channels of `inputs` in turn, their sources; several, to be multiplied, where edges overlap.
+        fed: Which channels of `inputs` have a source.
+        groups: By layer, the number of its group of readers.
+        posteriors: The layers among `inputs`.
+        hosts: LoRA and DoRA hosts on dense layers, whose matrices are cast together.
+        edge: One of the edges, for the options that all have: exponent, bound and detach.
+    """
+
+    name: str
+    own: list[Any] = field(default_factory=list)
+    both: list[Any] = field(default_factory=list)
+    shifted: list[Any] = field(default_factory=list)
+    low_rank: list[list[Any]] = field(default_factory=list)
+    dora: list[Any] = field(default_factory=list)
+    other: list[Any] = field(default_factory=list)
+    offset: dict[str, int] = field(default_factory=dict)
+    placed: list[Any] = field(default_factory=list)
+    outputs: Tensor | None = None
+    shifts: Tensor | None = None
+    inputs: list[tuple[str, int]] = field(default_factory=list)
+    index: list[Tensor] = field(default_factory=list)
+    fed: Tensor | None = None
+    norms: set[str] = field(default_factory=set)
+    groups: dict[str, int] = field(default_factory=dict)
+    hosts: list[Any] = field(default_factory=list)
+    posteriors: list[Any] = field(default_factory=list)
+    edge: Any = None
+    _constants: dict[Any, Any] = field(default_factory=dict)
+
+    def move(self, device: torch.device) -> None:
+        """Moves the indices to a device."""
+        for name in ("outputs", "shifts", "fed"):
+            value = getattr(self, name)
+            if value is not None and value.device != device:
+                setattr(self, name, value.to(device))
+        if self.index and self.index[0].device != device:
+            self.index = [one.to(device) for one in self.index]
+
+    def constant(self, key: Any, parts: list[Tensor], make: Callable[[list[Tensor]], Any]) -> Any:
+        """Returns what is made of constants of the frozen weights, made anew when one of them is another."""
+        if torch.compiler.is_compiling():
+            return make(parts)
+        kept = self._constants.get(key)
+        if kept is None or len(kept[0]) != len(parts) or any(a is not b for a, b in zip(kept[0], parts, strict=True)):
+            kept = self._constants[key] = (parts, make(parts))
+        return kept[1]
+
+
+def lay_out(scales: Any, name: str, single: bool) -> Layout:
+    """Lays out an adapter in the present state of the layers.
+
+    Args:
+        scales: The scales of the model.
+        name: The adapter.
+        single: Whether it alone is active.
+    """
+    layers = scales.layers
+    layout = Layout(name)
+    edges = {fqn: layer.san_incoming.get(name, []) for fqn, layer in layers.items()}
+    first = next((edge for incoming in edges.values() for edge in incoming), None)
+    layout.edge = first
+    where = places(scales, name, single)
+    sources = {e.anterior for incoming in edges.values() for e in incoming}
+    for layer in layers.values():
+        own, hosted = name in layer.san_scale, name in layer.san_host
+        if own and hosted:
+            layout.both.append(layer)
+        elif own:
+            layout.own.append(layer)
+        if name in layer.san_shift:
+            layout.shifted.append(layer)
+    groups: dict[Any, list[Any]] = {}
+    for fqn, layer in layers.items():
+        if name in layer.san_host and name not in layer.san_scale:
+            key = _group(layer, name)
+            if fqn in sources and not (single and layer.one_pass_dora(name)):
+                if key is not None:
+                    groups.setdefault(key, []).append(layer)
+                else:
+                    layout.other.append(layer)
+        if single and layer.host is not None and layer.one_pass_dora(name):
+            layout.dora.append(layer)
+        if single and layer.host is not None and layer.channel_dim == -1 and layer.one_pass(name):
+            layout.hosts.append(layer)
+    layout.low_rank = list(groups.values())
+    layout.dora.sort(key=lambda layer: name in layer.san_scale)  # those whose scale is their magnitude's come first
+    dora = [layer for layer in layout.dora if name not in layer.san_scale]
+    order = [*layout.own, *layout.both, *(x for g in layout.low_rank for x in g), *dora, *layout.other]
+    end = 0
+    for layer in order:
+        layout.offset[layer.san_name] = end
+        end += layer.out_features
+    _lay_out_outputs(scales, layout, where, edges, end)
+    _lay_out_inputs(scales, layout, where, edges, end)
+    return layout
+
+
+def _group(layer: Any, name: str) -> Any:
+    """What LoRA hosts have in common whose scales are computed together, or `None` for others."""
+    host, scale = layer.host, layer.san_host[name]
+    if type_of(host) != "LORA" or name in host.lora_magnitude_vector or scale.frozen is not None:
+        return None
+    base = host.get_base_layer()
+    if is_sharded(base.weight):
+        return None
+    a, b = host.lora_A[name].weight, host.lora_B[name].weight
+    key = (tuple(base.weight.shape), base.weight.dtype, base.weight.device, type(base), a.shape, a.dtype, b.dtype)
+    return (*key, host.scaling[name], scale.decomposition, scale.reference is None)
+
+
+def places(scales: Any, name: str, single: bool) -> dict[tuple[str, str], str]:
+    """Returns where each edge of an adapter acts in the present state of the layers."""
+    edges = {fqn: layer.san_incoming.get(name, []) for fqn, layer in scales.layers.items()}
+    states = {
+        (str(layer._active_adapter), layer._disable_adapters, tuple(layer.merged_adapters), layer.san_mode)
+        for layer in scales.layers.values()
+    }
+    wired = scales.placements.get(name, {})
+    usual = single and len(states) == 1 and next(iter(states))[3] == "both" and not next(iter(states))[2]
+    gated = any(name in layer.san_gate for layer in scales.layers.values())
+    found = {(e.anterior, fqn): INPUT for fqn, incoming in edges.items() for e in incoming}
+    if not usual or gated:
+        return found
+    for pair, place in wired.items():
+        if pair not in found:
+            continue
+        edge = next(e for e in edges[pair[1]] if e.anterior == pair[0])
+        plain = edge.exponent == 1 and not edge.detach and edge.bound is None
+        if place == OUTPUT and plain:
+            found[pair] = OUTPUT
+        elif place.startswith(NORM) and _norm_is_ready(scales, name, place.removeprefix(NORM), edges):
+            found[pair] = place
+    return found
+
+
+def _norm_is_ready(scales: Any, name: str, fqn: str, edges: dict[str, list[Any]]) -> bool:
+    """Whether a norm can be multiplied with what all its readers get; binds it."""
+    readers = scales.readers[name].get(fqn, ())
+    module = norm_at(scales.model, fqn)
+    if module is None or not readers or any(reader not in scales.layers for reader in readers):
+        return False
+    wanted = [[(e.anterior, _key(e.index)) for e in edges[reader]] for reader in readers]
+    if not wanted[0] or any(sorted(one) != sorted(wanted[0]) for one in wanted):
+        return False
+    sizes = {scales.layers[reader].in_features for reader in readers}
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or sizes != {weight.numel()}:
+        return False
+    return bind(module, scales, fqn)
+
+
+def _lay_out_outputs(
+    scales: Any, layout: Layout, places: dict[tuple[str, str], str], edges: dict[str, list[Any]], one: int
+) -> None:
+    indices: dict[str, Tensor] = {}
+    for (anterior, posterior), place in places.items():
+        if place == OUTPUT:
+            layer = scales.layers[anterior]
+            edge = next(e for e in edges[posterior] if e.anterior == anterior)
+            index = indices.setdefault(anterior, torch.full((layer.out_features,), one))
+            read = torch.arange(layer.out_features) if edge.index is None else edge.index.cpu().unique()
+            read = read[read >= 0]
+            index[read] = layout.offset[anterior] + read
+    if not indices:
+        return
+    with_factor = [*layout.own, *layout.both]
+    known = {layer.san_name for layer in (*with_factor, *layout.dora)}
+    layout.placed = [scales.layers[fqn] for fqn in indices if fqn not in known]
+    parts = [indices.get(x.san_name, torch.full((x.out_features,), one)) for x in (*with_factor, *layout.placed)]
+    for layer in layout.dora:  # with a scale of its own as well, that carries it
+        alone = layout.name not in layer.san_scale and layer.san_name in indices
+        parts.append(indices[layer.san_name] if alone else torch.full((layer.out_features,), one))
+    layout.outputs = torch.cat(parts)
+    if layout.shifted:
+        shifted = [indices.get(x.san_name, torch.full((x.out_features,), one)) for x in layout.shifted]
+        layout.shifts = torch.cat(shifted)
+
+
+def _lay_out_inputs(
+    scales: Any, layout: Layout, places: dict[tuple[str, str], str], edges: dict[str, list[Any]], one: int
+) -> None:
+    rounds: list[list[Tensor]] = []
+    readers: dict[Any, list[str]] = {}
+
+    def add(fqn: str, size: int, incoming: list[Any]) -> None:
+        layers: list[Tensor] = []
+        for edge in incoming:
+            index = torch.arange(size) if edge.index is None else edge.index.cpu()
+            index = torch.where(index < 0, one, index + layout.offset[edge.anterior])
+            for present in layers:  # maps that do not overlap go into one
+                if not bool(((present != one) & (index != one)).any()):
+                    present.copy_(torch.minimum(present, index))
+                    break
+            else:
+                layers.append(index)
+        layout.inputs.append((fqn, size))
+        while len(rounds) < max(1, len(layers)):
+            rounds.append([torch.full((n,), one) for _, n in layout.inputs[:-1]])
+        for number, column in enumerate(rounds):
+            column.append(layers[number] if number < len(layers) else torch.full((size,), one))
+
+    for fqn, incoming in edges.items():
+        here = [e for e in incoming if places[e.anterior, fqn] == INPUT]
+        if here:
+            layer = scales.layers[fqn]
+            add(fqn, layer.in_features, here)
+            layout.posteriors.append(layer)
+            key = (layer.channel_dim, layer.host is None, tuple((e.anterior, _key(e.index)) for e in here))
+            if layout.name not in layer.san_gate:
+                readers.setdefault(key, []).append(fqn)
+        for place in {places[e.anterior, fqn] for e in incoming if places[e.anterior, fqn].startswith(NORM)}:
+            norm = place.removeprefix(NORM)
+            if norm not in layout.norms:
+                layout.norms.add(norm)
+                add(norm, scales.layers[fqn].in_features, incoming)
+    for number, group in enumerate(group for group in readers.values() if len(group) > 1):
+        layout.groups.update(dict.fromkeys(group, number))
+    layout.index = [torch.cat(column) for column in rounds]
+    if layout.index:
+        layout.fed = torch.stack([index != one for index in layout.index]).any(0)
+
+
+def _key(index: Tensor | None) -> Any:
+    return None if index is None else tuple(index.tolist())

@@ -1,0 +1,412 @@
+"""All scales of a model for one forward pass: computed once, together, and handed to layers and norms.
+
+A pass begins when the model that holds the adapters is called and ends when that call returns. `Scales.begin` reads
+every adapter once, computes all scales in a handful of operations, whatever the number of layers, and keeps the result,
+a `Pass`, until `Scales.end`. Layers and norms ask it for their `Vectors`; see README.md in this folder for the life of
+a step.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from san_peft.scaling import Factor, plain_operations
+from san_peft.tuner.fill import NOTHING, Vectors, Watch, combined, factors_with_gradients, fill, hand_out
+from san_peft.tuner.layout import Layout, lay_out
+from san_peft.tuner.norms import bind, bound_to, norm_at
+
+_saved_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+
+
+@dataclass
+class Pass:
+    """What the layers and norms apply during one call of the model.
+
+    Attributes:
+        vectors: By adapter and name of the layer.
+        norms: By name of the norm.
+        trained: Whether gradients were enabled when it began.
+        without_gradients: Whether a layer then ran without: the first of the two passes of reentrant checkpointing.
+        shared: By group of layers, the scaled input that its first reader made.
+    """
+
+    vectors: dict[str, dict[str, Vectors]] = field(default_factory=dict)
+    norms: dict[str, Factor] = field(default_factory=dict)
+    trained: bool = False
+    without_gradients: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+class Scales:
+    """The scales of a model's adapters, one object for all its layers and norms.
+
+    Args:
+        model: The model that holds the layers. A pass is one call of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: dict[str, Any] = {}
+        self.placements: dict[str, dict[tuple[str, str], str]] = {}
+        self.readers: dict[str, dict[str, tuple[str, ...]]] = {}
+        self.mixed: tuple[str, ...] = ()
+        self.wiring = 0
+        self._forget_passes()
+        before = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._handles = [before, model.register_forward_hook(self._after, always_call=True)]
+
+    def _forget_passes(self) -> None:
+        self._running: dict[int, list[Any]] = {}
+        self._latest: Pass | None = None
+        self._recall: list[Any] | None = None
+        self._kept: tuple[Any, Any, Pass] | None = None
+        self._planned: Any = None
+        self._planned_norms: Any = None
+        self._layouts: dict[str, Layout] = {}
+        self._watch = Watch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy starts without a pass: values of one model are none of another."""
+        own = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return {**own, "_handles": self._handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget_passes()
+
+    # ------------------------------------------------------------------ wiring
+
+    def wire(
+        self,
+        adapter_name: str,
+        layers: dict[str, Any],
+        placements: dict[tuple[str, str], str],
+        readers: dict[str, tuple[str, ...]],
+    ) -> None:
+        """Takes over an adapter's layers and where each of its edges acts.
+
+        Args:
+            adapter_name: Name of the adapter.
+            layers: All SAN layers of the model, by name.
+            placements: By edge, `"input"`, `"output"` or `"norm:NAME"`.
+            readers: By norm, the layers that read it.
+        """
+        self.layers = layers
+        for fqn, layer in layers.items():
+            layer.san_scales, layer.san_name = self, fqn
+        self.placements[adapter_name], self.readers[adapter_name] = placements, readers
+        self.changed()
+        self.prepare()
+
+    def unwire(self, adapter_name: str) -> None:
+        """Forgets an adapter."""
+        self.placements.pop(adapter_name, None)
+        self.readers.pop(adapter_name, None)
+        self.changed()
+
+    def release(self) -> None:
+        """Gives every norm its own class back, and the model its hooks."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            if bound_to(module) is not None:
+                bind(module, None, "")
+        self.layers = {}
+        self._forget_passes()
+
+    def changed(self) -> None:
+        """Says that layers, adapters or wiring are others from now on."""
+        self.wiring += 1
+        self._planned = self._kept = None
+
+    # ------------------------------------------------------------------ passes
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.begin(kwargs)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.end()
+
+    @contextmanager
+    def passing(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """A pass for as long as the context lasts."""
+        self.begin(given)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, given: Mapping[str, Any]) -> None:
+        """Begins a pass, unless one is running in this thread.
+
+        Args:
+            given: Keyword arguments of the model. While a sequence is generated token by token with the same
+                `past_key_values`, in eval mode and without gradients, nothing is computed again unless a parameter's
+                version tells that it has changed.
+        """
+        key = _thread()
+        running = self._running.get(key)
+        if running is not None:
+            running[0] += 1
+            return
+        self._running[key] = running = [1, None]
+        running[1] = self._latest = self._pass(given)
+
+    def end(self) -> None:
+        """Ends the pass that `begin` began."""
+        key = _thread()
+        running = self._running.get(key)
+        if running is None:
+            return
+        running[0] -= 1
+        if running[0] == 0:
+            del self._running[key]
+            if running[1] is not None:
+                running[1].shared.clear()
+            if self._latest is running[1]:
+                self._latest = None
+
+    def acting(self) -> Pass | None:
+        """Returns the pass that is running, or the one that is being recomputed in a backward pass."""
+        running = self._running.get(_thread())
+        if running is not None:
+            now = running[1]
+            if now is not None and now.trained and not torch.is_grad_enabled():
+                now.without_gradients = True
+            return now
+        if torch.compiler.is_compiling():  # one block compiled by itself
+            return self._latest
+        return self._recalled() if torch._C._current_graph_task_id() != -1 else None
+
+    def of(self, layer: Any) -> Vectors:
+        """Returns what a layer applies: in a pass its part of it, and by itself what it computes for itself."""
+        now = self.acting()
+        if now is None:
+            return layer.vectors_alone(layer.active_adapters)
+        active = [name for name in layer.active_adapters if name in now.vectors]
+        if len(active) == 1:
+            return now.vectors[active[0]].get(layer.san_name, NOTHING)
+        return combined([now.vectors[name].get(layer.san_name, NOTHING) for name in active])
+
+    def of_adapter(self, layer: Any, adapter_name: str) -> Vectors:
+        """Returns what a layer applies with one adapter alone, for a batch of several."""
+        now = self.acting()
+        if now is None or adapter_name not in now.vectors:
+            return layer.vectors_alone([adapter_name])
+        return now.vectors[adapter_name].get(layer.san_name, NOTHING)
+
+    def of_norm(self, fqn: str) -> Factor | None:
+        """Returns what a norm's output is multiplied with in the pass that is running, or `None`."""
+        now = self.acting()
+        return None if now is None else now.norms.get(fqn)
+
+    def share(self, layer: Any, vectors: Vectors, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Returns a layer's scaled input: that of another layer that reads the same, or by `make`.
+
+        Nothing outlives the pass, and regions of activation checkpointing share nothing with each other: each must be
+        able to recompute what it reads.
+        """
+        now = self.acting()
+        if vectors.group is None or now is None or _saved_hooks is None or plain_operations() or x.is_inference():
+            return make()
+        state = (x._version, torch.is_grad_enabled(), _region())
+        held = now.shared.get(vectors.group)
+        if held is not None and held[0] is x and held[1] == state and layer.san_name not in held[2]:
+            held[2].add(layer.san_name)
+            return held[3]
+        value = make()
+        now.shared[vectors.group] = (x, state, {layer.san_name}, value)
+        return value
+
+    def _pass(self, given: Mapping[str, Any]) -> Pass | None:
+        state = self._state()
+        if torch.compiler.is_compiling():
+            if state != self._planned:
+                return None
+        else:
+            self._plan(state)
+        names = self._names()
+        if names is None:
+            return None
+        compiling = torch.compiler.is_compiling()
+        trained = torch.is_grad_enabled()
+        cache, stamp = given.get("past_key_values"), None
+        if cache is not None and not (compiling or trained or self.model.training):
+            stamp = self._stamp()
+            if self._kept is not None and stamp is not None and _goes_on(given):
+                kept_cache, kept_stamp, kept = self._kept
+                if kept_cache() is cache and kept_stamp == stamp and kept.vectors.keys() == set(names):
+                    return kept
+        made = Pass(trained=trained)
+        single = len(names) == 1 and not self.mixed
+        dtype = self._dtype()
+        filled = []
+        with torch.autocast(self._device().type, enabled=False):
+            for name in names:
+                layout = self._layout(name, single)
+                if layout is None:
+                    return None
+                vectors = fill(layout, dtype)
+                exact = not single or self._exact(factors_with_gradients(vectors))
+                made.vectors[name], norms = hand_out(layout, vectors, dtype, exact)
+                made.norms.update(norms)
+                filled.append((layout, vectors, dtype, exact))
+        if not compiling:
+            self._recall = None
+            if trained:
+                values = [type(one)(*(None if v is None else v.detach() for v in one)) for _, one, _, _ in filled]
+                needs = [type(one)(*(v is not None and v.requires_grad for v in one)) for _, one, _, _ in filled]
+                rest = [(layout, dtype, exact) for layout, _, dtype, exact in filled]
+                self._recall = [made, list(zip(values, needs, rest, strict=True)), None]
+        if stamp is not None:
+            try:
+                self._kept = (weakref.ref(cache), stamp, made)
+            except TypeError:
+                self._kept = None
+        return made
+
+    def _plan(self, state: list[Any]) -> None:
+        """Forgets the layouts if the state of the layers or norms is another."""
+        norms = self._norms_now()
+        if state != self._planned or norms != self._planned_norms:
+            self._layouts, self._planned, self._planned_norms, self._kept = {}, state, norms, None
+
+    def prepare(self) -> None:
+        """Lays out the present state, for compiled code, which cannot do it by itself."""
+        if not self.layers or torch.compiler.is_compiling():
+            return
+        names = self._names()
+        self._plan(self._state())
+        for name in names or ():
+            self._layout(name, len(names or ()) == 1 and not self.mixed)
+
+    def _recalled(self) -> Pass | None:
+        """The values of the last pass with gradients, without its graph, for the recomputation of checkpointing."""
+        if self._recall is None or self._recall[0].without_gradients:
+            # reentrant checkpointing runs backward through every block by itself, so each takes its own scales
+            return None
+        if self._recall[2] is None:
+            again = self._recall[2] = Pass(trained=True)
+            with torch.no_grad():  # what is recomputed must keep what was kept, and nothing of this
+                for values, needs, (layout, dtype, exact) in self._recall[1]:
+                    again.vectors[layout.name], norms = hand_out(layout, values, dtype, exact, needs)
+                    again.norms.update(norms)
+        return self._recall[2]
+
+    def _state(self) -> list[Any]:
+        """What decides about the layout of a pass."""
+        found: list[Any] = [self.wiring, self.mixed]
+        for layer in self.layers.values():
+            active = layer._active_adapter
+            found.append(
+                (
+                    active if isinstance(active, str) else tuple(active),
+                    layer._disable_adapters,
+                    tuple(layer.merged_adapters),
+                    layer.san_mode,
+                    tuple(getattr(layer.host, "scaling", {}).items()),
+                    *_kind_of(layer.get_base_layer().weight),
+                )
+            )
+        return found
+
+    def _norms_now(self) -> list[Any]:
+        """Which modules stand where norms are multiplied with scales, and of what dtype and where they are."""
+        found = []
+        for fqn in dict.fromkeys(fqn for readers in self.readers.values() for fqn in readers):
+            module = norm_at(self.model, fqn)
+            weight = getattr(module, "weight", None)
+            found.append((fqn, id(module), *_kind_of(weight)))
+        return found
+
+    def _names(self) -> list[str] | None:
+        """The adapters that act in this pass, or `None` where parameters are not there to be read."""
+        names: dict[str, None] = dict.fromkeys(name for name in self.mixed if name != "__base__")
+        for layer in self.layers.values():
+            if not layer._disable_adapters and not self.mixed:
+                active = layer._active_adapter
+                for name in (active,) if isinstance(active, str) else active:
+                    if name in self.placements:
+                        names[name] = None
+        for layer in self.layers.values():
+            weight = layer.get_base_layer().weight
+            if weight.is_meta or hasattr(weight, "ds_id"):
+                return None  # offloaded, or partitioned by DeepSpeed: each layer reads what it needs when it runs
+        return list(names)
+
+    def _stamp(self) -> Any:
+        """What tells of most changes of an adapter's parameters, or `None` where nothing does."""
+        found = []
+        try:
+            for layer in self.layers.values():
+                for bank in (*layer.san_scale.values(), *layer.san_shift.values(), *layer.san_gate.values()):
+                    found.append((id(bank.weight), bank.weight._version))
+                if layer.host is not None:
+                    frozen = layer.get_base_layer().weight
+                    found.append((id(frozen), frozen._version))
+                    for name in layer.host.adapter_layer_names:
+                        for parameter in getattr(layer.host, name).parameters():
+                            found.append((id(parameter), parameter._version))
+        except RuntimeError:  # tensors of inference mode have no version
+            return None
+        return found
+
+    def _exact(self, factors: list[Tensor]) -> bool:
+        """Whether layers take the gradients of their factors by themselves: one is near zero, or code is compiled."""
+        return plain_operations() or not torch.is_grad_enabled() or self._watch.near_zero(factors)
+
+    def _weight(self) -> Tensor | None:
+        layer = next(iter(self.layers.values()), None)
+        return None if layer is None else layer.get_base_layer().weight
+
+    def _device(self) -> torch.device:
+        weight = self._weight()
+        return torch.device("cpu") if weight is None else weight.device
+
+    def _dtype(self) -> torch.dtype:
+        """The dtype in which the frozen layers multiply."""
+        weight = self._weight()
+        if weight is None:
+            return torch.float32
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+    # ------------------------------------------------------------------ layouts
+
+    def _layout(self, name: str, single: bool) -> Layout | None:
+        """Returns the layout of an adapter in the present state of the layers."""
+        layout = self._layouts.get(name)
+        if layout is None:
+            if torch.compiler.is_compiling():
+                return None
+            layout = self._layouts[name] = lay_out(self, name, single)
+        return layout
+
+
+def _goes_on(given: Mapping[str, Any]) -> bool:
+    """Whether a model is given the next token alone of a sequence; a longer input may begin another one."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    tokens = next((given[name] for name in names if given.get(name) is not None), None)
+    return isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1
+
+
+def _kind_of(weight: Any) -> tuple[Any, ...]:
+    return (type(weight), getattr(weight, "dtype", None), getattr(weight, "device", None))
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _region() -> Any:
+    """What identifies the region of activation checkpointing that is running, or `None` outside of all."""
+    top = _saved_hooks(False)  # type: ignore[misc]
+    return None if top is None else tuple(id(hook) for hook in top[:2])

@@ -1,0 +1,164 @@
+"""Whether merging kept what an adapter does: held against the adapter's own effect, and against measured rounding."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SHARE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+"""Share of the adapter's own effect by which merging may change an output of a type, even without rounding."""
+
+Outputs = dict[str, Tensor]
+"""Floating outputs of a model by name."""
+
+SLOPE = 0.2
+"""How far from one the merged effect may be, as a multiple of the unmerged one."""
+
+
+@contextmanager
+def jittered(layers: Iterable[nn.Module], seed: int) -> Iterator[None]:
+    """Lets the outputs of layers be off by about what merging rounds differently, at random."""
+
+    def jitter(layer: Any, args: Any, y: Any) -> Any:
+        nonlocal seed
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            return y
+        seed += 1
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        # an entry that has come out small is a sum of terms as large as those of its neighbours
+        size = wide.square().mean(layer.channel_dim, keepdim=True).sqrt_() + wide.abs()
+        generator = torch.Generator(device=y.device).manual_seed(seed)
+        noise = torch.rand(wide.shape, dtype=wide.dtype, device=y.device, generator=generator).sub_(0.5)
+        return (wide + noise.mul_(size).mul_(_step(layer.get_base_layer().weight, wide, y.dtype))).to(y.dtype)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(jitter).remove)
+        yield
+
+
+def _step(weight: Tensor, wide: Tensor, dtype: torch.dtype) -> float:
+    """One step of rounding in a layer's product, relative to its result: of the types, and of long sums."""
+    step = max(torch.finfo(each).eps for each in (dtype, weight.dtype))
+    convolution = weight.dim() > 2
+    short = torch.backends.cudnn.allow_tf32 if convolution else torch.get_float32_matmul_precision() != "highest"
+    if short and wide.dtype == torch.float32 and (wide.is_cuda or not convolution):
+        step = max(step, 2**-10)
+    return step + torch.finfo(wide.dtype).eps * math.sqrt(weight[0].numel()) / 8
+
+
+class Verdict(NamedTuple):
+    """What merging does to the outputs; `fault` says what is wrong with it, or nothing."""
+
+    difference: float
+    where: str
+    accepted: float
+    effect: float
+    relative: float
+    fault: str | None
+
+
+def judge(
+    before: Outputs,
+    after: Outputs,
+    frozen: Outputs,
+    rounded: tuple[Outputs, Outputs] | None,
+    tolerance: float | None,
+) -> Verdict:
+    """Holds what merging changes in each output against what the adapter changes there, and against rounding.
+
+    Args:
+        before: Outputs before merging.
+        after: Outputs after.
+        frozen: Outputs of the frozen layers.
+        rounded: `before` and `frozen` from passes in which `jittered` was at work; `None` with a tolerance.
+        tolerance: Largest accepted difference, in place of what follows from the effect and from rounding.
+    """
+    changes = {name: _gap(after[name], old) for name, old in before.items()}
+    effects = {name: _finite(_gap(old, frozen[name])) for name, old in before.items()}
+    sizes = {name: _finite(old.double()) for name, old in before.items()}
+    noises = {
+        name: [_finite(_gap(r[name], old[name])) for r, old in zip(rounded or (), (before, frozen), strict=False)]
+        for name in before
+    }
+    # an output that jitter has hardly hit, by chance, is rounded as the others are
+    most = _norm([noise for several in noises.values() for noise in several])
+    common = most / max(math.sqrt(2) * _norm(list(sizes.values())), sys.float_info.min)
+    worst, faults = ("no output", -1.0, 0.0), []
+    for name, change in changes.items():
+        dtype, effect = before[name].dtype, effects[name]
+        least = sizes[name] * max(common, torch.finfo(dtype).eps)
+        noise = max(_mean(one) for one in [*noises[name], least])
+        accepted = max(SHARE[dtype] * _largest(effect), 5 * max(_largest(one) for one in [*noises[name], least]))
+        accepted = accepted if tolerance is None else tolerance
+        place = f"{name}{_place(change)}"
+        if _largest(change) > worst[1]:
+            worst = (place, _largest(change), accepted)
+        if not _largest(change) <= accepted:
+            faults.append(
+                f"Merging changes {place} by {_largest(change):.3g}, more than the tolerance of {accepted:.3g}"
+            )
+        elif rounded is not None:
+            again = _finite(_gap(rounded[0][name], rounded[1][name]))
+            faults.extend(_faults(name, change, effect, again, noise, SHARE[dtype]))
+    effect, relative = max((_largest(e) for e in effects.values()), default=0.0), 0.0
+    if any(change.any() for change in changes.values()):
+        whole = _norm(list(effects.values()))
+        relative = _norm(list(changes.values())) / whole if whole else math.inf
+    where, difference, accepted = worst
+    return Verdict(max(difference, 0.0), where, accepted, effect, relative, faults[0] if faults else None)
+
+
+def _faults(name: str, change: Tensor, effect: Tensor, again: Tensor, noise: float, share: float) -> Iterator[str]:
+    """What is wrong with one output on average; `again` is the effect with other rounding errors."""
+    independent = min(effect.numel(), 256)  # many outputs are combinations of fewer features
+    accepted = max(share * _mean(effect), (1.5 + 4 / math.sqrt(independent)) * noise)
+    if _mean(change) > accepted:
+        yield f"Merging changes {name} by {_mean(change):.3g} in the mean, more than the tolerance of {accepted:.3g}"
+    shared = (effect * again).mean().item()  # the square of the effect, in which no rounding error stands twice
+    if shared > noise**2:
+        slope = 1 + (change * again).mean().item() / shared
+        spread = SLOPE + 4 * noise * _mean(again) / shared / math.sqrt(independent)
+        if abs(slope - 1) > spread:
+            yield (
+                f"Merging keeps {slope:.2f} times the effect of the adapter on {name}, which is {_mean(effect):.3g} in "
+                f"the mean; rounding explains {1 - spread:.2f} to {1 + spread:.2f}"
+            )
+
+
+def _gap(new: Tensor, old: Tensor) -> Tensor:
+    """The difference of two outputs; none where both are the same infinity."""
+    gap = new.double() - old.double()
+    return torch.where(new == old, torch.zeros_like(gap), gap)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Zeros in place of what is not finite: nothing excuses a difference by being infinite."""
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _largest(values: Tensor) -> float:
+    largest = values.abs().max().item() if values.numel() else 0.0
+    return largest if math.isfinite(largest) else math.inf
+
+
+def _mean(values: Tensor) -> float:
+    return values.square().mean().sqrt().item() if values.numel() else 0.0
+
+
+def _norm(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(part.square().sum().item() for part in parts))
+
+
+def _place(change: Tensor) -> str:
+    if not change.numel():
+        return ""
+    if not torch.isfinite(change).all():
+        return " (not finite)"
+    return f"[{', '.join(str(int(i)) for i in torch.unravel_index(change.abs().argmax(), change.shape))}]"
