@@ -226,6 +226,8 @@ class Trace:
     """Draw it."""
     html: bool = False
     """Draw it as a page."""
+    placement: bool = False
+    """Print where each propagated scale acts: in a norm, at the anterior's output or at the posterior's input."""
     out: Path | None = None
     """File to write to."""
 
@@ -234,9 +236,9 @@ class Trace:
         from san_bench.report.graph import trace_command  # type: ignore[import-not-found, unused-ignore]
         from san_peft.errors import SanError
 
-        chosen = [name for name in ("json", "dot", "svg", "html") if getattr(self, name)]
+        chosen = [name for name in ("json", "dot", "svg", "html", "placement") if getattr(self, name)]
         if len(chosen) > 1:
-            raise SanError(f"Choose one of --json, --dot, --svg and --html, not {len(chosen)} of them.")
+            raise SanError(f"Choose one of --json, --dot, --svg, --html and --placement, not {len(chosen)} of them.")
         trace_command(self.name, self.scheme, chosen[0] if chosen else "tree", self.out)
 
 

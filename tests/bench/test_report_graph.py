@@ -115,7 +115,15 @@ def test_a_hub_id_without_a_connection(capsys):
 
 
 def test_two_forms_at_once(capsys):
-    assert "Choose one of --json, --dot, --svg and --html, not 2" in failure(capsys, "gpt2", "--json", "--svg")
+    line = failure(capsys, "gpt2", "--json", "--svg")
+    assert "Choose one of --json, --dot, --svg, --html and --placement, not 2" in line
+
+
+def test_where_each_scale_acts(llama, capsys):
+    main(["trace", str(llama), "--placement"])
+    lines = capsys.readouterr().out.splitlines()
+    ends = {line.split(" @ ")[1] for line in lines if " @ " in line}
+    assert {"output", "norm model.layers.0.post_attention_layernorm"} <= ends
 
 
 def test_the_reference_scheme_needs_a_patch_embedding(llama, capsys):

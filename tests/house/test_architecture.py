@@ -19,7 +19,19 @@ CODE = [
     *SOURCES,
     *(p for d in ("tests", "examples", "scripts", "benchmarks") for p in sorted((ROOT / d).rglob("*.py"))),
 ]
-ROOMS = ["errors", "functional", "decomposition", "propagation", "tuner", "export", "__init__"]
+ROOMS = [
+    "errors",
+    "rounding",
+    "kernels",
+    "scaling",
+    "functional",
+    "products",
+    "decomposition",
+    "propagation",
+    "tuner",
+    "export",
+    "__init__",
+]
 DOOR = ROOT / "src/san_peft/tuner/_peft.py"
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import threading
-
 import pytest
 import torch
-from peft import PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from tests.contract.nets import disturb
-from tests.golden.models import MODELS
-from tests.tuner.hosted import IDS, host_parameters, layers_of
-from tests.tuner.passes import CASES, CLOSE, LORA, adapted, alone, batch, counted, gradients, larger, output, step, total
+from tests.tuner.hosted import IDS, host_parameters
+from tests.tuner.passes import (
+    CASES,
+    CLOSE,
+    LORA,
+    adapted,
+    alone,
+    batch,
+    counted,
+    gradients,
+    output,
+    step,
+    total,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -120,34 +127,22 @@ def test_an_evaluation_between_forward_and_backward(way, case):
 
 
 @pytest.mark.parametrize("case", ["own", "lora", "dora"])
-@pytest.mark.parametrize("way", [None, *WAYS])
-def test_two_adapters_forward_then_backward_of_both(way, case):
+def test_two_adapters_forward_then_backward_of_both(case):
     model = adapted(**CASES[case]).train()
     model.add_adapter("second", SanConfig(**CASES[case]))
     model.double()
     disturb(model, "second", seed=5)
-
-    def run() -> dict:
-        losses = []
-        for name in ("default", "second"):
-            model.set_adapter(name)
-            for parameter in adapter_parameters(model):
-                parameter.requires_grad_(True)
-            losses.append(total(output(model)))
-        sum(losses).backward()
-        return gradients(model)
-
-    def plain() -> dict:
-        found = {}
-        for name in ("default", "second"):
-            model.set_adapter(name)
-            found |= {n: g for n, g in step(model)[1].items() if f".{name}." in n}
-        return found
-
-    expected = plain()
-    if way:
-        checkpointed(model, way)
-    found = run()
+    expected, losses = {}, []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected |= {n: g for n, g in step(model)[1].items() if f".{name}." in n}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        for parameter in adapter_parameters(model):
+            parameter.requires_grad_(True)
+        losses.append(total(output(model)))
+    sum(losses).backward()
+    found = gradients(model)
     torch.testing.assert_close({n: found[n] for n in expected}, expected, **CLOSE)
 
 
@@ -187,3 +182,28 @@ def test_steps_under_checkpointing_follow_those_without():
         results.append({n: p.detach() for n, p in host_parameters(model).items()})
     torch.testing.assert_close(results[1], results[0], **CLOSE)
     torch.testing.assert_close(results[2], results[0], **CLOSE)
+
+
+@pytest.mark.parametrize("case", ["own", "lora", "dora"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_by_itself_after_a_pass_of_other_values(way, case):
+    model = adapted(**CASES[case]).train()
+    step(checkpointed(model, way))
+    disturb(model, seed=8)
+    block = model.base_model.model.model.layers[1].mlp
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+
+    def run(checkpointing: bool) -> dict:
+        given = x.clone().requires_grad_()
+        total(checkpoint(block, given, use_reentrant=WAYS[way]) if checkpointing else block(given)).backward()
+        return gradients(model)
+
+    expected = run(False)
+    assert any(g is not None for g in expected.values())
+    torch.testing.assert_close(run(True), expected, **CLOSE)
+    loss = total(output(model))
+    (loss + total(checkpoint(block, x.clone().requires_grad_(), use_reentrant=WAYS[way]))).backward()
+    both = gradients(model)
+    for name, gradient in step(model)[1].items():
+        other = expected[name]
+        torch.testing.assert_close(both[name], gradient if other is None else gradient + other, **CLOSE)

@@ -15,6 +15,7 @@ from san_bench.report.fold import Folded, FoldedBlock, FoldedEdge, fold_blocks
 from san_bench.report.graph_page import to_html
 from san_bench.report.wording import path_words, summary
 from san_peft.errors import SanError
+from san_peft.propagation import describe_placement
 from san_peft.propagation.graph import PropagationGraph
 
 TERMINAL_STYLES = {"exact": "green", "activation": "yellow", "norm": "cyan", "residual": "magenta"}
@@ -27,7 +28,7 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
     Args:
         name: What `empty_model` takes.
         scheme: Which edges to show.
-        form: `tree`, `json`, `dot`, `svg` or `html`.
+        form: `tree`, `json`, `dot`, `svg`, `html` or `placement`.
         out: File to write, whose path is then printed; `None` prints the graph.
 
     Raises:
@@ -61,6 +62,11 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
 def to_json(graph: PropagationGraph, title: str = "") -> str:
     """Returns the graph as JSON, which `PropagationGraph.from_json` reads back."""
     return graph.to_json(indent=2)
+
+
+def to_placement(graph: PropagationGraph, title: str) -> str:
+    """Returns one line for every edge, with the place where its scale acts."""
+    return f"{title}\n{describe_placement(graph)}"
 
 
 def to_text(graph: PropagationGraph, title: str) -> str:
@@ -192,5 +198,6 @@ FORMS: dict[str, Callable[[PropagationGraph, str], str]] = {
     "dot": to_dot,
     "svg": to_svg,
     "html": to_html,
+    "placement": to_placement,
 }
 """What `san trace` can write; each takes a graph and a title and is pure."""

@@ -180,6 +180,12 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
         if self.host is not None:
             self.host.set_adapter(adapter_names, inference_mode=inference_mode)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches adapters on or off here and in the host."""
+        super().enable_adapters(enabled)
+        if self.host is not None:
+            self.host.enable_adapters(enabled)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter here and in the host."""
         if self.host is not None:
@@ -315,8 +321,9 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
             chosen = [None if one is None else getattr(one, field) for one in found]
             if all(vector is None for vector in chosen):
                 return None
-            plain = torch.full((size,), neutral, device=like.device)
             vectors = [v.wide if isinstance(v, Factor) else v for v in chosen]
+            dtype = next(v.dtype for v in vectors if v is not None)
+            plain = torch.full((size,), neutral, dtype=dtype, device=like.device)
             filled = [plain if v is None else v.to(plain.device, plain.dtype) for v in vectors]
             shape = [-1 if d == self.channel_dim % like.dim() else 1 for d in range(1, like.dim())]
             return torch.stack(filled)[rows].view(len(rows), *shape)

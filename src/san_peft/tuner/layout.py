@@ -110,21 +110,23 @@ def lay_out(scales: Any, name: str, single: bool) -> Layout:
             layout.shifted.append(layer)
     groups: dict[Any, list[Any]] = {}
     for fqn, layer in layers.items():
+        frozen = name in layer.san_host and layer.san_host[name].frozen is not None  # merged: a scale from before
+        dora = single and layer.host is not None and not frozen and layer.one_pass_dora(name)
         if name in layer.san_host and name not in layer.san_scale:
             key = _group(layer, name)
-            if fqn in sources and not (single and layer.one_pass_dora(name)):
+            if fqn in sources and not dora:
                 if key is not None:
                     groups.setdefault(key, []).append(layer)
                 else:
                     layout.other.append(layer)
-        if single and layer.host is not None and layer.one_pass_dora(name):
+        if dora:
             layout.dora.append(layer)
         if single and layer.host is not None and layer.channel_dim == -1 and layer.one_pass(name):
             layout.hosts.append(layer)
     layout.low_rank = list(groups.values())
     layout.dora.sort(key=lambda layer: name in layer.san_scale)  # those whose scale is their magnitude's come first
-    dora = [layer for layer in layout.dora if name not in layer.san_scale]
-    order = [*layout.own, *layout.both, *(x for g in layout.low_rank for x in g), *dora, *layout.other]
+    plain = [layer for layer in layout.dora if name not in layer.san_scale]
+    order = [*layout.own, *layout.both, *(x for g in layout.low_rank for x in g), *plain, *layout.other]
     end = 0
     for layer in order:
         layout.offset[layer.san_name] = end

@@ -33,16 +33,29 @@ class Pass:
     Attributes:
         vectors: By adapter and name of the layer.
         norms: By name of the norm.
-        trained: Whether gradients were enabled when it began.
-        without_gradients: Whether a layer then ran without: the first of the two passes of reentrant checkpointing.
+        recall: What it can be made of once more, where gradients were enabled when it began.
         shared: By group of layers, the scaled input that its first reader made.
     """
 
     vectors: dict[str, dict[str, Vectors]] = field(default_factory=dict)
     norms: dict[str, Factor] = field(default_factory=dict)
-    trained: bool = False
-    without_gradients: bool = False
+    recall: Recall | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Recall:
+    """The values of a pass without its graph, for the recomputation of checkpointing.
+
+    Attributes:
+        parts: By adapter, its vectors, which of them require gradients, and how they were handed out.
+        without_gradients: Whether a layer ran without: the first of the two passes of reentrant checkpointing.
+        again: The pass, made once more.
+    """
+
+    parts: list[Any]
+    without_gradients: bool = False
+    again: Pass | None = None
 
 
 class Scales:
@@ -66,7 +79,8 @@ class Scales:
     def _forget_passes(self) -> None:
         self._running: dict[int, list[Any]] = {}
         self._latest: Pass | None = None
-        self._recall: list[Any] | None = None
+        self._recall: Recall | None = None
+        self._regions: weakref.WeakKeyDictionary[Any, Recall | None] = weakref.WeakKeyDictionary()
         self._kept: tuple[Any, Any, Pass] | None = None
         self._planned: Any = None
         self._planned_norms: Any = None
@@ -177,14 +191,18 @@ class Scales:
     def acting(self) -> Pass | None:
         """Returns the pass that is running, or the one that is being recomputed in a backward pass."""
         running = self._running.get(_thread())
-        if running is not None:
-            now = running[1]
-            if now is not None and now.trained and not torch.is_grad_enabled():
-                now.without_gradients = True
-            return now
-        if torch.compiler.is_compiling():  # one block compiled by itself
-            return self._latest
-        return self._recalled() if torch._C._current_graph_task_id() != -1 else None
+        if torch.compiler.is_compiling():  # without a pass: one block compiled by itself
+            return self._latest if running is None else running[1]
+        if running is None and torch._C._current_graph_task_id() != -1:
+            return self._recalled()
+        now = None if running is None else running[1]
+        recall = None if now is None else now.recall
+        if torch.is_grad_enabled():
+            if (region := _checkpointed()) is not None:
+                self._regions[region] = recall
+        elif recall is not None:
+            recall.without_gradients = True
+        return now
 
     def of(self, layer: Any) -> Vectors:
         """Returns what a layer applies: in a pass its part of it, and by itself what it computes for itself."""
@@ -245,7 +263,7 @@ class Scales:
                 kept_cache, kept_stamp, kept = self._kept
                 if kept_cache() is cache and kept_stamp == stamp and kept.vectors.keys() == set(names):
                     return kept
-        made = Pass(trained=trained)
+        made = Pass()
         single = len(names) == 1 and not self.mixed
         dtype = self._dtype()
         filled = []
@@ -259,13 +277,11 @@ class Scales:
                 made.vectors[name], norms = hand_out(layout, vectors, dtype, exact)
                 made.norms.update(norms)
                 filled.append((layout, vectors, dtype, exact))
-        if not compiling:
-            self._recall = None
-            if trained:
-                values = [type(one)(*(None if v is None else v.detach() for v in one)) for _, one, _, _ in filled]
-                needs = [type(one)(*(v is not None and v.requires_grad for v in one)) for _, one, _, _ in filled]
-                rest = [(layout, dtype, exact) for layout, _, dtype, exact in filled]
-                self._recall = [made, list(zip(values, needs, rest, strict=True)), None]
+        if trained and filled and not compiling:
+            values = [type(one)(*(None if v is None else v.detach() for v in one)) for _, one, _, _ in filled]
+            needs = [type(one)(*(v is not None and v.requires_grad for v in one)) for _, one, _, _ in filled]
+            rest = [(layout, dtype, exact) for layout, _, dtype, exact in filled]
+            made.recall = self._recall = Recall(list(zip(values, needs, rest, strict=True)))
         if stamp is not None:
             try:
                 self._kept = (weakref.ref(cache), stamp, made)
@@ -289,17 +305,19 @@ class Scales:
             self._layout(name, len(names or ()) == 1 and not self.mixed)
 
     def _recalled(self) -> Pass | None:
-        """The values of the last pass with gradients, without its graph, for the recomputation of checkpointing."""
-        if self._recall is None or self._recall[0].without_gradients:
+        """The pass in which what is being recomputed ran at first, or `None` if it ran in none."""
+        region = _checkpointed()
+        recall = self._recall if region is None else self._regions.get(region, self._recall)
+        if recall is None or recall.without_gradients or (_saved_hooks is not None and _region() is None):
             # reentrant checkpointing runs backward through every block by itself, so each takes its own scales
             return None
-        if self._recall[2] is None:
-            again = self._recall[2] = Pass(trained=True)
+        if recall.again is None:
+            recall.again = Pass()
             with torch.no_grad():  # what is recomputed must keep what was kept, and nothing of this
-                for values, needs, (layout, dtype, exact) in self._recall[1]:
-                    again.vectors[layout.name], norms = hand_out(layout, values, dtype, exact, needs)
-                    again.norms.update(norms)
-        return self._recall[2]
+                for values, needs, (layout, dtype, exact) in recall.parts:
+                    recall.again.vectors[layout.name], norms = hand_out(layout, values, dtype, exact, needs)
+                    recall.again.norms.update(norms)
+        return recall.again
 
     def _state(self) -> list[Any]:
         """What decides about the layout of a pass."""
@@ -410,3 +428,15 @@ def _region() -> Any:
     """What identifies the region of activation checkpointing that is running, or `None` outside of all."""
     top = _saved_hooks(False)  # type: ignore[misc]
     return None if top is None else tuple(id(hook) for hook in top[:2])
+
+
+def _checkpointed() -> Any:
+    """What torch holds of the region of checkpointing (not reentrant) that runs, or that is being recomputed."""
+    top = None if _saved_hooks is None else _saved_hooks(False)
+    pack = None if top is None else getattr(top[0], "_torchdynamo_orig_callable", top[0])
+    for cell in getattr(pack, "__closure__", None) or ():
+        held = cell.cell_contents
+        held = held() if isinstance(held, weakref.ref) else held
+        if type(held).__name__ == "_CheckpointFrame":
+            return held
+    return None
