@@ -81,6 +81,8 @@ def check_a_scale_is_the_reference_bit_for_bit(device="cpu", shapes=SHAPES):
         again = x.clone()
         assert kernels.scale_forward(again, factor, dim=dim, out=again) is again
         assert same(again, want)
+        want = rounding.multiply(x.cpu(), along(factor, x, dim).cpu(), dim, salt=7919).to(device)
+        assert same(kernels.scale_forward(x, factor, dim=dim, salt=7919), want), (x.shape, x.dtype)
         small, zero = x.abs().clamp(max=1.0) * 1e-4, torch.zeros_like(factor)
         want = rounding.multiply(small.cpu(), along(factor, x, dim).cpu(), dim).to(device)
         assert same(kernels.scale_forward(small, factor, dim=dim), want), (x.shape, x.dtype)

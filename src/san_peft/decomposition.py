@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from san_peft.errors import SanError
-from san_peft.products import times_columns, times_rows, weight_product
+from san_peft.products import full_types, times_columns, times_rows, weight_product
 from san_peft.scaling import plain_operations
 
 DECOMPOSITIONS = ("norm", "projection")
@@ -210,11 +210,12 @@ class _LowRankScales(torch.autograd.Function):
             weighed = weighed.div_(scale)
         weighed = weighed.mul_(ctx.scaling).unsqueeze(-1)
         scaled = weighed * columns
-        parts = [times_columns(w().detach(), one) for w, one in zip(ctx.weights, scaled.unbind(0), strict=True)]
-        grad_rows = torch.stack(parts)
-        if ctx.norm:
-            square = torch.bmm(scaled.transpose(1, 2), columns)
-            grad_rows = grad_rows.baddbmm_(square, rows, alpha=ctx.scaling)
+        with full_types(scaled):
+            parts = [times_columns(w().detach(), one) for w, one in zip(ctx.weights, scaled.unbind(0), strict=True)]
+            grad_rows = torch.stack(parts)
+            if ctx.norm:
+                square = torch.bmm(scaled.transpose(1, 2), columns)
+                grad_rows = grad_rows.baddbmm_(square, rows, alpha=ctx.scaling)
         grad_columns = weighed * total
         return (None, None, None, None, None, *grad_rows.unbind(0), *grad_columns.unbind(0))
 

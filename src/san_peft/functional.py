@@ -19,7 +19,7 @@ from torch import Tensor
 from san_peft import rounding
 from san_peft.errors import SanError
 from san_peft.rounding import HALF
-from san_peft.scaling import Factor, along, near_zero, scale_channels
+from san_peft.scaling import SALT, Factor, along, near_zero, scale_channels
 
 AT_ONCE = {"cpu": (2**12, 2**20), "cuda": (2**22, 2**24)}
 """How many entries of a half-precision weight are folded at a time, in float32, at least and at most."""
@@ -92,7 +92,8 @@ def scale_input(
         [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
     _check_length(scale, x, channel_dim, "input scale")
-    return scale_output(x, scale, None, channel_dim, keep=keep)
+    factor = Factor(scale, divisible=not near_zero(scale), salt=SALT["input_scale"])
+    return scale_channels(x, factor, None, channel_dim, keep=keep)
 
 
 def scale_output(

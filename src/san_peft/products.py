@@ -58,7 +58,8 @@ class _WeightProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
         (weight,) = ctx.saved_tensors
-        return None, times_columns(weight, grads[0])
+        with full_types(weight):
+            return None, times_columns(weight, grads[0])
 
 
 def times_rows(weight: Tensor, rows: Tensor) -> Tensor:
@@ -147,12 +148,12 @@ def adapted_linear(
     if plain_operations():
         update = linear(linear(x if dropped is None else dropped, lora_A), lora_B)
         return linear(x, weight.detach(), None if bias is None else bias.detach()) + update * scaling
-    with _full_types(x):
+    with full_types(x):
         return _AdaptedLinear.apply(x, dropped, weight, bias, lora_A, lora_B, scaling)
 
 
 @contextmanager
-def _full_types(x: Tensor) -> Iterator[None]:
+def full_types(x: Tensor) -> Iterator[None]:
     """Switches autocast off where it is on: the tensors have the type in which they are to be multiplied."""
     if not torch.is_autocast_enabled(x.device.type):
         yield
@@ -193,7 +194,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
         read, hidden, weight, lora_A, lora_B = ctx.saved_tensors
         grad = _rows(grads[0])
-        with _full_types(grad):
+        with full_types(grad):
             grad_x = grad_dropped = grad_a = grad_b = None
             grad_hidden = _scaled_product(grad, lora_B, ctx.scaling)
             if ctx.needs_input_grad[5]:

@@ -24,9 +24,9 @@ _GOLDEN = 0x9E3779B1
 """2^32 over the golden ratio, odd: its multiples spread evenly over 32 bits."""
 
 
-def _hashed(size: int, device: torch.device) -> Tensor:
+def _hashed(size: int, device: torch.device, salt: int = 0) -> Tensor:
     """One odd 16-bit multiplier for each channel."""
-    hashed = (torch.arange(1, size + 1, dtype=torch.int64, device=device) * _GOLDEN >> 13) & 0xFFFF
+    hashed = (torch.arange(salt + 1, salt + size + 1, dtype=torch.int64, device=device) * _GOLDEN >> 13) & 0xFFFF
     return (hashed | 1).to(torch.int32).to(torch.int16)
 
 
@@ -38,6 +38,7 @@ def multiply(
     factor: Float[Tensor, "*shape"],
     dim: int = -1,
     shift: Float[Tensor, "*shape"] | None = None,
+    salt: int = 0,
 ) -> Float[Tensor, "*shape"]:
     r"""Multiplies a tensor with one factor for each channel, rounding a half-precision result by dithering.
 
@@ -46,6 +47,8 @@ def multiply(
         factor: Factors in float32, of a shape that broadcasts to that of `x`, with all channels along `dim`.
         dim: Axis of the channels.
         shift: What is added to the product before it is rounded, of the shape of `factor`.
+        salt: Chooses the hash. Factors that may multiply one value, one after the other, need different ones: a value
+            that the first has left as it was would be left by the second as well.
 
     Returns:
         $x \cdot f + t$ in the type of `x`.
@@ -65,7 +68,8 @@ def multiply(
         return y if shift is None else y.add_(shift.to(x.dtype))
     size = x.shape[dim]
     shape = [size if d == dim % x.dim() else 1 for d in range(x.dim())]
-    multipliers = _hashed(size, x.device) if torch.compiler.is_compiling() else _multipliers(size, x.device)
+    hashed = _hashed if torch.compiler.is_compiling() else _multipliers
+    multipliers = hashed(size, x.device, salt)
     noise = x.view(torch.int16) * multipliers.view(shape)
     dropped = _DROPPED[x.dtype]
     if dropped < 16:

@@ -17,6 +17,11 @@ NEAR_ZERO = 1e-2
 """Below this magnitude of a scale its gradient is taken from a kept copy of the channel, not from a division."""
 
 
+SALT = {"scale": 0, "magnitude": 7919, "input_scale": 104729}
+"""By what a factor is, the hash by which half precision is rounded: where several multiply one value in turn, each has
+its own (see `rounding.multiply`)."""
+
+
 class Factor(NamedTuple):
     """A scale as a layer applies it.
 
@@ -27,12 +32,14 @@ class Factor(NamedTuple):
         divisible: Whether no entry is too near to zero for the second form of the gradient (see `scale_output`).
         deferred: Whether the division of that form is left to whoever made the scale, for many layers at once: the
             gradient is then returned times the scale.
+        salt: Chooses the hash of the rounding, one of `SALT`.
     """
 
     wide: Tensor
     low: Tensor | None = None
     divisible: bool = True
     deferred: bool = False
+    salt: int = 0
 
 
 def near_zero(scale: Float[Tensor, "*shape"]) -> bool:
@@ -62,26 +69,27 @@ def scale_channels(
         shift = None if shift is None else shift.to(x.device)
     dim, wide = channel_dim % x.dim(), factor.wide
     if plain_operations():
-        return _plain_scale(x, wide, shift, dim)
+        return _plain_scale(x, wide, shift, dim, factor.salt)
     trained = torch.is_grad_enabled() and (wide.requires_grad or (shift is not None and shift.requires_grad))
     if trained:
         keep_output = keep == "output" and factor.divisible and not (x.dtype in HALF and shift is not None)
-        return _ScaleChannels.apply(x, wide, factor.low, shift, dim, inplace, keep_output, factor.deferred)
+        options = (inplace, keep_output, factor.deferred, factor.salt)
+        return _ScaleChannels.apply(x, wide, factor.low, shift, dim, *options)
     if inplace and x.dtype not in HALF and not (torch.is_grad_enabled() and x.requires_grad and x.is_leaf):
         y = x.mul_(along(wide, x, dim).to(x.dtype))
         return y if shift is None else y.add_(along(shift, x, dim).to(x.dtype))
     if torch.is_grad_enabled() and x.requires_grad:
-        return _ScaleChannels.apply(x, wide, factor.low, shift, dim, False, False, False)
-    return _multiply(x, wide, shift, dim)
+        return _ScaleChannels.apply(x, wide, factor.low, shift, dim, False, False, False, factor.salt)
+    return _multiply(x, wide, shift, dim, factor.salt)
 
 
-def _multiply(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+def _multiply(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int, salt: int) -> Tensor:
     if kernels.available(x) and x.is_contiguous():
-        return kernels.scale_forward(x, wide, shift, dim)
-    return rounding.multiply(x, along(wide, x, dim), dim, None if shift is None else along(shift, x, dim))
+        return kernels.scale_forward(x, wide, shift, dim, salt=salt)
+    return rounding.multiply(x, along(wide, x, dim), dim, None if shift is None else along(shift, x, dim), salt)
 
 
-def _plain_scale(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+def _plain_scale(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int, salt: int) -> Tensor:
     """Operations that can be compiled and transformed; the rounding of half precision has the gradient of identity."""
     y = x * along(wide, x, dim)
     if shift is not None:
@@ -91,7 +99,8 @@ def _plain_scale(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int) -> Ten
         return y
     with torch.no_grad():
         vectors = [None if v is None else along(v.detach(), x, dim) for v in (wide, shift)]
-        correction = rounding.multiply(x.detach(), vectors[0], dim, vectors[1]) - y.detach()  # type: ignore[arg-type]
+        rounded = rounding.multiply(x.detach(), vectors[0], dim, vectors[1], salt)  # type: ignore[arg-type]
+        correction = rounded - y.detach()
     return y + correction
 
 
@@ -109,6 +118,7 @@ class _ScaleChannels(torch.autograd.Function):
         inplace: bool,
         keep_output: bool,
         deferred: bool,
+        salt: int,
     ) -> Tensor:
         if inplace and keep_output and x.dtype not in HALF:
             y = x.mul_(along(wide, x, dim).to(x.dtype))
@@ -116,7 +126,7 @@ class _ScaleChannels(torch.autograd.Function):
                 y += along(shift, x, dim).to(x.dtype)
             ctx.mark_dirty(y)
         else:
-            y = _multiply(x, wide, shift, dim)
+            y = _multiply(x, wide, shift, dim, salt)
         ctx.dim, ctx.deferred, ctx.keep_output = dim, deferred, keep_output
         trained = any(ctx.needs_input_grad[i] for i in (1, 3))
         ctx.save_for_backward((y if keep_output else x) if trained else None, wide, low, shift)
@@ -156,7 +166,7 @@ class _ScaleChannels(torch.autograd.Function):
             grad_scale = grad_scale.to(wide.dtype)
         if grad_shift is not None:
             grad_shift = grad_shift.to(shift.dtype) if ctx.needs_input_grad[3] else None  # type: ignore[union-attr]
-        return grad_x, grad_scale, None, grad_shift, None, None, None, None
+        return grad_x, grad_scale, None, grad_shift, None, None, None, None, None
 
 
 def undo_scale(total: Tensor, scale: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def step(model: nn.Module, name: str = "llama-grouped") -> tuple[Tensor, dict[str, Tensor | None]]:
+    model.zero_grad(set_to_none=True)
     torch.manual_seed(5)
     out = output(model, name)
     total(out).backward()

@@ -26,7 +26,7 @@ from tests.tuner.hosted import (
 from torch import Tensor, nn
 
 from san_peft import SanConfig, merge_and_verify, trace
-from san_peft.tuner import scales
+from san_peft.tuner import fill
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(projection_prng_key|whole delta weight|has no bias|already found).*", "ignore:Setting.*save_projection"
@@ -209,8 +209,8 @@ def test_a_model_called_twice_on_one_tensor_uses_what_it_has_learnt_meanwhile():
 def test_generation_takes_the_scales_once(monkeypatch):
     model = get_peft_model(small_llama(), SanConfig(inner=LoraConfig(r=2, target_modules=LLAMA))).eval()
     calls = []
-    original = scales.low_rank_scales
-    monkeypatch.setattr(scales, "low_rank_scales", lambda *args: calls.append(args) or original(*args))
+    original = fill.low_rank_scales
+    monkeypatch.setattr(fill, "low_rank_scales", lambda *args: calls.append(args) or original(*args))
     with torch.inference_mode():
         assert model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (2, 9)
     once = len(calls)

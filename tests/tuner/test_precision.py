@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 from functools import cache
 
 import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.contract.nets import KINDS
+from tests.contract.nets import KINDS, Kind
 from torch import Tensor, nn
 
-from san_peft import SanConfig, SanLayer, propagate
+from san_peft import SanConfig, SanLayer, rounding, trace
 from san_peft.errors import SanError
+from san_peft.scaling import SALT
 from san_peft.tuner import precision
 
 STEP = 0.001
@@ -106,7 +107,7 @@ def set_scale(layer: nn.Module, peft: nn.Module | None, host: str, offset: Tenso
         return
     down, up = peft.lora_A["default"].weight, peft.lora_B["default"].weight
     if host.startswith("lora"):
-        weight = peft.get_base_layer().weight.float().flatten(1)
+        weight = peft.get_base_layer().weight.to(down.dtype).flatten(1)
         product = weight @ down.flatten(1).T
         share = offset * weight.square().sum(1) / product.square().sum(1) / peft.scaling["default"]
         up.copy_((share[:, None] * product).view_as(up))
@@ -170,11 +171,10 @@ def test_a_propagated_scale_near_one_acts_as_in_float32(kind, host, rounded):
             found["half", training] = slope(effect(half.train(training), kind), expected)
             if rounded == torch.bfloat16:
                 found["autocast", training] = slope(effect(wide.train(training), kind, rounded), expected)
-        print(kind, host, sign, rounded, found)
         assert found == dict.fromkeys(found, NEARLY_ONE), sign
 
 
-@pytest.mark.parametrize(("kind", "host"), [("llama", "own"), ("vit", "lora-projection")])
+@pytest.mark.parametrize(("kind", "host"), [("llama", "own"), ("llama", "lora-projection")])
 def test_without_propagation_there_is_nothing_to_see(kind, host):
     """The measure itself: the mode without propagation is the model with exponent zero."""
     model, zero = (adapted(kind, host, torch.bfloat16, exponent=k) for k in (1.0, 0.0))
@@ -188,7 +188,6 @@ def test_without_propagation_there_is_nothing_to_see(kind, host):
 def test_an_own_scale_near_one_acts_as_in_float32(kind, half, sign):
     models = [adapted(kind, "own", HALF[half], dtype, sign, propagation="none") for dtype in (None, torch.float32)]
     found, expected = (effect(model.eval(), kind, None, model.disable_adapter) for model in models)
-    print(kind, half, sign, slope(found, expected))
     assert slope(found, expected) == NEARLY_ONE
 
 
@@ -201,11 +200,9 @@ def test_a_magnitude_near_one_acts_as_in_float32_and_as_in_peft(host):
         with torch.no_grad():
             effects[name] = output(after, kind) - output(before, kind)
     slopes = {name: slope(found, effects["PEFT in float32"]) for name, found in effects.items()}
-    print(host, slopes)
     assert slopes["ours in float32"] == pytest.approx(1, abs=1e-3)
     assert slopes["ours"] == NEARLY_ONE
-    # PEFT rounds the product to the nearest, which keeps a factor near one where B is not zero at best
-    assert slopes["PEFT"] < 1.2
+    assert slopes["PEFT"] == pytest.approx(slopes["ours"], abs=0.3)
 
 
 def dora(kind: str, host: str, dtype: torch.dtype | None, ours: bool, step: float) -> PeftModel:
@@ -231,6 +228,126 @@ def test_gradients_of_scales_near_one(kind, host):
     assert half.keys() == wide.keys()
     cosines = {n: torch.cosine_similarity(half[n], g, 0).item() for n, g in wide.items() if g.any()}
     total = torch.cosine_similarity(torch.cat([*half.values()]), torch.cat([*wide.values()]), 0).item()
-    print(kind, host, total, min(cosines.values()))
     assert total > 0.95
     assert min(cosines.values()) > 0.95, min(cosines, key=cosines.get)
+
+
+# ------------------------------------------------------------------ several factors of one value
+
+
+@pytest.mark.parametrize("dtype", HALF.values())
+def test_a_value_is_rounded_by_another_hash_for_each_factor(dtype):
+    """By the same hash, a value that the first factor has left would be left by the second as well."""
+    x, step = random(2048, 128).to(dtype), 2**-3 * torch.finfo(dtype).eps
+    factor, y = torch.full((128,), 1 + step), x
+    for salt in SALT.values():
+        before, y = y, rounding.multiply(y, factor, salt=salt)
+        assert slope(y.float() - before.float(), step * x.float()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", HALF.values())
+def test_an_own_scale_and_a_propagated_one_on_either_side_of_a_relu(dtype):
+    """Which leaves half of the values as they are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 8)).to(dtype)
+    x, effects = random(2048, 32).to(dtype), []
+    for kind in (dtype, torch.float32):
+        config = SanConfig(target_modules=["0"], propagation=trace(net, x[:1]))
+        model = nearly_one(get_peft_model(copy.deepcopy(net).to(kind), config), "own", "random")
+        outs: list[Tensor] = []
+        model.base_model.model[2].register_forward_hook(lambda _, __, out, outs=outs: outs.append(out.float()))
+        with torch.no_grad():
+            model(x.to(kind))
+            with model.base_model.set_mode("neuron"):
+                model(x.to(kind))
+        effects.append(outs[0] - outs[1])
+    assert slope(*effects) == pytest.approx(1, abs=0.1)
+
+
+# ------------------------------------------------------------------ the report
+
+
+def small(host: str, dtype: torch.dtype = torch.bfloat16, size: float = STEP) -> PeftModel:
+    kind: Kind = KINDS["dense"]
+    options = {"own": {}, "lora-norm": {"inner": lora()}, "dora": {"inner": lora(use_dora=True)}}[host]
+    config = SanConfig(target_modules=list(kind.targets), propagation=kind.graph(), **options)
+    return nearly_one(get_peft_model(kind.net(dtype), config), host, "same", size)
+
+
+@pytest.mark.parametrize("host", ["own", "lora-norm", "dora"])
+def test_the_report_counts_factors_that_would_round_to_one(host):
+    model = small(host)
+    report, scales = model.base_model.precision_report(), model.base_model.scales
+    places = {(edge.anterior, edge.posterior): edge.place for edge in report.edges}
+    assert places == {("stem", "fc1"): "norm:norm", ("fc1", "fc2"): "input"}
+    assert places == scales.placements["default"]
+    assert [edge.channels for edge in report.edges] == [8, 12]
+    assert {edge.dtype for edge in report.edges} == {torch.bfloat16}
+    assert (report.channels, report.near_one, report.lost) == (20, 20, 0)
+    assert str(report).splitlines()[-1] == "20 of 20 channels of 2 edges would round to one; 0 are lost"
+    assert len({len(line.rstrip()) for line in str(report).splitlines()[:-1]}) == 1
+    for dtype, count in ((torch.float32, 0), (torch.float64, 0), (torch.float16, 0)):
+        other = small(host, dtype).base_model.precision_report()
+        assert (other.channels, other.near_one, other.lost) == (20, count, 0)
+
+
+@pytest.mark.parametrize("host", ["own", "dora"])
+def test_the_report_tries_what_is_lost(host):
+    report = small(host, size=3e-7).base_model.precision_report()
+    assert report.near_one == 20
+    assert 0 < report.lost <= 20
+    assert small(host, size=0.0).base_model.precision_report().near_one == 0
+    assert small(host, size=0.01).base_model.precision_report().near_one == 0
+
+
+def test_a_report_of_a_library_that_rounds_to_the_nearest(monkeypatch):
+    """What is lost is tried out, not taken from a promise."""
+    monkeypatch.setattr(precision, "scale_channels", lambda x, factor, *_: x * factor.wide.to(x.dtype))
+    found = {edge.place: edge.lost for edge in small("own").base_model.precision_report().edges}
+    assert found == {"norm:norm": 0, "input": 12}
+
+
+def test_a_report_knows_the_places():
+    for kind, expected in (("llama", {"norm", "output"}), ("convnext", {"norm", "input"})):
+        report = adapted(kind, "own", torch.bfloat16).base_model.precision_report()
+        assert {edge.place.partition(":")[0] for edge in report.edges} == expected
+        assert report.lost == 0
+        assert 0 < report.near_one == report.channels
+    halved = [
+        e for e in adapted("llama", "own", torch.bfloat16).base_model.precision_report().edges if "v_proj" in e.anterior
+    ]
+    assert {edge.channels for edge in halved} == {32}, "at the output of v, whose heads are shared"
+
+
+def test_a_report_of_what_acts_at_present():
+    model = small("own")
+    san = model.base_model
+    with model.disable_adapter():
+        assert str(san.precision_report()) == "0 of 0 channels of 0 edges would round to one; 0 are lost"
+    with san.set_mode("neuron"):
+        assert not san.precision_report().edges
+    with san.set_mode("synapse"):
+        assert {edge.place for edge in san.precision_report().edges} == {"input"}
+    model.merge_adapter()
+    assert not san.precision_report().edges
+    model.unmerge_adapter()
+    kind = KINDS["dense"]
+    model.add_adapter("second", SanConfig(target_modules=list(kind.targets), propagation=kind.graph()))
+    san.set_adapter(["default", "second"])
+    found = {(edge.adapter, edge.place): edge.near_one for edge in san.precision_report().edges}
+    assert found == {("default", "input"): 12, ("second", "input"): 0}
+    with pytest.raises(SanError, match="offloaded"):
+        model.to("meta").base_model.precision_report()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_vit_with_layer_norms_starts_bit_for_bit(dtype):
+    """A layer norm in float32 that is rounded differs from torch's own in half precision by a last bit now and then."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    net = tf.ViTForImageClassification(tf.ViTConfig(**sizes, image_size=32, patch_size=8))
+    net, pixels = net.to(dtype).eval(), torch.randn(32, 3, 32, 32).to(dtype)
+    with torch.no_grad():
+        before = net(pixels).logits
+        model = get_peft_model(net, SanConfig(modules_to_save=["classifier"])).eval()
+        assert torch.equal(model(pixels).logits, before)

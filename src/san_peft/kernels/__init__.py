@@ -111,6 +111,7 @@ def scale_forward(
     dim: int = -1,
     *,
     out: Float[Tensor, "*shape"] | None = None,
+    salt: int = 0,
 ) -> Float[Tensor, "*shape"]:
     r"""Multiplies with one factor for each channel, as `rounding.multiply` does, and adds a shift before rounding.
 
@@ -120,6 +121,7 @@ def scale_forward(
         shift: Shift $t$ of every channel, in float32.
         dim: Axis of the channels.
         out: Where to write, of the shape and type of `x`; it may be `x`.
+        salt: Chooses the hash of the dithering.
 
     Returns:
         $f \odot x + t$ in the type of `x`: computed in float32, half precision rounded by dithering.
@@ -138,7 +140,7 @@ def scale_forward(
         shapes = {"LAST": last, "DROPPED": _DROPPED[x.dtype], "ROWS": tile, "COLUMNS": columns}
         # fused, product and shift would be rounded once, which the reference does twice
         options = {"num_warps": 4, "enable_fp_fusion": False}
-        _launch(programs.scale, grid, x.device, x, factor, shift, out, rows, channels, size, **shapes, **options)
+        _launch(programs.scale, grid, x.device, x, factor, shift, out, rows, channels, size, salt, **shapes, **options)
     return out
 
 

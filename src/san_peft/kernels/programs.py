@@ -20,6 +20,7 @@ def scale(
     rows,
     channels,
     size,
+    salt,
     LAST: tl.constexpr,
     DROPPED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -44,7 +45,7 @@ def scale(
     if DROPPED > 0:
         # the 16-bit multiplier of `rounding`, in the upper half of a word: so is its product with the bits of x, and
         # flipping the sign bit there adds half of all steps to what is then shifted down without a sign
-        hashed = ((((channel + 1).to(tl.uint32) * 0x9E3779B1) >> 13) | 1) << 16
+        hashed = ((((channel + 1 + salt).to(tl.uint32) * 0x9E3779B1) >> 13) | 1) << 16
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
         noise = (bits * hashed + 0x80000000) >> (32 - DROPPED)
         # a NaN of a GPU has all bits set: whatever is added to it would become a zero

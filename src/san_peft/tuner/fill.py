@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from san_peft.decomposition import low_rank_scales
 from san_peft.functional import propagate
 from san_peft.rounding import HALF
-from san_peft.scaling import NEAR_ZERO, Factor, near_zero, plain_operations, undo_scale
+from san_peft.scaling import NEAR_ZERO, SALT, Factor, near_zero, plain_operations, undo_scale
 from san_peft.tuner.decompose import over_norm
 from san_peft.tuner.layout import Layout
 from san_peft.tuner.quantized import row_matrix
@@ -225,7 +225,8 @@ def hand_out(
             deferred = kind != "input_scale" and not exact
             low = vector.detach().to(dtype).split(sizes) if dtype in HALF else [None] * len(sizes)
             slots = cut(field, vector, sizes, deferred)
-            values = [Factor(slot, small, not exact, deferred) for slot, small in zip(slots, low, strict=True)]
+            rest = (not exact, deferred, SALT[kind])
+            values = [Factor(slot, small, *rest) for slot, small in zip(slots, low, strict=True)]
         for (fqn, _), value in zip(parts, values, strict=True):
             found.setdefault(fqn, {})[kind] = value
     if vectors.lora is not None:
@@ -371,7 +372,7 @@ def combined(found: list[Vectors]) -> Vectors:
         total = None
         for one in given:
             total = one if total is None else total * one
-        return None if total is None else Factor(total)
+        return None if total is None else Factor(total, salt=next(f.salt for f in factors if f is not None))
 
     shifts = [one.shift for one in found if one.shift is not None]
     shift = None if not shifts else torch.stack(shifts).sum(0) if len(shifts) > 1 else shifts[0]

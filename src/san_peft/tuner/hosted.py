@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from san_peft.decomposition import low_rank_norm
 from san_peft.products import adapted_linear
-from san_peft.scaling import Factor, near_zero, plain_operations
+from san_peft.scaling import SALT, Factor, near_zero, plain_operations
 from san_peft.tuner.decompose import type_of
 from san_peft.tuner.fill import Vectors
 from san_peft.tuner.quantized import row_matrix
@@ -103,7 +103,8 @@ class HostedLayer:
                 norms = self.san_host[adapter_name].norms()
                 norms = low_rank_norm(product, down, up, norms, host.scaling[adapter_name])
             factor = magnitude / norms
-            return Factor(factor, None, not near_zero(factor)), None if bias is None else bias * (1 - factor)
+            made = Factor(factor, None, not near_zero(factor), False, SALT["magnitude"])
+            return made, None if bias is None else bias * (1 - factor)
 
     def _runs_here(self) -> str | None:
         """Returns the one active adapter of a LoRA host that is computed here, or `None` if the host runs itself.

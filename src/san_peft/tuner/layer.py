@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from san_peft.errors import AdapterError, MergeError, SanError, TargetError
 from san_peft.functional import channels_of, propagate
 from san_peft.rounding import multiply
-from san_peft.scaling import Factor, near_zero, scale_channels
+from san_peft.scaling import SALT, Factor, near_zero, scale_channels
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import HostScale, RowNorms
 from san_peft.tuner.fill import Vectors
@@ -252,7 +252,8 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
                 f"The input scale of a layer comes from {', '.join(anteriors)}, of which a module above keeps the "
                 "parameters offloaded. Dispatch without preload_module_classes, or merge the adapter first."
             )
-        factors = [None if v is None else Factor(v, None, not near_zero(v)) for v in (scale, input_scale)]
+        given = {"scale": scale, "input_scale": input_scale}
+        factors = [None if v is None else Factor(v, None, not near_zero(v), False, SALT[k]) for k, v in given.items()]
         return Vectors(factors[0], shift, factors[1])
 
     # ------------------------------------------------------------------ forward
@@ -330,7 +331,7 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
 
         if self.san_mode in ("both", "synapse"):
             input_scale = per_sample("input_scale", self.in_features, 1.0, x)
-            x = x if input_scale is None else multiply(x, input_scale, self.channel_dim)
+            x = x if input_scale is None else multiply(x, input_scale, self.channel_dim, salt=SALT["input_scale"])
         if self.host is not None:
             each = [names[row] for row in rows.tolist()]
             y = self.host(x, *args, adapter_names=each, **kwargs)

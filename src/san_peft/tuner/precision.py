@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from san_peft.errors import SanError
-from san_peft.functional import Factor, propagate, scale_channels
+from san_peft.functional import propagate
 from san_peft.rounding import HALF
+from san_peft.scaling import SALT, Factor, scale_channels
 from san_peft.tuner.layer import total_scale
 from san_peft.tuner.layout import NORM, OUTPUT, places
 from san_peft.tuner.norms import FORMS, norm_at
@@ -197,6 +198,6 @@ def _try(factor: Tensor, holder: Any, apply: Apply) -> tuple[int, int]:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(PROBES, factor.numel(), generator=generator).to(holder.weight.device, dtype)
     wide = factor.to(probe.device)
-    plain = apply(probe, Factor(torch.ones_like(wide)))
-    same = (apply(probe, Factor(wide)) == plain).all(0) & (plain != 0).any(0)
+    plain = apply(probe, Factor(torch.ones_like(wide), salt=SALT["input_scale"]))
+    same = (apply(probe, Factor(wide, salt=SALT["input_scale"])) == plain).all(0) & (plain != 0).any(0)
     return count, int((near.to(same.device) & same).sum())

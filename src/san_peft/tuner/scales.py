@@ -342,7 +342,8 @@ class Scales:
         for fqn in dict.fromkeys(fqn for readers in self.readers.values() for fqn in readers):
             module = norm_at(self.model, fqn)
             weight = getattr(module, "weight", None)
-            found.append((fqn, id(module), *_kind_of(weight)))
+            patched = module is not None and "forward" in vars(module)
+            found.append((fqn, id(module), patched, *_kind_of(weight)))
         return found
 
     def _names(self) -> list[str] | None:
