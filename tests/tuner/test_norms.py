@@ -94,6 +94,8 @@ def test_forms(kind, dtype):
     form = find_form(norm_of(kind, dtype))
     if kind.startswith("rms"):  # whether torch's own is that formula bit for bit is up to torch
         assert form in ("after", "rms_cast_first", "rms_cast_last")
+    elif NORMS[kind][1] == "layer_norm" and dtype == torch.bfloat16:  # and whether its kernels round alike
+        assert form in ("after", "layer_norm")
     else:
         assert form == NORMS[kind][1]
     assert channel_axis(norm_of(kind, dtype)) == (1 if kind in IMAGES else -1)

@@ -29,6 +29,7 @@ from tests.tuner.passes import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from san_peft import SanConfig, detach_san
 
@@ -299,3 +300,19 @@ def test_an_unloaded_model_is_plain(way, case):
         torch.testing.assert_close(output(root), out, **CLOSE)
     again = get_peft_model(root, SanConfig(target_modules=LLAMA)).double()
     check_law(again)
+
+
+@pytest.mark.parametrize("case", ["own", "lora"])
+def test_a_cache_means_the_same_wherever_its_reader_scales(case):
+    """What a cache holds does not depend on the place: merged in between, or read by a part of the model."""
+    model = adapted(**CASES[case])
+    caches = [DynamicCache() for _ in range(3)]
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids=IDS, past_key_values=cache)
+        expected = model(input_ids=IDS[:, :1], past_key_values=caches[0]).logits
+        inner = model.base_model.model
+        hidden = inner.model(input_ids=IDS[:, :1], past_key_values=caches[1])[0]
+        torch.testing.assert_close(inner.lm_head(hidden), expected, **CLOSE)
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=IDS[:, :1], past_key_values=caches[2]).logits, expected, **CLOSE)

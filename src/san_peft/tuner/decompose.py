@@ -72,6 +72,16 @@ def row_norms(base: Any, like_dora: bool = False) -> Tensor:
     return whole(weight.norm(p=2, dim=tuple(range(1, weight.dim())))).to(wide)
 
 
+def reference_norms(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Returns row norms from before an initialisation moves a part of the weight into the adapter."""
+    found = {}
+    for name, layer in layers.items():
+        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if not base.weight.is_meta:
+            found[name] = row_norms(base)
+    return found
+
+
 class HostScale(nn.Module):
     """The scale of one adapter of a host layer, as something to call; it has no parameter of its own.
 

@@ -167,7 +167,9 @@ def places(scales: Any, name: str, single: bool) -> dict[tuple[str, str], str]:
             continue
         edge = next(e for e in edges[pair[1]] if e.anterior == pair[0])
         plain = edge.exponent == 1 and not edge.detach and edge.bound is None
-        if place == OUTPUT and plain:
+        # what a cache holds must not depend on where a scale acts: merged, the scale is in the posterior's columns
+        cached = pair in scales.attention.get(name, ()) and not scales.model.training
+        if place == OUTPUT and plain and not cached:
             found[pair] = OUTPUT
         elif place.startswith(NORM) and _norm_is_ready(scales, name, place.removeprefix(NORM), edges):
             found[pair] = place

@@ -17,9 +17,10 @@ from torch import nn
 from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.propagation.placement import place
+from san_peft.propagation.rules import ATTENTION
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, row_norms
+from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
@@ -89,6 +90,12 @@ class SanModel(_peft.Tuner):
         """Says which adapters the samples of the next batch name, or that they name none."""
         self.scales.mixed = () if adapter_names is None else tuple(sorted(set(adapter_names)))
 
+    def train(self, mode: bool = True) -> SanModel:
+        """Sets the mode, on which it depends where some scales act."""
+        super().train(mode)
+        self.scales.prepare()
+        return self
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates adapters."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -155,7 +162,7 @@ class SanModel(_peft.Tuner):
         inner.inference_mode = config.inference_mode
         with self.without_layers(model):
             before: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
-            references = _references(before) if moves_weight(inner) else {}
+            references = reference_norms(before) if moves_weight(inner) else {}
             try:
                 self.hosts[kind.name] = _peft.inject_host(
                     self.hosts.get(kind.name), model, inner, adapter_name, self.active_adapters, low_cpu_mem_usage=empty
@@ -234,7 +241,8 @@ class SanModel(_peft.Tuner):
                 stays = config.placement is not None and name not in config.placement["overwritten"]
                 layer.san_keep = "output" if stays else "input"
         readers = {norm.fqn: norm.readers for norm in graph.norms}
-        self.scales.wire(adapter_name, layers, place(graph), readers)
+        attention = {(edge.anterior, edge.posterior) for edge in graph.edges if ATTENTION in edge.via}
+        self.scales.wire(adapter_name, layers, place(graph), readers, attention)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, its host's part included."""
@@ -427,16 +435,6 @@ class _Mode:
 def _host_of(module: nn.Module) -> Any:
     host = module.host if isinstance(module, SanLayer) else module
     return host if isinstance(host, BaseTunerLayer) else None
-
-
-def _references(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Row norms before an initialisation moves a part of the weight into the adapter."""
-    found = {}
-    for name, layer in layers.items():
-        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        if not base.weight.is_meta:
-            found[name] = row_norms(base)
-    return found
 
 
 @contextmanager

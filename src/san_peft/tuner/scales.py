@@ -70,6 +70,7 @@ class Scales:
         self.layers: dict[str, Any] = {}
         self.placements: dict[str, dict[tuple[str, str], str]] = {}
         self.readers: dict[str, dict[str, tuple[str, ...]]] = {}
+        self.attention: dict[str, set[tuple[str, str]]] = {}
         self.mixed: tuple[str, ...] = ()
         self.wiring = 0
         self._forget_passes()
@@ -104,6 +105,7 @@ class Scales:
         layers: dict[str, Any],
         placements: dict[tuple[str, str], str],
         readers: dict[str, tuple[str, ...]],
+        attention: set[tuple[str, str]],
     ) -> None:
         """Takes over an adapter's layers and where each of its edges acts.
 
@@ -112,11 +114,13 @@ class Scales:
             layers: All SAN layers of the model, by name.
             placements: By edge, `"input"`, `"output"` or `"norm:NAME"`.
             readers: By norm, the layers that read it.
+            attention: The edges that pass an attention, whose values a cache may hold.
         """
         self.layers = layers
         for fqn, layer in layers.items():
             layer.san_scales, layer.san_name = self, fqn
         self.placements[adapter_name], self.readers[adapter_name] = placements, readers
+        self.attention[adapter_name] = attention
         self.changed()
         self.prepare()
 
@@ -124,6 +128,7 @@ class Scales:
         """Forgets an adapter."""
         self.placements.pop(adapter_name, None)
         self.readers.pop(adapter_name, None)
+        self.attention.pop(adapter_name, None)
         self.changed()
 
     def release(self) -> None:
@@ -321,7 +326,7 @@ class Scales:
 
     def _state(self) -> list[Any]:
         """What decides about the layout of a pass."""
-        found: list[Any] = [self.wiring, self.mixed]
+        found: list[Any] = [self.wiring, self.mixed, self.model.training]
         for layer in self.layers.values():
             active = layer._active_adapter
             found.append(
