@@ -84,6 +84,8 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         raise MergeError("The model has no SAN layer to merge.")
     if any(layer.merged for layer in layers.values()):
         raise MergeError("The model is merged already; unmerge it first, so that there is something to compare with.")
+    for layer in layers.values():
+        layer.check_dense()
     if probe is None:
         from san_peft.propagation.inputs import derive_inputs
 

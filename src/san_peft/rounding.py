@@ -117,5 +117,8 @@ def round_to(value: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor
         part = flat[start : start + count]
         place = torch.arange(start + 1, start + 1 + part.numel(), device=part.device, dtype=torch.int64)
         noise = place.mul_(_GOLDEN).bitwise_right_shift_(8).bitwise_and_((1 << dropped) - 1)
-        part.add_(noise.to(torch.int32)).bitwise_and_(-(1 << dropped))
+        noise = noise.to(torch.int32)
+        if part.device.type != "cpu":  # a GPU's NaN has all bits set, and noise would make it a number
+            noise = noise.masked_fill(part.view(torch.float32).isnan(), 0)
+        part.add_(noise).bitwise_and_(-(1 << dropped))
     return bits.view(torch.float32).to(dtype)

@@ -312,15 +312,19 @@ def test_a_report_of_a_library_that_rounds_to_the_nearest(monkeypatch):
 
 
 def test_a_report_knows_the_places():
-    for kind, expected in (("llama", {"norm", "output"}), ("convnext", {"norm", "input"})):
+    for kind, expected in (("llama", {"norm", "output", "input"}), ("convnext", {"norm", "input"})):
         report = adapted(kind, "own", torch.bfloat16).base_model.precision_report()
         assert {edge.place.partition(":")[0] for edge in report.edges} == expected
         assert report.lost == 0
         assert 0 < report.near_one == report.channels
-    halved = [
-        e for e in adapted("llama", "own", torch.bfloat16).base_model.precision_report().edges if "v_proj" in e.anterior
-    ]
-    assert {edge.channels for edge in halved} == {32}, "at the output of v, whose heads are shared"
+    model = adapted("llama", "own", torch.bfloat16)
+    for training, channels in (
+        (False, 64),
+        (True, 32),
+    ):  # at the reader in eval mode, else at v, whose heads are shared
+        model.train(training)
+        edges = [edge for edge in model.base_model.precision_report().edges if "v_proj" in edge.anterior]
+        assert {(edge.place, edge.channels) for edge in edges} == {("output" if training else "input", channels)}
 
 
 def test_a_report_of_what_acts_at_present():

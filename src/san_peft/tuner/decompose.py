@@ -124,6 +124,8 @@ class HostScale(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostScale:
         kept = self.reference
         super()._apply(fn, recurse)
+        if self.frozen is not None:
+            self.frozen = self.frozen.to(fn(self.frozen).device)
         if kept is not None and self.reference is not None and self.reference.dtype != kept.dtype:
             self.reference = kept.to(self.reference.device)  # follows to a device, but is never rounded
         return self

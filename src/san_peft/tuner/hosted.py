@@ -16,7 +16,7 @@ from san_peft.scaling import SALT, Factor, near_zero, plain_operations
 from san_peft.tuner.decompose import type_of
 from san_peft.tuner.fill import Vectors
 from san_peft.tuner.quantized import row_matrix
-from san_peft.tuner.sharded import onloaded, whole, whole_product
+from san_peft.tuner.sharded import is_sharded, onloaded, whole, whole_product
 
 ONE_PASS: dict[Any, tuple[Any, Any]] = {
     lora.Linear: (nn.Linear, DoraLinearVariant),
@@ -87,7 +87,10 @@ class HostedLayer:
 
     def one_pass_dora(self, adapter_name: str) -> bool:
         """Whether the host is DoRA whose magnitude `Scales` divides by the norms of the adapted rows."""
-        if not self.one_pass(adapter_name) or adapter_name not in self.host.lora_magnitude_vector:
+        host = self.host
+        if type_of(host) != "LORA" or type(host.lora_variant.get(adapter_name)) not in DORA:
+            return False
+        if adapter_name not in self.san_host or is_sharded(self.get_base_layer().weight):
             return False
         return bool((self.san_host[adapter_name].norms() > 0).all())
 
