@@ -131,8 +131,8 @@ def test_the_counts_as_a_table(script, tmp_path, capsys):
     ("name", "dtype", "methods"),
     [
         ("step", "float32", ("floor", "lora", "san", "columns")),
-        ("step", "bfloat16", ("lora", "san", "columns", "full")),
-        ("hosts", "bfloat16", ("lora", "dora", "san-lora", "san-dora")),
+        pytest.param("step", "bfloat16", ("lora", "san", "columns", "full"), marks=pytest.mark.slow),
+        pytest.param("hosts", "bfloat16", ("lora", "dora", "san-lora", "san-dora"), marks=pytest.mark.slow),
     ],
 )
 def test_steps_side_by_side(script, tmp_path, name, dtype, methods):

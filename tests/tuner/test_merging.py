@@ -336,7 +336,9 @@ def test_what_is_kept_moves_with_the_model_and_is_in_no_state_dict(name):
 # ------------------------------------------------------------------ a thousand times
 
 
-@pytest.mark.parametrize("name", ["dense", "dense-lora", "dense-dora"])
+@pytest.mark.parametrize(
+    "name", ["dense", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dense-lora", "dense-dora"))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_thousand_merges_between_training_steps_change_nothing(name, dtype):
     kind = KINDS[name]
@@ -360,6 +362,7 @@ def test_a_thousand_merges_between_training_steps_change_nothing(name, dtype):
 # ------------------------------------------------------------------ the benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_in_small_and_a_merge_takes_little_memory(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     merging = importlib.import_module("merging")

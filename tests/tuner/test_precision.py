@@ -321,7 +321,7 @@ def test_a_report_knows_the_places():
     for training, channels in (
         (False, 64),
         (True, 32),
-    ):  # at the reader in eval mode, else at v, whose heads are shared
+    ):  # at the reader, or at v, whose heads are shared
         model.train(training)
         edges = [edge for edge in model.base_model.precision_report().edges if "v_proj" in edge.anterior]
         assert {(edge.place, edge.channels) for edge in edges} == {("output" if training else "input", channels)}
