@@ -14,7 +14,7 @@ from san_peft.functional import propagate
 from san_peft.rounding import HALF
 from san_peft.scaling import NEAR_ZERO, SALT, Factor, near_zero, plain_operations, undo_scale
 from san_peft.tuner.decompose import over_norm
-from san_peft.tuner.layout import Layout
+from san_peft.tuner.layout import ScaleLayout
 from san_peft.tuner.quantized import row_matrix
 from san_peft.tuner.sharded import is_sharded, whole
 
@@ -48,7 +48,7 @@ NOTHING = Vectors()
 
 
 class Whole(NamedTuple):
-    """The vectors of one adapter in a pass, each that of all layers that have such a one, in the order of `Layout`."""
+    """The vectors of one adapter in a pass, each that of all layers that have such a one, in the order of its layout."""
 
     own: Tensor | None = None
     alone: Tensor | None = None
@@ -60,7 +60,7 @@ class Whole(NamedTuple):
     lora: Tensor | None = None
 
 
-def fill(layout: Layout, dtype: torch.dtype) -> Whole:
+def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
     """Computes all vectors of an adapter.
 
     Args:
@@ -108,8 +108,8 @@ def fill(layout: Layout, dtype: torch.dtype) -> Whole:
     return Whole(own, alone, shift, magnitude, placed, offset, inputs, _cast(layout, dtype))
 
 
-def _sources(layout: Layout, own: Tensor | None, magnitude: Tensor | None) -> Tensor | None:
-    """The scales of all layers that something reads, in the order of `Layout.offset`, or `None` if nothing does."""
+def _sources(layout: ScaleLayout, own: Tensor | None, magnitude: Tensor | None) -> Tensor | None:
+    """The scales of all layers that something reads, in the order of `offset`, or `None` if nothing does."""
     name, parts = layout.name, []
     if not layout.index and layout.outputs is None:
         return None
@@ -130,7 +130,7 @@ def _sources(layout: Layout, own: Tensor | None, magnitude: Tensor | None) -> Te
     return parts[0] if len(parts) == 1 else torch.cat([part.to(home) for part in parts])
 
 
-def _low_rank(layout: Layout, number: int, group: list[Any]) -> Tensor:
+def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
     """The scales of LoRA hosts of one shape."""
     name = layout.name
     scales = [layer.san_host[name] for layer in group]
@@ -152,7 +152,7 @@ def _low_rank(layout: Layout, number: int, group: list[Any]) -> Tensor:
 
 
 @torch.no_grad()
-def _adapted_norms(layout: Layout) -> Tensor:
+def _adapted_norms(layout: ScaleLayout) -> Tensor:
     """Row norms of the weights of all DoRA hosts with their adapters; DoRA takes no gradient through them."""
     name = layout.name
     groups: dict[Any, list[Any]] = {}
@@ -174,7 +174,7 @@ def _adapted_norms(layout: Layout) -> Tensor:
     return torch.cat([part.to(parts[0].device) for part in parts])
 
 
-def _gated(layout: Layout, inputs: Tensor) -> Tensor:
+def _gated(layout: ScaleLayout, inputs: Tensor) -> Tensor:
     """Multiplies the gates of an adapter, an ablation, onto the channels that are fed."""
     banks = [layer.san_gate for layer in layout.posteriors]
     if not any(layout.name in bank for bank in banks):
@@ -184,7 +184,7 @@ def _gated(layout: Layout, inputs: Tensor) -> Tensor:
 
 
 def hand_out(
-    layout: Layout, vectors: Whole, dtype: torch.dtype, exact: bool, leaves: Any = None
+    layout: ScaleLayout, vectors: Whole, dtype: torch.dtype, exact: bool, leaves: Any = None
 ) -> tuple[dict[str, Vectors], dict[str, Factor]]:
     """Cuts the vectors of an adapter into the parts of its layers and norms.
 
@@ -241,7 +241,7 @@ def hand_out(
     return {fqn: Vectors(**parts) for fqn, parts in found.items()}, norms
 
 
-def _cast(layout: Layout, dtype: torch.dtype) -> Tensor | None:
+def _cast(layout: ScaleLayout, dtype: torch.dtype) -> Tensor | None:
     """The matrices of all LoRA hosts in the dtype of their products, cast together; `None` if they have it."""
     weights = [m.weight for layer in layout.hosts for m in layer.matrices(layout.name)]
     if not weights or dtype not in HALF or weights[0].dtype == dtype:

@@ -262,7 +262,7 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
         """Runs the frozen layer, or the host, between its input scale and its own scale.
 
         Which scales act here was decided when the adapter was put on, and their values are those of the pass that is
-        running: see `Vectors` in `scales.py`.
+        running: see `Vectors` in `fill.py`.
         """
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from san_peft.propagation.placement import INPUT, OUTPUT
 from san_peft.tuner.decompose import type_of
 from san_peft.tuner.norms import bind, norm_at
 from san_peft.tuner.sharded import is_sharded
 
-INPUT, OUTPUT, NORM = "input", "output", "norm:"
-"""Where a propagated scale acts: at the posterior's input, at the anterior's output, in the norm that is named."""
+NORM = "norm:"
+"""What the place of a scale begins with that acts in a norm; the norm's name follows."""
 
 
 @dataclass
-class Layout:
+class ScaleLayout:
     """Where the scales of one adapter stand in the vectors of a pass, and where they go. All of it is constant.
 
     The *sources* are the scales of all layers that something reads, one after the other, and a one at the end. An index
@@ -85,7 +86,7 @@ class Layout:
         return kept[1]
 
 
-def lay_out(scales: Any, name: str, single: bool) -> Layout:
+def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
     """Lays out an adapter in the present state of the layers.
 
     Args:
@@ -94,10 +95,9 @@ def lay_out(scales: Any, name: str, single: bool) -> Layout:
         single: Whether it alone is active.
     """
     layers = scales.layers
-    layout = Layout(name)
-    edges = {fqn: layer.san_incoming.get(name, []) for fqn, layer in layers.items()}
-    first = next((edge for incoming in edges.values() for edge in incoming), None)
-    layout.edge = first
+    layout = ScaleLayout(name)
+    edges = _edges(scales, name)
+    layout.edge = next((edge for incoming in edges.values() for edge in incoming), None)
     where = places(scales, name, single)
     sources = {e.anterior for incoming in edges.values() for e in incoming}
     for layer in layers.values():
@@ -151,7 +151,7 @@ def _group(layer: Any, name: str) -> Any:
 
 def places(scales: Any, name: str, single: bool) -> dict[tuple[str, str], str]:
     """Returns where each edge of an adapter acts in the present state of the layers."""
-    edges = {fqn: layer.san_incoming.get(name, []) for fqn, layer in scales.layers.items()}
+    edges = _edges(scales, name)
     states = {
         (str(layer._active_adapter), layer._disable_adapters, tuple(layer.merged_adapters), layer.san_mode)
         for layer in scales.layers.values()
@@ -193,7 +193,7 @@ def _norm_is_ready(scales: Any, name: str, fqn: str, edges: dict[str, list[Any]]
 
 
 def _lay_out_outputs(
-    scales: Any, layout: Layout, places: dict[tuple[str, str], str], edges: dict[str, list[Any]], one: int
+    scales: Any, layout: ScaleLayout, places: dict[tuple[str, str], str], edges: dict[str, list[Any]], one: int
 ) -> None:
     indices: dict[str, Tensor] = {}
     for (anterior, posterior), place in places.items():
@@ -220,7 +220,7 @@ def _lay_out_outputs(
 
 
 def _lay_out_inputs(
-    scales: Any, layout: Layout, places: dict[tuple[str, str], str], edges: dict[str, list[Any]], one: int
+    scales: Any, layout: ScaleLayout, places: dict[tuple[str, str], str], edges: dict[str, list[Any]], one: int
 ) -> None:
     rounds: list[list[Tensor]] = []
     readers: dict[Any, list[str]] = {}
@@ -261,6 +261,11 @@ def _lay_out_inputs(
     layout.index = [torch.cat(column) for column in rounds]
     if layout.index:
         layout.fed = torch.stack([index != one for index in layout.index]).any(0)
+
+
+def _edges(scales: Any, name: str) -> dict[str, list[Any]]:
+    """The edges of an adapter, by the posterior layer."""
+    return {fqn: layer.san_incoming.get(name, []) for fqn, layer in scales.layers.items()}
 
 
 def _key(index: Tensor | None) -> Any:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from san_peft.errors import SanError
 from san_peft.functional import propagate
+from san_peft.propagation.placement import OUTPUT
 from san_peft.rounding import HALF
 from san_peft.scaling import SALT, Factor, scale_channels
 from san_peft.tuner.layer import total_scale
-from san_peft.tuner.layout import NORM, OUTPUT, places
+from san_peft.tuner.layout import NORM, places
 from san_peft.tuner.norms import FORMS, norm_at
 from san_peft.tuner.quantized import is_quantized
 

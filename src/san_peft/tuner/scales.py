@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from san_peft.scaling import Factor, plain_operations
 from san_peft.tuner.fill import NOTHING, Vectors, Watch, combined, factors_with_gradients, fill, hand_out
-from san_peft.tuner.layout import Layout, lay_out
+from san_peft.tuner.layout import ScaleLayout, lay_out_scales
 from san_peft.tuner.norms import bind, bound_to, norm_at
 
 _saved_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
@@ -85,7 +85,7 @@ class Scales:
         self._kept: tuple[Any, Any, Pass] | None = None
         self._planned: Any = None
         self._planned_norms: Any = None
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, ScaleLayout] = {}
         self._watch = Watch()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -405,13 +405,13 @@ class Scales:
 
     # ------------------------------------------------------------------ layouts
 
-    def _layout(self, name: str, single: bool) -> Layout | None:
+    def _layout(self, name: str, single: bool) -> ScaleLayout | None:
         """Returns the layout of an adapter in the present state of the layers."""
         layout = self._layouts.get(name)
         if layout is None:
             if torch.compiler.is_compiling():
                 return None
-            layout = self._layouts[name] = lay_out(self, name, single)
+            layout = self._layouts[name] = lay_out_scales(self, name, single)
         return layout
 
 
