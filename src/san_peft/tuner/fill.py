@@ -48,7 +48,7 @@ NOTHING = Vectors()
 
 
 class Whole(NamedTuple):
-    """The vectors of one adapter in a pass, each that of all layers that have such a one, in the order of its layout."""
+    """The vectors of one adapter in a pass, each that of all layers that have such a one, in its order."""
 
     own: Tensor | None = None
     alone: Tensor | None = None
