@@ -79,6 +79,7 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         TraceError: If no probe is given and none can be derived.
     """
     tuner: Any = model.base_model
+    tuner.wire_on(probe)
     layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
     if not layers:
         raise MergeError("The model has no SAN layer to merge.")

@@ -8,10 +8,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,11 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from san_peft import SanConfig, SanError, merge_and_verify
+from san_peft import SanConfig, SanError, TraceError, merge_and_verify
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HOSTS: dict[str, Callable[[], SanConfig]] = {
     "own": lambda: SanConfig(target_modules=TARGETS),
+    "late": lambda: SanConfig(target_modules=TARGETS),
     "lora": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
     "dora": lambda: SanConfig(inner=LoraConfig(r=3, use_dora=True, target_modules=TARGETS)),
     "half": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
@@ -58,7 +62,11 @@ def base_model(host: str) -> PreTrainedModel:
 def build(host: str) -> PeftModel:
     """The model with an adapter that has moved from its start, where half of LoRA's gradients are zero."""
     torch.manual_seed(1)
-    model = get_peft_model(base_model(host), HOSTS[host]())
+    base = base_model(host)
+    known = patch.object(import_module("san_peft.propagation.trace"), "derive_inputs", side_effect=TraceError("late"))
+    with known if host == "late" else nullcontext():  # it is wired in its first forward pass
+        model = get_peft_model(base, HOSTS[host]())
+    assert (model.peft_config["default"].edges is None) == (host == "late")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -172,6 +180,7 @@ SPREAD: dict[str, Callable[[PeftModel], nn.Module]] = {
 CASES = [(spread, host) for spread in ("ddp", "fsdp", "accelerate-fsdp") for host in ("own", "lora", "dora")]
 CASES += [
     ("fsdp", "gpt2"),
+    ("ddp", "late"),
     ("accelerate-ddp", "lora"),
     ("ddp-checkpointed", "lora"),
     ("ddp-reentrant", "lora"),
@@ -205,6 +214,10 @@ def refusals() -> dict[str, str]:
         train(fsdp(build("loha")), dist.get_rank(), dist.get_world_size())
     except SanError as error:
         found["delta"] = str(error)
+    try:
+        train(fsdp(build("late")), dist.get_rank(), dist.get_world_size())
+    except SanError as error:
+        found["late"] = str(error)
     reentrant = ddp(checkpointed(True)(build("lora")))
     try:
         train(reentrant, dist.get_rank(), dist.get_world_size())

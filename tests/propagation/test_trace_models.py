@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from tests.golden.models import MODELS
 from torch import Tensor, nn
 
-from san_peft import TraceError, trace
+from san_peft import SanConfig, TraceError, merge_and_verify, trace
 
 # ------------------------------------------------------------------ exact means exact
 
@@ -253,3 +254,19 @@ def test_attention_implementation_does_not_matter():
         for name in ("eager", "sdpa")
     ]
     assert graphs[0] == graphs[1]
+
+
+def test_a_head_behind_a_soft_cap():
+    """Gemma 2's logits are capped: its tied head is a head, so it gets no edges and the model can be merged."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=40, sliding_window=8, final_logit_softcapping=30.0,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config)
+    graph = trace(model)
+    assert graph.heads == ("lm_head",)
+    adapted = get_peft_model(model, SanConfig(init_weights=False)).eval()
+    assert "lm_head" not in {edge.posterior for edge in adapted.base_model.propagation_graph.edges}
+    report = merge_and_verify(adapted)
+    assert report.effect > 100 * report.max_abs_difference

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tests.golden.models import MODELS
 from torch import nn
 
-from san_peft import SanConfig, trace
+from san_peft import SanConfig, SanError, SanLayer, trace
 from san_peft.propagation import ABLATIONS, ablate
 
 
@@ -119,3 +122,37 @@ def test_a_model_trains_and_loads_with_a_broken_order(net, kind, tmp_path, recwa
     loaded = PeftModel.from_pretrained(plain, tmp_path)
     torch.testing.assert_close(loaded(X), trained)
     assert (trained - before).abs().max() > 1e-4
+
+
+def test_exponents_of_single_anteriors(tmp_path):
+    """A pattern gives one anterior another exponent: what it propagates is as if all had it, the rest stays."""
+    torch.manual_seed(0)
+    frozen = MODELS["llama"]()
+
+    def scales(**options):
+        model = get_peft_model(copy.deepcopy(frozen), SanConfig(**options)).eval()
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model, {n: m.get_input_scale() for n, m in model.named_modules() if isinstance(m, SanLayer)}
+
+    model, mixed = scales(exponent_pattern={"v_proj": 0.0, r"mlp\.up_proj": 2.0})
+    _, plain = scales()
+    for name, value in plain.items():
+        expected = None if value is None else value
+        if name.endswith("o_proj"):
+            expected = torch.ones_like(value)
+        if name.endswith("down_proj"):
+            expected = value.square()
+        assert (mixed[name] is None) == (expected is None)
+        assert expected is None or torch.allclose(mixed[name], expected, atol=1e-6), name
+    tokens = torch.arange(6)[None]
+    unmerged = model(input_ids=tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(frozen, tmp_path).eval()
+    assert torch.equal(loaded(input_ids=tokens).logits, unmerged)
+    model.merge_adapter()
+    assert torch.allclose(model(input_ids=tokens).logits, unmerged, atol=1e-5)
+    with pytest.raises(SanError, match=r"exponent_pattern\['v_proj'\] must be finite"):
+        SanConfig(exponent_pattern={"v_proj": float("nan")})

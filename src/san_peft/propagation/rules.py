@@ -75,6 +75,9 @@ ACTIVATIONS = {
 }
 """Element-wise functions that do not commute with a scale."""
 
+CAPS = frozenset(("tanh", "sigmoid", "clamp", "clamp_min", "clamp_max", "hardtanh", "log_sigmoid_forward"))
+"""Of these, the ones that keep a model's output within bounds; a layer that they follow is a head all the same."""
+
 NORM_OPS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
 """Normalisations, recognised in an operation's name (`native_layer_norm`, `_fused_rms_norm`, ...)."""
 

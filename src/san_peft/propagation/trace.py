@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import BoundArguments
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +48,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
 
     Args:
         model: Any model. Adaptable layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D`.
-        example_inputs: Keyword arguments as a dict, arguments as a tuple, or one tensor. `None` derives them for models
-            of transformers and timm.
+        example_inputs: Keyword arguments as a dict, arguments as a tuple, both as `inspect.BoundArguments`, or one
+            tensor. `None` derives them for models of transformers and timm.
 
     Returns:
         The graph among all adaptable layers, with its barriers, heads and norms.
@@ -67,7 +68,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
     if torch.get_default_device().type == "meta":  # positions and channels are numbers, which meta has not
         with torch.device("cpu"):
             return trace(model, example_inputs)
-    inputs = derive_inputs(model) if example_inputs is None else example_inputs
+    args, kwargs = arguments_of(derive_inputs(model) if example_inputs is None else example_inputs)
     layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
     follow, reads = Follow(Norms(model, layers)), dict.fromkeys(layers)
     order: list[str] = []
@@ -82,13 +83,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, _DropoutNd) and module.inplace:  # it writes in training only, which is not traced
-                stack.callback(module.register_forward_pre_hook(lambda _, args: follow.overwrite(_held(args))).remove)
+                stack.callback(module.register_forward_pre_hook(lambda _, args: follow.overwrite(tensors_within(args))).remove)
         try:
             with torch.no_grad(), follow:
-                if isinstance(inputs, Mapping):
-                    out = model(**inputs)
-                else:
-                    out = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+                out = model(*args, **kwargs)
         except TraceError:
             raise
         except Exception as error:
@@ -97,8 +95,17 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
                 "it accepts: san_peft.trace(model, example_inputs)."
             ) from error
         heads = _heads(follow, out, reads)
-        follow.release(_held(out, inputs))
+        follow.release(tensors_within(out, args, kwargs))
     return _graph(follow, layers, reads, order, heads)
+
+
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns positional and keyword arguments from a dict, a tuple, a tensor or bound arguments."""
+    if isinstance(inputs, BoundArguments):
+        return inputs.args, inputs.kwargs
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -157,7 +164,7 @@ def _norm_hooks(follow: Follow, number: int) -> tuple[Any, Any]:
     return before, after
 
 
-def _held(*values: Any) -> Iterator[Tensor]:
+def tensors_within(*values: Any) -> Iterator[Tensor]:
     """Yields the tensors within some values, those in attributes of objects, as of caches, included."""
     seen: dict[int, Any] = {}
     todo = list(values)
@@ -209,7 +216,7 @@ def _read(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> None
 def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tuple[str, ...]:
     """Layers that write the output directly: of outputs with names, the logits, else the first.
 
-    Two layers that nothing reads and whose sum is the output are two heads.
+    What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow. Two layers that nothing reads and whose sum is the output are two heads.
     """
     if isinstance(out, Mapping):
         named = [value for key, value in out.items() if "logits" in key]
@@ -226,7 +233,8 @@ def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tupl
             names = [follow.writers[w] for w in pair]
             if len(pair) == 2 and not read & set(names):
                 path = tuple(name for name in path if name != rules.RESIDUAL)
-            if rules.kind_of(path) == "exact":
+            capped = all(name in rules.CAPS or rules.kind_of([name]) == "exact" for name in path)
+            if rules.kind_of(path) == "exact" or (capped and not read & set(names)):
                 heads |= {layer: None for layer in names if isinstance(layer, str)}
     return tuple(name for name in reads if name in heads)
 

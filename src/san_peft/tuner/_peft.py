@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -55,6 +56,25 @@ def register(config_cls: type, model_cls: type) -> None:
 def matches(tuner: BaseTuner, config: Any, name: str) -> bool:
     """Whether the configuration's targets, exclusions and layer numbers select a module name, as PEFT decides it."""
     return bool(tuner._check_target_module_exists(config, name))
+
+
+def in_blocks(config: Any, name: str) -> bool:
+    """Whether a module is in one of the blocks of `layers_to_transform`, as PEFT counts them at the end of names."""
+    numbers = config.layers_to_transform
+    if numbers is None or numbers == []:
+        return True
+    _, block, last = name.rpartition(".")
+    one = SimpleNamespace(
+        target_modules=[last], layers_to_transform=numbers, layers_pattern=config.layers_pattern, exclude_modules=None
+    )
+    return bool(block) and bool(check_target_module_exists(one, name))
+
+
+def is_excluded(config: Any, name: str) -> bool:
+    """Whether `exclude_modules` names a module."""
+    return not check_target_module_exists(
+        SimpleNamespace(target_modules=[name], exclude_modules=config.exclude_modules), name
+    )
 
 
 def replace(tuner: BaseTuner, parent: Any, name: str, new: Any, old: Any) -> None:
@@ -136,6 +156,12 @@ class TunerLayer(BaseTunerLayer):
 class Tuner(BaseTuner):
     """`BaseTuner` with its private hooks under public names, for `SanModel` to fill in."""
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # PEFT looks at the numbers of blocks for lists only, and there not for a name that is given in full
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return found and in_blocks(peft_config, key)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return self.prepare_config(peft_config, model_config)
 
@@ -195,15 +221,14 @@ class Tuner(BaseTuner):
         hosts = {
             id(m.base_layer) for m in self.modules() if isinstance(m, self.tuner_layer_cls)
         }  # these get them there
-        handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts
-        ]
-        self.set_mixed(adapter_names)
-        try:
+        with ExitStack() as stack:
+
+            def hand_names_to(module: nn.Module) -> None:
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+            for module in self.modules():
+                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts:
+                    hand_names_to(module)
+            self.set_mixed(adapter_names, hand_names_to)
+            stack.callback(self.set_mixed, None)
             yield
-        finally:
-            self.set_mixed(None)
-            for handle in handles:
-                handle.remove()

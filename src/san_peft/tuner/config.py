@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from san_peft.errors import AdapterError, GraphError, SanError
@@ -63,6 +65,8 @@ class SanConfig(PeftConfig):
         propagation: A scheme (`"all"`, `"exact"`, `"feedforward"`, `"reference"`, `"none"`), a `PropagationGraph`, or
             one as plain data or JSON text.
         exponent: Exponent of a propagated scale. 0 switches propagation off; -1 undoes an exact edge's scale.
+        exponent_pattern: Exponents of the scales of single anterior layers, by their name or a regular expression that
+            its end matches, as `rank_pattern` of LoRA has it: `{"v_proj": 0.0}`.
         bound: Largest distance of a propagated scale from one, reached smoothly; `None` is no bound.
         detach: Whether gradients reach a scale through its own layer alone, not through the layers it is propagated to.
         gate: Whether each posterior layer learns a vector, initially one, multiplied onto what is propagated to it.
@@ -73,7 +77,8 @@ class SanConfig(PeftConfig):
         decomposition: How the scale is taken out of the host: `"norm"`, the ratio of the norms of the adapted and the
             frozen row, or `"projection"`, the least-squares scale of one on the other.
         own_scale: Whether layers with a host get a scale of their own as well. Without a host they always do.
-        edges: The resolved edges, filled in when the adapter is injected and saved with it: loading never traces.
+        edges: The resolved edges, filled in when the adapter is injected, or in its first forward pass where no example
+            inputs can be derived, and saved with it: loading never traces.
         placement: What the trace saw beside the edges, filled in and saved as they are: which norms are read by layers
             alone (a scale may act in them), and whose outputs are overwritten in place. `None` is not known; every
             scale then acts at the input of its posterior layer.
@@ -106,6 +111,9 @@ class SanConfig(PeftConfig):
     shift: bool = field(default=False, metadata={"help": "Learn a shift beside each scale."})
     propagation: Any = field(default="all", metadata={"help": "A scheme, a PropagationGraph, plain data or JSON."})
     exponent: float = field(default=1.0, metadata={"help": "Exponent of a propagated scale."})
+    exponent_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Exponents of the scales of single anterior layers."}
+    )
     bound: float | None = field(default=None, metadata={"help": "Largest distance of a propagated scale from one."})
     detach: bool = field(default=False, metadata={"help": "Stop gradients through propagated scales."})
     gate: bool = field(default=False, metadata={"help": "Learn a vector multiplied onto each propagated scale."})
@@ -137,10 +145,12 @@ class SanConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise SanError("layers_pattern says where to count blocks; give layers_to_transform as well.")
-        if isinstance(self.exponent, bool) or not isinstance(self.exponent, int | float):
-            raise SanError(f"exponent must be a number, got {self.exponent!r}.")
-        if not math.isfinite(self.exponent):
-            raise SanError(f"exponent must be finite, got {self.exponent}.")
+        for name, value in {"exponent": self.exponent, **self.exponent_pattern}.items():
+            where = name if name == "exponent" else f"exponent_pattern[{name!r}]"
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SanError(f"{where} must be a number, got {value!r}.")
+            if not math.isfinite(value):
+                raise SanError(f"{where} must be finite, got {value}.")
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise SanError(f"bound must be positive and finite, or None; got {self.bound}.")
         self.propagation = _propagation(self.propagation)
@@ -150,6 +160,10 @@ class SanConfig(PeftConfig):
             self.resolved_edges()
         if self.placement is not None:
             _check_placement(self.placement)
+
+    def exponent_of(self, anterior: str) -> float:
+        """Returns the exponent of what is propagated from a layer."""
+        return self.exponent_pattern.get(get_pattern_key(self.exponent_pattern, anterior), self.exponent)
 
     def inner_config(self) -> PeftConfig:
         """Returns the host's configuration, without targets: they are those of this one.
@@ -225,6 +239,12 @@ class SanConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves as PEFT does, and tells the model card beside it that loading needs `import san_peft`."""
+        if self.edges is None and self.propagation != "none":
+            warnings.warn(
+                "The adapter is saved before its first forward pass, in which its edges are traced: whoever loads it "
+                "traces them anew.",
+                stacklevel=3,
+            )
         super().save_pretrained(str(save_directory), **kwargs)
         card = Path(save_directory) / "README.md"
         if card.is_file():

@@ -149,17 +149,19 @@ class Kind:
     Attributes:
         name: Its name in PEFT.
         scale: How the scale comes out of one of its layers.
+        layers: Which frozen layers it takes.
         decompositions: Which decompositions make sense.
         forms_delta: Whether the scale costs the whole delta weight in every step, O(out * in * in) for rotations; the
             others cost O(out * in * r) or nothing.
         variants: Fields of its configuration that change its forward pass and are right under SAN. Fields that PEFT
             marks as a variant (`is_lora_variant`) and that do not stand here are refused.
         refused: Reasons for variants that are known not to be right.
-        unfit: Says of a frozen layer why the host cannot take it, or `None`.
+        unfit: Says of a frozen layer of these why the host cannot take it, or `None`.
     """
 
     name: str
     scale: Callable[[Any, HostScale], Tensor]
+    layers: tuple[type[nn.Module], ...]
     decompositions: tuple[str, ...] = ("norm", "projection")
     forms_delta: bool = False
     variants: tuple[str, ...] = ()
@@ -239,6 +241,7 @@ KINDS = {
         Kind(
             "LORA",
             _lora,
+            (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D),
             variants=("use_dora", "velora_config"),
             refused={
                 "kasa_config": "KaSA multiplies a diagonal between A and B, which the scale does not see",
@@ -250,13 +253,13 @@ KINDS = {
             },
             unfit=_mixing_groups,
         ),
-        Kind("IA3", _ia3),
-        Kind("VERA", _vera),
-        Kind("LOHA", _delta, forms_delta=True),
-        Kind("LOKR", _delta, forms_delta=True),
-        Kind("RANDLORA", _delta, forms_delta=True),
-        Kind("OFT", _rotation, ("projection",), forms_delta=True, unfit=_overlapping),
-        Kind("HRA", _rotation, ("projection",), forms_delta=True),
+        Kind("IA3", _ia3, (nn.Linear, nn.Conv2d, nn.Conv3d, Conv1D)),
+        Kind("VERA", _vera, (nn.Linear, Conv1D)),
+        Kind("LOHA", _delta, (nn.Linear, nn.Conv1d, nn.Conv2d), forms_delta=True),
+        Kind("LOKR", _delta, (nn.Linear, nn.Conv1d, nn.Conv2d), forms_delta=True),
+        Kind("RANDLORA", _delta, (nn.Linear, Conv1D), forms_delta=True),
+        Kind("OFT", _rotation, (nn.Linear, nn.Conv2d), ("projection",), forms_delta=True, unfit=_overlapping),
+        Kind("HRA", _rotation, (nn.Linear, nn.Conv2d), ("projection",), forms_delta=True),
     )
 }
 """The hosts, by PEFT's name of their type."""
@@ -312,8 +315,13 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
 
 
 def unfit(peft_type: str, base: Any) -> str | None:
-    """Says why what a host does to a convolution is no change of its weight, or returns `None` where it is one."""
-    return KINDS[peft_type].unfit(base)
+    """Says what a frozen layer is and why a host cannot take it, or returns `None` where it can."""
+    kind = KINDS[peft_type]
+    if not isinstance(base, kind.layers):
+        taken = ", ".join(layer.__name__ for layer in kind.layers)
+        return f"a {type(base).__name__}, which {kind.name} cannot adapt; it adapts {taken}"
+    reason = kind.unfit(base)
+    return None if reason is None else f"a {type(base).__name__} {reason}"
 
 
 def moves_weight(config: Any) -> bool:

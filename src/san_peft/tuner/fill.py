@@ -67,7 +67,7 @@ def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
         layout: Where they stand.
         dtype: The dtype in which the frozen layers multiply.
     """
-    name, edge = layout.name, layout.edge
+    name = layout.name
     own = _joined([layer.san_scale[name].weight for layer in (*layout.own, *layout.both)], 1.0)
     shift = _joined([layer.san_shift[name].weight for layer in layout.shifted])
     magnitude = _joined([layer.host.lora_magnitude_vector[name].weight.flatten() for layer in layout.dora])
@@ -77,7 +77,7 @@ def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
     alone = placed = inputs = None
     if sources is not None:
         layout.move(sources.device)
-        carried = propagate(sources.detach() if edge.detach else sources, None, edge.exponent, edge.bound)
+        carried = _carried(layout, sources)
         carried = torch.cat([carried, carried.new_ones(1)])
         if layout.index:
             inputs = carried.index_select(0, layout.index[0])
@@ -128,6 +128,17 @@ def _sources(layout: ScaleLayout, own: Tensor | None, magnitude: Tensor | None) 
     parts += [layer.san_host[name]() for layer in layout.other]
     home = parts[0].device
     return parts[0] if len(parts) == 1 else torch.cat([part.to(home) for part in parts])
+
+
+def _carried(layout: ScaleLayout, sources: Tensor) -> Tensor:
+    """What the edges make of the scales of their anteriors."""
+    edge = layout.edge
+    sources = sources.detach() if edge.detach else sources
+    if not layout.exponents:
+        return propagate(sources, None, edge.exponent, edge.bound)
+    sizes, exponents = zip(*layout.exponents, strict=True)
+    parts = zip(sources.split(sizes), exponents, strict=True)
+    return torch.cat([propagate(part, None, exponent, edge.bound) for part, exponent in parts])
 
 
 def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:

@@ -64,7 +64,7 @@ class Incoming:
         config: SanConfig,
     ) -> None:
         self.anterior, self.banks, self.index = anterior, banks, index
-        self.exponent, self.detach, self.bound = config.exponent, config.detach, config.bound
+        self.exponent, self.detach, self.bound = config.exponent_of(anterior), config.detach, config.bound
 
     def factor(self, adapter_name: str) -> Tensor:
         """Returns what this edge multiplies onto the input scale."""

@@ -43,7 +43,8 @@ class ScaleLayout:
         groups: By layer, the number of its group of readers.
         posteriors: The layers among `inputs`.
         hosts: LoRA and DoRA hosts on dense layers, whose matrices are cast together.
-        edge: One of the edges, for the options that all have: exponent, bound and detach.
+        edge: One of the edges, for the options that all have: bound and detach, and the exponent if all have one.
+        exponents: For the layers in the order of the sources, size and exponent, if edges differ in it.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ScaleLayout:
     hosts: list[Any] = field(default_factory=list)
     posteriors: list[Any] = field(default_factory=list)
     edge: Any = None
+    exponents: list[tuple[int, float]] = field(default_factory=list)
     _constants: dict[Any, Any] = field(default_factory=dict)
 
     def move(self, device: torch.device) -> None:
@@ -131,6 +133,9 @@ def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
     for layer in order:
         layout.offset[layer.san_name] = end
         end += layer.out_features
+    exponents = {e.anterior: e.exponent for incoming in edges.values() for e in incoming}
+    if len(set(exponents.values())) > 1:
+        layout.exponents = [(layer.out_features, exponents.get(layer.san_name, 1.0)) for layer in order]
     _lay_out_outputs(scales, layout, where, edges, end)
     _lay_out_inputs(scales, layout, where, edges, end)
     return layout

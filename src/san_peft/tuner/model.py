@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,18 +15,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from san_peft.errors import AdapterError, GraphError, SanError
+from san_peft.errors import AdapterError, GraphError, MergeError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.propagation.placement import place
 from san_peft.propagation.rules import ATTENTION
+from san_peft.propagation.trace import arguments_of
 from san_peft.tuner import _peft
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
+from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import keep_exact
-from san_peft.tuner.resolve import layers_by_name, resolve
+from san_peft.tuner.resolve import exactly, layers_by_name, resolve, settle
 from san_peft.tuner.scales import Scales
 
 
@@ -55,8 +58,9 @@ class SanModel(_peft.Tuner):
         **kwargs: Any,
     ) -> None:
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
-        config: Any = self.peft_config[adapter_name]
+        config: Any = copy.copy(self.peft_config[adapter_name])  # what is filled in belongs to this model alone
         graph = resolve(self, model, config)
+        self.peft_config[adapter_name] = config
         keep_exact(model)
         if config.inner is not None:
             self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
@@ -69,11 +73,34 @@ class SanModel(_peft.Tuner):
             state_dict=state_dict,
             **kwargs,
         )
-        self._wire(model, adapter_name, config, graph, low_cpu_mem_usage)
+        self._wire(model, adapter_name, config, graph or PropagationGraph(()), low_cpu_mem_usage)
+        if graph is None:
+            self.scales.pending[adapter_name] = partial(self._wire_at_first_pass, adapter_name)
+
+    def _wire_at_first_pass(self, adapter_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Traces the batch that the model was called with, and wires an adapter whose edges were not known."""
+        layers = self._san_layers()
+        if any(layer.merged or layer.disable_adapters for layer in layers):
+            return  # nothing would be propagated in this pass
+        with torch.inference_mode(False):  # what is made for good must be fit for training
+            graph = trace_first_pass(self.model, args, kwargs)
+            if graph is not None:
+                config: Any = self.peft_config[adapter_name]
+                self._wire(self.model, adapter_name, config, settle(self, self.model, config, graph), False)
+                del self.scales.pending[adapter_name]
+
+    def wire_on(self, inputs: Any) -> None:
+        """Traces some inputs now, where edges wait for the first forward pass; `None` leaves them waiting.
+
+        Args:
+            inputs: A dict of keyword arguments, a tuple of arguments, or a tensor.
+        """
+        if inputs is not None and self.scales.pending:
+            self.scales.wire_pending(*arguments_of(inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model, in a pass of its scales."""
-        with self.scales.passing(kwargs):
+        with self.scales.passing(args, kwargs):
             return self.model.forward(*args, **kwargs)
 
     @property
@@ -86,9 +113,10 @@ class SanModel(_peft.Tuner):
             own["_scales"] = Scales(self.model) if there is None else there
         return own["_scales"]
 
-    def set_mixed(self, adapter_names: list[str] | None) -> None:
-        """Says which adapters the samples of the next batch name, or that they name none."""
+    def set_mixed(self, adapter_names: list[str] | None, hand_names_to: Callable[[nn.Module], None] | None = None) -> None:
+        """Says which adapters the samples of the next batch name, or that they name none, and how layers get to know."""
         self.scales.mixed = () if adapter_names is None else tuple(sorted(set(adapter_names)))
+        vars(self)["_hand_names_to"] = hand_names_to
 
     def train(self, mode: bool = True) -> SanModel:
         """Sets the mode, on which it depends where some scales act."""
@@ -158,7 +186,7 @@ class SanModel(_peft.Tuner):
                 f"{len(targets)} layers; LoRA, DoRA and VeRA do without.",
                 stacklevel=4,
             )
-        inner.target_modules = set(targets)
+        inner.target_modules = exactly(targets, (name for name, _ in model.named_modules()))
         inner.inference_mode = config.inference_mode
         with self.without_layers(model):
             before: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
@@ -222,6 +250,8 @@ class SanModel(_peft.Tuner):
                 layer.train(posterior.training)
                 _peft.replace(self, model.get_submodule(parent), name, layer, posterior)
                 posterior = layer
+                if (hand_names_to := vars(self).get("_hand_names_to")) is not None:
+                    hand_names_to(layer)
             incoming = []
             for edge in group:
                 source = model.get_submodule(edge.anterior)
@@ -282,15 +312,24 @@ class SanModel(_peft.Tuner):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises what a safe merge of any layer would raise, before any weight is touched."""
+        names = self._mergeable(adapter_names)
+        check_layers(self._san_layers(), names)
+
+    def _mergeable(self, adapter_names: list[str] | None) -> list[str] | None:
         names = existing(adapter_names, self.peft_config)
         self._check_merge_allowed()
-        check_layers(self._san_layers(), names)
+        for name in self.active_adapters if names is None else names:
+            scales = [layer.get_scale(name) for layer in self._san_layers()] if name in self.scales.pending else ()
+            if any(scale is not None and not bool((scale == 1).all()) for scale in scales):
+                raise MergeError(
+                    f"The edges of adapter {name!r} are traced in its first forward pass, which there was none of, and "
+                    f"its scales are not one: merging would lose what they propagate. {WAYS_OUT}"
+                )
+        return names
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges as PEFT does, hosts included, all layers or none; `safe_merge` looks for NaN before it begins."""
-        names = existing(adapter_names, self.peft_config)
-        self._check_merge_allowed()
-        merge_layers(self._san_layers(), names, safe_merge)
+        merge_layers(self._san_layers(), self._mergeable(adapter_names), safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Unmerges all merged adapters, hosts included: the frozen weights come back bit for bit."""
@@ -306,8 +345,7 @@ class SanModel(_peft.Tuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """Merges and returns the plain model; every layer is checked before one is touched, and nothing is kept."""
-        names = existing(adapter_names, self.peft_config)
-        self._check_merge_allowed()
+        names = self._mergeable(adapter_names)
         merge_layers(self._san_layers(), names, safe_merge, keeps_base=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from san_peft.errors import GraphError, TargetError, TraceError
 from san_peft.propagation.graph import Edge, Norm, PropagationGraph
@@ -22,42 +24,123 @@ from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
 from san_peft.tuner.sharded import is_sharded
 
 
-def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> PropagationGraph:
-    """Fills in the configuration's targets, norms, edges and placement, and returns the edges with their norms."""
+def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> PropagationGraph | None:
+    """Fills in the configuration's targets and norms, and its edges and placement where they can be known already.
+
+    Returns:
+        The edges with their norms, or `None` where they wait for the first forward pass: the inputs of the model
+        cannot be derived, or it does not run on those that were. `settle` then fills in the rest.
+    """
     modules = layers_by_name(model)
     names = {name: module for name, module in modules.items() if _is_layer(module)}
     targets: Any = config.target_modules
-    norms: Any = config.modules_to_save
     wide = isinstance(targets, str) and targets.lower() == "all-linear"
-    graph = _graph(model, config) if config.edges is None or targets is None or wide else None
-    if targets is None or (wide and graph):
-        chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else list(names)
-        heads = set(graph.heads) if graph else set()
-        targets = {
-            n for n in chosen if n not in heads and not _inside(n, norms) and not (wide and _is_convolution(names[n]))
-        }
+    graph, waits = None, False
+    if config.edges is None or targets is None or wide:
+        try:
+            graph = _graph(model, config)
+        except TraceError as error:
+            if config.gate:
+                raise TraceError(f"{error} gate=True adds parameters where scales arrive, so the edges come first.")
+            waits = config.edges is None
+    if targets is None or wide:
+        targets = _chosen(model, config, graph, names, wide)
+    saved: Any = config.modules_to_save
     if config.train_norms:
-        norms = sorted({*(norms or []), *(n for n in norms_of(model) if not _inside(n, norms))})
+        saved = sorted({*(saved or []), *(n for n in norms_of(model) if not _inside(n, saved))})
     draft = dataclasses.replace(config, target_modules=targets, edges=None)
-    stored = None if config.edges is None else config.resolved_edges()
-    placement = config.placement
-    _check_edges(stored or (), names)
+    stored = () if config.edges is None else config.resolved_edges()
+    _check_edges(stored, names)
     _check_targets(tuner, model, draft, modules, graph)
-    if stored is None:
-        stored = _select(tuner, draft, graph, names) if graph else ()
-        placement = None
-        if graph is not None and graph.layers:
-            placement = {
-                "norms": {norm.fqn: list(norm.readers) for norm in graph.norms},
-                "overwritten": [layer.fqn for layer in graph.layers if layer.overwritten],
-            }
     for edge in stored:
         _check_parallel(edge.posterior, names[edge.posterior])
-    config.target_modules, config.modules_to_save = targets, norms
-    config.edges = [edge.to_json() for edge in stored]
+    if config.edges is None and not waits:
+        edges, placement = _selected(tuner, draft, graph, names)
+    else:
+        edges, placement = stored, config.placement
+    config.target_modules, config.modules_to_save = targets, saved
+    return None if waits else _settled(config, edges, placement)
+
+
+def settle(tuner: _peft.Tuner, model: nn.Module, config: SanConfig, graph: PropagationGraph) -> PropagationGraph:
+    """Fills in edges and placement from a graph that was traced when the adapter was on the model already."""
+    modules = layers_by_name(model)
+    _check_targets(tuner, model, config, modules, graph)
+    names = {name: module for name, module in modules.items() if _is_layer(module)}
+    return _settled(config, *_selected(tuner, config, graph, names))
+
+
+def _settled(config: SanConfig, edges: tuple[Edge, ...], placement: dict | None) -> PropagationGraph:
+    config.edges = [edge.to_json() for edge in edges]
     config.placement = placement
     seen = () if placement is None else placement["norms"].items()
-    return PropagationGraph(stored, norms=tuple(Norm(fqn, tuple(readers)) for fqn, readers in seen))
+    return PropagationGraph(edges, norms=tuple(Norm(fqn, tuple(readers)) for fqn, readers in seen))
+
+
+def _selected(
+    tuner: _peft.Tuner, config: SanConfig, graph: PropagationGraph | None, names: dict[str, nn.Module]
+) -> tuple[tuple[Edge, ...], dict | None]:
+    """Returns the edges that the configuration's scheme selects, and what the trace saw beside them."""
+    if graph is None:
+        return (), None
+    edges, placement = _select(tuner, config, graph, names), None
+    for edge in edges:
+        _check_parallel(edge.posterior, names[edge.posterior])
+    if graph.layers:
+        placement = {
+            "norms": {norm.fqn: list(norm.readers) for norm in graph.norms},
+            "overwritten": [layer.fqn for layer in graph.layers if layer.overwritten],
+        }
+    return edges, placement
+
+
+def _chosen(
+    model: nn.Module, config: SanConfig, graph: PropagationGraph | None, names: dict[str, nn.Module], wide: bool
+) -> set[str] | str:
+    """Returns the default targets: the traced layers but the heads, of those that the other options let through."""
+    if graph is not None and graph.layers:
+        left_out = {layer.fqn for layer in graph.layers if getattr(layer, "left_out", "")}
+        chosen = [layer.fqn for layer in graph.layers if layer.fqn not in left_out.union(graph.heads)]
+    else:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        chosen = [name for name, module in names.items() if module is not head]
+    chosen = [n for n in chosen if not _inside(n, config.modules_to_save) and (not wide or _is_linear(names[n]))]
+    kept = [n for n in chosen if _peft.in_blocks(config, n) and not _peft.is_excluded(config, n)]
+    if chosen and not kept:
+        raise TargetError(
+            f"None of the {len(chosen)} layers is left with layers_to_transform={config.layers_to_transform}, "
+            f"layers_pattern={config.layers_pattern!r} and exclude_modules={_listed(config.exclude_modules)}; the "
+            f"first of them is {chosen[0]}."
+        )
+    if config.inner is not None:
+        fitting = [n for n in kept if unfit(config.inner["peft_type"], _plain(names[n])) is None]
+        if fitting and len(fitting) < len(kept):
+            first = next(n for n in kept if n not in fitting)
+            reason = unfit(config.inner["peft_type"], _plain(names[first]))
+            warnings.warn(
+                f"{len(kept) - len(fitting)} of {len(kept)} layers are left out, which {config.inner['peft_type']} "
+                f"cannot adapt, such as {first}, {reason}.",
+                stacklevel=5,
+            )
+            kept = fitting
+    return exactly(kept, (name for name, _ in model.named_modules()))
+
+
+def exactly(chosen: Iterable[str], every: Iterable[str]) -> set[str] | str:
+    """Returns targets that select these modules of a model alone.
+
+    PEFT matches a list at the end of names. Where that would take in other modules (`2` the module `3.2`), it is a
+    regular expression.
+    """
+    chosen = set(chosen)
+    ends = tuple(f".{name}" for name in chosen)
+    if any(name.endswith(ends) and name not in chosen for name in map(plain_name, every)):
+        return "|".join(re.escape(name) for name in sorted(chosen))
+    return chosen
+
+
+def _listed(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _check_targets(
@@ -80,9 +163,7 @@ def _check_targets(
     idle = []
     traced = {layer.fqn for layer in graph.layers} if graph is not None else set()
     for name, module in modules.items():
-        if isinstance(module, AuxiliaryTrainingWrapper) or targets == "all-linear":
-            continue
-        if not _peft.matches(tuner, config, name):
+        if isinstance(module, AuxiliaryTrainingWrapper) or not _peft.matches(tuner, config, name):
             continue
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(module, BaseTunerLayer):
@@ -91,7 +172,7 @@ def _check_targets(
         if not isinstance(inner, LAYER_TYPES):
             raise TargetError(f"{name} is {cannot_adapt(inner)}")
         if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
-            raise TargetError(f"{name} is a convolution {reason}. Leave it out of target_modules.")
+            raise TargetError(f"{name} is {reason}. Leave it out of target_modules.")
         if traced and name not in traced:
             idle.append(name)
     if idle:
@@ -136,21 +217,27 @@ def _check_host(fqn: str, layer: BaseTunerLayer, config: SanConfig) -> None:
 
 
 def _graph(model: nn.Module, config: SanConfig) -> PropagationGraph | None:
-    """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed."""
+    """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed.
+
+    Without propagation the trace still tells the heads, and which outputs are overwritten in place.
+    """
     if not isinstance(config.propagation, str):
         return PropagationGraph.from_json(config.propagation)
-    if config.propagation == "none" and config.target_modules not in (None, "all-linear"):
-        return None
-    from san_peft.propagation.trace import trace
-
-    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     try:
-        with _disabled(adapted):
-            return _plain_graph(trace(model))
+        return trace_plain(model)
     except TraceError:
         if config.propagation == "none":
             return None
         raise
+
+
+def trace_plain(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
+    """Traces a model with all adapters switched off, under the names that its modules had before any was put on."""
+    from san_peft.propagation.trace import trace
+
+    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    with _disabled(adapted):
+        return _plain_graph(trace(model, example_inputs))
 
 
 def _select(
@@ -191,14 +278,17 @@ def _disabled(modules: list[Any]) -> Iterator[None]:
             _peft.set_disabled(module, state)
 
 
+def _plain(module: nn.Module) -> nn.Module:
+    """The frozen layer in a tuner's layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _is_layer(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, LAYER_TYPES)
+    return isinstance(_plain(module), LAYER_TYPES)
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Conv1d | nn.Conv2d)
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(_plain(module), nn.Linear | Conv1D)
 
 
 def _inside(fqn: str, saved: Iterable[str] | None) -> bool:

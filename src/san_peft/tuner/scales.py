@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from san_peft.scaling import Factor, plain_operations
+from san_peft.tuner.checkpointing import checkpointed, knows_regions, region
 from san_peft.tuner.fill import NOTHING, Vectors, Watch, combined, factors_with_gradients, fill, hand_out
 from san_peft.tuner.layout import ScaleLayout, lay_out_scales
 from san_peft.tuner.norms import bind, bound_to, norm_at
-
-_saved_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 
 
 @dataclass
@@ -71,6 +70,7 @@ class Scales:
         self.placements: dict[str, dict[tuple[str, str], str]] = {}
         self.readers: dict[str, dict[str, tuple[str, ...]]] = {}
         self.attention: dict[str, set[tuple[str, str]]] = {}
+        self.pending: dict[str, Callable[..., None]] = {}
         self.mixed: tuple[str, ...] = ()
         self.wiring = 0
         self._forget_passes()
@@ -126,6 +126,7 @@ class Scales:
 
     def unwire(self, adapter_name: str) -> None:
         """Forgets an adapter."""
+        self.pending.pop(adapter_name, None)
         self.placements.pop(adapter_name, None)
         self.readers.pop(adapter_name, None)
         self.attention.pop(adapter_name, None)
@@ -149,25 +150,26 @@ class Scales:
     # ------------------------------------------------------------------ passes
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.begin(kwargs)
+        self.begin(args, kwargs)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.end()
 
     @contextmanager
-    def passing(self, given: Mapping[str, Any]) -> Iterator[None]:
+    def passing(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """A pass for as long as the context lasts."""
-        self.begin(given)
+        self.begin(args, kwargs)
         try:
             yield
         finally:
             self.end()
 
-    def begin(self, given: Mapping[str, Any]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Begins a pass, unless one is running in this thread.
 
         Args:
-            given: Keyword arguments of the model. While a sequence is generated token by token with the same
+            args: Arguments of the model.
+            kwargs: Its keyword arguments. While a sequence is generated token by token with the same
                 `past_key_values`, in eval mode and without gradients, nothing is computed again unless a parameter's
                 version tells that it has changed.
         """
@@ -176,8 +178,21 @@ class Scales:
         if running is not None:
             running[0] += 1
             return
+        if self.pending:
+            self.wire_pending(args, kwargs)
         self._running[key] = running = [1, None]
-        running[1] = self._latest = self._pass(given)
+        running[1] = self._latest = self._pass(kwargs)
+
+    @torch.compiler.disable(reason="the edges are traced in the first forward pass; make one before compiling")
+    def wire_pending(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Lets adapters whose edges are not known yet look at the first batch; until then they propagate nothing."""
+        key = _thread()
+        self._running[key] = [1, None]  # the model is called inside, in no pass
+        try:
+            for wire in list(self.pending.values()):
+                wire(args, kwargs)
+        finally:
+            del self._running[key]
 
     def end(self) -> None:
         """Ends the pass that `begin` began."""
@@ -203,8 +218,8 @@ class Scales:
         now = None if running is None else running[1]
         recall = None if now is None else now.recall
         if torch.is_grad_enabled():
-            if (region := _checkpointed()) is not None:
-                self._regions[region] = recall
+            if (frame := checkpointed()) is not None:
+                self._regions[frame] = recall
         elif recall is not None:
             recall.without_gradients = True
         return now
@@ -238,9 +253,9 @@ class Scales:
         able to recompute what it reads.
         """
         now = self.acting()
-        if vectors.group is None or now is None or _saved_hooks is None or plain_operations() or x.is_inference():
+        if vectors.group is None or now is None or not knows_regions() or plain_operations() or x.is_inference():
             return make()
-        state = (x._version, torch.is_grad_enabled(), _region())
+        state = (x._version, torch.is_grad_enabled(), region())
         held = now.shared.get(vectors.group)
         if held is not None and held[0] is x and held[1] == state and layer.san_name not in held[2]:
             held[2].add(layer.san_name)
@@ -311,9 +326,9 @@ class Scales:
 
     def _recalled(self) -> Pass | None:
         """The pass in which what is being recomputed ran at first, or `None` if it ran in none."""
-        region = _checkpointed()
-        recall = self._recall if region is None else self._regions.get(region, self._recall)
-        if recall is None or recall.without_gradients or (_saved_hooks is not None and _region() is None):
+        frame = checkpointed()
+        recall = self._recall if frame is None else self._regions.get(frame, self._recall)
+        if recall is None or recall.without_gradients or (knows_regions() and region() is None):
             # reentrant checkpointing runs backward through every block by itself, so each takes its own scales
             return None
         if recall.again is None:
@@ -428,21 +443,3 @@ def _kind_of(weight: Any) -> tuple[Any, ...]:
 
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def _region() -> Any:
-    """What identifies the region of activation checkpointing that is running, or `None` outside of all."""
-    top = _saved_hooks(False)  # type: ignore[misc]
-    return None if top is None else tuple(id(hook) for hook in top[:2])
-
-
-def _checkpointed() -> Any:
-    """What torch holds of the region of checkpointing (not reentrant) that runs, or that is being recomputed."""
-    top = None if _saved_hooks is None else _saved_hooks(False)
-    pack = None if top is None else getattr(top[0], "_torchdynamo_orig_callable", top[0])
-    for cell in getattr(pack, "__closure__", None) or ():
-        held = cell.cell_contents
-        held = held() if isinstance(held, weakref.ref) else held
-        if type(held).__name__ == "_CheckpointFrame":
-            return held
-    return None
