@@ -217,9 +217,15 @@ def test_other_schemes():
     assert model.peft_config["default"].edges == []
     model = late(propagation="exact")
     model(batch())
-    assert edges_of(model) == sorted(map(str, (e for e in expected().base_model.propagation_graph.edges if e.kind == "exact")))
+    assert edges_of(model) == sorted(
+        map(str, (e for e in expected().base_model.propagation_graph.edges if e.kind == "exact"))
+    )
     with pytest.raises(SanError):
-        late(propagation=PropagationGraph(trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(1, 4)).edges))
+        late(
+            propagation=PropagationGraph(
+                trace(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(1, 4)).edges
+            )
+        )
 
 
 def test_compiled():

@@ -57,7 +57,9 @@ def test_layers_to_transform(way, numbers, inner):
 
 
 def test_layers_pattern_and_exclude_modules():
-    model = get_peft_model(llama(), SanConfig(layers_to_transform=[1], layers_pattern="layers", exclude_modules=["v_proj"]))
+    model = get_peft_model(
+        llama(), SanConfig(layers_to_transform=[1], layers_pattern="layers", exclude_modules=["v_proj"])
+    )
     assert len(carrying(model)) == 6
     with pytest.raises(TargetError, match=r"None of the 21 layers is left with layers_to_transform=\[7\]"):
         get_peft_model(llama(), SanConfig(layers_to_transform=[7]))

@@ -83,7 +83,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, _DropoutNd) and module.inplace:  # it writes in training only, which is not traced
-                stack.callback(module.register_forward_pre_hook(lambda _, args: follow.overwrite(tensors_within(args))).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(lambda _, args: follow.overwrite(tensors_within(args))).remove
+                )
         try:
             with torch.no_grad(), follow:
                 out = model(*args, **kwargs)
@@ -216,7 +218,8 @@ def _read(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> None
 def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tuple[str, ...]:
     """Layers that write the output directly: of outputs with names, the logits, else the first.
 
-    What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow. Two layers that nothing reads and whose sum is the output are two heads.
+    What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow. Two layers that
+    nothing reads and whose sum is the output are two heads.
     """
     if isinstance(out, Mapping):
         named = [value for key, value in out.items() if "logits" in key]

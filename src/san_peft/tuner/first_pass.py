@@ -1,4 +1,4 @@
-"""Tracing the batch of the first forward pass, where example inputs could not be derived when the adapter was put on."""
+"""Tracing the batch of the first forward pass, where no example inputs could be derived."""
 
 from __future__ import annotations
 

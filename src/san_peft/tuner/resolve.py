@@ -41,7 +41,8 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
             graph = _graph(model, config)
         except TraceError as error:
             if config.gate:
-                raise TraceError(f"{error} gate=True adds parameters where scales arrive, so the edges come first.")
+                reason = "gate=True adds parameters where scales arrive, so the edges come first"
+                raise TraceError(f"{error} {reason}.") from error
             waits = config.edges is None
     if targets is None or wide:
         targets = _chosen(model, config, graph, names, wide)
