@@ -116,7 +116,7 @@ class SanModel(_peft.Tuner):
     def set_mixed(
         self, adapter_names: list[str] | None, hand_names_to: Callable[[nn.Module], None] | None = None
     ) -> None:
-        """Says which adapters the samples of the next batch name, or that they name none, and how layers get to know."""
+        """Says which adapters the samples of the next batch name, or that they name none, and how layers learn it."""
         self.scales.mixed = () if adapter_names is None else tuple(sorted(set(adapter_names)))
         vars(self)["_hand_names_to"] = hand_names_to
 
