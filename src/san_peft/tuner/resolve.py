@@ -261,7 +261,7 @@ def _select(
         warnings.warn(
             f"{len(cut)} of {len(edges)} edges fall away because their anterior layer carries no scale: "
             f"{shown}{' ...' if len(cut) > 3 else ''}.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return tuple(kept)
 
