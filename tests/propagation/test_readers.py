@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.propagation.test_trace import Net, graph_of
+from tests.propagation.nets import Net, graph_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -4,34 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tests.propagation.nets import graph_of, only_edge
+from torch import nn
 from torch.nn import functional as F
-
-from san_peft import PropagationGraph, trace
-
-
-class Net(nn.Module):
-    """A net whose forward is given as a function of itself and its input."""
-
-    def __init__(self, forward, **layers: nn.Module) -> None:
-        super().__init__()
-        self.run = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
-def graph_of(forward, x: Tensor | None = None, **layers: nn.Module) -> PropagationGraph:
-    return trace(Net(forward, **layers), torch.randn(2, 5, 4) if x is None else x)
-
-
-def only_edge(graph: PropagationGraph):
-    assert len(graph.edges) == 1, graph
-    assert not graph.barriers, graph
-    return graph.edges[0]
-
 
 # ------------------------------------------------------------------ single operations, against an index made by numbers
 
@@ -209,18 +184,6 @@ def test_operation_without_a_rule_is_reported_by_name():
 def test_contraction_over_channels_ends_them():
     graph = graph_of(lambda n, x: n.b(n.a(x) @ torch.ones(8, 8)), a=nn.Linear(4, 8), b=nn.Linear(8, 2))
     assert "contracts the channel axis" in graph.barriers[0].reason
-
-
-def test_writing_in_place_into_a_view_loses_the_other_views():
-    def forward(n, x):
-        y = n.a(x)
-        half = y[..., :4]
-        half.add_(n.b(x))
-        return n.c(y)
-
-    graph = graph_of(forward, a=nn.Linear(4, 8), b=nn.Linear(4, 4), c=nn.Linear(8, 2))
-    assert not graph.incoming("c")
-    assert "in place" in graph.barriers[0].reason
 
 
 def test_activation_in_place():

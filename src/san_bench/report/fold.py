@@ -301,8 +301,8 @@ def _find_runs(
             number: (
                 between.get((number, number)),
                 [
-                    (where[n][1], records[n].type, records[n].in_channels, records[n].out_channels, n in heads)
-                    for n in members
+                    (where[n][1], r.type, r.in_channels, r.out_channels, r.left_out, n in heads)
+                    for n, r in ((n, records[n]) for n in members)
                 ],
             )
             for number, members in blocks.items()

@@ -108,6 +108,7 @@ def _layer_tree(block: FoldedBlock, position: int, outgoing: dict[str, list[Fold
         (f"  {layer.size}", "dim"),
         f"  x{inner}" if inner > 1 else "",
         ("  head", "bold") if layer.head else "",
+        (f"  left out: {layer.layer.left_out}", "italic") if layer.layer.left_out else "",
     )
     tree = Tree(label, guide_style="dim")
     for edge in outgoing.get(layer.name, []):

@@ -31,6 +31,7 @@ class Layer:
         out_channels: Size of its output's channel axis.
         overwritten: Whether an operation in place was seen to write into its output, which is then not there any more
             in the backward pass.
+        left_out: Why default targets leave it out; empty where they do not.
     """
 
     fqn: str
@@ -38,18 +39,27 @@ class Layer:
     in_channels: int
     out_channels: int
     overwritten: bool = False
+    left_out: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the layer as plain data."""
         data = {"fqn": self.fqn, "type": self.type, "in": self.in_channels, "out": self.out_channels}
-        return {**data, "overwritten": True} if self.overwritten else data
+        optional = {"overwritten": self.overwritten, "left_out": self.left_out}
+        return {**data, **{name: value for name, value in optional.items() if value}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layer:
         """Returns the layer that `to_json` wrote; raises `GraphError` where it is malformed."""
         needed = {"fqn": str, "type": str, "in": int, "out": int}
-        fields = _fields(data, "layer", needed, {"overwritten": bool})
-        return cls(fields["fqn"], fields["type"], fields["in"], fields["out"], fields.get("overwritten", False))
+        fields = _fields(data, "layer", needed, {"overwritten": bool, "left_out": str})
+        return cls(
+            fqn=fields["fqn"],
+            type=fields["type"],
+            in_channels=fields["in"],
+            out_channels=fields["out"],
+            overwritten=fields.get("overwritten", False),
+            left_out=fields.get("left_out", ""),
+        )
 
     def __str__(self) -> str:
         return f"{self.fqn} ({self.type} {self.in_channels} -> {self.out_channels})"
@@ -374,6 +384,7 @@ class PropagationGraph:
         lines += [f"  barrier: {barrier}" for barrier in self.barriers]
         if self.heads:
             lines.append(f"  heads: {', '.join(self.heads)}")
+        lines += [f"  left out: {layer.fqn}: {layer.left_out}" for layer in self.layers if layer.left_out]
         return "\n".join(lines)
 
 

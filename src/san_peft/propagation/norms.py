@@ -104,7 +104,7 @@ class Norms:
         moved: list[State] = []
         if not writes and name in rules.MOVES:
             try:
-                moved = move(name, func, args, kwargs, self.marks)
+                moved = move(name, func, args, kwargs, self.marks.get)
             except Lost:
                 moved = []  # an index whose numbers are not there: whatever is read then is open
         elif not writes and name in rules.KEEPS:

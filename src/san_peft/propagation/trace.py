@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from inspect import BoundArguments
 from types import ModuleType
 from typing import Any
@@ -16,27 +16,21 @@ from torch.utils._pytree import tree_flatten
 
 from san_peft.errors import TraceError
 from san_peft.propagation import rules
-from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.codes import STRIDE, ZERO
+from san_peft.propagation.codes import STRIDE, carries
 from san_peft.propagation.follow import Follow
 from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 from san_peft.propagation.inputs import derive_inputs
+from san_peft.propagation.memory import DATA
 from san_peft.propagation.norms import Norms
+from san_peft.propagation.reads import Reads
 
 REPACKS = "support_avx512bf16_for_cpu"
 """Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew, for good, when it runs in eval mode."""
 
 
+NEVER_CALLED = "it was never called; what reads its weight directly goes past SAN"
+
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)
-
-
-@dataclass
-class _Reads:
-    """What a layer read in all its calls: for every input channel (layer, channel), or why it is lost."""
-
-    sources: list[tuple[str, int] | None] | None = None
-    via: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    barriers: dict[tuple[str, str], None] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
@@ -70,13 +64,15 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
             return trace(model, example_inputs)
     args, kwargs = arguments_of(derive_inputs(model) if example_inputs is None else example_inputs)
     layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
-    follow, reads = Follow(Norms(model, layers)), dict.fromkeys(layers)
-    order: list[str] = []
+    follow = Follow(model, Norms(model, layers), layers)
+    follow.memory.see(tensors_within(args, kwargs))
+    reads: dict[str, Reads] = {}
+    left_out: dict[str, str] = {}
     with _as_it_was(model), ExitStack() as stack:
         for name, module in layers.items():
-            before, after = _hooks(follow, name, module, reads, order)
+            before, after = _hooks(follow, name, module, reads, left_out)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            stack.callback(module.register_forward_hook(after, always_call=True).remove)
         for number, module in enumerate(follow.norms.modules.values()):
             before, after = _norm_hooks(follow, number)
             stack.callback(module.register_forward_pre_hook(before).remove)
@@ -87,7 +83,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
                     module.register_forward_pre_hook(lambda _, args: follow.overwrite(tensors_within(args))).remove
                 )
         try:
-            with torch.no_grad(), follow:
+            with torch.compiler.set_stance("force_eager"), torch.no_grad(), follow:
                 out = model(*args, **kwargs)
         except TraceError:
             raise
@@ -96,9 +92,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
                 f"{type(model).__name__} raised {type(error).__name__} while it was traced: {error}. Pass inputs that "
                 "it accepts: san_peft.trace(model, example_inputs)."
             ) from error
-        heads = _heads(follow, out, reads)
+        heads = _heads(follow, out, reads, layers)
+        used = follow.memory.reach(tensors_within(_used(out)))
         follow.release(tensors_within(out, args, kwargs))
-    return _graph(follow, layers, reads, order, heads)
+    if used > DATA:  # else nothing that a gradient could follow leaves the model
+        for name in reads:
+            if not used & follow.bits[name]:
+                left_out.setdefault(name, "no output that a task uses depends on it")
+    return _graph(follow, layers, reads, heads, left_out)
 
 
 def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,25 +134,35 @@ def _channel_dim(module: nn.Module) -> int:
     return -1 - len(module.kernel_size) if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
 
 
-def _hooks(follow: Follow, name: str, module: nn.Module, reads: dict[str, Any], order: list[str]) -> tuple[Any, Any]:
+def _hooks(
+    follow: Follow, name: str, module: nn.Module, reads: dict[str, Reads], left_out: dict[str, str]
+) -> tuple[Any, Any]:
     dim = _channel_dim(module)
+    running: list[tuple[int, Reads | None]] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        follow.calls[name] += 1
-        if given and not follow.paused:
-            if reads[name] is None:
-                reads[name] = _Reads()
-                order.append(name)
-            _read(follow, name, reads[name], given[0], dim)
+        given, read = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)], None
+        reach = follow.enter(name, given)
+        if given and follow.paused == 1:
+            read = Reads(given[0].shape[dim])
+            read.read(follow, name, given[0], dim)
             follow.norms.read(name, given[0], dim)
             follow.release(given[1:])
-        follow.paused += 1
+        running.append((reach, read))
 
     def after(_: nn.Module, __: Any, out: Any) -> None:
+        reach, read = running.pop()
+        if follow.paused == 1 and out is not None:  # else it is part of another layer, or it raised
+            if read is not None:
+                reads[name] = reads[name].join(read) if name in reads else read
+            if isinstance(out, Tensor):
+                follow.write(out, name, dim)
+            else:
+                left_out[name] = f"it returns a {type(out).__name__} instead of a tensor"
+                for tensor in filter(carries, tensors_within(out)):
+                    follow.lose(tensor, name, left_out[name])
+            follow.memory.made("", [], list(tensors_within(out)), reach, writes=True)
         follow.paused -= 1
-        if not follow.paused and isinstance(out, Tensor):
-            follow.write(out, name, dim)
 
     return before, after
 
@@ -181,41 +192,7 @@ def tensors_within(*values: Any) -> Iterator[Tensor]:
             todo += getattr(value, "__dict__", {}).values()
 
 
-def _read(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> None:
-    """Notes the source of every input channel of one call, and compares it with the calls before."""
-    state = follow.states.get(x)
-    size = x.shape[dim]
-    sources: list[tuple[str, int] | None] = [None] * size
-    if state is not None:
-        rows = state.codes.movedim(dim, -1).reshape(-1, size)
-        high = rows.amax(0)
-        differ = ((rows != high) & (rows >= 0)).any(0)
-        follow.consume(rows, name)
-        follow.consume(rows[:, ((rows != high) & (rows != ZERO)).any(0)])
-        for position, (code, bad) in enumerate(zip(high.tolist(), differ.tolist(), strict=True)):
-            if code < 0:
-                continue
-            writer = follow.writers[code // STRIDE]
-            if isinstance(writer, tuple):
-                reads.barriers[writer] = None
-            elif bad:
-                reads.barriers[
-                    "input", "one input channel holds different channels, or layers, at different positions"
-                ] = None
-            else:
-                sources[position] = (writer, code % STRIDE)
-        for writer, path in state.via.items():
-            layer = follow.writers[writer]
-            if isinstance(layer, str):
-                reads.via[layer] = rules.join(reads.via.get(layer, ()), *path)
-    if reads.sources is None:
-        reads.sources = sources
-    elif reads.sources != sources:
-        reads.barriers["call", "its calls read from different layers"] = None
-        reads.sources = [a if a == b else None for a, b in zip(reads.sources, sources, strict=True)]
-
-
-def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tuple[str, ...]:
+def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterable[str]) -> tuple[str, ...]:
     """Layers that write the output directly: of outputs with names, the logits, else the first.
 
     What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow. Two layers that
@@ -224,69 +201,69 @@ def _heads(follow: Follow, out: Any, reads: Mapping[str, _Reads | None]) -> tupl
     if isinstance(out, Mapping):
         named = [value for key, value in out.items() if "logits" in key]
         out = named or next(iter(out.values()), None)
-    read = {source[0] for r in reads.values() if r is not None for source in r.sources or [] if source is not None}
+    read = {anterior for r in reads.values() for anterior in r.anteriors(follow)}
     heads: dict[str, None] = {}
     for tensor in tree_flatten(out)[0]:
-        state = follow.states.get(tensor) if isinstance(tensor, Tensor) else None
+        state = follow.find(tensor) if isinstance(tensor, Tensor) else None
         if state is None:
             continue
         for writer in (state.codes[state.codes >= 0] // STRIDE).unique().tolist():
             path = state.via.get(writer, ())
-            pair = next((pair for pair in follow.joined if pair[0] == writer), (writer,))
-            names = [follow.writers[w] for w in pair]
+            pair = next((pair for pair in follow.ledger.joined if pair[0] == writer), (writer,))
+            names = [follow.ledger.writers[w] for w in pair]
             if len(pair) == 2 and not read & set(names):
                 path = tuple(name for name in path if name != rules.RESIDUAL)
             capped = all(name in rules.CAPS or rules.kind_of([name]) == "exact" for name in path)
             if rules.kind_of(path) == "exact" or (capped and not read & set(names)):
                 heads |= {layer: None for layer in names if isinstance(layer, str)}
-    return tuple(name for name in reads if name in heads)
+    return tuple(name for name in layers if name in heads)
+
+
+def _used(out: Any) -> Any:
+    """Returns what a task uses of a model's output: all but a `pooler_output` beside the features or logits."""
+    if isinstance(out, Mapping):
+        beside = "last_hidden_state" in out or any("logits" in str(key) for key in out)
+        return [_used(value) for key, value in out.items() if not (beside and key == "pooler_output")]
+    return [_used(value) for value in out] if isinstance(out, list | tuple) else out
 
 
 def _graph(
     follow: Follow,
     layers: dict[str, nn.Module],
-    reads: dict[str, _Reads | None],
-    order: list[str],
+    reads: Mapping[str, Reads],
     heads: tuple[str, ...],
+    left_out: Mapping[str, str],
 ) -> PropagationGraph:
-    records = {name: replace(_record(name, layers[name]), overwritten=name in follow.overwritten) for name in order}
+    records = {
+        name: replace(
+            _record(name, layers[name]), overwritten=name in follow.overwritten, left_out=left_out.get(name, "")
+        )
+        for name in reads
+    }
+    sizes = {name: record.out_channels for name, record in records.items()}
     edges, barriers = [], []
-    for name in order:
-        read = reads[name]
-        assert read is not None
-        assert read.sources is not None
-        groups: dict[str, list[int]] = {}
-        for position, source in enumerate(read.sources):
-            if source is not None:
-                if source[0] not in groups:
-                    groups[source[0]] = [-1] * len(read.sources)
-                groups[source[0]][position] = source[1]
-        for anterior, index in groups.items():
-            if anterior == name:
-                barriers.append(Barrier("call", name, "it reads its own output in a later call"))
-                continue
-            channels = ChannelMap.from_index(index, records[anterior].out_channels)
-            edge = Edge(anterior, name, channels, read.via.get(anterior, ()))
-            edges.append(replace(edge, closed=_closed(follow, edge, read)))
-        barriers += [Barrier(operation, name, reason) for operation, reason in read.barriers]
-    barriers += [
-        Barrier("call", name, "it was never called; what reads its weight directly goes past SAN")
-        for name in layers
-        if name not in records
-    ]
-    norms = follow.norms.norms(order)
+    for name, read in reads.items():
+        found, lost = read.edges(follow, name, sizes)
+        edges += [replace(edge, closed=_closed(follow, edge, read)) for edge in found]
+        barriers += lost
+    barriers += [Barrier("call", name, NEVER_CALLED) for name in layers if name not in records]
+    for parameter, operation in follow.ledger.beside.items():
+        owner, _, leaf = parameter.rpartition(".")
+        if owner not in layers or owner in records:
+            barriers.append(Barrier(operation, owner or parameter, f"its {leaf} is read by a function, past SAN"))
+    norms = follow.norms.norms(reads)
     return PropagationGraph(tuple(edges), tuple(barriers), tuple(records.values()), heads, norms)
 
 
-def _closed(follow: Follow, edge: Edge, read: _Reads) -> bool:
-    """Whether nothing but its posterior reads what an exact edge carries; see `Follow.consumed`."""
+def _closed(follow: Follow, edge: Edge, read: Reads) -> bool:
+    """Whether nothing but its posterior reads what an exact edge carries; see `Ledger.consumed`."""
     if (
         edge.kind != "exact"
         or follow.calls[edge.anterior] > 1
         or any(operation == "call" for operation, _ in read.barriers)
     ):
         return False
-    consumed = follow.consumed[follow.writers.index(edge.anterior)]
+    consumed = follow.ledger.consumed[follow.ledger.writers.index(edge.anterior)]
     index = edge.channels.index
     carried = index[index >= 0]
     return not any(mask[carried].any() for reader, mask in consumed.items() if reader != edge.posterior)

@@ -100,7 +100,7 @@ def _chosen(
 ) -> set[str] | str:
     """Returns the default targets: the traced layers but the heads, of those that the other options let through."""
     if graph is not None and graph.layers:
-        left_out = {layer.fqn for layer in graph.layers if getattr(layer, "left_out", "")}
+        left_out = {layer.fqn for layer in graph.layers if layer.left_out}
         chosen = [layer.fqn for layer in graph.layers if layer.fqn not in left_out.union(graph.heads)]
     else:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -1,0 +1,269 @@
+"""What operations do to channels: sums of streams, matrix products, attention, convolutions, pooling, transforms."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from san_peft.propagation import rules
+from san_peft.propagation.codes import NONE, STRIDE, Lost, State, constant, highest, thin, varies
+from san_peft.propagation.ledger import Ledger
+from san_peft.propagation.schema import argument
+
+
+class Contractions:
+    """Rules of operations that bring several entries together.
+
+    Args:
+        ledger: Where writers and readers of channels are noted.
+        find: Gives the state of a tensor, `None` where there is none.
+        follows_layers: Whether the values of a tensor of integers or truth values depend on a layer.
+        parameter: Gives the name of the parameter whose memory a tensor shares.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        find: Callable[[Tensor], State | None],
+        follows_layers: Callable[[Any], bool],
+        parameter: Callable[[Tensor], str | None],
+    ) -> None:
+        self.ledger, self.find = ledger, find
+        self.follows_layers, self.parameter = follows_layers, parameter
+
+    def state(self, value: Any) -> State:
+        """Returns the state of a tensor or number, or the state itself."""
+        if isinstance(value, State):
+            return value
+        state = self.find(value) if isinstance(value, Tensor) else None
+        return constant(value) if state is None else state
+
+    def contract(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
+        """Returns the states of an operation's results, as `Operations.apply`."""
+        whole = out if isinstance(out, Tensor) else out[0]
+        if name.startswith("_scaled_dot_product") or name == "flex_attention":
+            return [self._attention(args, whole)]
+        if name in ("mm", "bmm"):
+            return [self._matmul(name, *args[:2])]
+        if name in ("addmm", "baddbmm", "addmv"):
+            product = (self._vector if name == "addmv" else self._matmul)(name, *args[1:3])
+            return [product if kwargs.get("beta", 1) == 0 else self.sum(args[0], product)]
+        if name in ("mv", "dot"):
+            return [self._vector(name, *args[:2])]
+        if name in rules.POOLS:
+            return [self._pool(name, self.state(args[0]), whole)]
+        if name in rules.ALONG:
+            return self._along(name, func, args, kwargs, out)
+        if name == "convolution":
+            return [self._convolution(args, whole)]
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        weights = [weight for weight in map(self.parameter, tensors) if weight is not None]
+        for weight in weights:
+            self.ledger.beside.setdefault(weight, name)
+        raise Lost(f"there is no rule for {name}{f', which reads {_short(weights[0])}' if weights else ''}")
+
+    # ---------------------------------------------------------------- sums
+
+    def sum(self, a: Any, b: Any) -> State:
+        """Returns the state of a sum: of two streams the more recent writer stays."""
+        left, right = self.state(a), self.state(b)
+        if left.statistic or right.statistic:
+            return self._beside(left, right)
+        shape = torch.broadcast_shapes(left.codes.shape, right.codes.shape)
+        x, y = thin(torch.broadcast_to(left.codes, shape), torch.broadcast_to(right.codes, shape))
+        both = (x >= 0) & (y >= 0)
+        differ = both & (x != y)
+        if bool((differ & ((x ^ y) < STRIDE)).any()):
+            raise Lost("it adds different channels of one layer")
+        alone = ((x >= 0) & (y == NONE)) | ((y >= 0) & (x == NONE))
+        name: tuple[str, ...] = ()
+        if bool(differ.any()):
+            name = (rules.RESIDUAL,)
+        elif bool(alone.any()):
+            added = b if left.via else a
+            vector = isinstance(added, Tensor) and added.numel() == max(added.shape, default=1)
+            name = (rules.BIAS if vector else rules.OFFSET,)
+        codes = torch.maximum(x, y)
+        self.ledger.consume(codes[alone])
+        if name == (rules.RESIDUAL,) and len(left.via) == len(right.via) == 1:
+            if all(rules.kind_of(path) == "exact" for state in (left, right) for path in state.via.values()):
+                self.ledger.joined.add((max(*left.via, *right.via), min(*left.via, *right.via)))
+        writers = codes >> 32
+        present = {w for w in {**left.via, **right.via} if bool((writers == w).any())}
+        via: dict[int, tuple[str, ...]] = {}
+        for writer, path in itertools.chain(left.via.items(), right.via.items()):
+            if writer in present:
+                via[writer] = rules.join(via.get(writer, ()), *path, *name)
+        return State(codes.expand(shape), via)
+
+    def _beside(self, left: State, right: State) -> State:
+        """A sum in which one has no channels of its own: what a norm subtracts, or attention scores."""
+        shape = torch.broadcast_shapes(left.codes.shape, right.codes.shape)
+        kept, other = (right, left) if left.statistic else (left, right)
+        if kept.statistic or not kept.tracked:
+            codes = torch.maximum(torch.broadcast_to(left.codes, shape), torch.broadcast_to(right.codes, shape))
+            return State(codes, {**left.via, **right.via}, True)
+        missing = len(shape) - other.codes.dim()
+        wide = torch.broadcast_to(kept.codes, shape)
+        shared = [dim for dim in range(len(shape)) if dim < missing or other.codes.shape[dim - missing] == 1]
+        axes = [dim for dim in range(len(shape)) if varies(wide, dim)]
+        if axes and not set(axes) & set(shared):
+            raise Lost("it adds something of which channels were contracted")
+        return State(wide, kept.passed("norm"))
+
+    def alike(self, state: State, high: Tensor, *names: str) -> dict[int, tuple[str, ...]]:
+        """Returns the paths after entries that are alike became one; constants among them are an offset."""
+        beside = (state.codes == NONE) & (high >= 0)
+        if not state.statistic and bool(beside.any()):
+            self.ledger.consume(high.expand_as(state.codes)[beside])
+            names = (*names, rules.OFFSET)
+        return state.passed(*names)
+
+    def _collapse(self, state: State, dims: Iterable[int]) -> Tensor | None:
+        """Reduces axes along which all entries have one writer's channel, constants aside; `None` where two differ."""
+        high, only = highest(state.codes, dims)
+        return high if only else None
+
+    # ---------------------------------------------------------------- products of matrices
+
+    def _attention(self, args: Any, out: Tensor) -> State:
+        query, value = args[0], self.state(args[2])
+        if not (value.codes >= 0).any():
+            return State(torch.full((), NONE).expand(out.shape))
+        high = self._collapse(value, [value.codes.dim() - 2])
+        if high is None:
+            raise Lost("the values of different tokens come from different channels")
+        via = self.alike(value, high, rules.ATTENTION)
+        if high.shape[-3] != out.shape[-3]:
+            high = high.repeat_interleave(query.shape[-3] // high.shape[-3], -3)
+        return State(high.expand(out.shape), via, value.statistic)
+
+    def _vector(self, name: str, a: Any, b: Any) -> State:
+        left, right = self.state(a), self.state(b)
+        left = State(left.codes.view(-1, left.codes.shape[-1]), left.via, left.statistic)
+        right = State(right.codes.unsqueeze(1), right.via, right.statistic)
+        product = self._matmul(name, left, right, b)
+        return State(product.codes.squeeze(1), product.via, product.statistic)
+
+    def _matmul(self, name: str, a: Any, b: Any, weight: Any = None) -> State:
+        left, right = self.state(a), self.state(b)
+        shape = (*left.codes.shape[:-1], right.codes.shape[-1])
+        tracked = [left.tracked, right.tracked]
+        if not any(tracked):
+            if not left.statistic and not right.statistic:
+                return State(torch.full((), NONE).expand(shape))
+            return self.ledger.lose(shape, name, "it contracts channels", statistic=True)
+        sides = ((left, left.codes.dim() - 1), (right, right.codes.dim() - 2))
+        carried = [self._collapse(s, [dim]) if t else None for (s, dim), t in zip(sides, tracked, strict=True)]
+        if all(high is not None for high in carried):  # lost streams are alike everywhere
+            carried = [None if self._lost(state) else high for (state, _), high in zip(sides, carried, strict=True)]
+            if carried == [None, None]:
+                raise Lost("it multiplies two streams whose channels were lost before")
+        found = [high is not None for high in carried]
+        for (state, _), value, one in zip(sides, (weight if weight is not None else b, a), tracked, strict=True):
+            parameter = self.parameter(value) if isinstance(value, Tensor) else None
+            if one and not all(tracked) and parameter is not None and self._lost(state):
+                raise self._ended(name, parameter)
+        if found == [True, True]:
+            raise Lost("both factors could carry the channels")
+        if found == [False, False]:
+            if all(tracked):
+                return self.ledger.lose(shape, name, "it contracts the channels of two streams", statistic=True)
+            place = 0 if tracked[0] else 1
+            return self._weighted(sides[place], shape, name, weight if weight is not None else (b, a)[place])
+        place = 0 if found[0] else 1
+        (state, _), other, high = sides[place], sides[1 - place][0], carried[place]
+        assert high is not None
+        scores = other.statistic or all(tracked)
+        via = self.alike(state, high, rules.ATTENTION if scores else rules.MIX)
+        return State(high.expand(shape), via)
+
+    def _weighted(self, side: tuple[State, int], shape: Any, name: str, weight: Any) -> State:
+        """A product with constants: along an axis of streams a sum of them, along channels their end."""
+        state, dim = side
+        parameter = self.parameter(weight) if isinstance(weight, Tensor) else None
+        high, via = self.combine("sum", state, [dim])
+        if via is None:
+            raise self._ended(name, parameter)
+        return State(high.expand(shape), {writer: rules.join(path, rules.MIX) for writer, path in via.items()})
+
+    def _ended(self, name: str, parameter: str | None) -> Lost:
+        """Returns the reason why channels end in a product, and notes the parameter that they meet."""
+        if parameter is None:
+            return Lost("it contracts the channel axis with a tensor that is no adaptable layer's weight")
+        self.ledger.beside.setdefault(parameter, name)
+        return Lost(f"it multiplies channels with the parameter {_short(parameter)} outside of a layer")
+
+    def _lost(self, state: State) -> bool:
+        return all(isinstance(self.ledger.writers[writer], tuple) for writer in state.via)
+
+    def _convolution(self, args: Any, out: Tensor) -> State:
+        state, weight, bias, transposed, groups = self.state(args[0]), args[1], args[2], args[6], args[8]
+        if self.state(weight).via:
+            raise Lost("its kernel was computed from what a layer wrote")
+        channels = weight.dim() - 2
+        if transposed or groups != state.codes.shape[-1 - channels]:
+            raise self._ended("convolution", self.parameter(weight))
+        mixed = self._pool("convolution", state, out, channels, rules.MIX, weight.shape[0] // groups)
+        if bias is None:
+            return mixed
+        return self.sum(bias.view(-1, *[1] * channels), mixed)
+
+    # ---------------------------------------------------------------- along axes that hold no channels
+
+    def _pool(self, name: str, state: State, out: Tensor, axes: int = 0, label: str = "", times: int = 1) -> State:
+        axes = axes or rules.POOLS[name]
+        size = state.codes.dim()
+        high = self._collapse(state, range(size - axes, size))
+        if high is None:
+            raise Lost("pixels of one channel come from different channels")
+        via = self.alike(state, high, label or (name if "max" in name else rules.POOL))
+        if times > 1:
+            high = high.repeat_interleave(times, size - axes - 1)
+        return State(high.expand(out.shape), via, state.statistic)
+
+    def _along(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
+        state = self.state(args[0])
+        dims = argument(func, args, kwargs, "dim", -1)
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        dims = [dim % state.codes.dim() for dim in dims]
+        results = out if isinstance(out, tuple | list) else [out]
+        high = self._collapse(state, dims)
+        if high is not None:
+            via = self.alike(state, high, rules.ALONG[name])
+            return [State(high.expand(result.shape), via, state.statistic) for result in results]
+        if name in ("sort", "topk") and not results[1].is_meta:
+            codes = state.codes.gather(dims[0], results[1].cpu())
+            return [State(codes, state.passed(name), state.statistic)] * 2
+        raise Lost("it mixes channels")
+
+    def combine(self, name: str, state: State, dims: list[int]) -> tuple[Tensor, dict[int, tuple[str, ...]] | None]:
+        """Reduces axes: to the one code along them, or as a sum of streams. The path is `None` for a statistic."""
+        high, only = highest(state.codes, dims)
+        if only or state.statistic:
+            return high, self.alike(state, high, rules.POOL if name in ("mean", "sum") else name)
+        small = thin(state.codes)[0]
+        writers, mixed, found = small >> 32, [], state.present()
+        if bool(((writers == writers.amax(dims, keepdim=True)) | (small < 0)).all()):
+            return high, None  # channels of one writer at every place
+        for writer in found:
+            own = torch.where(writers == writer, small, NONE)
+            mixed.append(bool(((own != own.amax(dims, keepdim=True)) & (own >= 0)).any()))
+        if all(mixed):
+            return high, None
+        if any(mixed) or name not in rules.SUMS:
+            raise Lost("it combines the streams of several layers")
+        if len(found) == 2 and all(rules.kind_of(path) == "exact" for path in state.via.values()):
+            self.ledger.joined.add((max(found), min(found)))
+        present = State(high, state.via).present()
+        named = state.passed(rules.RESIDUAL, *rules.SUMS[name])
+        return high, {writer: path for writer, path in named.items() if writer in present}
+
+
+def _short(parameter: str) -> str:
+    """Returns the end of a parameter's name, so that equal blocks have equal reasons."""
+    return ".".join(parameter.split(".")[-2:])

@@ -1,0 +1,55 @@
+"""What the schema of an operation says: its name, its arguments by name, and which of them it writes into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """An operation.
+
+    Attributes:
+        name: As rules name it: without the namespace if that is ATen, and without the underscore of one in place.
+        inplace: Whether the name ends in an underscore.
+        places: The position of every argument.
+        writes: The arguments that it writes into.
+    """
+
+    name: str
+    inplace: bool
+    places: dict[str, int]
+    writes: tuple[str, ...]
+
+
+@cache
+def schema_of(func: Any) -> Schema:
+    """Returns what is known of an operation; one of higher order has nothing but a name."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return Schema(func.name(), False, {}, ())
+    space, _, name = schema.name.rpartition("::")
+    inplace = name.endswith("_")
+    plain = name.rstrip("_") if inplace else name
+    writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] if schema.is_mutable else []
+    places = {a.name: place for place, a in enumerate(schema.arguments)}
+    return Schema(plain if space == "aten" else f"{space}::{plain}", inplace, places, tuple(writes))
+
+
+def argument(func: Any, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
+    """Returns an argument by its name, the default where it was not given."""
+    place = schema_of(func).places.get(name)
+    if place is not None and place < len(args):
+        return args[place]
+    return kwargs.get(name, default)
+
+
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Returns the tensors that an operation writes into."""
+    held = [argument(func, args, kwargs, name, None) for name in schema_of(func).writes]
+    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)] if held else []
