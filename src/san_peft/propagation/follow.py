@@ -47,11 +47,11 @@ class Follow(TorchDispatchMode):
         self.norms = norms
         self.paused = 0
 
-    def write(self, tensor: Tensor, layer: str, dim: int) -> None:
-        """Marks a tensor as freshly written by a layer, channels along `dim`."""
-        writer, shape = self._writer(layer, tensor.shape[dim]), [1] * tensor.dim()
+    def write(self, tensor: Tensor, layer: str, dim: int, first: int = 0, size: int | None = None) -> None:
+        """Marks a tensor as freshly written by a layer, channels along `dim`: from number `first`, of `size` in all."""
+        writer, shape = self._writer(layer, size or tensor.shape[dim]), [1] * tensor.dim()
         shape[dim] = tensor.shape[dim]
-        codes = writer * STRIDE + torch.arange(tensor.shape[dim]).view(shape)
+        codes = writer * STRIDE + first + torch.arange(tensor.shape[dim]).view(shape)
         self.states[tensor] = State(codes.expand(tensor.shape), {writer: ()})
         self.outputs[StorageWeakRef(tensor.untyped_storage())] = layer
         self._remember(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten
 
@@ -38,7 +39,7 @@ class _Reads:
     barriers: dict[tuple[str, str], None] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
+def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[str] = ()) -> PropagationGraph:
     """Finds out which layer last wrote each input channel of which other layer.
 
     The model runs once in eval mode without gradients, on whatever device it is, `meta` included. A mode below
@@ -46,9 +47,11 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
     model's modes, hooks, buffers, the random state and the number of threads are as before, also when the model raises.
 
     Args:
-        model: Any model. Adaptable layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D`.
+        model: Any model. Adaptable layers are `nn.Linear`, torch's convolutions and transposed convolutions,
+            `nn.MultiheadAttention` and transformers' `Conv1D`.
         example_inputs: Keyword arguments as a dict, arguments as a tuple, or one tensor. `None` derives them for models
             of transformers and timm.
+        embeddings: Names of `nn.Embedding` layers that count as layers too: they write channels and read none.
 
     Returns:
         The graph among all adaptable layers, with its barriers, heads and norms.
@@ -66,9 +69,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
     """
     if torch.get_default_device().type == "meta":  # positions and channels are numbers, which meta has not
         with torch.device("cpu"):
-            return trace(model, example_inputs)
+            return trace(model, example_inputs, embeddings)
     inputs = derive_inputs(model) if example_inputs is None else example_inputs
-    layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
+    layers = _layers(model, embeddings)
     follow, reads = Follow(Norms(model, layers)), dict.fromkeys(layers)
     order: list[str] = []
     with _as_it_was(model), ExitStack() as stack:
@@ -102,8 +105,21 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether SAN can adapt a module: a dense or convolutional layer, or GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or _is_gpt2(module)
+    """Whether SAN can adapt a module: a dense layer, a convolution, an attention of torch, or GPT-2's `Conv1D`."""
+    return isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention) or _is_gpt2(module)
+
+
+def _layers(model: nn.Module, embeddings: Collection[str]) -> dict[str, nn.Module]:
+    """The layers by name; what an attention of torch holds is a part of it."""
+    found: dict[str, nn.Module] = {}
+    within = None
+    for name, module in model.named_modules():
+        if within is not None and name.startswith(within):
+            continue
+        if is_adaptable(module) or name in embeddings:
+            found[name] = module
+            within = f"{name}." if isinstance(module, nn.MultiheadAttention) else within
+    return found
 
 
 def _is_gpt2(module: nn.Module) -> bool:
@@ -114,14 +130,23 @@ def _record(name: str, module: nn.Module) -> Layer:
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return Layer(name, kind, module.in_features, module.out_features)
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, _ConvNd):
         return Layer(name, kind, module.in_channels, module.out_channels)
+    if isinstance(module, nn.Embedding):
+        return Layer(name, kind, 0, module.embedding_dim)
+    if isinstance(module, nn.MultiheadAttention):
+        return Layer(name, kind, sum(attention_inputs(module)) + module.embed_dim, 4 * module.embed_dim)
     weight = module.get_parameter("weight")
     return Layer(name, kind, weight.shape[0], weight.shape[1])
 
 
 def _channel_dim(module: nn.Module) -> int:
-    return -1 - len(module.kernel_size) if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+def attention_inputs(module: Any) -> tuple[int, int, int]:
+    """How many channels the queries, the keys and the values of an attention of torch have."""
+    return module.embed_dim, module.kdim or module.embed_dim, module.vdim or module.embed_dim
 
 
 def _hooks(follow: Follow, name: str, module: nn.Module, reads: dict[str, Any], order: list[str]) -> tuple[Any, Any]:
@@ -134,14 +159,21 @@ def _hooks(follow: Follow, name: str, module: nn.Module, reads: dict[str, Any], 
             if reads[name] is None:
                 reads[name] = _Reads()
                 order.append(name)
-            _read(follow, name, reads[name], given[0], dim)
-            follow.norms.read(name, given[0], dim)
-            follow.release(given[1:])
+            if isinstance(module, nn.Embedding):
+                reads[name].sources = []
+            elif isinstance(module, nn.MultiheadAttention):
+                _read_attention(follow, name, module, reads[name], args, kwargs)
+            else:
+                _read(follow, name, reads[name], given[0], dim)
+                follow.norms.read(name, given[0], dim)
+                follow.release(given[1:])
         follow.paused += 1
 
     def after(_: nn.Module, __: Any, out: Any) -> None:
         follow.paused -= 1
-        if not follow.paused and isinstance(out, Tensor):
+        if isinstance(module, nn.MultiheadAttention) and not follow.paused:
+            follow.write(out[0], name, dim, first=3 * module.embed_dim, size=4 * module.embed_dim)
+        elif not follow.paused and isinstance(out, Tensor):
             follow.write(out, name, dim)
 
     return before, after
@@ -174,6 +206,25 @@ def _held(*values: Any) -> Iterator[Tensor]:
 
 def _read(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> None:
     """Notes the source of every input channel of one call, and compares it with the calls before."""
+    _note(reads, _sources(follow, name, reads, x, dim))
+
+
+def _read_attention(follow: Follow, name: str, module: Any, reads: _Reads, args: Any, kwargs: Any) -> None:
+    """The same of an attention, whose input channels are those of queries, keys, values and the attended values.
+
+    It is one layer of four groups. The channels of the fourth group come from its own output channels of the third.
+    """
+    given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+    sources: list[tuple[str, int] | None] = []
+    for key in ("query", "key", "value"):
+        sources += _sources(follow, name, reads, given[key], -1)
+        follow.norms.open(given[key])
+    reads.via[name] = (rules.ATTENTION,)
+    _note(reads, sources + [(name, 2 * module.embed_dim + channel) for channel in range(module.embed_dim)])
+
+
+def _sources(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> list[tuple[str, int] | None]:
+    """Returns the source of every input channel."""
     state = follow.states.get(x)
     size = x.shape[dim]
     sources: list[tuple[str, int] | None] = [None] * size
@@ -199,6 +250,10 @@ def _read(follow: Follow, name: str, reads: _Reads, x: Tensor, dim: int) -> None
             layer = follow.writers[writer]
             if isinstance(layer, str):
                 reads.via[layer] = rules.join(reads.via.get(layer, ()), *path)
+    return sources
+
+
+def _note(reads: _Reads, sources: list[tuple[str, int] | None]) -> None:
     if reads.sources is None:
         reads.sources = sources
     elif reads.sources != sources:
@@ -251,12 +306,14 @@ def _graph(
                     groups[source[0]] = [-1] * len(read.sources)
                 groups[source[0]][position] = source[1]
         for anterior, index in groups.items():
-            if anterior == name:
+            within = isinstance(layers[name], nn.MultiheadAttention)  # from its values to its output projection
+            if anterior == name and not within:
                 barriers.append(Barrier("call", name, "it reads its own output in a later call"))
                 continue
             channels = ChannelMap.from_index(index, records[anterior].out_channels)
             edge = Edge(anterior, name, channels, read.via.get(anterior, ()))
-            edges.append(replace(edge, closed=_closed(follow, edge, read)))
+            closed = _closed(follow, edge, read) and getattr(layers[name], "bias_v", None) is None
+            edges.append(replace(edge, closed=closed))
         barriers += [Barrier(operation, name, reason) for operation, reason in read.barriers]
     barriers += [
         Barrier("call", name, "it was never called; what reads its weight directly goes past SAN")

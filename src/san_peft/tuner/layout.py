@@ -44,6 +44,8 @@ class ScaleLayout:
         posteriors: The layers among `inputs`.
         hosts: LoRA and DoRA hosts on dense layers, whose matrices are cast together.
         edge: One of the edges, for the options that all have: exponent, bound and detach.
+        strength: For the channels of own and both in turn, the strength of their scales; `None` is one everywhere.
+        shift_strength: The same for the channels of `shifted`.
     """
 
     name: str
@@ -65,11 +67,13 @@ class ScaleLayout:
     hosts: list[Any] = field(default_factory=list)
     posteriors: list[Any] = field(default_factory=list)
     edge: Any = None
+    strength: Tensor | None = None
+    shift_strength: Tensor | None = None
     _constants: dict[Any, Any] = field(default_factory=dict)
 
     def move(self, device: torch.device) -> None:
         """Moves the indices to a device."""
-        for name in ("outputs", "shifts", "fed"):
+        for name in ("outputs", "shifts", "fed", "strength", "shift_strength"):
             value = getattr(self, name)
             if value is not None and value.device != device:
                 setattr(self, name, value.to(device))
@@ -131,9 +135,19 @@ def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
     for layer in order:
         layout.offset[layer.san_name] = end
         end += layer.out_features
+    layout.strength = _strength([*layout.own, *layout.both], name)
+    layout.shift_strength = _strength(layout.shifted, name)
     _lay_out_outputs(scales, layout, where, edges, end)
     _lay_out_inputs(scales, layout, where, edges, end)
     return layout
+
+
+def _strength(layers: list[Any], name: str) -> Tensor | None:
+    """The strength of an adapter on the output channels of some layers, or `None` if it is one on all."""
+    strengths = [layer.san_scale[name].strength for layer in layers]
+    if all(strength == 1 for strength in strengths):
+        return None
+    return torch.cat([torch.full((x.out_features,), s) for x, s in zip(layers, strengths, strict=True)])
 
 
 def _group(layer: Any, name: str) -> Any:

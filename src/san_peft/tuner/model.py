@@ -19,14 +19,17 @@ from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.propagation.placement import place
 from san_peft.propagation.rules import ATTENTION
 from san_peft.tuner import _peft
+from san_peft.tuner.acting import set_fast_paths
+from san_peft.tuner.attention import layer_for
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
-from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
+from san_peft.tuner.layer import MODES, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import keep_exact
 from san_peft.tuner.resolve import layers_by_name, resolve
 from san_peft.tuner.scales import Scales
+from san_peft.tuner.vectors import Incoming
 
 
 class SanModel(_peft.Tuner):
@@ -70,9 +73,12 @@ class SanModel(_peft.Tuner):
             **kwargs,
         )
         self._wire(model, adapter_name, config, graph, low_cpu_mem_usage)
+        _peft.share_layers(model, SanLayer)
+        set_fast_paths(model, False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model, in a pass of its scales."""
+        self.check_mixed(args, kwargs)
         with self.scales.passing(kwargs):
             return self.model.forward(*args, **kwargs)
 
@@ -114,6 +120,8 @@ class SanModel(_peft.Tuner):
     def unloaded(self) -> None:
         """Gives norms their own classes back, once the layers are out of the model."""
         self.scales.release()
+        _peft.share_layers(self.model, SanLayer, taken_off=True)
+        set_fast_paths(self.model, True)
 
     @property
     def propagation_graph(self) -> PropagationGraph:
@@ -198,7 +206,7 @@ class SanModel(_peft.Tuner):
         self, config: SanConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, fqn: str
     ) -> None:
         """Gives a module a scale of its own."""
-        layer = target if isinstance(target, SanLayer) else SanLayer(target)
+        layer = target if isinstance(target, SanLayer) else layer_for(target)
         layer.update_layer(adapter_name, config, inference_mode=config.inference_mode)
         if adapter_name in layer.san_host:
             layer.san_host[adapter_name].reference = vars(self).get("_references", {}).get(fqn)
@@ -217,7 +225,7 @@ class SanModel(_peft.Tuner):
             posterior = model.get_submodule(fqn)
             if not isinstance(posterior, SanLayer):
                 parent, _, name = fqn.rpartition(".")
-                layer = SanLayer(posterior)
+                layer = layer_for(posterior)
                 layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
                 layer.train(posterior.training)
                 _peft.replace(self, model.get_submodule(parent), name, layer, posterior)
@@ -314,8 +322,8 @@ class SanModel(_peft.Tuner):
             return super().merge_and_unload(progressbar, adapter_names=names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Puts a module into the place of another; PEFT's would ask one of several layers for a weight of its own."""
-        if isinstance(child, AuxiliaryTrainingWrapper):
+        """Puts a module in the place of another; PEFT's would write the weight of a frozen layer that comes back."""
+        if isinstance(child, AuxiliaryTrainingWrapper | SanLayer):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

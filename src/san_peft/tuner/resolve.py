@@ -12,10 +12,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from san_peft.errors import GraphError, TargetError, TraceError
 from san_peft.propagation.graph import Edge, Norm, PropagationGraph
 from san_peft.tuner import _peft
+from san_peft.tuner.attention import layer_for
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import is_feedforward, type_of, unfit
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
@@ -29,9 +31,15 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
     targets: Any = config.target_modules
     norms: Any = config.modules_to_save
     wide = isinstance(targets, str) and targets.lower() == "all-linear"
-    graph = _graph(model, config) if config.edges is None or targets is None or wide else None
+    tables = (
+        []
+        if targets is None or wide
+        else [n for n, m in names.items() if _is_table(m) and _peft.matches(tuner, config, n)]
+    )
+    graph = _graph(model, config, tables) if config.edges is None or targets is None or wide else None
     if targets is None or (wide and graph):
-        chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else list(names)
+        without = [name for name, module in names.items() if not _is_table(module)]
+        chosen = [layer.fqn for layer in graph.layers] if graph and graph.layers else without
         heads = set(graph.heads) if graph else set()
         targets = {
             n for n in chosen if n not in heads and not _inside(n, norms) and not (wide and _is_convolution(names[n]))
@@ -78,6 +86,11 @@ def _check_targets(
                 f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
             )
     idle = []
+    attentions = [
+        name
+        for name, module in modules.items()
+        if isinstance(_frozen(module), nn.MultiheadAttention) and _peft.matches(tuner, config, name)
+    ]
     traced = {layer.fqn for layer in graph.layers} if graph is not None else set()
     for name, module in modules.items():
         if isinstance(module, AuxiliaryTrainingWrapper) or targets == "all-linear":
@@ -91,13 +104,19 @@ def _check_targets(
         if not isinstance(inner, LAYER_TYPES):
             raise TargetError(f"{name} is {cannot_adapt(inner)}")
         if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
-            raise TargetError(f"{name} is a convolution {reason}. Leave it out of target_modules.")
+            raise TargetError(f"{name} is a {type(inner).__name__} {reason}. Leave it out of target_modules.")
+        if any(name.startswith(f"{other}.") for other in attentions):
+            raise TargetError(
+                f"{name} is a part of an nn.MultiheadAttention that target_modules names as well. The attention has "
+                "scales for its output projection too: name one of them."
+            )
         if traced and name not in traced:
             idle.append(name)
     if idle:
         warnings.warn(
-            f"{len(idle)} target layers were not called when the model was traced, so their scales may do nothing "
-            f"(a model may read a weight directly): {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
+            f"{len(idle)} target layers were not called when the model was traced. If the model reads their weights "
+            "directly, their own scales act, but nothing is propagated from them or to them; else they may do nothing: "
+            f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
             stacklevel=4,
         )
 
@@ -135,7 +154,7 @@ def _check_host(fqn: str, layer: BaseTunerLayer, config: SanConfig) -> None:
         )
 
 
-def _graph(model: nn.Module, config: SanConfig) -> PropagationGraph | None:
+def _graph(model: nn.Module, config: SanConfig, tables: Iterable[str]) -> PropagationGraph | None:
     """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed."""
     if not isinstance(config.propagation, str):
         return PropagationGraph.from_json(config.propagation)
@@ -146,7 +165,8 @@ def _graph(model: nn.Module, config: SanConfig) -> PropagationGraph | None:
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     try:
         with _disabled(adapted):
-            return _plain_graph(trace(model))
+            embeddings = [name for name, _ in model.named_modules() if plain_name(name) in set(tables)]
+            return _plain_graph(trace(model, embeddings=embeddings))
     except TraceError:
         if config.propagation == "none":
             return None
@@ -164,6 +184,8 @@ def _select(
         inner = config.inner_config()
         carried = {n for n in carried if not is_feedforward(inner, n)}
     edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
+    # the inside of an attention is not followed, so one whose output projection is a target by itself reads nothing
+    edges = [edge for edge in edges if not any(name.startswith(f"{edge.posterior}.") for name in carried)]
     kept, cut = [], []
     for edge in edges:
         (kept if edge.anterior in carried else cut).append(edge)
@@ -191,14 +213,20 @@ def _disabled(modules: list[Any]) -> Iterator[None]:
             _peft.set_disabled(module, state)
 
 
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _is_layer(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, LAYER_TYPES)
+    return isinstance(_frozen(module), LAYER_TYPES)
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Conv1d | nn.Conv2d)
+    return isinstance(_frozen(module), _ConvNd)
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(_frozen(module), nn.Embedding)
 
 
 def _inside(fqn: str, saved: Iterable[str] | None) -> bool:
@@ -257,7 +285,7 @@ def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    layer = module if isinstance(module, SanLayer) else SanLayer(module)
+    layer = module if isinstance(module, SanLayer) else layer_for(module)
     return layer.out_features, layer.in_features
 
 
