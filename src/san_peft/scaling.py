@@ -55,8 +55,15 @@ def spread(factor: Factor) -> Tensor:
 
 
 def plain_operations() -> bool:
-    """Whether autograd functions of our own have to stand back: in compiled code and under `torch.func`."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+    """Whether autograd functions of our own have to stand back: in compiled and traced code and under `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+
+
+def is_dispatched() -> bool:
+    """Whether a mode sees every operation, as that of selective checkpointing, which may keep what an operation gave."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def scale_channels(
@@ -75,6 +82,7 @@ def scale_channels(
     dim, wide = channel_dim % x.dim(), factor.wide
     if plain_operations():
         return _plain_scale(x, wide, shift, dim, factor.salt)
+    inplace = inplace and not is_dispatched()
     trained = torch.is_grad_enabled() and (wide.requires_grad or (shift is not None and shift.requires_grad))
     if trained:
         keep_output = keep == "output" and factor.divisible and not (x.dtype in HALF and shift is not None)
@@ -158,7 +166,8 @@ class _ScaleChannels(torch.autograd.Function):
                 product = grad * saved
                 grad_scale = _sum_but(product, ctx.dim)
             if need_x:
-                narrow = wide.to(grad.dtype) if again or low is None or low.dtype != grad.dtype else low
+                whole = _TimesScale.apply(wide) if again and ctx.deferred else wide
+                narrow = whole.to(grad.dtype) if again or low is None or low.dtype != grad.dtype else low
                 factor = along(narrow, grad, ctx.dim)
                 grad_x = grad * factor if again or product is None else torch.mul(grad, factor, out=product)
         if need_scale and ctx.keep_output:
@@ -167,7 +176,7 @@ class _ScaleChannels(torch.autograd.Function):
             if not ctx.deferred:
                 grad_scale = undo_scale(grad_scale, wide)
         elif need_scale and ctx.deferred:
-            grad_scale = grad_scale * wide
+            grad_scale = grad_scale * (_TimesScale.apply(wide) if again else wide)
         if grad_scale is not None:
             grad_scale = grad_scale.to(wide.dtype)
         if grad_shift is not None:

@@ -14,6 +14,7 @@ from tests.tuner.hosted import host_parameters, layers_of
 from tests.tuner.passes import CASES, CLOSE, adapted, alone, total
 from tests.tuner.test_autograd import chain, given, run
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -25,7 +26,8 @@ SOME = ["own", "shift", "lora", "projection", "dora", "all"]
 
 def penalty(model: nn.Module, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(total(model(x).cos()), x, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        (gradient,) = torch.autograd.grad(total(model(x).cos()), x, create_graph=True)
     return gradient.square().sum()
 
 
@@ -37,7 +39,7 @@ def check_penalty(model: nn.Module, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     penalty(model, x).backward()
     slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
-    step, values = 1e-5, []
+    step, values = 1e-6, []
     for sign in (1, -1):
         with torch.no_grad():
             for p, d in zip(parameters, directions, strict=True):
@@ -47,11 +49,11 @@ def check_penalty(model: nn.Module, x: Tensor) -> None:
             for p, d in zip(parameters, directions, strict=True):
                 p.sub_(d, alpha=sign * step)
     numeric = (values[0] - values[1]) / (2 * step)
-    assert abs(float(slope) - numeric) <= 1e-6 * max(1, abs(numeric)), (float(slope), numeric)
+    assert abs(float(slope) - numeric) <= 1e-5 * abs(numeric) + 1e-9, (float(slope), numeric)
 
 
 @pytest.mark.parametrize("images", [False, True], ids=["dense", "images"])
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", [case for case in SOME if case != "dora"])
 def test_gradient_penalties(case, images):
     model = chain(nn.Tanh(), images, case)
     check_penalty(model, given(images))
@@ -68,8 +70,21 @@ def test_gradient_penalties_near_zero(case):
     check_penalty(model, given(False))
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["dense", "images"])
+def test_a_gradient_penalty_of_dora_is_that_of_peft(images):
+    """DoRA holds the norms of its rows constant, so a numeric derivative is another."""
+    model, found = chain(nn.Tanh(), images, "dora"), []
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        penalty(model, given(images)).backward()
+        found.append({n: p.grad for n, p in host_parameters(model).items()})
+        for layer in layers_of(model).values():  # who listens gets PEFT's own forward pass
+            layer.host.register_forward_hook(lambda module, args, out: None)
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["llama-grouped", "timm-vit"])
-@pytest.mark.parametrize("case", ["own", "lora", "dora"])
+@pytest.mark.parametrize("case", ["own", "lora"])
 def test_second_derivatives_through_norms(name, case):
     """RMS norms and layer norms with a scale in them."""
     from tests.tuner.passes import batch
@@ -88,8 +103,7 @@ def test_second_derivatives_through_norms(name, case):
         def forward(self, x: Tensor) -> Tensor:
             return model(inputs_embeds=x).logits
 
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        check_penalty(Body(), embedded)
+    check_penalty(Body(), embedded)
 
 
 # ---------------------------------------------------------------------- checkpointing
@@ -236,7 +250,7 @@ def test_transformations_of_layers_of_every_kind(name):
     total(model(x)).backward()
     expected = {n: p.grad for n, p in host_parameters(model).items()}
     torch.testing.assert_close(torch.func.grad(loss)(parameters), expected, **CLOSE)
-    if not kind.tokens:
+    if not kind.tokens and not name.endswith("dora"):
         check_penalty(model, x)
 
 

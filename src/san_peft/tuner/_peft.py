@@ -132,7 +132,7 @@ def set_disabled(module: Any, disabled: bool) -> None:
 def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
     """Forward pre-hook that hands the adapter of every sample to a layer; beams of a sample follow each other."""
     size = len(args[0]) if args and isinstance(args[0], torch.Tensor) else 0
-    if size > len(adapter_names) and size % len(adapter_names) == 0:
+    if adapter_names and size > len(adapter_names) and size % len(adapter_names) == 0:
         adapter_names = [name for name in adapter_names for _ in range(size // len(adapter_names))]
     return args, {**kwargs, "adapter_names": adapter_names}
 

@@ -313,9 +313,9 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
 
 
 def unfit(peft_type: str, base: Any) -> str | None:
-    """Says why a host cannot take a layer, or returns `None` where it can; read after "is a convolution"."""
-    if isinstance(base, _ConvTransposeNd):
-        return f"that is transposed, for which PEFT has no {peft_type}"
+    """Says why a host cannot take a layer, or returns `None` where it can; read after "is a Conv2d"."""
+    if isinstance(base, _ConvTransposeNd | nn.Embedding | nn.MultiheadAttention):
+        return "which takes scales of its own, but no host"
     return KINDS[peft_type].unfit(base)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from san_peft.decomposition import low_rank_norm
 from san_peft.products import adapted_linear
-from san_peft.scaling import SALT, Factor, near_zero, plain_operations
+from san_peft.scaling import SALT, Factor, is_dispatched, near_zero, plain_operations
 from san_peft.tuner.decompose import type_of
 from san_peft.tuner.fill import Vectors
 from san_peft.tuner.quantized import row_matrix
@@ -184,5 +184,5 @@ class HostedLayer:
         hidden = down((x if read is None else read).to(down.weight.dtype))
         update = up(hidden * scaling)
         z = base(x)
-        fresh = is_quiet(base) and type(base) in PLAIN and not plain_operations()
+        fresh = is_quiet(base) and type(base) in PLAIN and not (plain_operations() or is_dispatched())
         return z.add_(update) if fresh else (z + update).to(z.dtype)

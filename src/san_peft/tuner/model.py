@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from san_peft.errors import AdapterError, GraphError, SanError
@@ -322,11 +321,8 @@ class SanModel(_peft.Tuner):
             return super().merge_and_unload(progressbar, adapter_names=names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Puts a module in the place of another; PEFT's would write the weight of a frozen layer that comes back."""
-        if isinstance(child, AuxiliaryTrainingWrapper | SanLayer):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        """Puts a module in the place of another: its vectors are on the device, and a frozen layer has its weight."""
+        setattr(parent, child_name, new_module)
 
     def add_weighted_adapter(
         self,

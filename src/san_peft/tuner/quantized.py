@@ -78,13 +78,13 @@ def keep_exact(model: nn.Module) -> None:
     for module in modules.values():
         if getattr(module, REPACKS, False):
             setattr(module, REPACKS, False)
-        weight: Any = getattr(module, "weight", None)
+        weight: Any = vars(module)["_parameters"].get("weight")
         if type(weight).__name__ == "Int8Params" and weight.SCB is None and hasattr(module, "state"):
             weight.SCB = module.state.SCB
 
 
 def _is_repacked(module: Any) -> bool:
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    state = getattr(vars(module)["_parameters"].get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 

@@ -20,6 +20,7 @@ from san_peft.tuner import _peft
 from san_peft.tuner.attention import layer_for
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import is_feedforward, type_of, unfit
+from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
 from san_peft.tuner.sharded import is_sharded
 
@@ -129,9 +130,9 @@ def _check_parallel(fqn: str, layer: Any) -> None:
             f"{fqn} is split by tensor parallelism (plan {getattr(layer, '_hf_tp_plan', None)!r}), which SAN does not "
             "support. Load the model without tp_plan, and shard it with FSDP2 after get_peft_model."
         )
-    if is_sharded(getattr(layer, "weight", None)):
+    if isinstance(layer, LAYER_TYPES) and is_sharded(stored_weight(layer)):
         raise TargetError(
-            f"The weight of {fqn} is in shards on {layer.weight.device_mesh.size()} devices already. Call "
+            f"The weight of {fqn} is in shards on {stored_weight(layer).device_mesh.size()} devices already. Call "
             "get_peft_model first and fully_shard after it."
         )
 
