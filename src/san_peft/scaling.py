@@ -62,7 +62,7 @@ def plain_operations() -> bool:
 
 
 def is_dispatched() -> bool:
-    """Whether a mode sees every operation, as that of selective checkpointing, which may keep what an operation gave."""
+    """Whether a mode sees every operation, as that of selective checkpointing, which may keep the results."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -73,7 +73,7 @@ class Volume(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.grouped = nn.Conv3d(2, 8, 2, padding=1), nn.Conv3d(8, 4, 2, groups=2, bias=False)
-        self.last, self.head = nn.Conv3d(4, 4, 1), nn.Linear(4, 3)
+        self.last, self.head = nn.Conv3d(4, 4, (2, 1, 3)), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.last(torch.relu(self.grouped(self.stem(x)))).flatten(2).mean(-1))
@@ -105,6 +105,7 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(8)
         self.cross = nn.MultiheadAttention(8, 2, kdim=4, vdim=4, bias=False, batch_first=True)
         self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.requires_grad_(False)  # torch multiplies otherwise where a weight requires a gradient
 
     def forward(self, x: Tensor) -> Tensor:
         other, x = self.other(x), self.stem(x)

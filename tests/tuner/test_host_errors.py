@@ -80,7 +80,7 @@ def test_configurations_that_make_no_sense(options, error, text):
 
 @pytest.mark.parametrize(
     ("host", "target", "text"),
-    [("lora", "grouped", "grouped is a convolution in 2 groups"), ("oft", "last", r"of size \(2, 2\)")],
+    [("lora", "grouped", "grouped is a Conv2d in 2 groups"), ("oft", "last", r"of size \(2, 2\)")],
 )
 def test_convolutions_whose_weight_the_host_does_not_change(host, target, text):
     net = Image()

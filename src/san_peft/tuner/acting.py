@@ -181,20 +181,24 @@ class ActingLayer:
             SanError: If samples name their adapters, which one weight cannot serve, or over a host of another kind than
                 LoRA.
         """
-        scales = self.san_scales
+        weight, bias = self._hosted_tensors()
+        return self.fold_vectors(weight, bias, *self._acting_vectors(), weight.dtype)
+
+    def _acting_vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Scale, input scale and shift as they act at present, for operations of autograd."""
+        scales, weight = self.san_scales, stored_weight(self.get_base_layer())
         if scales.mixed:
             raise SanError(
                 f"The weight of {self.san_name} is read past its forward pass, so it is one for the whole batch: "
                 "adapter_names cannot be used here. Run one batch for each adapter."
             )
-        weight, bias = self._hosted_tensors()
         vectors: Vectors = scales.of(self)
         rows, columns = self.san_mode in ("both", "neuron"), self.san_mode in ("both", "synapse")
         scale = spread(vectors.scale) if rows and vectors.scale is not None else None
         input_scale = spread(vectors.input_scale) if columns and vectors.input_scale is not None else None
         shift = vectors.shift if rows else None
         scale, input_scale, shift = (None if v is None else v.to(weight.device) for v in (scale, input_scale, shift))
-        return self.fold_vectors(weight, bias, scale, input_scale, shift, weight.dtype)
+        return scale, input_scale, shift
 
     def _hosted_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the frozen layer with its host's part."""

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from san_peft.errors import SanError
-from san_peft.functional import fold
+from san_peft.functional import channels_of, fold
 from san_peft.propagation.trace import attention_inputs
 from san_peft.tuner.acting import ActingTensor
 from san_peft.tuner.layer import SanLayer
@@ -94,7 +94,8 @@ class SanAttention(SanLayer):
 
     def acting_parts(self) -> dict[str, Tensor]:
         """Returns all weights and biases by name, with all that acts in them."""
-        return dict(self._named(*self.acting_tensors()))
+        weights, bias = self._weights(), self._bias()
+        return self._named(*self._fold([w for _, w in weights], bias, *self._acting_vectors(), weights[0][1].dtype))
 
     # ------------------------------------------------------------------ its tensors as one weight and one bias
 
@@ -102,15 +103,13 @@ class SanAttention(SanLayer):
         base = self.get_base_layer()
         return [(name, base.get_parameter(name)) for name in ROWS if _is_there(base, name)]
 
-    def _hosted_tensors(self) -> Tensors:
+    def _bias(self) -> Tensor | None:
         base = self.get_base_layer()
-        weight = torch.cat([w.flatten() for _, w in self._weights()])
-        biases = (base.in_proj_bias, base.out_proj.bias)
-        return weight, None if biases[0] is None else torch.cat(biases)
+        return None if base.in_proj_bias is None else torch.cat([base.in_proj_bias, base.out_proj.bias])
 
     @torch.no_grad()
     def _base_tensors(self) -> Tensors:
-        return self._hosted_tensors()
+        return torch.cat([w.flatten() for _, w in self._weights()]), self._bias()
 
     @contextmanager
     def frozen_weight(self) -> Iterator[None]:
@@ -127,34 +126,48 @@ class SanAttention(SanLayer):
         dtype: torch.dtype,
     ) -> Tensors:
         """Folds vectors into the packed weights and biases."""
-        size = self.sizes[-1]
-        rows = [None] * 4 if scale is None else scale.split(size)
-        columns = [None] * 4 if input_scale is None else input_scale.split(self.sizes)
-        parts = weight.split([size * n for n in self.sizes])
-        folded = [
-            fold(part.view(size, n), None, g, s, dtype=dtype)[0].flatten()
-            for part, n, g, s in zip(parts, self.sizes, rows, columns, strict=True)
-        ]
-        if bias is None and shift is None:
-            return torch.cat(folded), None
-        ones = weight.new_ones(4 * size, 1)
-        _, bias = fold(ones, bias, scale, None, shift, dtype=dtype)
-        return torch.cat(folded), bias
+        folded, bias = self._fold(self._cut(weight), bias, scale, input_scale, shift, dtype)
+        return torch.cat([part.flatten() for part in folded]), bias
 
-    def _named(self, weight: Tensor, bias: Tensor | None) -> list[tuple[str, Tensor]]:
-        """Cuts packed tensors into those of the attention."""
-        names = self._weights()
-        parts = weight.split([w.numel() for _, w in names])
-        found = [(name, part.view(w.shape)) for (name, w), part in zip(names, parts, strict=True)]
+    def _fold(
+        self,
+        weights: list[Tensor],
+        bias: Tensor | None,
+        scale: Tensor | None,
+        input_scale: Tensor | None,
+        shift: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Folds vectors into each of the weights, and into all biases together."""
+        folded, biases, row, column = [], [], 0, 0
+        for weight in weights:
+            groups = weight.shape[0] // self.sizes[-1]  # a packed projection holds three
+            out, size = channels_of(weight, groups)
+            rows, columns = slice(row, row + out), slice(column, column + size)
+            g, t, b = (None if v is None else v[rows] for v in (scale, shift, bias))
+            s = None if input_scale is None else input_scale[columns]
+            one, b = fold(weight, b, g, s, t, groups=groups, dtype=dtype)
+            folded.append(one)
+            biases.append(b)
+            row, column = row + out, column + size
+        return folded, None if biases[0] is None else torch.cat(biases)
+
+    def _cut(self, weight: Tensor) -> list[Tensor]:
+        shapes = [w.shape for _, w in self._weights()]
+        return [w.view(shape) for w, shape in zip(weight.split([s.numel() for s in shapes]), shapes, strict=True)]
+
+    def _named(self, weights: list[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        """Tensors of the attention by their names."""
+        found = dict(zip([name for name, _ in self._weights()], weights, strict=True))
         if bias is not None:
-            size = self.sizes[-1]
-            found += [("in_proj_bias", bias[: 3 * size]), ("out_proj.bias", bias[3 * size :])]
+            size = 3 * self.sizes[-1]
+            found |= {"in_proj_bias": bias[:size].clone(), "out_proj.bias": bias[size:].clone()}
         return found
 
     @torch.no_grad()
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         base: Any = self.get_base_layer()
-        for name, value in self._named(weight, bias):
+        for name, value in self._named(self._cut(weight), bias).items():
             holder: Any = base.out_proj if name.startswith("out_proj.") else base
             kind = name.rpartition(".")[2]
             there = getattr(holder, kind)

@@ -223,6 +223,8 @@ def _check_whole(host: Any) -> None:
 
 def _mixing_groups(base: Any) -> str | None:
     groups = getattr(base, "groups", 1)
+    if isinstance(base, nn.Conv3d) and base.kernel_size[:2] == (1, 1):
+        return f"of size {base.kernel_size}, which PEFT takes for one of two dimensions and cannot merge"
     if groups > 1:
         return f"in {groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
     return None

@@ -55,6 +55,12 @@ def stored_weight(base: Any) -> Tensor:
     return base.weight
 
 
+def stored_bias(base: Any) -> Tensor | None:
+    """Returns a layer's bias, or `None` if it has none."""
+    own = vars(base)["_parameters"]
+    return own.get("bias" if "bias" in own else "in_proj_bias")
+
+
 def has_plain_forward(base: Any) -> bool:
     """Whether a layer's forward pass is that of torch, or of GPT-2's `Conv1D`."""
     return type(base).forward in _PLAIN
