@@ -13,13 +13,33 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from san_peft.errors import SanError
 from san_peft.products import full_types, times_columns, times_rows, weight_product
-from san_peft.scaling import plain_operations
+from san_peft.scaling import plain_operations, replayed
 
 DECOMPOSITIONS = ("norm", "projection")
+
+FLOOR = 1e-2
+"""The smallest row norm that a change is measured against, as a share of the median row norm of the layer."""
+
+
+def floored(norm: Float[Tensor, "*layers out"]) -> Float[Tensor, "*layers out"]:
+    """Raises the norms of nearly dead rows to `FLOOR` times the median of the layer.
+
+    What an adapter gives such a row would be a factor of thousands of its own norm.
+
+    Args:
+        norm: Norms of the rows, of one layer along the last axis.
+
+    Returns:
+        The norms to divide by; zeros where half of the rows or more are zero.
+
+    Example:
+        >>> [round(n, 4) for n in floored(torch.tensor([1.0, 2.0, 1e-9])).tolist()]
+        [1.0, 2.0, 0.01]
+    """
+    return torch.maximum(norm, FLOOR * norm.median(-1, keepdim=True).values)
 
 
 def low_rank_scale(
@@ -40,7 +60,8 @@ def low_rank_scale(
 
     The first is the ratio of the norms of the adapted and the frozen row, DoRA's magnitude over its start; the second
     is the least-squares scale of the adapted row on the frozen one, with a sign. Both are exactly one for
-    $B = 0$, and have a gradient there. A row of zeros has scale one.
+    $B = 0$, and have a gradient there. For a row with less than a hundredth of the median norm, $n_j$ in the
+    denominators is the square of that hundredth (`floored`).
 
     Args:
         product: $M$, the frozen weight times the rows of $A$.
@@ -65,16 +86,16 @@ def low_rank_scale(
     """
     _check_decomposition(decomposition)
     wide = product.dtype
-    rows, columns, total = lora_A.to(wide), lora_B.to(wide), norm.to(wide).square()
+    rows, columns, norm = lora_A.to(wide), lora_B.to(wide), norm.to(wide)
     if decomposition == "projection":
         if reference is not None:
             raise SanError("A reference norm goes with decomposition='norm'.")
-        return 1 + _ratio(scaling * (columns * product).sum(1), total)
+        return 1 + _ratio(scaling * (columns * product).sum(1), floored(norm).square())
     gain = _gain(product, rows, columns, scaling)
-    if reference is not None:
-        start = reference.to(wide).square()
-        return _root(_ratio(total - start + gain, start))
-    return _root(_ratio(gain, total))
+    if reference is None:
+        return _root(_ratio(gain, floored(norm).square()))
+    reference = reference.to(wide)
+    return _root(_ratio(norm.square() - reference.square() + gain, floored(reference).square()))
 
 
 def low_rank_norm(
@@ -131,11 +152,11 @@ def low_rank_scales(
 
     Args:
         weights: The frozen weights.
-        inverse: One over the squared row norms that count as one, $1 / n$; zero for a row of zeros.
+        inverse: One over the squared row norms to divide by (`floored`), $1 / n$; zero for none.
         scaling: The factor $c$.
         decomposition: `norm` or `projection`.
-        start: Squared row norms of the frozen weights times `inverse`, where these differ (see `reference` of
-            `low_rank_scale`); `None` is one.
+        start: What stands for the one under the root, where the norms that count as one are others than those of the
+            frozen weights (see `reference` of `low_rank_scale`); `None` is one.
         lora_A: Down-projections, in float32 at least.
         lora_B: Up-projections.
 
@@ -198,13 +219,21 @@ class _LowRankScales(torch.autograd.Function):
         else:
             scale = gain.mul_(scaling).add_(1)
         ctx.weights, ctx.scaling, ctx.norm = weights, scaling, norm
-        ctx.save_for_backward(rows, columns, total, scale if norm else None, inverse)
+        ctx.save_for_backward(rows, columns, total, scale if norm else None, inverse, start, *adapters)
         return scale
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
-        rows, columns, total, scale, inverse = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows, columns, total, scale, inverse, start, *adapters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated once more
+            count, decomposition = len(ctx.weights), "norm" if ctx.norm else "projection"
+
+            def plain(*given: Any) -> Tensor:
+                return _plain_scales(
+                    ctx.weights, inverse, ctx.scaling, decomposition, start, given[:count], given[count:]
+                )
+
+            return (None, None, None, None, None, *replayed(plain, adapters, grads[0]))
         weighed = grads[0] * inverse
         if ctx.norm:
             weighed = weighed.div_(scale)
@@ -228,13 +257,15 @@ def dense_scale(
     $$ g_j = \lVert w_j + \delta_j \rVert / \lVert w_j \rVert \;\text{(norm)}, \qquad
        g_j = 1 + \langle \delta_j, w_j \rangle / \lVert w_j \rVert^2 \;\text{(projection)} $$
 
+    For nearly dead rows the change is divided by the floor of `floored`, as in `low_rank_scale`.
+
     Args:
         change: The change $\delta$ of the weight.
         weight: The frozen weight.
         decomposition: `norm` or `projection`.
 
     Returns:
-        The scale of every output channel, in float32 at least; one for a row of zeros.
+        The scale of every output channel, in float32 at least.
 
     Raises:
         SanError: For an unknown decomposition.
@@ -246,7 +277,8 @@ def dense_scale(
     _check_decomposition(decomposition)
     wide = torch.promote_types(change.dtype, torch.float32)
     change, frozen = change.to(wide), weight.detach().to(wide)
-    along, total = (change * frozen).sum(1), frozen.square().sum(1)
+    along = (change * frozen).sum(1)
+    total = floored(torch.linalg.vector_norm(frozen, dim=1)).square()
     if decomposition == "projection":
         return 1 + _ratio(along, total)
     return _root(_ratio(2 * along + change.square().sum(1), total))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from san_peft.errors import AdapterError, MergeError
 from san_peft.tuner._peft import make_dense
+from san_peft.tuner.decompose import unfit
+from san_peft.tuner.frozen import stored_bias
 from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.quantized import is_quantized, make_dense_layer
 from san_peft.tuner.verify import jittered, judge
@@ -92,7 +94,7 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
 
         probe = derive_inputs(tuner.model)
     training = {module: module.training for module in model.modules()}
-    biases = {name: layer.get_base_layer().bias for name, layer in layers.items()}
+    biases = {name: stored_bias(layer.get_base_layer()) for name, layer in layers.items()}
     try:
         model.eval()
         before = _outputs(model, probe)
@@ -122,7 +124,9 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         for module, state in training.items():
             module.training = state
     made = tuple(
-        name for name, layer in layers.items() if biases[name] is None and layer.get_base_layer().bias is not None
+        name
+        for name, layer in layers.items()
+        if biases[name] is None and stored_bias(layer.get_base_layer()) is not None
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
@@ -218,6 +222,8 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_n
     for name, layer in layers.items():
         if layer.groups > 1:
             raise MergeError(f"{name} is a convolution in {layer.groups} groups, whose change LoRA cannot make.")
+        if reason := unfit("LORA", layer.get_base_layer()):
+            raise MergeError(f"{name} is a {type(layer.get_base_layer()).__name__} {reason}: save the merged model.")
         delta, bias = layer.get_delta(adapter_name)
         rows = delta.t() if layer.transposed else delta.flatten(1)
         left, values, right = torch.linalg.svd(rows, full_matrices=False)

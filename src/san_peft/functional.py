@@ -65,6 +65,26 @@ def propagate(
     return torch.where(index < 0, torch.ones_like(gathered), gathered)
 
 
+def strengthen(scale: Float[Tensor, " channels"], strength: float | Float[Tensor, " channels"]) -> Tensor:
+    r"""Raises a scale to the power of a strength, with the sign it has: $\operatorname{sign}(g)|g|^s$.
+
+    Args:
+        scale: Scale $g$.
+        strength: Strength $s$, not negative; one number, or one for each channel. Zero gives one.
+
+    Returns:
+        The scale at that strength. Strengths multiply: $(g^s)^r = g^{sr}$.
+
+    Example:
+        >>> strengthen(torch.tensor([4.0, -4.0, 0.0]), 0.5).tolist()
+        [2.0, -2.0, 0.0]
+        >>> strengthen(torch.tensor([4.0, -4.0, 0.0]), 0.0).tolist()
+        [1.0, 1.0, 1.0]
+    """
+    powers = torch.as_tensor(strength, dtype=scale.dtype, device=scale.device)
+    return torch.where(powers == 0, torch.ones_like(scale), scale.sign() * scale.abs().pow(powers))
+
+
 def scale_input(
     x: Float[Tensor, "*shape"],
     scale: Float[Tensor, " channels"],
@@ -166,7 +186,8 @@ def fold(
     Rounding: computed in float32 at least and rounded once, at the end. To float16 and bfloat16 by dithering
     (`rounding.round_to`): rounded to the nearest, a weight would not move before a scale is about half a percent away
     from one. So single entries are up to one step of the type off, twice what the nearest would be, and sums over many
-    are what float32 gives. An entry whose factors are one comes back bit for bit. No gradient flows through dithering.
+    are what float32 gives. An entry whose factors are one comes back bit for bit. The gradient of dithering is that of
+    the identity.
 
     Args:
         weight: Frozen weight: (out, in) dense; (out, in/groups, *kernel) convolution; with `transposed`, (in, out) as
@@ -202,16 +223,21 @@ def fold(
     else:
         return folded, None
     if scale is not None:
-        out *= scale.to(wide)
+        out = out * scale.to(wide)
     if shift is not None:
-        out += shift.to(wide)
-    return folded, rounding.round_to(out, dtype if bias is None else bias.dtype)
+        out = out + shift.to(wide)
+    return folded, rounded(out, dtype if bias is None else bias.dtype)
 
 
 def _multiplied(weight: Tensor, factors: list[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
     """Returns a weight times factors that broadcast over its grouped shape, half precision by parts."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     shape = _grouped_shape(weight, groups)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *factors)):
+        product = weight.to(wide).reshape(shape)
+        for factor in factors:
+            product = product * factor
+        return rounded(product.reshape(weight.shape), dtype)
     if dtype not in HALF:
         folded = weight.to(wide, copy=True)
         for factor in factors:
@@ -228,6 +254,14 @@ def _multiplied(weight: Tensor, factors: list[Tensor], groups: int, dtype: torch
             part.mul_(factor.detach()[:, start : start + count] if factor.shape[1] > 1 else factor.detach())
         result[:, start : start + count] = rounding.round_to(part, dtype)
     return folded
+
+
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds by dithering, with the gradient of the identity."""
+    if not (torch.is_grad_enabled() and value.requires_grad):
+        return rounding.round_to(value, dtype)
+    nearest = value.to(dtype)
+    return nearest if dtype not in HALF else nearest + (rounding.round_to(value.detach(), dtype) - nearest.detach())
 
 
 def unfold(

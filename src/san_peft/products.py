@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from san_peft.scaling import plain_operations
@@ -55,10 +54,11 @@ class _WeightProduct(torch.autograd.Function):
         return times_rows(weight, rows)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         (weight,) = ctx.saved_tensors
         with full_types(weight):
+            if torch.is_grad_enabled():  # the gradient is to be differentiated once more
+                return None, torch.mm(grads[0].t(), weight.to(grads[0].dtype))
             return None, times_columns(weight, grads[0])
 
 
@@ -190,11 +190,12 @@ class _AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         read, hidden, weight, lora_A, lora_B = ctx.saved_tensors
         grad = _rows(grads[0])
         with full_types(grad):
+            if torch.is_grad_enabled():
+                return _adapted_gradients(ctx, grads[0], read, weight, lora_A, lora_B)
             grad_x = grad_dropped = grad_a = grad_b = None
             grad_hidden = _scaled_product(grad, lora_B, ctx.scaling)
             if ctx.needs_input_grad[5]:
@@ -209,6 +210,15 @@ class _AdaptedLinear(torch.autograd.Function):
             if ctx.apart and ctx.needs_input_grad[1]:
                 grad_dropped = torch.mm(grad_hidden, lora_A).view(ctx.shape)
         return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+
+
+def _adapted_gradients(ctx: Any, grad: Tensor, read: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Any:
+    """The gradients of `_AdaptedLinear`, in operations that can be differentiated once more."""
+    flat, rows, c = _rows(grad), _rows(read), ctx.scaling
+    frozen, low = grad @ weight, c * ((grad @ lora_B) @ lora_A)
+    grad_a, grad_b = c * (flat @ lora_B).t() @ rows, c * flat.t() @ (rows @ lora_A.t())
+    x, dropped = (frozen, low) if ctx.apart else (frozen + low, None)
+    return x, dropped, None, None, grad_a, grad_b, None
 
 
 def _rows(x: Tensor) -> Tensor:

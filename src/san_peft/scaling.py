@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from san_peft import kernels, rounding
 from san_peft.rounding import HALF
@@ -49,9 +49,21 @@ def near_zero(scale: Float[Tensor, "*shape"]) -> bool:
     return bool(scale.numel()) and float(np.abs(scale.detach().numpy()).min()) < NEAR_ZERO
 
 
+def spread(factor: Factor) -> Tensor:
+    """Returns a factor in float32 at least, for operations of autograd; see `Factor.deferred`."""
+    return _TimesScale.apply(factor.wide) if factor.deferred and torch.is_grad_enabled() else factor.wide
+
+
 def plain_operations() -> bool:
-    """Whether autograd functions of our own have to stand back: in compiled code and under `torch.func`."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+    """Whether autograd functions of our own have to stand back: in compiled and traced code and under `torch.func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+
+
+def is_dispatched() -> bool:
+    """Whether a mode sees every operation, as that of selective checkpointing, which may keep the results."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def scale_channels(
@@ -70,6 +82,7 @@ def scale_channels(
     dim, wide = channel_dim % x.dim(), factor.wide
     if plain_operations():
         return _plain_scale(x, wide, shift, dim, factor.salt)
+    inplace = inplace and not is_dispatched()
     trained = torch.is_grad_enabled() and (wide.requires_grad or (shift is not None and shift.requires_grad))
     if trained:
         keep_output = keep == "output" and factor.divisible and not (x.dtype in HALF and shift is not None)
@@ -133,15 +146,15 @@ class _ScaleChannels(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
+        again = torch.is_grad_enabled()  # the gradient is to be differentiated once more
         saved, wide, low, shift = ctx.saved_tensors
         grad_scale: Any
         need_x, need_scale, need_shift = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         need_shift = need_shift or (need_scale and shift is not None and ctx.keep_output)
         grad_x = grad_scale = grad_shift = None
-        if need_scale and kernels.available(grad) and saved.is_contiguous():
+        if need_scale and not again and kernels.available(grad) and saved.is_contiguous():
             grad_x, grad_scale, grad_shift = kernels.scale_backward(
                 grad.contiguous(), saved, wide, ctx.dim, need_x=need_x, need_shift=need_shift
             )
@@ -153,15 +166,17 @@ class _ScaleChannels(torch.autograd.Function):
                 product = grad * saved
                 grad_scale = _sum_but(product, ctx.dim)
             if need_x:
-                factor = along(wide.to(grad.dtype) if low is None or low.dtype != grad.dtype else low, grad, ctx.dim)
-                grad_x = grad * factor if product is None else torch.mul(grad, factor, out=product)
+                whole = _TimesScale.apply(wide) if again and ctx.deferred else wide
+                narrow = whole.to(grad.dtype) if again or low is None or low.dtype != grad.dtype else low
+                factor = along(narrow, grad, ctx.dim)
+                grad_x = grad * factor if again or product is None else torch.mul(grad, factor, out=product)
         if need_scale and ctx.keep_output:
             if shift is not None:
-                grad_scale -= grad_shift * shift  # type: ignore[operator]
+                grad_scale = grad_scale - grad_shift * shift  # type: ignore[operator]
             if not ctx.deferred:
                 grad_scale = undo_scale(grad_scale, wide)
         elif need_scale and ctx.deferred:
-            grad_scale *= wide
+            grad_scale = grad_scale * (_TimesScale.apply(wide) if again else wide)
         if grad_scale is not None:
             grad_scale = grad_scale.to(wide.dtype)
         if grad_shift is not None:
@@ -171,7 +186,23 @@ class _ScaleChannels(torch.autograd.Function):
 
 def undo_scale(total: Tensor, scale: Tensor) -> Tensor:
     """Divides sums over a scaled tensor by the scale; zero where that is zero."""
-    return torch.where(scale == 0, torch.zeros_like(total), total / scale)
+    zero = scale == 0
+    if torch.is_grad_enabled():
+        scale = scale.masked_fill(zero, 1)
+    return torch.where(zero, torch.zeros_like(total), total / scale)
+
+
+def replayed(operation: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Returns the gradients of an operation by autograd, where they are to be differentiated once more.
+
+    Args:
+        operation: The operation, in operations of autograd.
+        inputs: What it was given.
+        grad: Gradient of its output.
+    """
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    found = iter(torch.autograd.grad(operation(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
 
 
 def _sum_but(x: Tensor, dim: int) -> Tensor:
@@ -186,3 +217,16 @@ def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
     if vector.device != x.device:
         vector = vector.to(x.device)
     return vector.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+
+
+class _TimesScale(torch.autograd.Function):
+    """The identity, whose gradient is multiplied with the scale, by which `Factor.deferred` will divide it."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor) -> Tensor:
+        ctx.save_for_backward(wide)
+        return wide.view_as(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0]

@@ -46,10 +46,13 @@ def test_loading_tensors_by_assignment_stays_wired(kind):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(kind, reentrant):
+    if kind.tokens and reentrant:
+        pytest.skip("the reentrant kind needs an input with a gradient")
+
     def gradients(run) -> dict[str, Tensor]:
         model = get_peft_model(kind.net(), kind.config(shift=True)).train()
         disturb(model)
-        x = kind.input().requires_grad_()  # the reentrant kind needs an input with a gradient
+        x = kind.input() if kind.tokens else kind.input().requires_grad_()
         run(model, x).square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if ours(n)}
 
@@ -79,6 +82,8 @@ def test_gradients_are_those_of_autograd_through_folded_weights(kind):
 
     if kind.inner is not None:
         pytest.skip("hosts have a formula of their own: see tests/tuner/test_hosts.py")
+    if "attn" in kind.targets:
+        pytest.skip("see tests/tuner/test_attention.py")
     model = adapted(kind, shift=True).double().train()
     x = kind.input(torch.float64)
     model(x).square().sum().backward()
@@ -90,12 +95,12 @@ def test_gradients_are_those_of_autograd_through_folded_weights(kind):
         base = layer.get_base_layer()
         weight, bias = differentiable_fold(layer, base)
         folded[f"{name}.base_layer.weight"] = weight
-        if base.bias is not None:
+        if getattr(base, "bias", None) is not None:
             folded[f"{name}.base_layer.bias"] = bias
         with torch.no_grad():
             plain = fold(
                 base.weight,
-                base.bias,
+                getattr(base, "bias", None),
                 layer.get_scale(),
                 layer.get_input_scale(),
                 layer.get_shift(),
@@ -103,7 +108,8 @@ def test_gradients_are_those_of_autograd_through_folded_weights(kind):
                 transposed=layer.transposed,
             )
         torch.testing.assert_close(plain[0], weight.detach())
-    shifts = {n: layer.get_shift() for n, layer in layers.items() if layer.get_base_layer().bias is None}
+    bare = {n: m for n, m in layers.items() if getattr(m.get_base_layer(), "bias", None) is None}
+    shifts = {n: layer.get_shift() for n, layer in bare.items()}
     with model.base_model.set_mode("off"):
         for name, shift in shifts.items():  # without a bias the shift is added by a hook
             dim = layers[name].channel_dim
@@ -122,15 +128,17 @@ def differentiable_fold(layer: SanLayer, base: nn.Module) -> tuple[Tensor, Tenso
     ones = torch.ones(layer.out_features, dtype=weight.dtype)
     scale = ones if scale is None else scale
     if layer.transposed:
-        out = weight * scale
-        out = out if columns is None else columns[:, None] * out
+        tail = [1] * (weight.dim() - 2)
+        per_row = scale.view(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
+        out = weight * per_row.view(*per_row.shape, *tail)
+        out = out if columns is None else columns.view(-1, 1, *tail) * out
     else:
         tail = [1] * (weight.dim() - 2)
         out = weight * scale.view(-1, 1, *tail)
         if columns is not None:
             per_row = columns.view(layer.groups, -1).repeat_interleave(weight.shape[0] // layer.groups, 0)
             out = out * per_row.view(*per_row.shape, *tail)
-    bias = base.bias
+    bias = getattr(base, "bias", None)
     shift = layer.get_shift()
     return out, None if bias is None else bias * scale + (0 if shift is None else shift)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from san_peft.functional import channels_of, fold, propagate, scale_input, scale_output, unfold
 
-KINDS = ("linear", "conv1d", "conv2d", "transposed1d", "transposed2d", "gpt2")
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "transposed1d", "transposed2d", "transposed3d", "gpt2")
 
 
 class _Conv1D(nn.Module):
@@ -50,8 +50,10 @@ def cases(draw):
         cls = {
             "conv1d": nn.Conv1d,
             "conv2d": nn.Conv2d,
+            "conv3d": nn.Conv3d,
             "transposed1d": nn.ConvTranspose1d,
             "transposed2d": nn.ConvTranspose2d,
+            "transposed3d": nn.ConvTranspose3d,
         }[kind]
         layer, x = cls(size, out, **spatial), torch.randn(2, size, *(7,) * axes)
     return kind, layer.double().requires_grad_(False), x.double(), groups, seed

@@ -235,12 +235,3 @@ def test_outputs_that_a_global_hook_collects_stay_as_they_were(trained, case):
     for kind, value, copy in seen:
         assert torch.equal(value, copy), kind
     torch.testing.assert_close(out.detach(), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("case", SOME)
-def test_a_gradient_penalty_is_right_or_refused(case):
-    model = chain(nn.Tanh(), False, case)
-    x = given(False).requires_grad_()
-    (gradient,) = torch.autograd.grad(total(model(x)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiate twice"):
-        gradient.square().sum().backward()

@@ -176,6 +176,7 @@ def test_gradcheck(kind, needed):
     module.san_norm.form = NORMS[kind][1]  # in float64, where some of these modules compute in float32
     x, scale = given(kind).requires_grad_(needed != "scale"), scale_of().requires_grad_(needed != "x")
     assert torch.autograd.gradcheck(run, (x, scale, *module.parameters()))
+    assert torch.autograd.gradgradcheck(run, (x, scale, *module.parameters()))
 
 
 @pytest.mark.parametrize("kind", NORMS)

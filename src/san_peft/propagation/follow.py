@@ -64,11 +64,11 @@ class Follow(TorchDispatchMode):
 
     # ---------------------------------------------------------------- layers
 
-    def write(self, tensor: Tensor, layer: str, dim: int) -> None:
-        """Marks a tensor as freshly written by a layer, channels along `dim`."""
-        writer, shape = self.ledger.write(layer, tensor.shape[dim]), [1] * tensor.dim()
+    def write(self, tensor: Tensor, layer: str, dim: int, first: int = 0, size: int | None = None) -> None:
+        """Marks a tensor as freshly written by a layer, channels along `dim`: from number `first`, of `size` in all."""
+        writer, shape = self.ledger.write(layer, size or tensor.shape[dim]), [1] * tensor.dim()
         shape[dim] = tensor.shape[dim]
-        codes = writer * STRIDE + torch.arange(tensor.shape[dim]).view(shape)
+        codes = writer * STRIDE + first + torch.arange(tensor.shape[dim]).view(shape)
         self._set(tensor, State(codes.expand(tensor.shape), {writer: ()}))
         block = self.memory.block(tensor)
         if block is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from san_peft.errors import GraphError
 from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.rules import kind_of
+from san_peft.propagation.rules import ATTENTION, kind_of
 
 __all__ = ["Barrier", "ChannelMap", "Edge", "Layer", "Norm", "PropagationGraph"]
 
@@ -110,7 +110,7 @@ class Edge:
             a trace could see: scaling them where they are written is then the same as where they are read.
 
     Raises:
-        GraphError: If a name is empty or the two ends are the same layer.
+        GraphError: If a name is empty, or the two ends are the same layer with no attention between them.
 
     Example:
         >>> edge = Edge("fc1", "fc2", ChannelMap.identity(64), via=("gelu",))
@@ -128,7 +128,7 @@ class Edge:
         for name in (self.anterior, self.posterior):
             if not isinstance(name, str) or not name:
                 raise GraphError(f"an edge needs the names of two layers, got {self.anterior!r} -> {self.posterior!r}.")
-        if self.anterior == self.posterior:
+        if self.anterior == self.posterior and ATTENTION not in self.via:
             raise GraphError(f"{self.anterior} -> {self.posterior}: a layer cannot feed its own input scale.")
         if not isinstance(self.channels, ChannelMap):
             raise GraphError(f"{self.anterior} -> {self.posterior}: channels must be a ChannelMap.")

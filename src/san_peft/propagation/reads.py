@@ -28,12 +28,14 @@ class Reads:
             there is none; `None` before it read anything.
         via: For every layer among them the operations on the way.
         barriers: (operation, reason) of every place where the way was lost.
+        within: Whether channels of its own are among the sources, as an attention's values are.
     """
 
     size: int
     sources: Int64[Tensor, " size"] | None = None
     via: dict[str, tuple[str, ...]] = field(default_factory=dict)
     barriers: dict[tuple[str, str], None] = field(default_factory=dict)
+    within: bool = False
 
     def read(self, follow: Follow, name: str, x: Tensor, dim: int) -> None:
         """Notes the source of every input channel of one call.
@@ -108,7 +110,7 @@ class Reads:
         """
         edges, barriers = [], []
         for anterior, index in self.anteriors(follow).items():
-            if anterior == name:
+            if anterior == name and not self.within:
                 barriers.append(Barrier("call", name, "it reads its own output in a later call"))
             else:
                 channels = ChannelMap.from_index(index, sizes[anterior])

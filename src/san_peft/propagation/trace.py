@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from inspect import BoundArguments
@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_flatten
 
 from san_peft.errors import TraceError
 from san_peft.propagation import rules
-from san_peft.propagation.codes import STRIDE, carries
+from san_peft.propagation.codes import NONE, STRIDE, carries
 from san_peft.propagation.follow import Follow
 from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 from san_peft.propagation.inputs import derive_inputs
@@ -33,7 +34,7 @@ NEVER_CALLED = "it was never called; what reads its weight directly goes past SA
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 
-def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
+def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[str] = ()) -> PropagationGraph:
     """Finds out which layer last wrote each input channel of which other layer.
 
     The model runs once in eval mode without gradients, on whatever device it is, `meta` included. A mode below
@@ -41,9 +42,11 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
     model's modes, hooks, buffers, the random state and the number of threads are as before, also when the model raises.
 
     Args:
-        model: Any model. Adaptable layers are `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` and transformers' `Conv1D`.
+        model: Any model. Adaptable layers are `nn.Linear`, torch's convolutions and transposed convolutions,
+            `nn.MultiheadAttention` and transformers' `Conv1D`.
         example_inputs: Keyword arguments as a dict, arguments as a tuple, both as `inspect.BoundArguments`, or one
             tensor. `None` derives them for models of transformers and timm.
+        embeddings: Names of `nn.Embedding` layers that count as layers too: they write channels and read none.
 
     Returns:
         The graph among all adaptable layers, with its barriers, heads and norms.
@@ -61,9 +64,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
     """
     if torch.get_default_device().type == "meta":  # positions and channels are numbers, which meta has not
         with torch.device("cpu"):
-            return trace(model, example_inputs)
+            return trace(model, example_inputs, embeddings)
     args, kwargs = arguments_of(derive_inputs(model) if example_inputs is None else example_inputs)
-    layers = {name: m for name, m in model.named_modules() if is_adaptable(m)}
+    layers = _layers(model, embeddings)
     follow = Follow(model, Norms(model, layers), layers)
     follow.memory.see(tensors_within(args, kwargs))
     reads: dict[str, Reads] = {}
@@ -112,8 +115,21 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether SAN can adapt a module: a dense or convolutional layer, or GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or _is_gpt2(module)
+    """Whether SAN can adapt a module: a dense layer, a convolution, an attention of torch, or GPT-2's `Conv1D`."""
+    return isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention) or _is_gpt2(module)
+
+
+def _layers(model: nn.Module, embeddings: Collection[str]) -> dict[str, nn.Module]:
+    """The layers by name; what an attention of torch holds is a part of it."""
+    found: dict[str, nn.Module] = {}
+    within = None
+    for name, module in model.named_modules():
+        if within is not None and name.startswith(within):
+            continue
+        if is_adaptable(module) or name in embeddings:
+            found[name] = module
+            within = f"{name}." if isinstance(module, nn.MultiheadAttention) else within
+    return found
 
 
 def _is_gpt2(module: nn.Module) -> bool:
@@ -124,14 +140,23 @@ def _record(name: str, module: nn.Module) -> Layer:
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return Layer(name, kind, module.in_features, module.out_features)
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, _ConvNd):
         return Layer(name, kind, module.in_channels, module.out_channels)
+    if isinstance(module, nn.Embedding):
+        return Layer(name, kind, 0, module.embedding_dim)
+    if isinstance(module, nn.MultiheadAttention):
+        return Layer(name, kind, sum(attention_inputs(module)) + module.embed_dim, 4 * module.embed_dim)
     weight = module.get_parameter("weight")
     return Layer(name, kind, weight.shape[0], weight.shape[1])
 
 
 def _channel_dim(module: nn.Module) -> int:
-    return -1 - len(module.kernel_size) if isinstance(module, nn.Conv1d | nn.Conv2d) else -1
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+def attention_inputs(module: Any) -> tuple[int, int, int]:
+    """How many channels the queries, the keys and the values of an attention of torch have."""
+    return module.embed_dim, module.kdim or module.embed_dim, module.vdim or module.embed_dim
 
 
 def _hooks(
@@ -144,10 +169,15 @@ def _hooks(
         given, read = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)], None
         reach = follow.enter(name, given)
         if given and follow.paused == 1:
-            read = Reads(given[0].shape[dim])
-            read.read(follow, name, given[0], dim)
-            follow.norms.read(name, given[0], dim)
-            follow.release(given[1:])
+            if isinstance(module, nn.Embedding):
+                read = Reads(0, torch.empty(0, dtype=torch.int64))
+            elif isinstance(module, nn.MultiheadAttention):
+                read = _read_attention(follow, name, module, args, kwargs)
+            else:
+                read = Reads(given[0].shape[dim])
+                read.read(follow, name, given[0], dim)
+                follow.norms.read(name, given[0], dim)
+                follow.release(given[1:])
         running.append((reach, read))
 
     def after(_: nn.Module, __: Any, out: Any) -> None:
@@ -155,7 +185,9 @@ def _hooks(
         if follow.paused == 1 and out is not None:  # else it is part of another layer, or it raised
             if read is not None:
                 reads[name] = reads[name].join(read) if name in reads else read
-            if isinstance(out, Tensor):
+            if isinstance(module, nn.MultiheadAttention):
+                follow.write(out[0], name, dim, first=3 * module.embed_dim, size=4 * module.embed_dim)
+            elif isinstance(out, Tensor):
                 follow.write(out, name, dim)
             else:
                 left_out[name] = f"it returns a {type(out).__name__} instead of a tensor"
@@ -190,6 +222,27 @@ def tensors_within(*values: Any) -> Iterator[Tensor]:
             inside = value.values() if isinstance(value, Mapping) else value
             todo += inside if isinstance(inside, Iterable) and isinstance(value, _CONTAINERS) else ()
             todo += getattr(value, "__dict__", {}).values()
+
+
+def _read_attention(follow: Follow, name: str, module: Any, args: Any, kwargs: Any) -> Reads:
+    """What an attention read, whose input channels are those of queries, keys, values and the attended values.
+
+    It is one layer of four groups. The channels of the fourth group come from its own output channels of the third.
+    """
+    given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+    sizes, width = attention_inputs(module), module.embed_dim
+    parts = []
+    for key, size in zip(("query", "key", "value"), sizes, strict=True):
+        part = Reads(size)
+        part.read(follow, name, given[key], -1)
+        follow.norms.open(given[key])
+        parts.append(part)
+    own = follow.numbers[name] * STRIDE + 2 * width + torch.arange(width)
+    sources = [torch.full((part.size,), NONE) if part.sources is None else part.sources for part in parts]
+    whole = Reads(sum(sizes) + width, torch.cat([*sources, own]), {name: (rules.ATTENTION,)}, within=True)
+    for part in parts:
+        whole.join(Reads(whole.size, None, part.via, part.barriers))
+    return whole
 
 
 def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterable[str]) -> tuple[str, ...]:
@@ -244,7 +297,8 @@ def _graph(
     edges, barriers = [], []
     for name, read in reads.items():
         found, lost = read.edges(follow, name, sizes)
-        edges += [replace(edge, closed=_closed(follow, edge, read)) for edge in found]
+        mixed = getattr(layers[name], "bias_v", None) is not None  # an attention that adds a token of its own
+        edges += [replace(edge, closed=not mixed and _closed(follow, edge, read)) for edge in found]
         barriers += lost
     barriers += [Barrier("call", name, NEVER_CALLED) for name in layers if name not in records]
     for parameter, operation in follow.ledger.beside.items():

@@ -21,7 +21,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from san_peft.errors import MergeError
+from san_peft.errors import AdapterError, MergeError
+from san_peft.tuner.frozen import stored_weight
+from san_peft.tuner.mixed import check_samples
 from san_peft.tuner.sharded import is_sharded
 
 PREFIX = "san_"
@@ -82,6 +84,26 @@ def replace(tuner: BaseTuner, parent: Any, name: str, new: Any, old: Any) -> Non
     tuner._replace_module(parent, name, new, old)
 
 
+def share_layers(model: nn.Module, kind: type, taken_off: bool = False) -> None:
+    """Lets a frozen layer that a model holds under several names be reached under all of them as its tuner layer.
+
+    Args:
+        model: The model, in which the first of the names has been dealt with.
+        kind: Class of the tuner layers.
+        taken_off: Whether the tuner layers were taken off, and the frozen ones are to come back.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kind)]
+    new: dict[int, nn.Module]
+    if taken_off:
+        new = {id(layer): layer.get_base_layer() for layer in layers}
+    else:
+        new = {id(module): layer for layer in layers for module in (layer.base_layer, layer.get_base_layer())}
+    for parent in list(model.modules()):
+        for name, child in () if isinstance(parent, BaseTunerLayer) else list(parent._modules.items()):
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
+
+
 def inject_host(
     tuner: BaseTuner | None, model: nn.Module, config: Any, adapter_name: str, active: list[str], **options: Any
 ) -> BaseTuner:
@@ -130,7 +152,7 @@ def set_disabled(module: Any, disabled: bool) -> None:
 def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
     """Forward pre-hook that hands the adapter of every sample to a layer; beams of a sample follow each other."""
     size = len(args[0]) if args and isinstance(args[0], torch.Tensor) else 0
-    if size > len(adapter_names) and size % len(adapter_names) == 0:
+    if adapter_names and size > len(adapter_names) and size % len(adapter_names) == 0:
         adapter_names = [name for name in adapter_names for _ in range(size // len(adapter_names))]
     return args, {**kwargs, "adapter_names": adapter_names}
 
@@ -142,7 +164,7 @@ class TunerLayer(BaseTunerLayer):
     """
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        weight: Any = self.get_base_layer().weight
+        weight = stored_weight(self.get_base_layer())
         self.move_adapter(adapter_name, weight.device if device is None else device)
 
     def move_adapter(self, adapter_name: str, device: torch.device) -> None:
@@ -187,24 +209,58 @@ class Tuner(BaseTuner):
         super()._check_merge_allowed()
         layers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
         owners: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
+        for path, module in self.model.named_modules():  # a module with two names once
+            for name, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
         for name, layer in layers.items():
             base: Any = layer.get_base_layer()
             layer.check_dense()
-            shared = owners.get(id(base.weight), [])
+            weight: Any = stored_weight(base)
+            shared = owners.get(id(weight), [])
             if len(shared) > 1:
                 raise MergeError(
                     f"{name} cannot be merged: its weight is shared under the names {', '.join(shared)}, so folding "
                     "it once would change both. Leave it out of target_modules, or serve the adapter unmerged."
                 )
-            if is_sharded(base.weight):
+            if is_sharded(weight):
                 raise MergeError(
-                    f"{name} cannot be merged: its weight is in shards on {base.weight.device_mesh.size()} devices. "
+                    f"{name} cannot be merged: its weight is in shards on {weight.device_mesh.size()} devices. "
                     "Save the adapter, load it on a model that is not sharded, and merge that."
                 )
             if getattr(getattr(base, "_hf_hook", None), "offload", False):
                 raise MergeError(f"{name} cannot be merged: its weight is offloaded. Load the model onto one device.")
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the strength of an adapter in all layers, hosts included: see `SanLayer.set_scale`.
+
+        Raises:
+            SanError: If there is no such adapter, or it cannot get that strength; then no layer is changed.
+        """
+        if adapter not in self.peft_config:
+            raise AdapterError(f"There is no adapter {adapter!r}; there are {', '.join(self.peft_config)}.")
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
+        layers = [layer for layer in layers if layer.has_part(adapter)]
+        for layer in layers:
+            layer.check_strength(adapter, scale)
+        for layer in layers:
+            layer.set_scale(adapter, scale)
+
+    def check_mixed(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Checks, once for a model, that adapters named by the samples of a batch would go to the right ones."""
+        own, scales = vars(self), self.scales
+        if (
+            "_samples" not in own
+            or own.get("_checked") == scales.wiring
+            or any(x.merged for x in scales.layers.values())
+        ):
+            return
+        mixed, scales.mixed = scales.mixed, ()
+        samples = own.pop("_samples")  # the model is called within
+        try:
+            check_samples(self.model, scales.layers, args, kwargs, samples)
+        finally:
+            own["_samples"], scales.mixed = samples, mixed
+        own["_checked"] = scales.wiring
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -229,6 +285,13 @@ class Tuner(BaseTuner):
             for module in self.modules():
                 if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts:
                     hand_names_to(module)
+
+            def check(module: Any, args: Any, kwargs: Any) -> None:
+                self.check_mixed(args, kwargs)
+
+            stack.callback(self.model.register_forward_pre_hook(check, with_kwargs=True).remove)
             self.set_mixed(adapter_names, hand_names_to)
             stack.callback(self.set_mixed, None)
+            vars(self)["_samples"] = len(adapter_names)
+            stack.callback(vars(self).pop, "_samples")
             yield

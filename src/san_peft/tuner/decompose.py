@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from san_peft.decomposition import dense_scale, low_rank_scale
+from san_peft.decomposition import dense_scale, floored, low_rank_scale
 from san_peft.errors import AdapterError, SanError
 from san_peft.tuner.quantized import dense_weight, is_quantized, row_matrix, unpacked_product
 from san_peft.tuner.sharded import is_sharded, onloaded, whole, whole_product
@@ -224,6 +224,8 @@ def _check_whole(host: Any) -> None:
 
 def _mixing_groups(base: Any) -> str | None:
     groups = getattr(base, "groups", 1)
+    if isinstance(base, nn.Conv3d) and base.kernel_size[:2] == (1, 1):
+        return f"of size {base.kernel_size}, which PEFT takes for one of two dimensions and cannot merge"
     if groups > 1:
         return f"in {groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
     return None
@@ -354,10 +356,18 @@ def host_config(value: PeftConfig | dict[str, Any]) -> PeftConfig:
     return PeftConfig.from_peft_type(**value)
 
 
-def over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """Magnitude over row norm; one, and no gradient, for a row of zeros."""
+def over_norm(magnitude: Tensor, norm: Tensor, floor: Tensor | None = None) -> Tensor:
+    """DoRA's magnitude over row norm; for nearly dead rows one plus what it has gained over the floor.
+
+    Args:
+        magnitude: Magnitudes.
+        norm: Norms of the rows of the frozen weight.
+        floor: `floored` of them, layer by layer; `None` is one layer.
+    """
     wide = torch.promote_types(magnitude.dtype, torch.float32)
-    norm = norm.to(wide)
-    empty = norm == 0
-    scale = magnitude.flatten().to(wide) / torch.where(empty, torch.ones_like(norm), norm)
+    magnitude, norm = magnitude.flatten().to(wide), norm.to(wide)
+    floor = floored(norm) if floor is None else floor.to(wide)
+    empty = floor == 0
+    floor = torch.where(empty, torch.ones_like(floor), floor)
+    scale = torch.where(norm < floor, 1 + (magnitude - norm) / floor, magnitude / floor)
     return torch.where(empty, torch.ones_like(scale), scale)

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from san_peft.decomposition import low_rank_scales
-from san_peft.functional import propagate
+from san_peft.decomposition import floored, low_rank_scales
+from san_peft.functional import propagate, strengthen
 from san_peft.rounding import HALF
 from san_peft.scaling import NEAR_ZERO, SALT, Factor, near_zero, plain_operations, undo_scale
 from san_peft.tuner.decompose import over_norm
@@ -70,6 +69,12 @@ def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
     name = layout.name
     own = _joined([layer.san_scale[name].weight for layer in (*layout.own, *layout.both)], 1.0)
     shift = _joined([layer.san_shift[name].weight for layer in layout.shifted])
+    if own is not None and layout.strength is not None:
+        layout.move(own.device)
+        own = strengthen(own, layout.strength)
+    if shift is not None and layout.shift_strength is not None:
+        layout.move(shift.device)
+        shift = shift * layout.shift_strength
     magnitude = _joined([layer.host.lora_magnitude_vector[name].weight.flatten() for layer in layout.dora])
     sources = _sources(layout, own, magnitude)
     if magnitude is not None:
@@ -123,8 +128,11 @@ def _sources(layout: ScaleLayout, own: Tensor | None, magnitude: Tensor | None) 
         parts.append(_low_rank(layout, number, group).flatten())
     dora = [layer for layer in layout.dora if name not in layer.san_scale]
     if dora and magnitude is not None:
-        norms = layout.constant("dora", [layer.san_host[name].norms() for layer in dora], torch.cat)
-        parts.append(over_norm(magnitude[: norms.numel()], norms))
+        each = [layer.san_host[name].norms() for layer in dora]
+        norms, floors = layout.constant(
+            "dora", each, lambda parts: (torch.cat(parts), torch.cat([*map(floored, parts)]))
+        )
+        parts.append(over_norm(magnitude[: norms.numel()], norms, floors))
     parts += [layer.san_host[name]() for layer in layout.other]
     home = parts[0].device
     return parts[0] if len(parts) == 1 else torch.cat([part.to(home) for part in parts])
@@ -148,7 +156,7 @@ def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
     references = [scale.reference for scale in scales]
     norms = [scale.norms() for scale in scales]
     if references[0] is None:
-        inverse, start = layout.constant(("inverse", number), norms, _inverse), None
+        inverse, start = layout.constant(("inverse", number), norms, _floored_inverse), None
     else:
         inverse, start = layout.constant(("inverse", number), [*norms, *references], _inverse_of_references)
     hosts = [layer.host for layer in group]
@@ -307,8 +315,7 @@ class _Cut(torch.autograd.Function):
         return tuple(vector.split(sizes))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         (vector,) = ctx.saved_tensors
         dtype, device = ctx.like
         parts = [
@@ -334,8 +341,7 @@ class _Cast(torch.autograd.Function):
         return torch.cat([t.reshape(-1) for t in tensors]).to(dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         parts = grads[0].to(ctx.dtype).split([shape.numel() for shape in ctx.shapes])
         return (None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)))
 
@@ -358,17 +364,24 @@ def _matrices(hosts: list[Any], name: str, dtype: torch.dtype) -> tuple[list[Ten
 
 def _inverse(norms: list[Tensor]) -> Tensor:
     """One over squared row norms, zero where a row is zero."""
-    total = torch.stack(norms).square()
+    return _reciprocal(torch.stack(norms).square())
+
+
+def _floored_inverse(norms: list[Tensor]) -> Tensor:
+    """The same, with a floor for nearly dead rows."""
+    return _reciprocal(floored(torch.stack(norms)).square())
+
+
+def _reciprocal(total: Tensor) -> Tensor:
     return torch.where(total > 0, total.reciprocal(), torch.zeros_like(total))
 
 
 def _inverse_of_references(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same of norms that count as one, and the squared norms of the frozen weights in units of them."""
+    """The same of norms that count as one, and what the frozen weights have in units of them."""
     half = len(parts) // 2
-    inverse = _inverse(parts[half:])
-    norms = torch.stack([part.to(inverse.device) for part in parts[:half]])
-    start = torch.where(inverse > 0, norms.square() * inverse, torch.ones_like(inverse))
-    return inverse, start
+    inverse = _floored_inverse(parts[half:])
+    norms, references = (torch.stack([p.to(inverse.device) for p in each]) for each in (parts[:half], parts[half:]))
+    return inverse, 1 + (norms.square() - references.square()) * inverse
 
 
 def _unpack(base: Any) -> Callable[[], Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,16 @@ WAYS_OUT = (
 )
 
 
-def trace_first_pass(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PropagationGraph | None:
+def trace_first_pass(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tables: Iterable[str] = ()
+) -> PropagationGraph | None:
     """Traces a copy of the batch that a model was called with; the batch and the model stay as they are.
 
     Args:
         model: The model, with adapters on it that do not act while it is traced.
         args: Arguments of the call.
         kwargs: Keyword arguments of the call.
+        tables: Names of embeddings that are targets.
 
     Returns:
         The graph, or `None` where the model does not run on the batch: the call itself will say why.
@@ -48,7 +51,7 @@ def trace_first_pass(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
             f"and this one is recorded by torch.jit.trace. {WAYS_OUT}"
         )
     try:
-        return trace_plain(model, _bound(model, args, kwargs))
+        return trace_plain(model, _bound(model, args, kwargs), tables)
     except TraceError:
         if not _runs(model, args, kwargs):
             return None

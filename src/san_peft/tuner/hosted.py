@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraLinearVariant
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from san_peft.decomposition import low_rank_norm
 from san_peft.products import adapted_linear
-from san_peft.scaling import SALT, Factor, near_zero, plain_operations
+from san_peft.scaling import SALT, Factor, is_dispatched, near_zero, plain_operations
 from san_peft.tuner.decompose import type_of
 from san_peft.tuner.fill import Vectors
 from san_peft.tuner.quantized import row_matrix
@@ -22,13 +22,23 @@ ONE_PASS: dict[Any, tuple[Any, Any]] = {
     lora.Linear: (nn.Linear, DoraLinearVariant),
     lora.Conv1d: (nn.Conv1d, DoraConv1dVariant),
     lora.Conv2d: (nn.Conv2d, DoraConv2dVariant),
+    lora.Conv3d: (nn.Conv3d, DoraConv3dVariant),
 }
 """PEFT's layers of LoRA whose forward pass a `SanLayer` computes itself: the frozen layer, and the variant of DoRA."""
 
-DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant)
+DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 """The variants of LoRA whose magnitude is applied by a `SanLayer`."""
 
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+PLAIN = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
 """Layers whose output nobody else holds, where no hook looks at it."""
 
 
@@ -112,11 +122,13 @@ class HostedLayer:
     def _runs_here(self) -> str | None:
         """Returns the one active adapter of a LoRA host that is computed here, or `None` if the host runs itself.
 
-        It does so where something listens to it (hooks, offloading), where several adapters are active, and for other
-        variants of LoRA.
+        It does so where something listens to it (hooks, offloading), where several adapters are active, for other
+        variants of LoRA, and where the caller has switched off that inputs are cast.
         """
         host = self.host
         if type_of(host) != "LORA" or host.disable_adapters or host.merged or has_hooks(host):
+            return None
+        if not host.cast_input_dtype_enabled:
             return None
         names = [name for name in host.active_adapters if name in host.lora_A]
         if len(names) != 1:
@@ -172,5 +184,5 @@ class HostedLayer:
         hidden = down((x if read is None else read).to(down.weight.dtype))
         update = up(hidden * scaling)
         z = base(x)
-        fresh = is_quiet(base) and type(base) in PLAIN and not plain_operations()
+        fresh = is_quiet(base) and type(base) in PLAIN and not (plain_operations() or is_dispatched())
         return z.add_(update) if fresh else (z + update).to(z.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,81 +12,39 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from san_peft.errors import AdapterError, MergeError, SanError, TargetError
-from san_peft.functional import channels_of, propagate
+from san_peft.functional import channels_of
 from san_peft.rounding import multiply
 from san_peft.scaling import SALT, Factor, near_zero, scale_channels
+from san_peft.tuner.acting import ActingLayer
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import HostScale, RowNorms
+from san_peft.tuner.decompose import HostScale, RowNorms, has_adapter, type_of
 from san_peft.tuner.fill import Vectors
+from san_peft.tuner.frozen import TRANSPOSED, stored_weight
 from san_peft.tuner.hosted import PLAIN, HostedLayer, is_quiet
 from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
 from san_peft.tuner.scales import Scales
-from san_peft.tuner.sharded import whole
+from san_peft.tuner.vectors import Incoming, ScaleVector, total_scale
 
 MODES = ("both", "neuron", "synapse", "off")
-LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
+LAYER_TYPES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    Conv1D,
+    nn.Embedding,
+    nn.MultiheadAttention,
+)
+"""What SAN adapts. An `nn.Embedding` reads no channels, so nothing is propagated to it; for an attention see
+`SanAttention`."""
 
 
-class ScaleVector(nn.Module):
-    """A trainable vector kept as its offset from a constant: one for a scale and a gate, zero for a shift.
-
-    Weight decay then pulls toward the identity, and half precision keeps small scales. Calling it gives a new tensor,
-    never the parameter, so sharded and offloaded parameters work in a posterior layer as well. Of a vector in shards it
-    is the whole one, so that a posterior in another unit of FSDP2 needs no unit for every vector.
-    """
-
-    def __init__(self, size: int, constant: float = 1.0, **factory: Any) -> None:
-        super().__init__()
-        self.constant = constant
-        self.weight = nn.Parameter(torch.zeros(size, **factory))
-
-    def forward(self) -> Tensor:
-        """Returns constant plus offset, in float32 at least."""
-        weight = whole(self.weight)
-        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.constant
-
-    def extra_repr(self) -> str:
-        """Returns size and constant for `print`."""
-        return f"{self.weight.numel()}, constant={self.constant}"
-
-
-class Incoming:
-    """One edge as its posterior layer sees it: the anterior's scales, by adapter, and the channel map.
-
-    It holds the anterior's containers, not a parameter: casting, assigning and moving replace parameters.
-    """
-
-    def __init__(
-        self,
-        anterior: str,
-        banks: tuple[nn.ModuleDict, ...],
-        index: Tensor | None,
-        config: SanConfig,
-    ) -> None:
-        self.anterior, self.banks, self.index = anterior, banks, index
-        self.exponent, self.detach, self.bound = config.exponent_of(anterior), config.detach, config.bound
-
-    def factor(self, adapter_name: str) -> Tensor:
-        """Returns what this edge multiplies onto the input scale."""
-        scale: Any = total_scale(self.banks, adapter_name)
-        if self.index is not None and self.index.device != scale.device:
-            self.index = self.index.to(scale.device)
-        return propagate(scale.detach() if self.detach else scale, self.index, self.exponent, self.bound)
-
-
-def total_scale(banks: tuple[nn.ModuleDict, ...], adapter_name: str) -> Tensor | None:
-    """Returns the product of a layer's own scale and its host's, of those it has."""
-    total = None
-    for bank in banks:
-        if adapter_name in bank:
-            scale = bank[adapter_name]()
-            total = scale if total is None else total * scale
-    return total
-
-
-class SanLayer(nn.Module, HostedLayer, MergingLayer):
-    r"""A frozen dense or convolutional layer under SAN, or one that hosts another adapter, such as LoRA.
+class SanLayer(nn.Module, ActingLayer, HostedLayer, MergingLayer):
+    r"""A frozen layer under SAN, or one that hosts another adapter, such as LoRA.
 
     $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k $$
 
@@ -93,8 +52,11 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
     host's parameters. With several active adapters the scales are multiplied and the shifts added, so their order does
     not matter.
 
+    Public attributes that it does not have itself, such as `stride`, are those of the frozen layer.
+
     Args:
-        base_layer: `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or transformers' `Conv1D`, or PEFT's layer around one.
+        base_layer: One of `LAYER_TYPES`: a dense layer, a convolution, a transposed convolution, transformers' `Conv1D`
+            or an embedding; or PEFT's layer around one.
 
     Raises:
         TargetError: For any other layer.
@@ -102,6 +64,7 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
 
     adapter_layer_names = ("san_scale", "san_shift", "san_gate", "san_host")
     other_param_names = ("san_incoming",)
+    cast_input_dtype_enabled = True
     san_scales: Scales
     san_name: str
 
@@ -119,14 +82,30 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
         self.san_keep = "input"
         self.init_merging()
         self.groups = getattr(base, "groups", 1)
-        self.transposed = isinstance(base, Conv1D)
-        self.channel_dim = -1 if isinstance(base, nn.Linear | Conv1D) else -1 - len(base.kernel_size)
+        self.transposed = isinstance(base, TRANSPOSED)
+        self._set_sizes(base)
+
+    def _set_sizes(self, base: Any) -> None:
+        """Takes the numbers of channels, and their axis, from the frozen layer."""
+        self.channel_dim = -1
         if isinstance(base, nn.Linear):
             self.in_features, self.out_features = base.in_features, base.out_features
         elif isinstance(base, Conv1D):
             self.out_features, self.in_features = channels_of(base.weight, 1, True)
+        elif isinstance(base, nn.Embedding):
+            self.in_features, self.out_features = 0, base.embedding_dim
         else:
             self.in_features, self.out_features = base.in_channels, base.out_channels
+            self.channel_dim = -1 - len(base.kernel_size)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # private names are another module's business, such as the hooks that accelerate keeps there
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+        return getattr(self.get_base_layer(), name)
 
     @property
     def host(self) -> Any:
@@ -142,7 +121,7 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
             self.reset_parameters(adapter_name, config.init_weights)
         if config.inner is not None:
             norms = RowNorms(self.host, adapter_name in getattr(self.host, "lora_magnitude_vector", ()))
-            if not self.get_base_layer().weight.is_meta:
+            if not stored_weight(self.get_base_layer()).is_meta:
                 norms()
             if not getattr(self.host, "is_feedforward", False):
                 self.san_host[adapter_name] = HostScale(self.host, adapter_name, config.decomposition, norms)
@@ -157,7 +136,7 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
     def _factory(self) -> dict[str, Any]:
         """Type and device of new vectors: the frozen layer's, or float32 over a quantised one."""
         base: Any = self.get_base_layer()
-        weight = base.weight
+        weight = stored_weight(base)
         dtype = torch.float32 if is_quantized(base) else weight.dtype
         device = torch.get_default_device()
         return {"dtype": dtype, "device": device if device.type == "meta" else weight.device}
@@ -191,6 +170,68 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
         if self.host is not None:
             self.host.delete_adapter(adapter_name)
         super().delete_adapter(adapter_name)
+
+    # ------------------------------------------------------------------ strength
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        r"""Sets the strength of an adapter: $g^s$, linear in the logarithm of the scale, and $s\,t$ of the shift.
+
+        An entry that has turned negative keeps its sign. At 0 the layer is the frozen one. A host gets the same
+        strength by its own `set_scale`, and the scale that is taken out of it follows. Adapters without a part in this
+        layer are passed over. The strength is not saved.
+
+        Args:
+            adapter: Name of the adapter.
+            scale: The strength $s$; 1 is the adapter as it was trained.
+
+        Raises:
+            SanError: If the strength is negative or not finite, the adapter is merged, or its host has no strength.
+        """
+        self.check_strength(adapter, scale)
+        if has_adapter(self.host, adapter):
+            self.host.set_scale(adapter, scale)
+        self._set_strength(adapter, scale)
+
+    def check_strength(self, adapter: str, scale: float) -> None:
+        """Raises what `set_scale` would raise, and changes nothing."""
+        if not 0 <= scale < math.inf:
+            raise SanError(f"The strength of {adapter!r} must be finite and not negative, got {scale}.")
+        if adapter in self.merged_adapters:
+            raise SanError(f"{adapter!r} is merged, which fixes its strength; unmerge first.")
+        if has_adapter(self.host, adapter) and not hasattr(self.host, "set_scale"):
+            raise SanError(f"A {type_of(self.host)} host has no strength that could be set.")
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters' own vectors.
+
+        A host is a layer of PEFT of its own, with a `scale_layer` of its own: code that goes through all layers of a
+        model, as that of diffusers does, reaches both.
+        """
+        for name in self.active_adapters:
+            if name in self.san_scale:
+                strength: Any = self.san_scale[name].strength
+                self._set_strength(name, strength * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of the active adapters' own vectors; `None` sets it to one."""
+        for name in self.active_adapters:
+            if name in self.san_scale:
+                strength: Any = self.san_scale[name].strength
+                self._set_strength(name, 1.0 if scale is None else strength / scale)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strength of every adapter with vectors of its own here."""
+        return tuple(bank.strength for bank in self.san_scale.values())  # type: ignore[misc]
+
+    def _set_strength(self, adapter_name: str, strength: float) -> None:
+        if not 0 <= strength < math.inf:
+            raise SanError(f"The strength of {adapter_name!r} must be finite and not negative, got {strength}.")
+        for bank in (self.san_scale, self.san_shift):
+            if adapter_name in bank:
+                bank[adapter_name].strength = float(strength)
+        if hasattr(self, "san_scales"):
+            self.san_scales.prepare()
 
     # ------------------------------------------------------------------ reading
 
@@ -246,7 +287,7 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
         names = [name for name in adapter_names if self.san_incoming.get(name)]
         scale, shift = self._output_vectors(adapter_names)
         input_scale = self._input_vector(names)
-        if input_scale is not None and input_scale.is_meta and not self.get_base_layer().weight.is_meta:
+        if input_scale is not None and input_scale.is_meta and not stored_weight(self.get_base_layer()).is_meta:
             anteriors = dict.fromkeys(edge.anterior for name in names for edge in self.san_incoming[name])
             raise SanError(
                 f"The input scale of a layer comes from {', '.join(anteriors)}, of which a module above keeps the "
@@ -258,12 +299,14 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Runs the frozen layer, or the host, between its input scale and its own scale.
 
         Which scales act here was decided when the adapter was put on, and their values are those of the pass that is
         running: see `Vectors` in `fill.py`.
         """
+        if x is None:
+            x = kwargs.pop("input")  # the name that torch gives it
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -310,9 +353,16 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Runs a batch in which every sample names its adapter; `"__base__"` is the frozen layer."""
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, unmerge them first.")
-        if x.shape[0] % len(adapter_names):
-            raise AdapterError(f"{len(adapter_names)} adapter names do not fit a batch of {x.shape[0]} samples.")
+            raise AdapterError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        count = x.shape[0] if x.dim() else 0
+        if not count or not adapter_names or count % len(adapter_names):
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {count} respectively, at {self.san_name} with an input of shape "
+                f"{tuple(x.shape)}. Samples must be the first axis."
+            )
         names = sorted(set(adapter_names))
         found = [None if name == "__base__" else self.san_scales.of_adapter(self, name) for name in names]
         rows = torch.tensor([names.index(name) for name in adapter_names], device=x.device)

@@ -45,6 +45,8 @@ class ScaleLayout:
         hosts: LoRA and DoRA hosts on dense layers, whose matrices are cast together.
         edge: One of the edges, for the options that all have: bound and detach, and the exponent if all have one.
         exponents: For the layers in the order of the sources, size and exponent, if edges differ in it.
+        strength: For the channels of own and both in turn, the strength of their scales; `None` is one everywhere.
+        shift_strength: The same for the channels of `shifted`.
     """
 
     name: str
@@ -67,11 +69,13 @@ class ScaleLayout:
     posteriors: list[Any] = field(default_factory=list)
     edge: Any = None
     exponents: list[tuple[int, float]] = field(default_factory=list)
+    strength: Tensor | None = None
+    shift_strength: Tensor | None = None
     _constants: dict[Any, Any] = field(default_factory=dict)
 
     def move(self, device: torch.device) -> None:
         """Moves the indices to a device."""
-        for name in ("outputs", "shifts", "fed"):
+        for name in ("outputs", "shifts", "fed", "strength", "shift_strength"):
             value = getattr(self, name)
             if value is not None and value.device != device:
                 setattr(self, name, value.to(device))
@@ -136,9 +140,19 @@ def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
     exponents = {e.anterior: e.exponent for incoming in edges.values() for e in incoming}
     if len(set(exponents.values())) > 1:
         layout.exponents = [(layer.out_features, exponents.get(layer.san_name, 1.0)) for layer in order]
+    layout.strength = _strength([*layout.own, *layout.both], name)
+    layout.shift_strength = _strength(layout.shifted, name)
     _lay_out_outputs(scales, layout, where, edges, end)
     _lay_out_inputs(scales, layout, where, edges, end)
     return layout
+
+
+def _strength(layers: list[Any], name: str) -> Tensor | None:
+    """The strength of an adapter on the output channels of some layers, or `None` if it is one on all."""
+    strengths = [layer.san_scale[name].strength for layer in layers]
+    if all(strength == 1 for strength in strengths):
+        return None
+    return torch.cat([torch.full((x.out_features,), s) for x, s in zip(layers, strengths, strict=True)])
 
 
 def _group(layer: Any, name: str) -> Any:

@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from san_peft.errors import AdapterError, MergeError
-from san_peft.functional import fold
+from san_peft.functional import fold, rounded
 from san_peft.rounding import HALF, round_to
 from san_peft.tuner._peft import TunerLayer
 from san_peft.tuner.decompose import has_adapter, row_norms
-from san_peft.tuner.quantized import is_quantized
+from san_peft.tuner.frozen import check_mergeable
 
 Tensors = tuple[Tensor, Tensor | None]
 """Weight and bias of a layer."""
@@ -106,21 +106,11 @@ class MergingLayer(TunerLayer):
             self._outcome(names, finite)
 
     def check_dense(self) -> None:
-        """Raises `MergeError` if the frozen weight is quantised, or no parameter that could be written."""
-        base: Any = self.get_base_layer()
-        if is_quantized(base):
-            raise MergeError(
-                f"A {type(base).__name__} holds a quantised weight, in which small scales would be rounded away. Call "
-                "san_peft.dequantize(model) first, which puts dense layers in the place of the quantised ones."
-            )
-        own = vars(base)["_parameters"]
-        for name in ("weight", "bias"):
-            if name not in own and getattr(base, name, None) is not None:
-                raise MergeError(
-                    f"A {type(base).__name__} makes its {name} anew at every forward pass (weight_norm, spectral_norm "
-                    "or another parametrization), so nothing can be merged into it. Take that off first: "
-                    "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or remove_spectral_norm."
-                )
+        """Raises `MergeError` if what is written into the frozen weight would not act as it does unmerged.
+
+        That is where the weight is quantised, is made anew at every forward pass, or is normalised in it.
+        """
+        check_mergeable(self.get_base_layer())
 
     @torch.no_grad()
     def get_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -222,7 +212,8 @@ class MergingLayer(TunerLayer):
 
     def _base_tensors(self) -> Tensors:
         base: Any = self.get_base_layer()
-        return base.weight.data, None if base.bias is None else base.bias.data
+        bias = getattr(base, "bias", None)
+        return base.weight.data, None if bias is None else bias.data
 
     def _frozen(self) -> Tensors:
         """Weight and bias as they are without what is merged."""
@@ -243,9 +234,25 @@ class MergingLayer(TunerLayer):
         input_scale = _product([factors.input_scale for factors in every], device)
         shifts = [factors.shift.to(device) for factors in every if factors.shift is not None]
         shift = torch.stack(shifts).sum(0) if shifts else None
-        layout = {"groups": self.groups, "transposed": self.transposed}
-        weight, bias = fold(weight, bias, scale, input_scale, shift, dtype=before[0].dtype, **layout)
+        weight, bias = self.fold_vectors(weight, bias, scale, input_scale, shift, before[0].dtype)
         return weight, bias if bias is None or before[1] is None else round_to(bias, before[1].dtype)
+
+    def fold_vectors(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        input_scale: Tensor | None,
+        shift: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensors:
+        """Folds vectors into weight and bias of this kind of layer; the shift of an embedding goes into every row."""
+        layout = {"groups": self.groups, "transposed": self.transposed}
+        if shift is None or not isinstance(self.get_base_layer(), nn.Embedding):
+            return fold(weight, bias, scale, input_scale, shift, dtype=dtype, **layout)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scaled, _ = fold(weight, None, scale, None, dtype=wide, **layout)
+        return rounded(scaled + shift.to(wide), dtype), None
 
     def _with_hosts(self, before: Tensors, parts: dict[str, Part]) -> Tensors:
         """Returns copies of weight and bias, in float32 at least, into which the hosts have merged."""
@@ -331,6 +338,8 @@ class MergingLayer(TunerLayer):
         base: Any = self.get_base_layer()
         like = base.weight.data
         base.weight.data = weight.to(like.device, like.dtype)
+        if isinstance(base, nn.Embedding):
+            return
         if bias is None:
             base.bias = None
         elif base.bias is not None:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from san_peft.errors import AdapterError, GraphError, MergeError, SanError
@@ -21,15 +20,18 @@ from san_peft.propagation.placement import place
 from san_peft.propagation.rules import ATTENTION
 from san_peft.propagation.trace import arguments_of
 from san_peft.tuner import _peft
+from san_peft.tuner.acting import set_fast_paths
+from san_peft.tuner.attention import layer_for
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
 from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
-from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
+from san_peft.tuner.layer import MODES, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import keep_exact
-from san_peft.tuner.resolve import exactly, layers_by_name, resolve, settle
+from san_peft.tuner.resolve import exactly, layers_by_name, resolve, settle, tables_of
 from san_peft.tuner.scales import Scales
+from san_peft.tuner.vectors import Incoming
 
 
 class SanModel(_peft.Tuner):
@@ -76,6 +78,8 @@ class SanModel(_peft.Tuner):
         self._wire(model, adapter_name, config, graph or PropagationGraph(()), low_cpu_mem_usage)
         if graph is None:
             self.scales.pending[adapter_name] = partial(self._wire_at_first_pass, adapter_name)
+        _peft.share_layers(model, SanLayer)
+        set_fast_paths(model, False)
 
     def _wire_at_first_pass(self, adapter_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Traces the batch that the model was called with, and wires an adapter whose edges were not known."""
@@ -83,9 +87,9 @@ class SanModel(_peft.Tuner):
         if any(layer.merged or layer.disable_adapters for layer in layers):
             return  # nothing would be propagated in this pass
         with torch.inference_mode(False):  # what is made for good must be fit for training
-            graph = trace_first_pass(self.model, args, kwargs)
+            config: Any = self.peft_config[adapter_name]
+            graph = trace_first_pass(self.model, args, kwargs, tables_of(self, self.model, config))
             if graph is not None:
-                config: Any = self.peft_config[adapter_name]
                 self._wire(self.model, adapter_name, config, settle(self, self.model, config, graph), False)
                 del self.scales.pending[adapter_name]
 
@@ -100,6 +104,7 @@ class SanModel(_peft.Tuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model, in a pass of its scales."""
+        self.check_mixed(args, kwargs)
         with self.scales.passing(args, kwargs):
             return self.model.forward(*args, **kwargs)
 
@@ -144,6 +149,8 @@ class SanModel(_peft.Tuner):
     def unloaded(self) -> None:
         """Gives norms their own classes back, once the layers are out of the model."""
         self.scales.release()
+        _peft.share_layers(self.model, SanLayer, taken_off=True)
+        set_fast_paths(self.model, True)
 
     @property
     def propagation_graph(self) -> PropagationGraph:
@@ -228,7 +235,7 @@ class SanModel(_peft.Tuner):
         self, config: SanConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, fqn: str
     ) -> None:
         """Gives a module a scale of its own."""
-        layer = target if isinstance(target, SanLayer) else SanLayer(target)
+        layer = target if isinstance(target, SanLayer) else layer_for(target)
         layer.update_layer(adapter_name, config, inference_mode=config.inference_mode)
         if adapter_name in layer.san_host:
             layer.san_host[adapter_name].reference = vars(self).get("_references", {}).get(fqn)
@@ -247,7 +254,7 @@ class SanModel(_peft.Tuner):
             posterior = model.get_submodule(fqn)
             if not isinstance(posterior, SanLayer):
                 parent, _, name = fqn.rpartition(".")
-                layer = SanLayer(posterior)
+                layer = layer_for(posterior)
                 layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
                 layer.train(posterior.training)
                 _peft.replace(self, model.get_submodule(parent), name, layer, posterior)
@@ -354,11 +361,8 @@ class SanModel(_peft.Tuner):
             return super().merge_and_unload(progressbar, adapter_names=names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Puts a module into the place of another; PEFT's would ask one of several layers for a weight of its own."""
-        if isinstance(child, AuxiliaryTrainingWrapper):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        """Puts a module in the place of another: its vectors are on the device, and a frozen layer has its weight."""
+        setattr(parent, child_name, new_module)
 
     def add_weighted_adapter(
         self,

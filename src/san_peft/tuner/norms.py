@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from san_peft import kernels
 from san_peft.products import full_types
-from san_peft.scaling import Factor, plain_operations, scale_channels
+from san_peft.scaling import Factor, plain_operations, replayed, scale_channels
 from san_peft.tuner.sharded import is_sharded
 
 PROBE_ROWS = 512
@@ -228,11 +227,14 @@ def _layer_norm(module: Any, x: Tensor, factor: Factor) -> Tensor:
     weight, bias, eps = module.weight, getattr(module, "bias", None), _epsilon(module)
     scale = factor.wide
     if plain_operations() or not _trained(x, weight, bias, scale):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        shift = None if bias is None else bias.to(wide) * scale
-        out = nn.functional.layer_norm(x.to(wide), weight.shape, weight.to(wide) * scale, shift, eps)
-        return out.to(x.dtype)
+        return _plain_layer_norm(x, weight, bias, scale, eps)
     return _LayerNorm.apply(x, weight, bias, scale, eps)
+
+
+def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shift = None if bias is None else bias.to(wide) * scale
+    return nn.functional.layer_norm(x.to(wide), weight.shape, weight.to(wide) * scale, shift, eps).to(x.dtype)
 
 
 FORMS: dict[str, Form] = {
@@ -283,15 +285,20 @@ class _RmsNorm(torch.autograd.Function):
             y, inverse = kernels.rms_forward(x, weight, scale, eps, cast_first, offset)
         else:
             y, inverse = _rms_forward(x, weight, scale, eps, cast_first, offset)
-        ctx.cast_first, ctx.offset = cast_first, offset
+        ctx.cast_first, ctx.offset, ctx.eps = cast_first, offset, eps
         ctx.save_for_backward(x, weight, scale, inverse)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, scale, inverse = ctx.saved_tensors
         (grad,) = grads
+        if torch.is_grad_enabled():  # the gradient is to be differentiated once more
+
+            def plain(x: Any, weight: Any, scale: Any) -> Tensor:
+                return _rms_forward(x, weight, scale, ctx.eps, ctx.cast_first, ctx.offset)[0]
+
+            return (*replayed(plain, (x, weight, scale), grad), None, None, None)
         need_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         if _has_kernel(x) and kernels.available(grad):
             grad_x, grad_scale, grad_weight = kernels.rms_backward(
@@ -331,14 +338,20 @@ class _LayerNorm(torch.autograd.Function):
             shift = None if bias is None else bias.to(wide) * scale
             y, mean, inverse = torch.native_layer_norm(x.to(wide), weight.shape, factor, shift, eps)
             y = y.to(x.dtype)
+        ctx.eps = eps
         ctx.save_for_backward(x, weight, bias, scale, mean, inverse)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, bias, scale, mean, inverse = ctx.saved_tensors
         (grad,) = grads
+        if torch.is_grad_enabled():
+
+            def plain(*given: Any) -> Tensor:
+                return _plain_layer_norm(*given, ctx.eps)
+
+            return (*replayed(plain, (x, weight, bias, scale), grad), None)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if _has_kernel(x) and kernels.available(grad):
             grad_x, grad_scale, grad_weight, grad_bias = kernels.layer_backward(

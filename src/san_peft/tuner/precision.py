@@ -14,10 +14,11 @@ from san_peft.functional import propagate
 from san_peft.propagation.placement import OUTPUT
 from san_peft.rounding import HALF
 from san_peft.scaling import SALT, Factor, scale_channels
-from san_peft.tuner.layer import total_scale
+from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.layout import NORM, places
 from san_peft.tuner.norms import FORMS, norm_at
 from san_peft.tuner.quantized import is_quantized
+from san_peft.tuner.vectors import total_scale
 
 PROBES = 1024
 """On how many values of every channel a scale is tried."""
@@ -184,7 +185,7 @@ def _after(probe: Tensor, factor: Factor) -> Tensor:
 def _dtype(holder: Any) -> torch.dtype:
     """The type in which a frozen module computes, as far as its weight says."""
     if not is_quantized(holder):
-        return holder.weight.dtype
+        return stored_weight(holder).dtype
     found = getattr(holder, "compute_dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
 
@@ -197,7 +198,7 @@ def _try(factor: Tensor, holder: Any, apply: Apply) -> tuple[int, int]:
     if not count or dtype not in HALF:
         return count, 0
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(PROBES, factor.numel(), generator=generator).to(holder.weight.device, dtype)
+    probe = torch.randn(PROBES, factor.numel(), generator=generator).to(stored_weight(holder).device, dtype)
     wide = factor.to(probe.device)
     plain = apply(probe, Factor(torch.ones_like(wide), salt=SALT["input_scale"]))
     same = (apply(probe, Factor(wide, salt=SALT["input_scale"])) == plain).all(0) & (plain != 0).any(0)

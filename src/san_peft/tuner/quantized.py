@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from san_peft.errors import AdapterError, MergeError
@@ -24,9 +23,13 @@ PACKED = ("qweight", "W_q", "weight_packed", "codebooks")
 
 def is_quantized(base: Any) -> bool:
     """Whether a frozen layer's weight is kept in a quantised form."""
-    kind = type(base.weight)
+    own = {**vars(base)["_buffers"], **vars(base)["_parameters"]}
+    weight = own.get("weight")
+    if weight is None:  # made in the forward pass, or under other names
+        return False
+    kind = type(weight)
     packed = kind.__name__ in BITSANDBYTES or kind.__module__.startswith(SUBCLASSES)
-    return packed or not base.weight.dtype.is_floating_point or base.weight.dtype.itemsize < 2
+    return packed or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -75,13 +78,13 @@ def keep_exact(model: nn.Module) -> None:
     for module in modules.values():
         if getattr(module, REPACKS, False):
             setattr(module, REPACKS, False)
-        weight: Any = getattr(module, "weight", None)
+        weight: Any = vars(module)["_parameters"].get("weight")
         if type(weight).__name__ == "Int8Params" and weight.SCB is None and hasattr(module, "state"):
             weight.SCB = module.state.SCB
 
 
 def _is_repacked(module: Any) -> bool:
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    state = getattr(vars(module)["_parameters"].get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
@@ -107,8 +110,7 @@ class _UnpackedProduct(torch.autograd.Function):
         return weight_product(row_matrix(base), rows)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]  # what the decorator returns
+    def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         return None, torch.mm(grad.t(), row_matrix(ctx.base).to(grad.dtype)).to(ctx.dtype)
 

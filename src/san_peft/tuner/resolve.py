@@ -18,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from san_peft.errors import GraphError, TargetError, TraceError
 from san_peft.propagation.graph import Edge, Norm, PropagationGraph
 from san_peft.tuner import _peft
+from san_peft.tuner.attention import layer_for
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import is_feedforward, type_of, unfit
+from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.layer import LAYER_TYPES, SanLayer, cannot_adapt
 from san_peft.tuner.sharded import is_sharded
 
@@ -38,7 +40,7 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
     graph, waits = None, False
     if config.edges is None or targets is None or wide:
         try:
-            graph = _graph(model, config)
+            graph = _graph(model, config, tables_of(tuner, model, config))
         except TraceError as error:
             if config.gate:
                 reason = "gate=True adds parameters where scales arrive, so the edges come first"
@@ -61,6 +63,14 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
         edges, placement = stored, config.placement
     config.target_modules, config.modules_to_save = targets, saved
     return None if waits else _settled(config, edges, placement)
+
+
+def tables_of(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> list[str]:
+    """Returns the embeddings that the targets name; the default targets hold none."""
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        return []
+    return [n for n, m in layers_by_name(model).items() if _is_table(m) and _peft.matches(tuner, config, n)]
 
 
 def settle(tuner: _peft.Tuner, model: nn.Module, config: SanConfig, graph: PropagationGraph) -> PropagationGraph:
@@ -104,7 +114,7 @@ def _chosen(
         chosen = [layer.fqn for layer in graph.layers if layer.fqn not in left_out.union(graph.heads)]
     else:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        chosen = [name for name, module in names.items() if module is not head]
+        chosen = [name for name, module in names.items() if module is not head and not _is_table(module)]
     chosen = [n for n in chosen if not _inside(n, config.modules_to_save) and (not wide or _is_linear(names[n]))]
     kept = [n for n in chosen if _peft.in_blocks(config, n) and not _peft.is_excluded(config, n)]
     if chosen and not kept:
@@ -162,6 +172,11 @@ def _check_targets(
                 f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
             )
     idle = []
+    attentions = [
+        name
+        for name, module in modules.items()
+        if isinstance(_plain(module), nn.MultiheadAttention) and _peft.matches(tuner, config, name)
+    ]
     traced = {layer.fqn for layer in graph.layers} if graph is not None else set()
     for name, module in modules.items():
         if isinstance(module, AuxiliaryTrainingWrapper) or not _peft.matches(tuner, config, name):
@@ -174,12 +189,18 @@ def _check_targets(
             raise TargetError(f"{name} is {cannot_adapt(inner)}")
         if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
             raise TargetError(f"{name} is {reason}. Leave it out of target_modules.")
+        if any(name.startswith(f"{other}.") for other in attentions):
+            raise TargetError(
+                f"{name} is a part of an nn.MultiheadAttention that target_modules names as well. The attention has "
+                "scales for its output projection too: name one of them."
+            )
         if traced and name not in traced:
             idle.append(name)
     if idle:
         warnings.warn(
-            f"{len(idle)} target layers were not called when the model was traced, so their scales may do nothing "
-            f"(a model may read a weight directly): {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
+            f"{len(idle)} target layers were not called when the model was traced. If the model reads their weights "
+            "directly, their own scales act, but nothing is propagated from them or to them; else they may do nothing: "
+            f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
             stacklevel=4,
         )
 
@@ -192,9 +213,9 @@ def _check_parallel(fqn: str, layer: Any) -> None:
             f"{fqn} is split by tensor parallelism (plan {getattr(layer, '_hf_tp_plan', None)!r}), which SAN does not "
             "support. Load the model without tp_plan, and shard it with FSDP2 after get_peft_model."
         )
-    if is_sharded(getattr(layer, "weight", None)):
+    if isinstance(layer, LAYER_TYPES) and is_sharded(stored_weight(layer)):
         raise TargetError(
-            f"The weight of {fqn} is in shards on {layer.weight.device_mesh.size()} devices already. Call "
+            f"The weight of {fqn} is in shards on {stored_weight(layer).device_mesh.size()} devices already. Call "
             "get_peft_model first and fully_shard after it."
         )
 
@@ -217,7 +238,7 @@ def _check_host(fqn: str, layer: BaseTunerLayer, config: SanConfig) -> None:
         )
 
 
-def _graph(model: nn.Module, config: SanConfig) -> PropagationGraph | None:
+def _graph(model: nn.Module, config: SanConfig, tables: Iterable[str]) -> PropagationGraph | None:
     """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed.
 
     Without propagation the trace still tells the heads, and which outputs are overwritten in place.
@@ -225,20 +246,21 @@ def _graph(model: nn.Module, config: SanConfig) -> PropagationGraph | None:
     if not isinstance(config.propagation, str):
         return PropagationGraph.from_json(config.propagation)
     try:
-        return trace_plain(model)
+        return trace_plain(model, tables=tables)
     except TraceError:
         if config.propagation == "none":
             return None
         raise
 
 
-def trace_plain(model: nn.Module, example_inputs: Any = None) -> PropagationGraph:
+def trace_plain(model: nn.Module, example_inputs: Any = None, tables: Iterable[str] = ()) -> PropagationGraph:
     """Traces a model with all adapters switched off, under the names that its modules had before any was put on."""
     from san_peft.propagation.trace import trace
 
+    embeddings = [name for name, _ in model.named_modules() if plain_name(name) in set(tables)]
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     with _disabled(adapted):
-        return _plain_graph(trace(model, example_inputs))
+        return _plain_graph(trace(model, example_inputs, embeddings))
 
 
 def _select(
@@ -252,6 +274,8 @@ def _select(
         inner = config.inner_config()
         carried = {n for n in carried if not is_feedforward(inner, n)}
     edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
+    # the inside of an attention is not followed, so one whose output projection is a target by itself reads nothing
+    edges = [edge for edge in edges if not any(name.startswith(f"{edge.posterior}.") for name in carried)]
     kept, cut = [], []
     for edge in edges:
         (kept if edge.anterior in carried else cut).append(edge)
@@ -290,6 +314,10 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(_plain(module), nn.Linear | Conv1D)
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(_plain(module), nn.Embedding)
 
 
 def _inside(fqn: str, saved: Iterable[str] | None) -> bool:
@@ -348,7 +376,7 @@ def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    layer = module if isinstance(module, SanLayer) else SanLayer(module)
+    layer = module if isinstance(module, SanLayer) else layer_for(module)
     return layer.out_features, layer.in_features
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from san_peft.scaling import Factor, plain_operations
 from san_peft.tuner.checkpointing import checkpointed, knows_regions, region
 from san_peft.tuner.fill import NOTHING, Vectors, Watch, combined, factors_with_gradients, fill, hand_out
+from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.layout import ScaleLayout, lay_out_scales
 from san_peft.tuner.norms import bind, bound_to, norm_at
 
@@ -351,7 +352,8 @@ class Scales:
                     tuple(layer.merged_adapters),
                     layer.san_mode,
                     tuple(getattr(layer.host, "scaling", {}).items()),
-                    *_kind_of(layer.get_base_layer().weight),
+                    layer.strengths,
+                    *_kind_of(stored_weight(layer.get_base_layer())),
                 )
             )
         return found
@@ -376,7 +378,7 @@ class Scales:
                     if name in self.placements:
                         names[name] = None
         for layer in self.layers.values():
-            weight = layer.get_base_layer().weight
+            weight = stored_weight(layer.get_base_layer())
             if weight.is_meta or hasattr(weight, "ds_id"):
                 return None  # offloaded, or partitioned by DeepSpeed: each layer reads what it needs when it runs
         return list(names)
@@ -389,7 +391,7 @@ class Scales:
                 for bank in (*layer.san_scale.values(), *layer.san_shift.values(), *layer.san_gate.values()):
                     found.append((id(bank.weight), bank.weight._version))
                 if layer.host is not None:
-                    frozen = layer.get_base_layer().weight
+                    frozen = stored_weight(layer.get_base_layer())
                     found.append((id(frozen), frozen._version))
                     for name in layer.host.adapter_layer_names:
                         for parameter in getattr(layer.host, name).parameters():
@@ -404,7 +406,7 @@ class Scales:
 
     def _weight(self) -> Tensor | None:
         layer = next(iter(self.layers.values()), None)
-        return None if layer is None else layer.get_base_layer().weight
+        return None if layer is None else stored_weight(layer.get_base_layer())
 
     def _device(self) -> torch.device:
         weight = self._weight()

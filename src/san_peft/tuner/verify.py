@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from san_peft.tuner.frozen import stored_weight
+
 SHARE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Share of the adapter's own effect by which merging may change an output of a type, even without rounding."""
 
@@ -27,6 +29,8 @@ def jittered(layers: Iterable[nn.Module], seed: int) -> Iterator[None]:
 
     def jitter(layer: Any, args: Any, y: Any) -> Any:
         nonlocal seed
+        if isinstance(y, tuple) and y:  # of an attention, with its weights
+            return (jitter(layer, args, y[0]), *y[1:])
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return y
         seed += 1
@@ -35,7 +39,7 @@ def jittered(layers: Iterable[nn.Module], seed: int) -> Iterator[None]:
         size = wide.square().mean(layer.channel_dim, keepdim=True).sqrt_() + wide.abs()
         generator = torch.Generator(device=y.device).manual_seed(seed)
         noise = torch.rand(wide.shape, dtype=wide.dtype, device=y.device, generator=generator).sub_(0.5)
-        return (wide + noise.mul_(size).mul_(_step(layer.get_base_layer().weight, wide, y.dtype))).to(y.dtype)
+        return (wide + noise.mul_(size).mul_(_step(stored_weight(layer.get_base_layer()), wide, y.dtype))).to(y.dtype)
 
     with ExitStack() as stack:
         for layer in layers:

@@ -1,0 +1,253 @@
+"""What a layer's weight and bias are to a module that reads them past the layer's forward pass.
+
+`nn.MultiheadAttention` multiplies with `out_proj.weight`, `nn.TransformerEncoderLayer` hands all its weights to one
+fused operation in eval mode, timm's BEiT calls `F.linear(x, self.qkv.weight)`. Each of them gets the weight with all
+that acts in it, as it would be merged, with gradients to the scales. Most who ask want the dtype or the device alone,
+and a weight is large: so what they get makes its values when an operation asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from san_peft.errors import SanError
+from san_peft.scaling import spread
+from san_peft.tuner.decompose import has_adapter, type_of
+from san_peft.tuner.fill import Vectors
+from san_peft.tuner.frozen import stored_weight
+from san_peft.tuner.quantized import is_quantized
+from san_peft.tuner.sharded import is_sharded
+
+_SEEN = {
+    *(
+        getattr(Tensor, name).__get__  # type: ignore[attr-defined]
+        for name in (
+            "device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized is_sparse is_xpu "
+            "itemsize layout nbytes ndim requires_grad shape _version"
+        ).split()
+    ),
+    *(
+        getattr(Tensor, name)
+        for name in (
+            "__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_inference is_signed "
+            "nelement numel size storage_offset stride"
+        ).split()
+    ),
+}
+"""What can be seen of a tensor without its values."""
+
+
+class ActingTensor(Tensor):
+    """A frozen tensor of a layer with all that acts in it; its values are made when an operation reads them.
+
+    It looks as the frozen tensor does: shape, dtype, device. It cannot be written, and its memory cannot be had, since
+    both would pass by the scales.
+    """
+
+    _make: Callable[[], Tensor]
+    _name: str
+    _trained: bool
+
+    @staticmethod
+    def of(like: Tensor, name: str, trained: bool, make: Callable[[], Tensor]) -> ActingTensor:
+        """Returns a tensor that `make` gives its values.
+
+        Args:
+            like: The frozen tensor.
+            name: What it is called in errors.
+            trained: Whether gradients flow to what acts in it.
+            make: Gives the values.
+        """
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            ActingTensor, like.shape, like.stride(), dtype=like.dtype, layout=like.layout, device=like.device
+        )
+        made._make, made._name, made._trained = make, name, trained
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ActingTensor({self._name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def _values(self) -> Tensor:
+        if self._trained and not torch.is_grad_enabled():
+            raise SanError(
+                f"{self._name} was taken with gradients enabled and is read without: an autograd function or a fused "
+                "kernel reads it, through which no gradient would reach the scales. Leave the layer out of "
+                "target_modules, or train with the plain implementation of the module that reads it."
+            )
+        return self._make()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SEEN:
+            return super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else None
+        if isinstance(first, ActingTensor):
+            if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+                return ActingTensor.of(first, first._name, False, lambda: first._make().detach())
+            writes = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
+            if writes or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")):
+                raise SanError(
+                    f"{first._name} holds what the frozen layer and its scales make together, and cannot be written. "
+                    "Write to the layer's get_base_layer()."
+                )
+            if name == "data_ptr":
+                raise SanError(
+                    f"Something reads {first._name} by its address, past the scales that act there. Merge the adapter "
+                    "first, or leave the layer out of target_modules."
+                )
+        args, kwargs = tree_map_only(ActingTensor, ActingTensor._values, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(ActingTensor, ActingTensor._values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class ActingLayer:
+    """The part of `SanLayer` that answers for the frozen layer's weight and bias."""
+
+    host: Any
+    merged: bool
+    disable_adapters: bool
+    fold_vectors: Any
+    active_adapters: list[str]
+    get_base_layer: Any
+    has_part: Any
+    san_mode: str
+    out_features: int
+    parameters: Any
+    san_incoming: Any
+    san_name: str
+    san_scales: Any
+    san_shift: Any
+    training: bool
+
+    @property
+    def weight(self) -> Any:
+        """The frozen weight with all that acts in it, for modules that read it past the forward pass."""
+        base = self.get_base_layer()
+        frozen = base.qweight if hasattr(base, "qweight") else base.weight
+        return self._acting(base, frozen, "weight", 0)
+
+    @property
+    def bias(self) -> Any:
+        """The frozen bias with all that acts in it, likewise."""
+        base = self.get_base_layer()
+        frozen = base.bias
+        if frozen is None:
+            if not self._acts(base) or not any(name in self.san_shift for name in self.active_adapters):
+                return None
+            weight = stored_weight(base)
+            frozen = weight.new_empty(self.out_features)
+        return self._acting(base, frozen, "bias", 1)
+
+    def _acts(self, base: Any) -> bool:
+        """Whether the layer's own forward pass would give something else than the frozen layer's."""
+        if self.disable_adapters or self.merged or self.san_mode == "off" or not hasattr(self, "san_scales"):
+            return False
+        if not any(self.has_part(name) for name in self.active_adapters):
+            return False
+        weight = stored_weight(base)
+        return not (weight.is_meta or hasattr(base, "qweight") or is_quantized(base) or is_sharded(weight))
+
+    def _acting(self, base: Any, frozen: Tensor, name: str, number: int) -> Any:
+        if not self._acts(base):
+            return frozen
+        if torch.compiler.is_compiling():
+            return self.acting_tensors()[number]
+        trained = torch.is_grad_enabled() and self._is_trained()
+        return ActingTensor.of(frozen, f"The {name} of {self.san_name}", trained, lambda: self.acting_tensors()[number])
+
+    def _is_trained(self) -> bool:
+        """Whether gradients flow to what acts here: vectors and host of this layer and of its anteriors."""
+        layers = self.san_scales.layers
+        names = {edge.anterior for edges in self.san_incoming.values() for edge in edges}
+        return any(
+            p.requires_grad for one in (self, *(layers[n] for n in names if n in layers)) for p in one.parameters()
+        )
+
+    def acting_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Returns weight and bias with all that acts in this layer at present, gradients included.
+
+        Raises:
+            SanError: If samples name their adapters, which one weight cannot serve, or over a host of another kind than
+                LoRA.
+        """
+        weight, bias = self._hosted_tensors()
+        return self.fold_vectors(weight, bias, *self._acting_vectors(), weight.dtype)
+
+    def _acting_vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Scale, input scale and shift as they act at present, for operations of autograd."""
+        scales, weight = self.san_scales, stored_weight(self.get_base_layer())
+        if scales.mixed:
+            raise SanError(
+                f"The weight of {self.san_name} is read past its forward pass, so it is one for the whole batch: "
+                "adapter_names cannot be used here. Run one batch for each adapter."
+            )
+        vectors: Vectors = scales.of(self)
+        rows, columns = self.san_mode in ("both", "neuron"), self.san_mode in ("both", "synapse")
+        scale = spread(vectors.scale) if rows and vectors.scale is not None else None
+        input_scale = spread(vectors.input_scale) if columns and vectors.input_scale is not None else None
+        shift = vectors.shift if rows else None
+        scale, input_scale, shift = (None if v is None else v.to(weight.device) for v in (scale, input_scale, shift))
+        return scale, input_scale, shift
+
+    def _hosted_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the frozen layer with its host's part."""
+        base, host = self.get_base_layer(), self.host
+        weight, bias = base.weight, getattr(base, "bias", None)
+        names = [name for name in self.active_adapters if has_adapter(host, name)] if self.san_mode != "synapse" else []
+        if not names:
+            return weight, bias
+        plain = type_of(host) == "LORA" and not any(
+            host.lora_variant.get(name) is not None or host.lora_bias.get(name) for name in names
+        )
+        if not plain:
+            raise SanError(
+                f"The weight of {self.san_name} is read past its forward pass, where a {type_of(host)} host of this "
+                "kind cannot act. Merge the adapter first, or leave the layer out of target_modules."
+            )
+        if self.training and any(not isinstance(host.lora_dropout[name], nn.Identity) for name in names):
+            raise SanError(
+                f"The weight of {self.san_name} is read past its forward pass, where dropout of LoRA's input cannot "
+                "act. Use lora_dropout=0, or leave the layer out of target_modules."
+            )
+        for name in names:
+            weight = weight + host.get_delta_weight(name).to(weight.dtype)
+        return weight, bias
+
+
+FAST: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+}
+"""By what attribute, set to what, torch's modules leave their fast path, which reads weights of layers and norms."""
+
+
+def set_fast_paths(model: nn.Module, allowed: bool) -> None:
+    """Says whether torch's encoders may compute past the modules that they hold.
+
+    An encoder that pads by nested tensors asks its first layer alone whether it may, and a compiled one does not see
+    that a weight is an `ActingTensor` or that a norm carries a scale.
+
+    Args:
+        model: The model.
+        allowed: `False` for encoders that hold adapted layers; `True` puts back what was set before.
+    """
+    for module in model.modules():
+        name, value = next((v for kind, v in FAST.items() if isinstance(module, kind)), ("", None))
+        own: Any = vars(module)
+        if name not in own:
+            continue
+        if allowed and "san_fast" in own:
+            own[name] = own.pop("san_fast")
+        elif not allowed and "san_fast" not in own and any(isinstance(m, ActingLayer) for m in module.modules()):
+            own["san_fast"], own[name] = own[name], value
