@@ -75,7 +75,7 @@ def test_one_attention_equals_the_formula_written_out(options):
         attn.out_proj.bias.mul_(g[24:]).add_(t[24:])
         expected = attn(x, x, x)
         for mode in (model.eval(), model.train()):
-            with mode.base_model.scales.passing({}):
+            with mode.base_model.scales.passing((), {}):
                 found = layers.attn(x, x, x)
             torch.testing.assert_close(found, expected, **CLOSE)
 
