@@ -32,7 +32,7 @@ CONTRASTIVE: dict[str, dict[str, Any]] = {
             "in_channels": [32, 16], "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2],
             "num_block_repeats": [1, 1], "expand_ratios": [1, 6],
         },
-        "projection_dim": 16,
+        "projection_dim": 8,
     },
     "AltCLIPModel": {
         "text_config": {**SMALL, "project_dim": 12, "pad_token_id": 1},
@@ -59,7 +59,7 @@ CONTRASTIVE: dict[str, dict[str, Any]] = {
         "text_config": SMALL, "projection_dim": 12, "projection_intermediate_dim": 16,
         "vision_config": {**VIT, "depths": [1, 1], "num_group_tokens": [4, 0], "num_output_groups": [4, 4]},
     },
-    "OwlViTForObjectDetection": {**PAIR, "projection_dim": 12},
+    "OwlViTForObjectDetection": {**PAIR, "projection_dim": 16},
     "SiglipModel": PAIR,
     "Siglip2Model": {
         "text_config": SMALL,
@@ -86,7 +86,7 @@ JOINT: dict[str, dict[str, Any]] = {
         "visual_feat_dim": 12,
     },
     "Pix2StructForConditionalGeneration": {
-        "text_config": T5,
+        "text_config": {**T5, "hidden_size": 16, "num_heads": 2},
         "vision_config": {"hidden_size": 16, "patch_embed_hidden_size": 12, "d_ff": 24, "d_kv": 8,
                           "num_hidden_layers": 1, "num_attention_heads": 2, "seq_len": 64},
     },
@@ -112,7 +112,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "ChameleonForConditionalGeneration": {
         **GROUPED, "swin_norm": False, "vq_config": {
             "embed_dim": 8, "num_embeddings": 6, "latent_channels": 8, "resolution": 16, "base_channels": 32,
-            "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_type": None,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_type": "vanilla",
         },
         "vocabulary_map": {"<image>": IMAGE, **{f"IMGIMGA{chr(65 + i)}Z": 20 + i for i in range(6)}},
     },

@@ -46,7 +46,7 @@ FAST = (
     "T5ForConditionalGeneration",
     "ViTForImageClassification",
     "CLIPModel",
-    "efficientnet_b0",
+    "resnet18",
     "swin_tiny_patch4_window7_224",
 )
 """A sample over the families that runs with every test; the others are slow together."""

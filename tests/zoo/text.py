@@ -76,7 +76,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
     "ModernBertForSequenceClassification": {**TEXT, "cls_token_id": 1, "sep_token_id": 2},
     "MPNetForSequenceClassification": {**TEXT, "pad_token_id": 1},
-    "MraForSequenceClassification": {**TEXT, "pad_token_id": 1},
     "NystromformerForSequenceClassification": {**TEXT, "num_landmarks": 2, "segment_means_seq_len": 6},
     "PerceiverForMaskedLM": {
         "num_latents": 4, "d_latents": 16, "d_model": 16, "num_self_attends_per_block": 1, "vocab_size": 99,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tests.zoo.table import Architecture
@@ -16,10 +17,10 @@ RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": VIT,
     "cait_xxs24_224": {**VIT, "depth_token_only": 1},
-    "coat_tiny": {"img_size": 64, "embed_dims": (8, 8, 8, 8), "serial_depths": (1, 1, 1, 1), "num_heads": 2,
+    "coat_tiny": {"img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1), "num_heads": 8,
                   "parallel_depth": 1, "mlp_ratios": (2, 2, 2, 2)},
     "crossvit_9_240": {"img_size": 48, "embed_dim": (8, 16), "depth": ((1, 1, 0),), "num_heads": (2, 2),
-                       "mlp_ratio": (2.0, 2.0, 1.0)},
+                       "mlp_ratio": (2.0, 2.0, 1.0), "img_scale": (1.0, 1.0)},
     "davit_tiny": {"depths": (1, 1), "embed_dims": (8, 16), "num_heads": (2, 2), "window_size": 4},
     "deit_tiny_distilled_patch16_224": VIT,
     "deit3_small_patch16_224": VIT,
@@ -31,21 +32,20 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
                         "key_dim": (4, 4, 4), "window_size": (4, 4, 4)},
     "eva02_tiny_patch14_224": {**VIT},
     "fastvit_t8": {"layers": (1, 1, 1, 1), "embed_dims": (8, 8, 16, 16)},
-    "gcvit_xxtiny": {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "embed_dim": 8,
-                     "window_ratio": (8, 4, 2, 1)},
+    "GlobalContextVit": {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "embed_dim": 8,
+                         "window_ratio": (16, 16, 16, 32)},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 8, "num_heads": 1, "stages": (1, 1), "q_pool": 1,
-                       "global_att_blocks": (1,)},
-    "inception_next_atto": {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 16), "band_kernel_size": 3},
+                       "mask_unit_attn": (True, False)},
+    "MetaNeXt": {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 16)},
     "levit_128s": {"img_size": 64, "embed_dim": (16, 16, 24), "num_heads": (2, 2, 2), "depth": (1, 1, 1),
-                   "key_dim": (4, 4, 4)},
-    "maxvit_tiny_tf_224": {"img_size": 64, "embed_dim": (8, 16), "depths": (1, 1), "stem_width": 8,
+                   "key_dim": 4},
+    "maxvit_tiny_tf_224": {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1), "stem_width": 16,
                            "block_type": ("M", "M")},
-    "mixer_s16_224": {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 16},
+    "MlpMixer": {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 16},
     "mobilevit_xxs": {},
-    "mvitv2_tiny": {"img_size": 32, "depths": (1, 1), "embed_dim": 8, "num_heads": 1},
-    "nest_tiny": {"img_size": 32, "num_levels": 2, "embed_dims": (8, 16), "num_heads": (1, 2), "depths": (1, 1)},
+    "Nest": {"img_size": 32, "num_levels": 2, "embed_dims": (8, 16), "num_heads": (1, 2), "depths": (1, 1)},
     "pit_ti_224": {"img_size": 32, "patch_size": 8, "stride": 4, "base_dims": (8, 8), "depth": (1, 1), "heads": (1, 2)},
-    "poolformer_s12": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+    "MetaFormer": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2)},
     "sequencer2d_s": {"img_size": 32, "layers": (1, 1), "embed_dims": (8, 8), "hidden_sizes": (4, 4),
                       "patch_sizes": (8, 1), "mlp_ratios": (2, 2)},
@@ -63,29 +63,25 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_siglip_224": VIT,
     "vit_relpos_small_patch16_224": VIT,
     "vit_tiny_patch16_224": VIT,
-    "volo_d1_224": {"img_size": 64, "layers": (1, 1), "embed_dims": (16, 16), "num_heads": (2, 2), "mlp_ratios": (2, 2),
-                    "downsamples": (True, False)},
+    "VOLO": {"img_size": 64, "layers": (1, 1), "embed_dims": (16, 16), "num_heads": (2, 2),
+             "downsamples": (True, False), "outlook_attention": (True, False)},
     "xcit_nano_12_p16_224": {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2},
 }  # fmt: skip
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "convnext_atto": STAGES,
     "convnextv2_atto": STAGES,
-    "cspdarknet53": {},
     "densenet121": {"growth_rate": 4, "block_config": (1, 1)},
     "dla34": {"levels": (1, 1, 1, 1, 1, 1), "channels": (4, 4, 8, 8, 16, 16)},
     "dpn48b": {},
-    "efficientnet_b0": {"channel_multiplier": 0.25, "depth_multiplier": 0.3},
-    "focalnet_tiny_srf": {"depths": (1, 1), "embed_dim": 8, "focal_levels": (1, 1), "focal_windows": (3, 3)},
-    "ghostnet_100": {"width": 0.25},
+    "FocalNet": {"depths": (1, 1), "embed_dim": 8, "focal_levels": (1, 1), "focal_windows": (3, 3)},
+    "ghostnet_050": {},
     "hardcorenas_a": {},
-    "hrnet_w18_small": {},
-    "inception_v4": {},
-    "mobilenetv2_050": {"channel_multiplier": 0.25},
-    "mobilenetv3_small_050": {"channel_multiplier": 0.25},
+    "mobilenetv2_035": {},
+    "mobilenetv3_small_050": {},
     "mobilenetv4_conv_small_035": {},
     "mobileone_s0": {},
-    "dm_nfnet_f0": {"width_factor": 0.1, "depths": (1, 1, 1, 1)},
+    "dm_nfnet_f0": {"width_factor": 0.25, "depths": (1, 1, 1, 1), "group_size": 8},
     "regnetx_002": {},
     "regnety_002": {},
     "repvgg_a0": {},
@@ -96,12 +92,10 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "resnet50": RESNET,
     "resnetv2_50": {"layers": (1, 1), "channels": (32, 32), "stem_chs": 32},
     "rexnet_100": {"width_mult": 0.3},
-    "selecsls42": {},
     "seresnet50": RESNET,
     "skresnet18": {"layers": (1, 1, 1, 1)},
     "starnet_s1": {"base_dim": 8, "depths": (1, 1, 1, 1)},
     "tresnet_m": {"layers": (1, 1, 1, 1), "width_factor": 0.25},
-    "vgg11": {},
     "vovnet39a": {},
     "xception41": {},
 }  # fmt: skip
@@ -111,7 +105,8 @@ def _maker(name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import timm
 
-        return timm.create_model(name, **{"num_classes": 5, **options})
+        kind = getattr(timm.models, name) if name[0].isupper() else partial(timm.create_model, name)
+        return kind(**{"num_classes": 5, **options})
 
     return make
 

@@ -33,7 +33,7 @@ IMAGES: dict[str, dict[str, Any]] = {
                                   "num_groups": 2},
     "ConvNextForImageClassification": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
     "ConvNextV2ForImageClassification": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
-    "CvtForImageClassification": {"embed_dim": [8, 8, 16], "num_heads": [1, 1, 2], "depth": [1, 1, 1]},
+    "CvtForImageClassification": {"embed_dim": [8, 8, 16], "num_heads": [1, 1, 2], "depth": [1, 2, 3]},
     "Data2VecVisionForImageClassification": VIT,
     "DeiTForImageClassificationWithTeacher": VIT,
     "Dinov2ForImageClassification": {**{k: v for k, v in VIT.items() if k != "intermediate_size"}, "mlp_ratio": 2},
@@ -42,7 +42,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     },
     "DINOv3ViTModel": {**VIT, "num_register_tokens": 2},
     "EfficientNetForImageClassification": {
-        "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 40, "image_size": 64,
+        "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320, "image_size": 64,
         "in_channels": [32, 16, 24], "out_channels": [16, 24, 40], "kernel_sizes": [3, 3, 5], "strides": [1, 2, 2],
         "num_block_repeats": [1, 1, 1], "expand_ratios": [1, 6, 6],
     },
@@ -97,7 +97,7 @@ DENSE: dict[str, dict[str, Any]] = {
         **VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 8, "pool_scales": [1, 2],
     },
     "ConditionalDetrForObjectDetection": {**DETR, "backbone_config": BACKBONE},
-    "DeformableDetrForObjectDetection": {**DETR, "backbone_config": BACKBONE, "num_feature_levels": 3},
+    "DeformableDetrForObjectDetection": {**DETR, "d_model": 32, "decoder_layers": 2, "backbone_config": BACKBONE, "num_feature_levels": 3},
     "DepthAnythingForDepthEstimation": {
         "backbone_config": {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "mlp_ratio": 2,
                             "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
@@ -116,7 +116,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "Mask2FormerForUniversalSegmentation": {
         "backbone_config": {"model_type": "swin", **SWIN, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2],
                             "image_size": 64, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-        "feature_size": 16, "mask_feature_size": 16, "hidden_dim": 16, "encoder_feedforward_dim": 24,
+        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 24,
         "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 24, "num_queries": 5,
     },
     "RTDetrForObjectDetection": {

@@ -57,12 +57,12 @@ def _first(spec: ModelSpec, drafts: Sequence[Draft | tuple[Any, ...]]) -> Any:
     """Returns the first draft that the model takes; one that is alone is not tried."""
     if len(drafts) == 1:
         return drafts[0]
+    raised: dict[str, None] = {}
     for draft in drafts:
         if spec.run(spec.model, draft) is not None:
             return draft
-    raise _failure(
-        spec, f"it raised {type(spec.error).__name__}: {spec.error}" if drafts else "it names no kind of input"
-    )
+        raised[f"{type(spec.error).__name__}: {spec.error}"] = None
+    raise _failure(spec, f"it raised {'; '.join(list(raised)[:3])}" if raised else "it names no kind of input")
 
 
 def _of_images(spec: ModelSpec) -> tuple[Tensor, ...]:
@@ -73,8 +73,10 @@ def _of_images(spec: ModelSpec) -> tuple[Tensor, ...]:
     if not isinstance(first, nn.Conv2d) or len(spec.required(())) > 1:
         return _first(spec, ())
     patch = max(first.kernel_size) if first.kernel_size == first.stride else 1
+    channels = dict.fromkeys((first.in_channels, images.timm_channels(spec.model) or first.in_channels))
     full = full or next((m.image_size for m in spec.model.modules() if getattr(m, "image_size", None)), None)
-    return _first(spec, [(spec.noise(1, first.in_channels, *size),) for size in images.sizes(full, patch)])
+    sizes = [*images.sizes(full, patch), *((side, side) for side in images.TINY)]
+    return _first(spec, [(spec.noise(1, n, *size),) for size in sizes for n in channels])
 
 
 def _of_transformers(spec: ModelSpec) -> dict[str, Any]:
@@ -88,6 +90,9 @@ def _of_transformers(spec: ModelSpec) -> dict[str, Any]:
             if hasattr(spec.model, method):
                 draft, inserted[token] = _features(spec, method, parts[place])
                 parts[place] = [draft]
+            elif "attention_mask" in spec.accepted:  # the model puts the features in the token's place by itself
+                mask = {"attention_mask": spec.ones(1, TOKENS + 1)}
+                parts[place] = [{**draft, **mask} for draft in parts[place]]
     words = _text(spec, text, inserted)
     found = [{**image, **sound, **words} for image in parts[0] or [{}] for sound in parts[1] or [{}]]
     missing = spec.required(found[0])
@@ -174,4 +179,5 @@ def _text(spec: ModelSpec, text: Any, inserted: dict[int, int]) -> Draft:
         draft["visual_pos"] = spec.noise(1, 4, spec.find("visual_pos_dim")).abs()
     if "visual_embeds" in accepted:
         draft["visual_embeds"] = spec.noise(1, 4, spec.find("visual_embedding_dim"))
+        draft["attention_mask"] = spec.ones(1, TOKENS)
     return draft

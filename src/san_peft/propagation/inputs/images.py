@@ -12,6 +12,8 @@ from san_peft.propagation.inputs.spec import Draft, ModelSpec
 
 SMALL = (96, 128)
 """Heights in pixels that are tried before the size a model was made for."""
+TINY = (64, 48, 32)
+"""Heights that are tried last, for a model that was made for less than a small image and does not say so."""
 USUAL = (224, 512, 640)
 """Heights that are tried where a model names no size."""
 ARGUMENTS = ("pixel_values", "pixel_values_videos", "flattened_patches")
@@ -42,9 +44,19 @@ def pair(size: Any) -> tuple[int, int]:
 
 def timm_size(model: Any) -> Any:
     """Returns the size of images that a timm model was made for: of its patch embedding, else of its configuration."""
-    timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = timm.get("input_size") if isinstance(timm, dict) else getattr(timm, "input_size", None)
+    size = _timm_input(model)
     return next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), size[-2:] if size else None)
+
+
+def timm_channels(model: Any) -> int | None:
+    """Returns the channels of images that a timm model was made for, as its configuration says."""
+    size = _timm_input(model)
+    return size[0] if size else None
+
+
+def _timm_input(model: Any) -> Any:
+    timm = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return timm.get("input_size") if isinstance(timm, dict) else getattr(timm, "input_size", None)
 
 
 def drafts(spec: ModelSpec) -> Iterator[Draft]:
@@ -69,7 +81,7 @@ def _full(spec: ModelSpec) -> Any:
     inside = getattr(spec.model, "timm_model", None)  # of transformers' wrapper around models of timm
     if inside is not None:
         return timm_size(inside)
-    return spec.find("image_size", "crop_size", "input_size", section="vision_config")
+    return spec.find("image_size", "crop_size", "input_size", "resolution", section="vision_config")
 
 
 def _patch(spec: ModelSpec) -> int:

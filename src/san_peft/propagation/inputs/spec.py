@@ -17,6 +17,8 @@ from san_peft.propagation.untouched import untouched
 
 TOKENS = 6
 """Tokens of a derived text."""
+LETTERS = 128
+"""Vocabulary of a model that has none, and reads characters."""
 
 Draft = dict[str, Any]
 """Keyword arguments that a model may or may not take."""
@@ -99,7 +101,7 @@ class ModelSpec:
 
     def words(self, count: int = TOKENS, text: Any = None) -> list[int]:
         """Returns token ids spread over the vocabulary; no id with a meaning of its own, such as padding, is one."""
-        size = getattr(text, "vocab_size", None) or self.find("vocab_size", section="text_config") or 2
+        size = getattr(text, "vocab_size", None) or self.find("vocab_size", section="text_config") or LETTERS
         special, found = set(self.special()), []
         for number in range(1, count + 1):
             word = number * size // (count + 1)
