@@ -73,14 +73,11 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "convnextv2_atto": STAGES,
     "densenet121": {"growth_rate": 4, "block_config": (1, 1)},
     "dla34": {"levels": (1, 1, 1, 1, 1, 1), "channels": (4, 4, 8, 8, 16, 16)},
-    "dpn48b": {},
     "FocalNet": {"depths": (1, 1), "embed_dim": 8, "focal_levels": (1, 1), "focal_windows": (3, 3)},
     "ghostnet_050": {},
-    "hardcorenas_a": {},
     "mobilenetv2_035": {},
     "mobilenetv3_small_050": {},
     "mobilenetv4_conv_small_035": {},
-    "mobileone_s0": {},
     "dm_nfnet_f0": {"width_factor": 0.25, "depths": (1, 1, 1, 1), "group_size": 8},
     "regnetx_002": {},
     "regnety_002": {},
@@ -97,7 +94,6 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "starnet_s1": {"base_dim": 8, "depths": (1, 1, 1, 1)},
     "tresnet_m": {"layers": (1, 1, 1, 1), "width_factor": 0.25},
     "vovnet39a": {},
-    "xception41": {},
 }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from torch import nn
 ROWS: dict[str, dict[str, Any]] = {
     "DenseNet": {"growth_rate": 4, "block_config": (1, 1), "num_init_features": 8},
     "GoogLeNet": {"init_weights": False, "aux_logits": False},
-    "MNASNet": {"alpha": 0.25},
     "MobileNetV2": {"width_mult": 0.25},
     "mobilenet_v3_small": {"width_mult": 0.25},
     "resnet18": {"width_per_group": 64},
@@ -19,7 +18,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "SqueezeNet": {"version": "1_1"},
     "SwinTransformer": {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2],
                         "window_size": [4, 4]},
-    "swin_v2_t": {},
     "VisionTransformer": {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16,
                           "mlp_dim": 24},
     "fcn_resnet50": {"weights_backbone": None},

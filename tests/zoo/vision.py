@@ -97,7 +97,9 @@ DENSE: dict[str, dict[str, Any]] = {
         **VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 8, "pool_scales": [1, 2],
     },
     "ConditionalDetrForObjectDetection": {**DETR, "backbone_config": BACKBONE},
-    "DeformableDetrForObjectDetection": {**DETR, "d_model": 32, "decoder_layers": 2, "backbone_config": BACKBONE, "num_feature_levels": 3},
+    "DeformableDetrForObjectDetection": {
+        **DETR, "d_model": 32, "decoder_layers": 2, "backbone_config": BACKBONE, "num_feature_levels": 3,
+    },
     "DepthAnythingForDepthEstimation": {
         "backbone_config": {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "mlp_ratio": 2,
                             "num_attention_heads": 2, "image_size": 56, "patch_size": 14,

@@ -45,12 +45,11 @@ def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
     except TraceError:
         raise
     except Exception as error:
-        raise _failure(spec=model, reason=f"{type(error).__name__}: {error}") from error
+        raise _failure(model, f"{type(error).__name__}: {error}") from error
 
 
-def _failure(spec: Any, reason: str) -> TraceError:
-    name = type(spec.model if isinstance(spec, ModelSpec) else spec).__name__
-    return TraceError(f"The inputs of a {name} cannot be derived: {reason}. {WAYS_OUT}")
+def _failure(model: nn.Module, reason: str) -> TraceError:
+    return TraceError(f"The inputs of a {type(model).__name__} cannot be derived: {reason}. {WAYS_OUT}")
 
 
 def _first(spec: ModelSpec, drafts: Sequence[Draft | tuple[Any, ...]]) -> Any:
@@ -62,7 +61,7 @@ def _first(spec: ModelSpec, drafts: Sequence[Draft | tuple[Any, ...]]) -> Any:
         if spec.run(spec.model, draft) is not None:
             return draft
         raised[f"{type(spec.error).__name__}: {spec.error}"] = None
-    raise _failure(spec, f"it raised {'; '.join(list(raised)[:3])}" if raised else "it names no kind of input")
+    raise _failure(spec.model, f"it raised {'; '.join(list(raised)[:3])}" if raised else "it names no kind of input")
 
 
 def _of_images(spec: ModelSpec) -> tuple[Tensor, ...]:
@@ -99,7 +98,7 @@ def _of_transformers(spec: ModelSpec) -> dict[str, Any]:
     if missing or not found[0]:
         given = spec.model.dummy_inputs
         if spec.required(given) or not given.keys() <= spec.accepted.keys():
-            raise _failure(spec, f"it takes {', '.join(missing) or spec.model.main_input_name}")
+            raise _failure(spec.model, f"it takes {', '.join(missing) or spec.model.main_input_name}")
         found = [{name: value.to(spec.device) for name, value in given.items()}]
     if any(getattr(c, "use_cache", False) for c in (spec.config, text)) and (
         "use_cache" in spec.accepted or "kwargs" in spec.accepted
@@ -136,7 +135,7 @@ def _features(spec: ModelSpec, method: str, drafts: list[Draft]) -> tuple[Draft,
         out = spec.run(function, known or draft)
         if out is not None:
             return draft, spec.find("num_query_tokens") or _count(out)
-    raise _failure(spec, f"its {method} raised {type(spec.error).__name__}: {spec.error}")
+    raise _failure(spec.model, f"its {method} raised {type(spec.error).__name__}: {spec.error}")
 
 
 def _count(out: Any) -> int:
