@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from inspect import BoundArguments
 from types import ModuleType
@@ -24,10 +24,7 @@ from san_peft.propagation.inputs import derive_inputs
 from san_peft.propagation.memory import DATA
 from san_peft.propagation.norms import Norms
 from san_peft.propagation.reads import Reads
-
-REPACKS = "support_avx512bf16_for_cpu"
-"""Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew, for good, when it runs in eval mode."""
-
+from san_peft.propagation.untouched import untouched
 
 NEVER_CALLED = "it was never called; what reads its weight directly goes past SAN"
 
@@ -71,7 +68,7 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
     follow.memory.see(tensors_within(args, kwargs))
     reads: dict[str, Reads] = {}
     left_out: dict[str, str] = {}
-    with _as_it_was(model), ExitStack() as stack:
+    with untouched(model), ExitStack() as stack:
         for name, module in layers.items():
             before, after = _hooks(follow, name, module, reads, left_out)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -321,37 +318,3 @@ def _closed(follow: Follow, edge: Edge, read: Reads) -> bool:
     index = edge.channels.index
     carried = index[index >= 0]
     return not any(mask[carried].any() for reader, mask in consumed.items() if reader != edge.posterior)
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and everything back at the end: modes, buffers, random state."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
-    values = {b: b.clone() for held in buffers for b in held.values() if b is not None and not b.is_meta}
-    repacking = [module for module in modules if getattr(module, REPACKS, False)]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    fastpath, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
-    with torch.random.fork_rng(sorted(devices)):
-        try:
-            torch.set_num_threads(1)  # many small operations, which threads that wait for each other only slow down
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module in modules:
-                module.training = False
-            for module in repacking:
-                setattr(module, REPACKS, False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-            torch.set_num_threads(threads)
-            for module in repacking:
-                setattr(module, REPACKS, True)
-            for module, state, held in zip(modules, training, buffers, strict=True):
-                module.training = state
-                module._buffers.clear()
-                module._buffers.update(held)
-            with torch.no_grad():
-                for buffer, value in values.items():
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)

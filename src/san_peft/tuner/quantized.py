@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from san_peft.errors import AdapterError, MergeError
 from san_peft.products import weight_product
-from san_peft.propagation.trace import REPACKS
+from san_peft.propagation.untouched import REPACKS
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
 SUBCLASSES = ("torchao.", "optimum.quanto.")
