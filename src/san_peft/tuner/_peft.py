@@ -115,6 +115,15 @@ def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_name
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
+def batch_size(args: Any, kwargs: dict[str, Any]) -> int | None:
+    """Returns how many samples a model is given, or `None` where its arguments do not tell."""
+    named = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "x")
+    for value in (*args[:1], *(kwargs.get(name) for name in named)):
+        if isinstance(value, torch.Tensor) and value.dim():
+            return len(value)
+    return None
+
+
 class TunerLayer(BaseTunerLayer):
     """`BaseTunerLayer` whose adapters keep their own floating type when they follow the frozen layer to a device.
 
@@ -188,17 +197,20 @@ class Tuner(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        size = batch_size(args, kwargs)
+        if size is not None and size != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {size} respectively."
+            )
         unknown = set(adapter_names) - {"__base__", *self.peft_config}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         hook = partial(put_names, adapter_names=adapter_names)
-        hosts = {
-            id(m.base_layer) for m in self.modules() if isinstance(m, self.tuner_layer_cls)
-        }  # these get them there
-        handles = [
+        handles = [  # hosts and trained tokens are given them by what wraps them
             module.register_forward_pre_hook(hook, with_kwargs=True)
             for module in self.modules()
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts
+            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
         ]
         self.set_mixed(adapter_names)
         try:

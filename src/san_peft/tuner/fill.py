@@ -68,8 +68,8 @@ def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
         dtype: The dtype in which the frozen layers multiply.
     """
     name, edge = layout.name, layout.edge
-    own = _joined([layer.san_scale[name].weight for layer in (*layout.own, *layout.both)], 1.0)
-    shift = _joined([layer.san_shift[name].weight for layer in layout.shifted])
+    own = _joined([layer.san_scale[name].offset for layer in (*layout.own, *layout.both)], 1.0)
+    shift = _joined([layer.san_shift[name].offset for layer in layout.shifted])
     magnitude = _joined([layer.host.lora_magnitude_vector[name].weight.flatten() for layer in layout.dora])
     sources = _sources(layout, own, magnitude)
     if magnitude is not None:

@@ -22,6 +22,7 @@ from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
 from san_peft.tuner.scales import Scales
 from san_peft.tuner.sharded import whole
+from san_peft.tuner.tools import ToolLayer
 
 MODES = ("both", "neuron", "synapse", "off")
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
@@ -30,19 +31,25 @@ LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 class ScaleVector(nn.Module):
     """A trainable vector kept as its offset from a constant: one for a scale and a gate, zero for a shift.
 
-    Weight decay then pulls toward the identity, and half precision keeps small scales. Calling it gives a new tensor,
-    never the parameter, so sharded and offloaded parameters work in a posterior layer as well. Of a vector in shards it
-    is the whole one, so that a posterior in another unit of FSDP2 needs no unit for every vector.
+    Weight decay then pulls toward the identity, and half precision keeps small scales. The offset acts times a
+    strength, which is one unless a tool sets it (`ToolLayer`). Calling the vector gives a new tensor, never the
+    parameter, so sharded and offloaded parameters work in a posterior layer as well. Of a vector in shards it is the
+    whole one, so that a posterior in another unit of FSDP2 needs no unit for every vector.
     """
 
     def __init__(self, size: int, constant: float = 1.0, **factory: Any) -> None:
         super().__init__()
-        self.constant = constant
+        self.constant, self.strength = constant, 1.0
         self.weight = nn.Parameter(torch.zeros(size, **factory))
+
+    @property
+    def offset(self) -> Tensor:
+        """What is added to the constant: the parameter, times the strength."""
+        return self.weight if self.strength == 1.0 else self.weight * self.strength
 
     def forward(self) -> Tensor:
         """Returns constant plus offset, in float32 at least."""
-        weight = whole(self.weight)
+        weight = whole(self.offset)
         return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.constant
 
     def extra_repr(self) -> str:
@@ -84,7 +91,7 @@ def total_scale(banks: tuple[nn.ModuleDict, ...], adapter_name: str) -> Tensor |
     return total
 
 
-class SanLayer(nn.Module, HostedLayer, MergingLayer):
+class SanLayer(nn.Module, HostedLayer, ToolLayer, MergingLayer):
     r"""A frozen dense or convolutional layer under SAN, or one that hosts another adapter, such as LoRA.
 
     $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k $$
@@ -310,9 +317,14 @@ class SanLayer(nn.Module, HostedLayer, MergingLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Runs a batch in which every sample names its adapter; `"__base__"` is the frozen layer."""
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, unmerge them first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if x.shape[0] % len(adapter_names):
-            raise AdapterError(f"{len(adapter_names)} adapter names do not fit a batch of {x.shape[0]} samples.")
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {x.shape[0]} respectively."
+            )
         names = sorted(set(adapter_names))
         found = [None if name == "__base__" else self.san_scales.of_adapter(self, name) for name in names]
         rows = torch.tensor([names.index(name) for name in adapter_names], device=x.device)

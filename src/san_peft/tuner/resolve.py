@@ -158,12 +158,12 @@ def _select(
 ) -> tuple[Edge, ...]:
     explicit = not isinstance(config.propagation, str)
     edges = graph.select("all" if explicit else config.propagation).edges
+    edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
     _check_edges(edges, names)
     carried = {n for n in names if _peft.matches(tuner, config, n)}
     if config.inner is not None and not config.own_scale:
         inner = config.inner_config()
         carried = {n for n in carried if not is_feedforward(inner, n)}
-    edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
     kept, cut = [], []
     for edge in edges:
         (kept if edge.anterior in carried else cut).append(edge)
