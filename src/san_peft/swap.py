@@ -65,7 +65,7 @@ def hotswap(
         raise AdapterError(f"Adapter {adapter_name} does not exist; there are {', '.join(model.peft_config)}.")
     if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
         raise AdapterError("The model is merged; unmerge it before swapping its adapter.")
-    place = kwargs | {name: v for name, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
+    place: Any = kwargs | {name: v for name, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
     where = os.fspath(path) if subfolder is None else f"{os.fspath(path)}/{subfolder}"
     here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(os.fspath(path), **place)
     for name in COMPARED:

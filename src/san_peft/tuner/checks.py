@@ -15,8 +15,6 @@ TAKEN = frozenset({"__base__", "base_layer", "original_module", "modules_to_save
 """Names that PEFT gives a meaning of its own."""
 CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 """What adapters are kept in, by their names: torch takes no name that is an attribute of these."""
-
-
 BANKS = SanLayer.adapter_layer_names
 
 
@@ -31,7 +29,7 @@ def check_adapter(model: nn.Module, adapter_name: str, known: Iterable[str]) -> 
     Raises:
         SanError: If the model, or a part of it, is compiled.
         AdapterError: If the name is empty, contains a dot, is an attribute of torch's containers, or if one of several
-            adapters has the name of a part of the model, so that PEFT could not tell their tensors apart.
+            adapters has the name of a part of the model, so that PEFT could not tell its tensors from others.
     """
     compiled = [name or "the model" for name, module in model.named_modules() if "_orig_mod" in module._modules]
     if compiled:
@@ -63,13 +61,13 @@ def saved_modules(model: nn.Module, adapter_name: str, saved: Sequence[str] | No
     mean `san_gate` as well. Such a name is replaced by the full names of the modules that it means.
 
     Raises:
-        AdapterError: If the adapter has the name of one of these modules.
+        AdapterError: If the adapter has the name of one of these modules, or another adapter has layers inside it.
     """
     if not saved:
         return saved
-    for fqn, module in layers_by_name(model).items():
-        whole = [name for name in saved if any(head.endswith(name) for head in _prefixes(fqn))]
-        if whole and isinstance(module, BaseTunerLayer):
+    layers = layers_by_name(model)
+    for fqn in (fqn for fqn, module in layers.items() if isinstance(module, BaseTunerLayer)):
+        if whole := [name for name in saved if any(head.endswith(name) for head in _prefixes(fqn))]:
             raise AdapterError(
                 f"modules_to_save cannot be applied to {whole[0]!r}: {fqn} is a layer of another adapter already."
             )
@@ -77,7 +75,7 @@ def saved_modules(model: nn.Module, adapter_name: str, saved: Sequence[str] | No
     found: dict[str, None] = {}
     for name in saved:
         clear = not any(part.endswith(name) for part in inside)
-        found.update(dict.fromkeys([name] if clear else [n for n in layers_by_name(model) if n.endswith(name)]))
+        found.update(dict.fromkeys([name] if clear else [n for n in layers if n.endswith(name)]))
     if clash := [name for name in found if any(part.endswith(name) for part in inside)]:
         raise AdapterError(f"An adapter cannot be named {adapter_name!r} beside modules_to_save={clash!r}. Rename it.")
     return list(found)

@@ -74,7 +74,8 @@ def _check_targets(
             last = dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if _is_layer(m))
             close = difflib.get_close_matches(target, last, n=3)
             raise TargetError(
-                f"target_modules names {target!r}, but no module of the {type(model).__name__} ends in it."
+                f"Target modules {{{target!r}}} not found in the base model: target_modules names {target!r}, but no "
+                f"module of the {type(model).__name__} ends in it."
                 f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
             )
     idle = []

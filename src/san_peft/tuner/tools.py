@@ -24,8 +24,6 @@ class ToolLayer:
     san_incoming: Any
     san_name: str
     host: Any
-    merged: Any
-    active_adapters: Any
     get_base_layer: Any
     get_delta: Any
 
@@ -35,15 +33,17 @@ class ToolLayer:
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters."""
-        self._set_strength(self.active_adapters, lambda strength: strength * scale)
+        self._set_strength(None, lambda strength: strength * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the strength of the active adapters; `None` sets it to one again."""
-        self._set_strength(self.active_adapters, lambda strength: 1.0 if scale is None else strength / scale)
+        self._set_strength(None, lambda strength: 1.0 if scale is None else strength / scale)
 
-    def _set_strength(self, adapter_names: Sequence[str], change: Callable[[float], float]) -> None:
+    def _set_strength(self, adapter_names: Sequence[str] | None, change: Callable[[float], float]) -> None:
+        layer: Any = self
+        names = layer.active_adapters if adapter_names is None else adapter_names
         for bank in (self.san_scale, self.san_shift):
-            for name in (name for name in adapter_names if name in bank):
+            for name in (name for name in names if name in bank):
                 bank[name].strength = float(change(bank[name].strength))
         self.san_scales.changed()
 
@@ -61,6 +61,7 @@ class ToolLayer:
         It converts the weights of linear layers that are targets, and nothing else. Where it would lose something a
         warning says what; `san_peft.save_as_lora` converts such layers as well.
         """
+        layer: Any = self
         base, reason = self.get_base_layer(), None
         if self.host is not None:
             reason = "has a host"
@@ -68,7 +69,7 @@ class ToolLayer:
             reason = "is a convolution"
         elif self.san_incoming.get(adapter_name) and adapter_name not in self.san_scale:
             reason = "is no target, and reads propagated scales"
-        elif is_quantized(base) or self.merged:
+        elif is_quantized(base) or layer.merged:
             reason = "is quantised or merged"
         elif bool(self.get_delta(adapter_name)[1].any()):
             reason = "changes its bias"
