@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 
 import pytest
@@ -12,7 +11,7 @@ from tests.contract.nets import KINDS, disturb
 from tests.golden.models import MODELS
 from torch import nn
 
-from san_peft import AdapterError, MergeError, SanConfig, SanLayer, hotswap, merge_and_verify
+from san_peft import MergeError, SanConfig, SanLayer, merge_and_verify
 
 
 def image() -> torch.Tensor:
@@ -205,59 +204,3 @@ def test_a_tolerance_is_the_largest_difference():
     report = merge_and_verify(model, x, tolerance=10.0)
     assert report.tolerance == 10.0
     assert report.relative > 0.1
-
-
-# ------------------------------------------------------------------ hotswap
-
-
-def test_hotswap_copies_the_vectors_in_place(tmp_path):
-    first, second = adapted(), adapted(seed=1)
-    second.save_pretrained(tmp_path)
-    parameters = dict(first.named_parameters())
-    hotswap(first, str(tmp_path))
-    assert torch.equal(first(image()).logits, second(image()).logits)
-    assert all(parameters[name] is parameter for name, parameter in first.named_parameters())
-
-
-def test_hotswap_does_not_recompile(tmp_path):
-    first, second = adapted(), adapted(seed=1)
-    second.save_pretrained(tmp_path)
-    graphs = []
-
-    def count(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    compiled = torch.compile(first, backend=count)
-    with torch.no_grad():
-        compiled(image())
-        compiled_once = len(graphs)
-        hotswap(first, str(tmp_path))
-        torch.testing.assert_close(compiled(image()).logits, second(image()).logits)
-    assert len(graphs) == compiled_once
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"propagation": "exact"}, "differs from 'default' in edges"),
-        ({"shift": True}, "in shift"),
-        ({"exponent": 2.0}, "in exponent"),
-        ({"train_norms": True}, r"in \d+ tensors, such as"),
-    ],
-)
-def test_hotswap_refuses_what_does_not_fit(tmp_path, options, text):
-    first = adapted()
-    before = copy.deepcopy(first.state_dict())
-    adapted(**options).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=text):
-        hotswap(first, str(tmp_path))
-    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
-
-
-def test_hotswap_refuses_a_merged_model(tmp_path):
-    first = adapted()
-    first.save_pretrained(tmp_path)
-    first.merge_adapter()
-    with pytest.raises(AdapterError, match="merged"):
-        hotswap(first, str(tmp_path))

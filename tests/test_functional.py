@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from san_peft.errors import SanError
-from san_peft.functional import fold, propagate, scale_input, scale_output, unfold
+from san_peft.functional import SMALLEST, fold, propagate, scale_input, scale_output, unfold
 
 
 def _naive(z, scale, shift, dim):
@@ -119,6 +119,28 @@ def test_compiled_equals_eager():
 def test_fractional_exponents_keep_the_sign():
     assert propagate(torch.tensor([-4.0, 9.0]), exponent=0.5).tolist() == [-2.0, 3.0]
     assert propagate(torch.tensor([-4.0]), exponent=2).item() == 16.0
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.1, 1.5, -0.5, -1, -2, -1.5, 0, 2, 3])
+@pytest.mark.parametrize("bound", [None, 0.5])
+def test_powers_are_finite_at_zero_and_so_are_their_gradients(exponent, bound):
+    scale = torch.tensor([0.0, -0.0, 1e-12, -1e-7, 9e-5, -0.5, 1.0, 2.0], requires_grad=True)
+    factor = propagate(scale, exponent=exponent, bound=bound)
+    factor.sum().backward()
+    assert factor.isfinite().all()
+    assert scale.grad.isfinite().all()
+    if bound is None:
+        sign = scale.sign() if exponent % 2 else torch.ones_like(scale)
+        torch.testing.assert_close(factor[5:], (sign * scale.abs().pow(exponent))[5:])
+        torch.testing.assert_close(scale.grad[6], torch.tensor(float(exponent)))
+
+
+@pytest.mark.parametrize("exponent", [0.5, -0.5, -1, -2, -3])
+def test_powers_go_to_zero_without_a_step(exponent):
+    sizes = torch.tensor([SMALLEST * (1 - 1e-6), SMALLEST, SMALLEST * (1 + 1e-6)], dtype=torch.float64)
+    below, there, above = propagate(sizes, exponent=exponent)
+    torch.testing.assert_close(torch.stack([below, above]), torch.stack([there, there]), rtol=1e-5, atol=0)
+    assert propagate(torch.zeros(1), exponent=exponent).item() == 0
 
 
 def test_folding_half_precision_rounds_once():

@@ -4,9 +4,10 @@ Importing this package registers the method with PEFT.
 """
 
 from san_peft.errors import AdapterError, GraphError, MergeError, SanError, TargetError, TraceError
-from san_peft.export import LoraReport, MergeReport, dequantize, hotswap, merge_and_verify, save_as_lora
+from san_peft.export import MergeReport, dequantize, merge_and_verify
 from san_peft.propagation.graph import Barrier, ChannelMap, Edge, PropagationGraph
 from san_peft.propagation.trace import trace
+from san_peft.swap import LoraReport, hotswap, save_as_lora
 from san_peft.tuner import _peft
 from san_peft.tuner.attach import detach_san, propagate
 from san_peft.tuner.config import SanConfig

@@ -1,25 +1,19 @@
-"""Merging with proof, swapping one trained adapter for another in place, and turning one into LoRA."""
+"""Merging with proof, and dense layers in the place of quantised ones."""
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from san_peft.errors import AdapterError, MergeError
+from san_peft.errors import MergeError
 from san_peft.tuner._peft import make_dense
-from san_peft.tuner.decompose import unfit
 from san_peft.tuner.frozen import stored_bias
 from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.quantized import is_quantized, make_dense_layer
@@ -134,139 +128,6 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
     return MergeReport(
         verdict.difference, verdict.where, verdict.accepted, len(layers), made, plain, verdict.effect, verdict.relative
     )
-
-
-def hotswap(model: PeftModel, path: str, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Replaces a loaded adapter's vectors by those of a saved one, in place: nothing is rebuilt, compiled code stays.
-
-    Args:
-        model: The model with the adapter to replace.
-        path: Folder or hub name of the saved adapter; it must have the same targets, edges and exponent.
-        adapter_name: Name of the adapter to replace.
-        kwargs: Passed to PEFT's `load_peft_weights`, such as `device` or `revision`.
-
-    Raises:
-        AdapterError: If the saved adapter does not fit; nothing was changed then.
-    """
-    here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(path)
-    for name in ("peft_type", "edges", "exponent", "bound", "shift", "gate", "inner", "decomposition", "own_scale"):
-        if getattr(here, name) != getattr(there, name, None):
-            raise AdapterError(f"The adapter in {path} differs from {adapter_name!r} in {name}; load it instead.")
-    old = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    new = load_peft_weights(path, **kwargs)
-    if old.keys() != new.keys():
-        odd = sorted(old.keys() ^ new.keys())
-        raise AdapterError(
-            f"The adapter in {path} differs from {adapter_name!r} in {len(odd)} tensors, such as {odd[0]}."
-        )
-    for name, value in new.items():
-        if value.shape != old[name].shape:
-            raise AdapterError(f"{name} has shape {tuple(value.shape)} in {path}, {tuple(old[name].shape)} here.")
-    if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
-        raise AdapterError("The model is merged; unmerge it before swapping its adapter.")
-    with torch.no_grad():
-        for name, value in new.items():
-            old[name].copy_(value)
-
-
-@dataclass(frozen=True)
-class LoraReport:
-    """What turning an adapter into LoRA has lost.
-
-    Attributes:
-        error: Size of what was lost over the size of the change, both as Frobenius norms over all layers.
-        worst: The same of the worst layer.
-        where: Name of that layer.
-        rank: The rank of every layer.
-        layers: How many layers were converted.
-        config: The `LoraConfig` of the result.
-    """
-
-    error: float
-    worst: float
-    where: str
-    rank: int
-    layers: int
-    config: LoraConfig = field(repr=False, compare=False)
-
-
-@torch.no_grad()
-def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_name: str = "default") -> LoraReport:
-    r"""Writes the closest LoRA adapter of a rank, for tools that load nothing else, and reports what is lost.
-
-    A scale changes a weight by $\operatorname{diag}(g) W \operatorname{diag}(s) - W$, which has full rank, so this is
-    an approximation: the truncated singular value decomposition of each layer's change, the best there is of that rank.
-    Where biases change, the result has `lora_bias=True`. Saved modules are written with it.
-
-    Args:
-        model: A `PeftModel` with a SAN adapter, not merged.
-        path: Folder to write, which `PeftModel.from_pretrained` loads without `san_peft`.
-        rank: Rank of the result.
-        adapter_name: Which adapter.
-
-    Returns:
-        The report.
-
-    Raises:
-        MergeError: If a layer is quantised, merged, or a convolution in groups, which LoRA cannot change.
-        AdapterError: If there is no such adapter, or the rank is not positive.
-    """
-    tuner: Any = model.base_model
-    if adapter_name not in model.peft_config:
-        raise AdapterError(f"There is no adapter {adapter_name!r}; there are {', '.join(model.peft_config)}.")
-    if rank < 1:
-        raise AdapterError(f"The rank must be at least 1, got {rank}.")
-    tensors, losses = {}, {}
-    biased = False
-    layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
-    for name, layer in layers.items():
-        if layer.groups > 1:
-            raise MergeError(f"{name} is a convolution in {layer.groups} groups, whose change LoRA cannot make.")
-        if reason := unfit("LORA", layer.get_base_layer()):
-            raise MergeError(f"{name} is a {type(layer.get_base_layer()).__name__} {reason}: save the merged model.")
-        delta, bias = layer.get_delta(adapter_name)
-        rows = delta.t() if layer.transposed else delta.flatten(1)
-        left, values, right = torch.linalg.svd(rows, full_matrices=False)
-        kept = min(rank, values.numel())  # the others are zeros: servers take every layer to have the same rank
-        total, lost = values.square().sum().item(), values[kept:].square().sum().item()
-        losses[name] = (lost, total)
-        down, up = rows.new_zeros(rank, rows.shape[1]), rows.new_zeros(rows.shape[0], rank)
-        down[:kept], up[:, :kept] = right[:kept], left[:, :kept] * values[:kept]
-        if layer.channel_dim != -1:
-            down, up = down.view(rank, *delta.shape[1:]), up.view(*up.shape, *[1] * (delta.dim() - 2))
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.bias"] = bias
-        biased = biased or bool(bias.any())
-    config: Any = model.peft_config[adapter_name]
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(layers),
-        lora_bias=biased,
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        inference_mode=True,
-    )
-    if not biased:
-        tensors = {key: value for key, value in tensors.items() if not key.endswith(".bias")}
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    inside = tuple(f"base_model.model.{name}." for name in layers)
-    tensors |= {key: value for key, value in saved.items() if not key.startswith(inside)}
-    _write_adapter(Path(path), lora, tensors)
-    relative = {name: math.sqrt(lost / total) if total else 0.0 for name, (lost, total) in losses.items()}
-    where = max(relative, key=lambda name: relative[name])
-    lost, total = (sum(pair[i] for pair in losses.values()) for i in (0, 1))
-    return LoraReport(math.sqrt(lost / total) if total else 0.0, relative[where], where, rank, len(layers), lora)
-
-
-def _write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{SAFETENSORS_WEIGHTS_NAME}.tmp"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, draft, metadata={"format": "pt"})
-    draft.replace(folder / SAFETENSORS_WEIGHTS_NAME)
-    config.save_pretrained(str(folder))
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:

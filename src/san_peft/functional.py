@@ -21,6 +21,8 @@ from san_peft.errors import SanError
 from san_peft.rounding import HALF
 from san_peft.scaling import SALT, Factor, along, near_zero, scale_channels
 
+SMALLEST = 1e-4
+"""Size of a scale below which a fractional or negative power of it is not its own, but goes to zero."""
 AT_ONCE = {"cpu": (2**12, 2**20), "cuda": (2**22, 2**24)}
 """How many entries of a half-precision weight are folded at a time, in float32, at least and at most."""
 
@@ -38,7 +40,9 @@ def propagate(
     Args:
         scale: Scale $g$ of the anterior layer.
         index: Source channel $P[j]$ of every input channel, -1 where there is none; `None` is the identity.
-        exponent: The exponent $k$. A fraction keeps the sign of a negative scale: $\operatorname{sign}(g)|g|^k$.
+        exponent: The exponent $k$. A fraction keeps the sign of a negative scale: $\operatorname{sign}(g)|g|^k$. With a
+            fraction or a negative exponent, whose power or slope would be infinite at zero, the factor of a scale below
+            `SMALLEST` goes to zero in a straight line, or as a square if the exponent is even.
         bound: Largest distance $b$ of the factor from one, reached smoothly: $1 + b \tanh((g^k - 1) / b)$. Near one it
             changes nothing. `None` is no bound.
 
@@ -51,12 +55,7 @@ def propagate(
         >>> round(propagate(torch.tensor([100.0]), bound=0.5).item(), 4)
         1.5
     """
-    if exponent == 1.0:
-        powered = scale
-    elif float(exponent).is_integer():
-        powered = scale.pow(int(exponent))
-    else:
-        powered = scale.sign() * scale.abs().pow(exponent)
+    powered = scale if exponent == 1.0 else _power(scale, exponent)
     if bound is not None:
         powered = 1 + bound * torch.tanh((powered - 1) / bound)
     if index is None:
@@ -83,6 +82,17 @@ def strengthen(scale: Float[Tensor, " channels"], strength: float | Float[Tensor
     """
     powers = torch.as_tensor(strength, dtype=scale.dtype, device=scale.device)
     return torch.where(powers == 0, torch.ones_like(scale), scale.sign() * scale.abs().pow(powers))
+
+
+def _power(scale: Tensor, exponent: float) -> Tensor:
+    """Returns a scale to a power, finite and with a finite gradient also where the scale is zero."""
+    whole = float(exponent).is_integer()
+    if whole and exponent >= 0:
+        return scale.pow(int(exponent))
+    size = scale.abs().clamp(min=SMALLEST)
+    if whole and exponent % 2 == 0:
+        return scale.square() * size.pow(exponent - 2)
+    return scale * size.pow(exponent - 1)
 
 
 def scale_input(

@@ -30,6 +30,7 @@ ROOMS = [
     "propagation",
     "tuner",
     "export",
+    "swap",
     "__init__",
 ]
 DOOR = ROOT / "src/san_peft/tuner/_peft.py"

@@ -84,6 +84,9 @@ def test_what_does_not_fit_the_model(model, options, error, text):
         ({"propagation": '{"edges": 1}'}, r"edges.*wrong type"),
         ({"exponent": "two"}, r"exponent must be a number, got 'two'"),
         ({"exponent": float("nan")}, r"exponent must be finite"),
+        ({"init_weights": None}, r"init_weights is True, False or 'random', got None"),
+        ({"init_weights": "gaussian"}, r"got 'gaussian'"),
+        ({"init_weights": 1}, r"got 1"),
         ({"layers_pattern": "layers"}, r"give layers_to_transform as well"),
         ({"format": 99}, r"has format 99, this version reads up to 2\. Upgrade"),
         ({"edges": [{"anterior": "a"}]}, r"'posterior' is missing"),
@@ -221,11 +224,11 @@ def test_weighted_adapter_mistakes(model):
     adapted.add_adapter("other", SanConfig(propagation="exact"))
     tuner = adapted.base_model
     for arguments, text in (
-        ((["default", "nobody"], [1, 1], "new"), r"no adapter 'nobody'; there are default, other"),
+        ((["default", "nobody"], [1, 1], "new"), r"Adapter nobody does not exist; there are default, other"),
         ((["default"], [1, 2], "new"), r"1 adapters need as many weights, got 2"),
-        ((["default"], [1], "other"), r"already is an adapter 'other'"),
+        ((["default"], [1], "other"), r"Adapter with name 'other' already exists"),
         ((["default", "other"], [1, 1], "new"), r"differ in edges"),
-        ((["default"], [1], "new", "svd"), r"Unknown combination_type 'svd'"),
+        ((["default"], [1], "new", "svd"), r"Invalid combination_type: svd"),
     ):
         with pytest.raises(AdapterError, match=text):
             tuner.add_weighted_adapter(*arguments)

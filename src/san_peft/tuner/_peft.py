@@ -274,16 +274,13 @@ class Tuner(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         hook = partial(put_names, adapter_names=adapter_names)
-        hosts = {
-            id(m.base_layer) for m in self.modules() if isinstance(m, self.tuner_layer_cls)
-        }  # these get them there
         with ExitStack() as stack:
 
             def hand_names_to(module: nn.Module) -> None:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-            for module in self.modules():
-                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and id(module) not in hosts:
+            for module in self.modules():  # hosts and trained tokens are given them by what wraps them
+                if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper)):
                     hand_names_to(module)
 
             def check(module: Any, args: Any, kwargs: Any) -> None:

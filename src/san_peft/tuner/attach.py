@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 
 from san_peft.errors import AdapterError, SanError
 from san_peft.tuner._peft import SAN
@@ -16,6 +16,7 @@ from san_peft.tuner.decompose import has_adapter, moves_weight
 from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.model import SanModel
 from san_peft.tuner.resolve import layers_by_name
+from san_peft.tuner.statistics import release_statistics
 
 
 def propagate(model: PeftModel, **options: Any) -> PeftModel:
@@ -53,7 +54,7 @@ def propagate(model: PeftModel, **options: Any) -> PeftModel:
     if not isinstance(tuner, BaseTuner):
         raise AdapterError(f"A {type(tuner).__name__} has no layers of an adapter that could host SAN.")
     net = tuner.model
-    layers = {n: m for n, m in layers_by_name(net).items() if isinstance(m, BaseTunerLayer)}
+    layers = {n: m for n, m in layers_by_name(net).items() if isinstance(m, tuner.tuner_layer_cls)}
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise AdapterError(f"{len(merged)} layers are merged, such as {merged[0]}; unmerge the adapter first.")
@@ -137,6 +138,8 @@ def detach_san(model: PeftModel) -> PeftModel:
     for name, config in configs.items():
         for field in ("modules_to_save", "task_type", "base_model_name_or_path", "inference_mode"):
             setattr(host.peft_config[name], field, getattr(config, field))
+        if config.trainable_token_indices is not None:
+            host.peft_config[name].trainable_token_indices = config.trainable_token_indices
     _take_off(san.model)
     host.active_adapter = san.active_adapter
     san.model.peft_config = host.peft_config
@@ -152,3 +155,4 @@ def _take_off(net: Any) -> None:
         scales.release()
     for name, layer in layers:
         net.set_submodule(name, layer.base_layer)
+    release_statistics(net)

@@ -30,7 +30,6 @@ INNER_REFUSED = {
     "bias": "SAN folds scales into the frozen biases; leave them frozen",
     "layer_replication": "copied layers have one name in two places",
     "target_parameters": "SAN adapts layers, not bare parameters",
-    "trainable_token_indices": "give these to a second adapter",
     "megatron_config": "Megatron's parallel layers are none that SAN can trace",
 }
 """Options of a host that do not go with SAN, with the reason."""
@@ -58,6 +57,10 @@ class SanConfig(PeftConfig):
             matched at the end of module names; a string is a regular expression, or `"all-linear"`.
         exclude_modules: Layers to leave out, as a list or a regular expression.
         modules_to_save: Modules trained and saved as a whole, such as the task's head.
+        trainable_token_indices: Tokens whose rows of the embedding are trained and saved, as numbers, or as numbers by
+            the name of the embedding; as in `LoraConfig`.
+        target_parameters: Not supported: SAN scales the outputs of layers, and the experts that transformers keeps as
+            one parameter of three axes (Mixtral, Qwen3-MoE, gpt-oss) are no layers.
         layers_to_transform: Numbers of the blocks to adapt; `None` is all.
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
         train_norms: Whether to train the affine parameters of all normalisation layers. They join `modules_to_save`.
@@ -71,7 +74,7 @@ class SanConfig(PeftConfig):
         detach: Whether gradients reach a scale through its own layer alone, not through the layers it is propagated to.
         gate: Whether each posterior layer learns a vector, initially one, multiplied onto what is propagated to it.
             This adds parameters; an ablation.
-        init_weights: `True` starts at the identity. `False` draws small random offsets, for tests.
+        init_weights: `True` starts at the identity. `False` or `"random"` draws small random offsets, for tests.
         inner: Configuration of the adapter that hosts SAN, such as `LoraConfig(r=8)`, or its dict. It sits on the same
             layers; the scale is taken out of it, and no parameter is added.
         decomposition: How the scale is taken out of the host: `"norm"`, the ratio of the norms of the adapted and the
@@ -101,6 +104,10 @@ class SanConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved as a whole, such as the head."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose rows of the embedding are trained."}
+    )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Numbers of the blocks to adapt."}
     )
@@ -142,6 +149,14 @@ class SanConfig(PeftConfig):
         if self.format > FORMAT:
             raise AdapterError(
                 f"The adapter has format {self.format}, this version reads up to {FORMAT}. Upgrade san-peft."
+            )
+        if not isinstance(self.init_weights, bool) and self.init_weights != "random":
+            raise SanError(f"init_weights is True, False or 'random', got {self.init_weights!r}.")
+        if self.target_parameters:
+            raise SanError(
+                f"target_parameters={self.target_parameters!r}: SAN scales the outputs of layers, and a bare "
+                "parameter, such as the experts of Mixtral, Qwen3-MoE or gpt-oss, has none of its own. Leave it out; "
+                "the dense layers of the same model can be adapted."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise SanError("layers_pattern says where to count blocks; give layers_to_transform as well.")
@@ -193,7 +208,14 @@ class SanConfig(PeftConfig):
                 f"init_lora_weights={inner.init_lora_weights!r} moves a part of the frozen weight into the adapter, "  # type: ignore[attr-defined]
                 "so the projection on what remains says nothing. Use decomposition='norm'."
             )
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+            "trainable_token_indices",
+        ):
             theirs, ours = getattr(inner, name, None), getattr(self, name)
             theirs = set(theirs) if isinstance(theirs, list | tuple) and "modules" in name else theirs
             if theirs is not None and ours is not None and _as_set(theirs) != _as_set(ours):

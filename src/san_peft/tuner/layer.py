@@ -24,6 +24,7 @@ from san_peft.tuner.hosted import PLAIN, HostedLayer, is_quiet
 from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
 from san_peft.tuner.scales import Scales
+from san_peft.tuner.tools import ToolLayer
 from san_peft.tuner.vectors import Incoming, ScaleVector, total_scale
 
 MODES = ("both", "neuron", "synapse", "off")
@@ -43,7 +44,7 @@ LAYER_TYPES = (
 `SanAttention`."""
 
 
-class SanLayer(nn.Module, ActingLayer, HostedLayer, MergingLayer):
+class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
     r"""A frozen layer under SAN, or one that hosts another adapter, such as LoRA.
 
     $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k $$

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,8 @@ from san_peft.propagation.trace import arguments_of
 from san_peft.tuner import _peft
 from san_peft.tuner.acting import set_fast_paths
 from san_peft.tuner.attention import layer_for
+from san_peft.tuner.checks import check_adapter, saved_modules
+from san_peft.tuner.combine import combine
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
 from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
@@ -31,6 +32,7 @@ from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import keep_exact
 from san_peft.tuner.resolve import exactly, layers_by_name, resolve, settle, tables_of
 from san_peft.tuner.scales import Scales
+from san_peft.tuner.statistics import freeze_statistics, release_statistics
 from san_peft.tuner.vectors import Incoming
 
 
@@ -60,8 +62,10 @@ class SanModel(_peft.Tuner):
         **kwargs: Any,
     ) -> None:
         """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
+        check_adapter(model, adapter_name, self.peft_config)
         config: Any = copy.copy(self.peft_config[adapter_name])  # what is filled in belongs to this model alone
         graph = resolve(self, model, config)
+        config.modules_to_save = saved_modules(model, adapter_name, config.modules_to_save)
         self.peft_config[adapter_name] = config
         keep_exact(model)
         if config.inner is not None:
@@ -80,6 +84,7 @@ class SanModel(_peft.Tuner):
             self.scales.pending[adapter_name] = partial(self._wire_at_first_pass, adapter_name)
         _peft.share_layers(model, SanLayer)
         set_fast_paths(model, False)
+        freeze_statistics(model)
 
     def _wire_at_first_pass(self, adapter_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Traces the batch that the model was called with, and wires an adapter whose edges were not known."""
@@ -132,7 +137,14 @@ class SanModel(_peft.Tuner):
         return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activates adapters."""
+        """Activates adapters.
+
+        Raises:
+            AdapterError: If there is no such adapter.
+        """
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            if name not in self.peft_config:
+                raise AdapterError(f"Adapter {name} not found. There are {', '.join(self.peft_config)}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self.scales.prepare()
 
@@ -151,6 +163,7 @@ class SanModel(_peft.Tuner):
         self.scales.release()
         _peft.share_layers(self.model, SanLayer, taken_off=True)
         set_fast_paths(self.model, True)
+        release_statistics(self.model)
 
     @property
     def propagation_graph(self) -> PropagationGraph:
@@ -284,11 +297,22 @@ class SanModel(_peft.Tuner):
         self.scales.wire(adapter_name, layers, place(graph), readers, attention)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, its host's part included."""
+        """Deletes an adapter, its host's part included; if it alone was active, the first of the others is then."""
+        before = list(self.active_adapters)
         super().delete_adapter(adapter_name)
+        for layer in self._san_layers():  # PEFT passes over layers whose names contain its prefix
+            layer.delete_adapter(adapter_name)
         for host in self.hosts.values():
             host.peft_config.pop(adapter_name, None)
         self.scales.unwire(adapter_name)
+        if self.peft_config and adapter_name in before:  # layers that lack the others would go without
+            self.set_adapter([name for name in before if name != adapter_name] or min(self.peft_config))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` gives what an adapter does; `san_peft.save_as_lora` takes every layer."""
+        layers = self._san_layers()  # PEFT's model asks without a name
+        names = [adapter_name] if adapter_name in self.peft_config else self.active_adapters
+        return bool(layers) and all(layer.supports_lora_conversion(name) for layer in layers for name in names)
 
     # ------------------------------------------------------------------ modes
 
@@ -378,89 +402,18 @@ class SanModel(_peft.Tuner):
             adapters: Names of the adapters; they must have the same targets, edges and exponent.
             weights: Weight of each.
             adapter_name: Name of the new one.
-            combination_type: `linear` adds the weighted offsets from one; `product` multiplies the scales, each raised
-                to its weight (positive scales only). Shifts are added with their weights either way. Hosts are combined
-                by PEFT, which has other types for them, and the scale comes out of the result.
+            combination_type: `linear` adds the weighted offsets of scales and gates from one; `product` multiplies
+                them, each raised to its weight (positive ones only). Shifts, and modules and tokens that are trained
+                as a whole, are added with their weights either way, as differences from the frozen ones. Hosts are
+                combined by PEFT, which has other types for them, and the scale comes out of the result; magnitudes of
+                DoRA and biases of LoRA are weighted sums.
             options: Passed to PEFT where hosts are combined, such as `svd_rank`.
 
         Raises:
-            AdapterError: If the adapters do not exist, do not match, or cannot be combined that way.
+            AdapterError: If the adapters do not exist, do not match, or cannot be combined that way. The model is then
+                as it was.
         """
-        if adapter_name in self.peft_config:
-            raise AdapterError(f"There already is an adapter {adapter_name!r}.")
-        if len(adapters) != len(weights) or not adapters:
-            raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}.")
-        for name in adapters:
-            if name not in self.peft_config:
-                raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.peft_config)}.")
-        first: Any = self.peft_config[adapters[0]]
-        for name in adapters[1:]:
-            for field in (
-                "target_modules",
-                "edges",
-                "exponent",
-                "bound",
-                "shift",
-                "gate",
-                "decomposition",
-                "own_scale",
-            ):
-                if getattr(self.peft_config[name], field) != getattr(first, field):
-                    raise AdapterError(f"Adapters {adapters[0]!r} and {name!r} differ in {field}.")
-        configs: Any = self.peft_config
-        hosts = {(configs[name].inner or {}).get("peft_type") for name in adapters}
-        if hosts != {None}:
-            return self._combine_hosts(adapters, weights, adapter_name, combination_type, hosts, options)
-        if combination_type not in ("linear", "product") or options:
-            raise AdapterError(
-                f"Unknown combination_type {combination_type!r}, or options ({', '.join(options) or 'none'}); choose "
-                "linear or product, without options."
-            )
-        layers = [m for m in self.modules() if isinstance(m, SanLayer)]
-        if combination_type == "product":
-            for layer in layers:
-                for name in adapters:
-                    scale = layer.get_scale(name)
-                    if scale is not None and bool((scale <= 0).any()):
-                        raise AdapterError(f"A scale of adapter {name!r} is not positive; combine with 'linear'.")
-        self.peft_config[adapter_name] = copy.deepcopy(first)
-        self.inject_adapter(self.model, adapter_name)
-        with torch.no_grad():
-            for layer in layers:
-                for kind in layer.adapter_layer_names:
-                    bank = getattr(layer, kind)
-                    if adapter_name not in bank:
-                        continue
-                    offsets = [bank[name].weight for name in adapters]
-                    if combination_type == "product" and kind != "san_shift":
-                        offsets = [torch.log1p(offset.float()) for offset in offsets]
-                    total = torch.stack([w * o for w, o in zip(weights, offsets, strict=True)]).sum(0)
-                    product = combination_type == "product" and kind != "san_shift"
-                    bank[adapter_name].weight.copy_(torch.expm1(total) if product else total)
-
-    def _combine_hosts(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str,
-        kinds: set[str | None],
-        options: dict[str, Any],
-    ) -> None:
-        first: Any = self.peft_config[adapters[0]]
-        host: Any = self.hosts.get(str(first.inner and first.inner["peft_type"]))
-        if len(kinds) > 1 or first.own_scale or not hasattr(host, "add_weighted_adapter"):
-            raise AdapterError(
-                "Adapters over hosts are combined by PEFT, where all have one kind of host that PEFT can combine, and "
-                f"no scales of their own; these have the hosts {', '.join(map(str, kinds))}."
-            )
-        with self.without_layers(self.model):
-            host.active_adapter = self.active_adapter
-            host.add_weighted_adapter(adapters, weights, adapter_name, combination_type=combination_type, **options)
-        inner = copy.deepcopy(host.peft_config[adapter_name])
-        inner.target_modules = None
-        self.peft_config[adapter_name] = dataclasses.replace(first, inner=inner)
-        self.inject_adapter(self.model, adapter_name)
+        combine(self, adapters, weights, adapter_name, combination_type, options)
 
 
 class _Mode:

@@ -168,7 +168,8 @@ def _check_targets(
             last = dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if _is_layer(m))
             close = difflib.get_close_matches(target, last, n=3)
             raise TargetError(
-                f"target_modules names {target!r}, but no module of the {type(model).__name__} ends in it."
+                f"Target modules {{{target!r}}} not found in the base model: target_modules names {target!r}, but no "
+                f"module of the {type(model).__name__} ends in it."
                 f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
             )
     idle = []
@@ -268,12 +269,12 @@ def _select(
 ) -> tuple[Edge, ...]:
     explicit = not isinstance(config.propagation, str)
     edges = graph.select("all" if explicit else config.propagation).edges
+    edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
     _check_edges(edges, names)
     carried = {n for n in names if _peft.matches(tuner, config, n)}
     if config.inner is not None and not config.own_scale:
         inner = config.inner_config()
         carried = {n for n in carried if not is_feedforward(inner, n)}
-    edges = [edge for edge in edges if not _inside(edge.posterior, config.modules_to_save)]
     # the inside of an attention is not followed, so one whose output projection is a target by itself reads nothing
     edges = [edge for edge in edges if not any(name.startswith(f"{edge.posterior}.") for name in carried)]
     kept, cut = [], []

@@ -1,0 +1,205 @@
+"""Swapping one trained adapter for another in place, and turning one into LoRA."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from san_peft.errors import AdapterError, MergeError
+from san_peft.tuner.decompose import unfit
+from san_peft.tuner.layer import SanLayer
+from san_peft.tuner.sharded import is_sharded
+
+COMPARED = (
+    "peft_type",
+    "edges",
+    "exponent",
+    "exponent_pattern",
+    "bound",
+    "shift",
+    "gate",
+    "inner",
+    "decomposition",
+    "own_scale",
+    "trainable_token_indices",
+)
+"""Fields of the configuration on which it depends what the tensors of an adapter mean."""
+
+
+def hotswap(
+    model: PeftModel,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> None:
+    """Replaces a loaded adapter by a saved one, in place: nothing is rebuilt, compiled code stays.
+
+    Scales, hosts, and modules that are trained as a whole with their buffers are all replaced. PEFT's own
+    `hotswap_adapter` takes LoRA alone, and says so of a SAN adapter.
+
+    Args:
+        model: The model with the adapter to replace; a compiled one is taken as well.
+        path: Folder or hub name of the saved adapter; it must have the same targets, edges and exponent.
+        adapter_name: Name of the adapter to replace.
+        subfolder: Folder inside `path`. PEFT saves every adapter that is not named `default` in one of its name.
+        revision: Revision of the hub repository.
+        device: Device to load the tensors to; `None` is PEFT's choice.
+        kwargs: More options of a download from the hub, such as `token` and `cache_dir`.
+
+    Raises:
+        AdapterError: If there is no such adapter here, or the saved one does not fit; nothing was changed then.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if adapter_name not in model.peft_config:
+        raise AdapterError(f"Adapter {adapter_name} does not exist; there are {', '.join(model.peft_config)}.")
+    if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
+        raise AdapterError("The model is merged; unmerge it before swapping its adapter.")
+    place: Any = kwargs | {name: v for name, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
+    where = os.fspath(path) if subfolder is None else f"{os.fspath(path)}/{subfolder}"
+    here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(os.fspath(path), **place)
+    for name in COMPARED:
+        ours, theirs = getattr(here, name, None), getattr(there, name, None)
+        if ours != theirs:
+            raise AdapterError(
+                f"The adapter in {where} differs from {adapter_name!r} in {name}{_what(ours, theirs)}; load it instead."
+            )
+    old = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    new = load_peft_weights(os.fspath(path), device=None if device is None else str(device), **place)
+    if old.keys() != new.keys():
+        odd = sorted(old.keys() ^ new.keys())
+        raise AdapterError(
+            f"The adapter in {where} differs from {adapter_name!r} in {len(odd)} tensors, such as {odd[0]}."
+        )
+    for name, value in new.items():
+        target = old[name]
+        if value.shape != target.shape:
+            raise AdapterError(f"{name} has shape {tuple(value.shape)} in {where}, {tuple(target.shape)} here.")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise AdapterError(f"{where}: {name} is not finite. Download or save the adapter again.")
+        if target.is_meta or is_sharded(target):
+            raise AdapterError(f"{name} is offloaded or in shards here, so it cannot be replaced in place.")
+    with torch.no_grad():
+        for name, value in new.items():
+            old[name].copy_(value)
+
+
+def _what(ours: Any, theirs: Any) -> str:
+    """Says in which fields two configurations of hosts differ."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return ""
+    odd = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    return f" ({', '.join(f'{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here' for name in odd)})"
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What turning an adapter into LoRA has lost.
+
+    Attributes:
+        error: Size of what was lost over the size of the change, both as Frobenius norms over all layers.
+        worst: The same of the worst layer.
+        where: Name of that layer.
+        rank: The rank of every layer.
+        layers: How many layers were converted.
+        config: The `LoraConfig` of the result.
+    """
+
+    error: float
+    worst: float
+    where: str
+    rank: int
+    layers: int
+    config: LoraConfig = field(repr=False, compare=False)
+
+
+@torch.no_grad()
+def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_name: str = "default") -> LoraReport:
+    r"""Writes the closest LoRA adapter of a rank, for tools that load nothing else, and reports what is lost.
+
+    A scale changes a weight by $\operatorname{diag}(g) W \operatorname{diag}(s) - W$, which has full rank, so this is
+    an approximation: the truncated singular value decomposition of each layer's change, the best there is of that rank.
+    Where biases change, the result has `lora_bias=True`. Saved modules are written with it.
+
+    Args:
+        model: A `PeftModel` with a SAN adapter, not merged.
+        path: Folder to write, which `PeftModel.from_pretrained` loads without `san_peft`.
+        rank: Rank of the result.
+        adapter_name: Which adapter.
+
+    Returns:
+        The report.
+
+    Raises:
+        MergeError: If a layer is quantised, merged, or a convolution in groups, which LoRA cannot change.
+        AdapterError: If there is no such adapter, or the rank is not positive.
+    """
+    tuner: Any = model.base_model
+    if adapter_name not in model.peft_config:
+        raise AdapterError(f"Adapter {adapter_name} does not exist; there are {', '.join(model.peft_config)}.")
+    if rank < 1:
+        raise AdapterError(f"The rank must be at least 1, got {rank}.")
+    tensors, losses = {}, {}
+    biased = False
+    layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
+    for name, layer in layers.items():
+        if layer.groups > 1:
+            raise MergeError(f"{name} is a convolution in {layer.groups} groups, whose change LoRA cannot make.")
+        if reason := unfit("LORA", layer.get_base_layer()):
+            raise MergeError(f"{name} is {reason}: save the merged model.")
+        delta, bias = layer.get_delta(adapter_name)
+        rows = delta.t() if layer.transposed else delta.flatten(1)
+        left, values, right = torch.linalg.svd(rows, full_matrices=False)
+        kept = min(rank, values.numel())  # the others are zeros: servers take every layer to have the same rank
+        total, lost = values.square().sum().item(), values[kept:].square().sum().item()
+        losses[name] = (lost, total)
+        down, up = rows.new_zeros(rank, rows.shape[1]), rows.new_zeros(rows.shape[0], rank)
+        down[:kept], up[:, :kept] = right[:kept], left[:, :kept] * values[:kept]
+        if layer.channel_dim != -1:
+            down, up = down.view(rank, *delta.shape[1:]), up.view(*up.shape, *[1] * (delta.dim() - 2))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.bias"] = bias
+        biased = biased or bool(bias.any())
+    config: Any = model.peft_config[adapter_name]
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(layers),
+        lora_bias=biased,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    if not biased:
+        tensors = {key: value for key, value in tensors.items() if not key.endswith(".bias")}
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    inside = tuple(f"base_model.model.{name}." for name in layers)
+    tensors |= {key: value for key, value in saved.items() if not key.startswith(inside)}
+    _write_adapter(Path(path), lora, tensors)
+    relative = {name: math.sqrt(lost / total) if total else 0.0 for name, (lost, total) in losses.items()}
+    where = max(relative, key=lambda name: relative[name])
+    lost, total = (sum(pair[i] for pair in losses.values()) for i in (0, 1))
+    return LoraReport(math.sqrt(lost / total) if total else 0.0, relative[where], where, rank, len(layers), lora)
+
+
+def _write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"{SAFETENSORS_WEIGHTS_NAME}.tmp"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, draft, metadata={"format": "pt"})
+    draft.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+    config.save_pretrained(str(folder))

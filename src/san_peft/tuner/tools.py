@@ -1,0 +1,55 @@
+"""What PEFT's tools ask of every layer: what its adapter would be as LoRA."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from san_peft.tuner.quantized import is_quantized
+
+
+class ToolLayer:
+    """The part of `SanLayer` that such tools call."""
+
+    san_scale: Any
+    san_incoming: Any
+    san_name: str
+    host: Any
+    get_base_layer: Any
+    get_delta: Any
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Returns what merging one adapter alone changes in the weight, of the weight's shape.
+
+        Raises:
+            MergeError: If adapters are merged, or the weight is quantised.
+        """
+        return self.get_delta(adapter_name)[0]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` gives, at full rank, what an adapter does here.
+
+        It converts the weights of linear layers that are targets, and nothing else. Where it would lose something a
+        warning says what; `san_peft.save_as_lora` converts such layers as well.
+        """
+        layer: Any = self
+        base, reason = self.get_base_layer(), None
+        if self.host is not None:
+            reason = "has a host"
+        elif isinstance(base, nn.Conv1d | nn.Conv2d):
+            reason = "is a convolution"
+        elif self.san_incoming.get(adapter_name) and adapter_name not in self.san_scale:
+            reason = "is no target, and reads propagated scales"
+        elif is_quantized(base) or layer.merged:
+            reason = "is quantised or merged"
+        elif bool(self.get_delta(adapter_name)[1].any()):
+            reason = "changes its bias"
+        if reason is not None:
+            warnings.warn(
+                f"PEFT's conversion to LoRA takes the weights of linear targets alone, and {self.san_name} {reason}. "
+                "Use san_peft.save_as_lora.",
+                stacklevel=4,
+            )
+        return reason is None
