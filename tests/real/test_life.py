@@ -146,11 +146,11 @@ def test_what_is_generated_stays_when_merged(dtype):
 def test_a_base_from_a_gguf_file_is_dense_once_merged(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from san_bench.models.real import _verified
+    from san_bench.models.real import weights_of
     from tests.real.models import folder
 
     folder("smollm2")
-    file = _verified("smollm2")
+    file = weights_of("smollm2")
     base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     model = get_peft_model(base, SanConfig(task_type="CAUSAL_LM", propagation=edges("smollm2"))).eval()
     disturb(model, size=0.02)

@@ -9,6 +9,7 @@ import json
 import pickletools
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,43 +109,45 @@ def efficientnet_lite0(weights: Path, folder: Path) -> None:
     import torch
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    own, stored = model.state_dict(), torch_tensors(weights)
-    if len(own) != len(stored):
-        raise SanError(f"{weights} holds {len(stored)} tensors, not {len(own)}.")
+    own = model.state_dict()
+    stored = torch_tensors(weights, [tensor.element_size() for tensor in own.values()])
     state = {}
     for (name, tensor), content in zip(own.items(), stored, strict=True):
-        array = np.frombuffer(content, dtype=str(tensor.dtype).removeprefix("torch."))
-        state[name] = torch.from_numpy(array.copy()).reshape(tensor.shape)
+        array = np.frombuffer(content, dtype=str(tensor.dtype).removeprefix("torch.")).copy()
+        if array.size != tensor.numel():
+            raise SanError(f"{weights} holds {array.size} numbers where {name} has {tensor.numel()}.")
+        state[name] = torch.from_numpy(array).reshape(tensor.shape)
     _load(model, state, weights)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
 
 
-def torch_tensors(file: Path) -> list[bytes]:
-    """Contents of the tensors of a state dict that torch wrote before its version 1.6, in their order.
+def torch_tensors(file: Path, sizes: Sequence[int]) -> list[bytes]:
+    """Returns the contents of the tensors of a state dict that torch wrote before its version 1.6, in their order.
 
-    Five pickles stand in front, of which the fourth describes the state dict and the fifth lists the keys of the
-    storages. Both are read opcode by opcode, and nothing is built from them: the keys of storages are the texts in
-    them that are numbers.
+    Five pickles stand in front, of which the fourth describes the state dict and the fifth lists the storages in the
+    order in which they follow. Both are read opcode by opcode, and nothing is built from them: the names of storages
+    are the texts in them that are numbers.
+
+    Args:
+        file: The file.
+        sizes: Bytes of a number in each tensor.
 
     Raises:
-        SanError: If the file is of another form.
+        SanError: If the file is of another form, or has another number of tensors.
     """
     with file.open("rb") as opened:
         try:
             texts = [[arg for _, arg, _ in pickletools.genops(opened) if isinstance(arg, str)] for _ in range(5)]
         except ValueError as error:
             raise SanError(f"{file} is no state dict in the form that torch wrote before its version 1.6.") from error
-        order, keys = ([text for text in some if text.isdigit()] for some in texts[3:])
-        contents = {}
-        for key in keys:
+        order, follow = ([text for text in some if text.isdigit()] for some in texts[3:])
+        if len(order) != len(sizes) or sorted(order) != sorted(follow):
+            raise SanError(f"{file} holds {len(order)} tensors in {len(follow)} storages, not {len(sizes)}.")
+        size_of, contents = dict(zip(order, sizes, strict=True)), {}
+        for storage in follow:
             (count,) = struct.unpack("<q", opened.read(8))
-            contents[key] = opened.read(count * _item_size(texts[3], key))
-    return [contents[key] for key in order]
-
-
-def _item_size(texts: list[str], key: str) -> int:
-    """Bytes of one number in a storage."""
-    return 4
+            contents[storage] = opened.read(count * size_of[storage])
+    return [contents[storage] for storage in order]
 
 
 def rxn_albert(weights: Path, folder: Path) -> None:

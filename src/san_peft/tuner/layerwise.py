@@ -53,6 +53,8 @@ def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
         The record, or `None` for a layer that does not take one tensor to another.
     """
     base = layer.get_base_layer()
+    if not isinstance(getattr(base, "weight", None), Tensor):
+        return None
     with onload_layer(layer), torch.autocast(base.weight.device.type, enabled=False):
         x = _inputs(layer, base, seed)
         scale, shift = layer._output_vectors(adapter_names)
@@ -73,8 +75,8 @@ def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
                 without["host"] = _finished(_run(base, scaled), scale, shift)
         except (RuntimeError, TypeError, ValueError):  # it wants other inputs than one tensor
             return None
-    whole = whole.reshape(*whole.shape[:2], -1)
-    parts = {name: whole - other.reshape(whole.shape) for name, other in without.items()}
+    parts = {name: _with_axes(base, whole - other) for name, other in without.items()}
+    whole = _with_axes(base, whole)
     parts = {name: part for name, part in parts.items() if part.any()}
     return Record(x, whole, parts, _steps(base, whole, parts))
 
@@ -91,7 +93,7 @@ def fault(name: str, layer: Any, before: Record) -> str | None:
     base = layer.get_base_layer()
     with onload_layer(layer), torch.autocast(base.weight.device.type, enabled=False):
         merged = _run(base, before.inputs)
-    change = _apart(merged.reshape(before.outputs.shape) - before.outputs)
+    change = _apart(_with_axes(base, merged) - before.outputs)
     parts = {part: _apart(effect) for part, effect in before.parts.items()}
     for number, place in enumerate(("bias", "weight")):
         size, step = _rms(change[number]), before.steps[number]
@@ -135,8 +137,9 @@ def _rms(outputs: Tensor) -> Tensor:
 
 def _steps(base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """What one step of rounding in every weight, and in the bias, does to each channel."""
-    weight, bias = base.weight, base.bias if base.bias is not None else base.weight
-    fan_in = max(1, weight.numel() // outputs.shape[1])
+    weight, bias = base.weight, getattr(base, "bias", None)
+    bias = weight if bias is None else bias
+    fan_in = 1 if isinstance(base, nn.Embedding) else max(1, weight.numel() // outputs.shape[1])
     found = []
     for place, tensor in enumerate((bias, weight)):
         size = _rms(_apart(outputs)[place])
@@ -150,23 +153,35 @@ def _steps(base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _inputs(layer: Any, base: Any, seed: int) -> Tensor:
-    """The zero input and random ones, as large as a layer needs for two positions in each direction."""
-    device = base.weight.device
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    """The zero input and random ones, as large as a layer needs for two positions in each direction; or tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(base, nn.Embedding):
+        return torch.randint(len(base.weight), (16 * SAMPLES,), generator=generator).to(base.weight.device)
     sizes = []
     if base.weight.dim() > 2:
         facts = zip(base.kernel_size, base.dilation, base.stride, strict=True)
         sizes = [dilation * (kernel - 1) + 1 + stride for kernel, dilation, stride in facts]
-    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1 + SAMPLES, layer.in_features, *sizes, generator=generator, dtype=torch.float64)
     x[0] = 0
-    return x.to(device, wide)
+    return x.to(base.weight.device, _wide(base.weight.device))
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """Float64, or as near as a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _with_axes(base: Any, outputs: Tensor) -> Tensor:
+    """Gives outputs the axes input, channel, position; those of no token, which are zero, stand before an embedding's."""
+    if isinstance(base, nn.Embedding):
+        outputs = torch.cat([torch.zeros_like(outputs[:1]), outputs])
+    return outputs.reshape(*outputs.shape[:2], -1)
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """Runs a module with its tensors in the type of its input."""
+    """Runs a module with its tensors in float64."""
     tensors: Iterator[tuple[str, Tensor]] = chain(module.named_parameters(), module.named_buffers())
-    wide = {name: t.detach().to(x.dtype) for name, t in tensors if t.is_floating_point()}
+    wide = {name: t.detach().to(_wide(x.device)) for name, t in tensors if t.is_floating_point()}
     out = torch.func.functional_call(module, wide, (x,))
     if not isinstance(out, Tensor):
         raise TypeError(f"A {type(module).__name__} returns a {type(out).__name__}.")
