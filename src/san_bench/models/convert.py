@@ -106,48 +106,60 @@ def _dinov2_name(name: str) -> str:
 def efficientnet_lite0(weights: Path, folder: Path) -> None:
     """Gives timm's model the tensors of a checkpoint that lists the same ones in the same order by other names."""
     import timm
-    import torch
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = model.state_dict()
-    stored = torch_tensors(weights, [tensor.element_size() for tensor in own.values()])
-    state = {}
-    for (name, tensor), content in zip(own.items(), stored, strict=True):
-        array = np.frombuffer(content, dtype=str(tensor.dtype).removeprefix("torch.")).copy()
-        if array.size != tensor.numel():
-            raise SanError(f"{weights} holds {array.size} numbers where {name} has {tensor.numel()}.")
-        state[name] = torch.from_numpy(array).reshape(tensor.shape)
-    _load(model, state, weights)
+    _load(model, dict(zip(own, torch_tensors(weights, list(own.values())), strict=True)), weights)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
 
 
-def torch_tensors(file: Path, sizes: Sequence[int]) -> list[bytes]:
-    """Returns the contents of the tensors of a state dict that torch wrote before its version 1.6, in their order.
+def torch_tensors(file: Path, like: Sequence[Tensor]) -> list[Tensor]:
+    """Reads the tensors of a state dict that torch wrote before its version 1.6, and unpickles nothing.
 
-    Five pickles stand in front, of which the fourth describes the state dict and the fifth lists the storages in the
-    order in which they follow. Both are read opcode by opcode, and nothing is built from them: the names of storages
-    are the texts in them that are numbers.
+    Five pickles stand in front, of which the fourth describes the tensors and the fifth lists their storages in the
+    order in which they follow. Both are read opcode by opcode, and no object is built from them: the names of storages
+    are the texts in them that are numbers, and behind each stand length, offset, shape and strides.
 
     Args:
         file: The file.
-        sizes: Bytes of a number in each tensor.
+        like: Tensors of the types and shapes that are expected.
 
     Raises:
-        SanError: If the file is of another form, or has another number of tensors.
+        SanError: If the file is of another form, or holds other tensors.
     """
     with file.open("rb") as opened:
         try:
-            texts = [[arg for _, arg, _ in pickletools.genops(opened) if isinstance(arg, str)] for _ in range(5)]
+            pickles = [[(op.name, arg) for op, arg, _ in pickletools.genops(opened)] for _ in range(5)]
         except ValueError as error:
             raise SanError(f"{file} is no state dict in the form that torch wrote before its version 1.6.") from error
-        order, follow = ([text for text in some if text.isdigit()] for some in texts[3:])
-        if len(order) != len(sizes) or sorted(order) != sorted(follow):
-            raise SanError(f"{file} holds {len(order)} tensors in {len(follow)} storages, not {len(sizes)}.")
-        size_of, contents = dict(zip(order, sizes, strict=True)), {}
-        for storage in follow:
+        described = _storages(pickles[3])
+        if len(described) != len(like):
+            raise SanError(f"{file} holds {len(described)} tensors, not {len(like)}.")
+        sizes = {name: tensor.element_size() for (name, _), tensor in zip(described, like, strict=True)}
+        contents = {}
+        for name, _ in _storages(pickles[4]):
             (count,) = struct.unpack("<q", opened.read(8))
-            contents[storage] = opened.read(count * size_of[storage])
-    return [contents[storage] for storage in order]
+            contents[name] = opened.read(count * sizes[name])
+    found = []
+    for (name, numbers), tensor in zip(described, like, strict=True):
+        offset, shape, strides = numbers[1], numbers[2 : 2 + tensor.dim()], numbers[2 + tensor.dim() :][: tensor.dim()]
+        if shape != list(tensor.shape):
+            raise SanError(f"{file} holds a tensor of shape {tuple(shape)} where {tuple(tensor.shape)} is expected.")
+        flat = np.frombuffer(contents[name], dtype=str(tensor.dtype).removeprefix("torch."))
+        view = np.lib.stride_tricks.as_strided(flat[offset:], shape, [step * flat.itemsize for step in strides])
+        found.append(tensor.new_tensor(view.copy()))
+    return found
+
+
+def _storages(opcodes: list[tuple[str, Any]]) -> list[tuple[str, list[int]]]:
+    """Names of storages in a pickle, each with the whole numbers behind it."""
+    found: list[tuple[str, list[int]]] = []
+    for opcode, arg in opcodes:
+        if isinstance(arg, str) and arg.isdigit():
+            found.append((arg, []))
+        elif opcode.startswith("BININT") and found:
+            found[-1][1].append(arg)
+    return found
 
 
 def rxn_albert(weights: Path, folder: Path) -> None:

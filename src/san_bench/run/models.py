@@ -129,9 +129,9 @@ def _from_folder(folder: Path) -> nn.Module:
 def _timm_folder(folder: Path, facts: dict[str, Any]) -> nn.Module:
     if not _timm_names():
         raise SanError(f"{folder} holds a model of timm. {NO_TIMM}")
-    architecture, sizes = facts["architecture"], ("num_classes", "global_pool")
-    cfg = {**facts.get("pretrained_cfg", {}), **{key: facts[key] for key in sizes if key in facts}}
-    return _timm(architecture, pretrained_cfg=cfg, **facts.get("model_args", {}))
+    classes = {"num_classes": facts["num_classes"]} if "num_classes" in facts else {}
+    cfg = {**facts.get("pretrained_cfg", {}), **classes}  # what else stands beside it does not change what is built
+    return _timm(facts["architecture"], pretrained_cfg=cfg, **facts.get("model_args", {}))
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
