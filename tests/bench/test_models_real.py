@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from san_bench.models import local_model, real
+from san_bench.models import local_model
 from san_bench.models.real import REAL, RealModel, install_command, missing, real_path
 from san_bench.run.models import empty_model
 from san_peft import SanError

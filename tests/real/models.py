@@ -1,4 +1,4 @@
-"""The really pretrained models as tests use them: loaded, with a little real text or a few real photos to learn from."""
+"""The really pretrained models as tests use them, with a little real text or a few real photos to learn from."""
 
 from __future__ import annotations
 
@@ -131,9 +131,7 @@ TWO = {"num_labels": 2}
 
 MODELS = {
     "smollm2": Real(tf.AutoModelForCausalLM, spoken, (208, 0), 5e-3, options={"task_type": "CAUSAL_LM"}),
-    "dinov2-small": Real(
-        tf.AutoModelForImageClassification, seen(98), (73, 0), 5e-3, options=HEAD, loading=TWO
-    ),
+    "dinov2-small": Real(tf.AutoModelForImageClassification, seen(98), (73, 0), 5e-3, options=HEAD, loading=TWO),
     "minilm": Real(tf.AutoModelForSequenceClassification, judged, (34, 0), 5e-3, options=HEAD, loading=TWO),
     "efficientnet-lite0": Real(
         tf.AutoModelForImageClassification,

@@ -124,9 +124,8 @@ def test_each_part_of_each_fold_is_missed(name, dtype, host):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_what_is_generated_stays_when_merged(dtype):
-    from transformers import AutoTokenizer
-
     from tests.real.models import folder
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder("smollm2"))
     model = adapted("smollm2", TYPES[dtype], "own")
@@ -144,10 +143,10 @@ def test_what_is_generated_stays_when_merged(dtype):
 
 
 def test_a_base_from_a_gguf_file_is_dense_once_merged(tmp_path):
+    from tests.real.models import folder
     from transformers import AutoModelForCausalLM
 
     from san_bench.models.real import weights_of
-    from tests.real.models import folder
 
     folder("smollm2")
     file = weights_of("smollm2")

@@ -186,7 +186,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _with_axes(base: Any, outputs: Tensor) -> Tensor:
-    """Gives outputs the axes input, channel, position; those of no token, which are zero, stand before an embedding's."""
+    """Gives outputs the axes input, channel, position; zeros, as of no token, stand before those of an embedding."""
     if isinstance(base, nn.Embedding):
         outputs = torch.cat([torch.zeros_like(outputs[:1]), outputs])
     return outputs.reshape(*outputs.shape[:2], -1)
