@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real
 NAMES = tuple(MODELS)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HOSTS = {"own": lambda: None, "lora": lambda: LoraConfig(r=4), "dora": lambda: LoraConfig(r=4, use_dora=True)}
-STEPS = {"own": 20, "lora": 8, "dora": 8}
+STEPS = {("fp32", "own"): 20, ("fp32", "lora"): 8, ("fp32", "dora"): 8, ("bf16", "own"): 8}
 
 
 @cache
@@ -70,6 +70,12 @@ def test_the_trace_is_the_known_one(name):
     assert all(barrier.reason for barrier in graph.barriers)
 
 
+def assert_proved(report) -> None:
+    assert report.effect > 0
+    assert report.max_abs_difference <= report.tolerance
+    assert (report.unreached, report.unchecked) == ((), ())
+
+
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", NAMES)
@@ -78,19 +84,18 @@ def test_from_the_start_to_the_merged_model(name, dtype, host, tmp_path):
     batch = real.inputs(name, kind)
     model = adapted(name, kind, host)
     assert torch.equal(outputs(model, batch), outputs(real.load(name, kind), batch)), "the start is the base model"
-    losses = train(model, name, kind, STEPS[host], real.lr if host == "own" else 1e-3)
-    assert sum(losses[-3:]) < sum(losses[:3]), losses
+    losses = train(model, name, kind, STEPS.get((dtype, host), 5), real.lr if host == "own" else 1e-3)
+    assert sum(losses[-2:]) < sum(losses[:2]), losses
     expected = outputs(model, batch)
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(real.load(name, kind), tmp_path / "adapter").eval()
     assert torch.equal(outputs(again, batch), expected)
-    by_derived = merge_and_verify(again)
     by_real = merge_and_verify(model, {key: value for key, value in batch.items() if key != "labels"})
-    for report in (by_derived, by_real):
-        assert report.effect > 0
-        assert (report.unreached, report.unchecked) == ((), ())
-    assert torch.equal(outputs(by_derived.model, batch), outputs(by_real.model, batch))
+    assert_proved(by_real)
     if host == "own":
+        by_derived = merge_and_verify(again)
+        assert_proved(by_derived)
+        assert torch.equal(outputs(by_derived.model, batch), outputs(by_real.model, batch))
         by_real.model.save_pretrained(tmp_path / "merged")
         options = {key: value for key, value in real.loading.items() if key != "num_labels"}
         plain = real.auto.from_pretrained(tmp_path / "merged", dtype=kind, **options).eval()

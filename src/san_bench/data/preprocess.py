@@ -232,7 +232,7 @@ def _facts(model: str | Path, revision: str) -> dict[str, Any]:
 def _reason(error: Exception, model: str | Path) -> str:
     """Why there are no settings, in short where a folder has none at all."""
     for name in ("config.json", "preprocessor_config.json"):
-        if isinstance(error, OSError) and not (Path(model) / name).is_file():
+        if not isinstance(error, TypeError) and Path(model).is_dir() and not (Path(model) / name).is_file():
             return f"it has no {name}"
     return " ".join(str(error).split())[:200].rstrip(".")
 

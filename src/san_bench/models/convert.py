@@ -111,6 +111,9 @@ def efficientnet_lite0(weights: Path, folder: Path) -> None:
     own = model.state_dict()
     _load(model, dict(zip(own, torch_tensors(weights, list(own.values())), strict=True)), weights)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes")  # it stands beside them; transformers would pass it on twice
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def torch_tensors(file: Path, like: Sequence[Tensor]) -> list[Tensor]:
