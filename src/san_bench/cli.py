@@ -163,10 +163,18 @@ class Check:
     """Values in place of the file's."""
 
     def run(self) -> None:
-        """Checks and prints the fingerprint."""
+        """Checks the recipe and what lies beside a model that is on this machine, and prints the fingerprint."""
         from san_bench.recipe import load_recipe
 
-        print(f"{self.recipe} is fine. Fingerprint {load_recipe(self.recipe, self.set).fingerprint}")
+        recipe = load_recipe(self.recipe, self.set)
+        if recipe.model.partition("/")[0] != "embedded":  # what ships is complete
+            from san_bench.models import local_model
+
+            if (local_model(recipe.model) or Path(recipe.model)).is_dir():  # of the hub nothing is downloaded here
+                from san_bench.run.domain import check_companions
+
+                check_companions(recipe)
+        print(f"{self.recipe} is fine. Fingerprint {recipe.fingerprint}")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class ImageRecipe(Recipe):
         task: Name of a task; see `san_bench.data.vision.load_task`.
         train_split: Split to train with.
         eval_split: Split to score once, after training.
-        model: `embedded` (the small ViT of the package), `embedded/swin`, `embedded/convnext`, a folder, or a name that
+        model: `embedded` (the small ViT of the package), `embedded/swin`, `embedded/convnext`,
+            `real/dinov2-small` or `real/efficientnet-lite0` (see `san_bench.models.real`), a folder, or a name that
             transformers resolves, such as `timm/vit_base_patch16_224.augreg_in21k`. Its weights are in float32.
         method: What is trained; the task's head always is.
         input: How an image becomes what the model reads.

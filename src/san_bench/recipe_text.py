@@ -75,8 +75,8 @@ class TextRecipe(Recipe):
         data: Folder of the data, or a data set on the Hugging Face hub; `null` for mini-language.
         train_split: `train`, or `trainval`: with what is held out as well.
         eval_split: What is scored once, after training.
-        model: `embedded/decoder` (the small LLaMA of the package), a folder, or a name on the Hugging Face hub, which
-            may end with `@` and a revision.
+        model: `embedded/decoder` (the small LLaMA of the package), `real/smollm2` (see `san_bench.models.real`), a
+            folder, or a name on the Hugging Face hub, which may end with `@` and a revision.
         weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` (as
             QLoRA has it, with double quantisation) or `int8`. What is trained is in float32 until it is saved.
         text: How a record becomes what the model reads.

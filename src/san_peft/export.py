@@ -13,11 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from san_peft.errors import MergeError
+from san_peft.tuner import layerwise
 from san_peft.tuner._peft import make_dense
 from san_peft.tuner.frozen import stored_bias
 from san_peft.tuner.layer import SanLayer
-from san_peft.tuner.quantized import is_quantized, make_dense_layer
-from san_peft.tuner.verify import jittered, judge
+from san_peft.tuner.quantized import forget_quantization, is_quantized, make_dense_layer
+from san_peft.tuner.verify import jittered, judge, reached
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference of two outputs of which nothing else is known, relative to the largest output (1 at
@@ -37,6 +38,9 @@ class MergeReport:
         model: The merged model, without SAN or PEFT.
         effect: Largest difference that the adapter makes to the outputs.
         relative: Root mean square of the difference over that of the effect, over all outputs.
+        unreached: Layers that the probe did not run, such as experts without tokens. They were compared on inputs of
+            their own alone.
+        unchecked: Layers that could not be compared on inputs of their own, and were compared by the outputs alone.
     """
 
     max_abs_difference: float
@@ -47,6 +51,8 @@ class MergeReport:
     model: nn.Module = field(repr=False, compare=False)
     effect: float = 0.0
     relative: float = 0.0
+    unreached: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | None = None) -> MergeReport:
@@ -54,24 +60,27 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
 
     Folding is computed in float32 at least and rounded to the weight's type last.
 
-    Merging is held against what the adapter does: the outputs with it minus those of the frozen layers (`effect`), so
-    that an adapter with a small effect may lose no more of it than one with a large effect. What rounding does is
-    measured, by passes in which the output of every adapted layer is off by a rounding error. A difference is accepted
-    if it is a ten-thousandth of the effect at most (half a percent in bfloat16), or of the size of that measured
-    rounding. In half precision, where rounding may be as large as the effect, the effect must also be kept on average.
-    The model runs five times on the probe.
+    The proof has two parts. *Layer by layer*, every merged layer is compared with what it computes unmerged, on inputs
+    of its own and in float64: no layer is hidden by what the probe reaches, or by a small influence on the outputs.
+    *By the outputs*, merging is held against what the adapter does: the outputs with it minus those of the frozen
+    layers (`effect`), so that an adapter with a small effect may lose no more of it than one with a large effect. What
+    rounding does is measured, by passes in which the output of every adapted layer is off by a rounding error. A
+    difference is accepted if it is a ten-thousandth of the effect at most (half a percent in bfloat16), or of the size
+    of that measured rounding. In half precision, where rounding may be as large as the effect, the effect must also be
+    kept on average. The model runs five times on the probe.
 
     Args:
         model: A `PeftModel` with SAN adapters.
         probe: Inputs to compare on: a dict of keyword arguments, a tuple of arguments, or a tensor. `None` derives
             them from the model's configuration.
-        tolerance: Largest accepted difference, in place of all that.
+        tolerance: Largest accepted difference of the outputs, in place of all that.
 
     Returns:
         The report, which holds the merged model.
 
     Raises:
-        MergeError: If the outputs differ by more, or are not finite. The model is then as it was, bit for bit.
+        MergeError: If a layer or the outputs differ by more, or are not finite. The model is then as it was, bit for
+            bit.
         TraceError: If no probe is given and none can be derived.
     """
     tuner: Any = model.base_model
@@ -89,9 +98,11 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         probe = derive_inputs(tuner.model)
     training = {module: module.training for module in model.modules()}
     biases = {name: stored_bias(layer.get_base_layer()) for name, layer in layers.items()}
+    records: dict[str, layerwise.Record | None] = {}
     try:
         model.eval()
-        before = _outputs(model, probe)
+        with reached(layers) as called:
+            before = _outputs(model, probe)
         with tuner.set_mode("off"):
             frozen = _outputs(model, probe)
         rounded = None
@@ -100,12 +111,15 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
                 rounded = _outputs(model, probe), frozen
                 with tuner.set_mode("off"):
                     rounded = rounded[0], _outputs(model, probe)
+            for seed, (name, layer) in enumerate(layers.items()):
+                records[name] = layerwise.record(layer, layer.active_adapters, seed)
         tuner.merge_adapter(safe_merge=True)
+        _check_layers(layers, records)
         verdict = judge(before, _outputs(model, probe), frozen, rounded, tolerance)
         if verdict.fault:
             raise MergeError(
-                f"{verdict.fault}. The model was left as it was. Merge a float32 copy, or pass a larger tolerance if "
-                "you accept this."
+                f"{verdict.fault}. The model was left as it was. Three ways out: pass inputs that the model was made "
+                "for as probe=..., merge a float32 copy, or pass a larger tolerance if you accept this."
             )
     except BaseException as error:
         for layer in layers.values():
@@ -126,8 +140,29 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         plain = tuner.merge_and_unload()  # merges nothing more: unwraps, and keeps the trained heads and norms
     return MergeReport(
-        verdict.difference, verdict.where, verdict.accepted, len(layers), made, plain, verdict.effect, verdict.relative
+        max_abs_difference=verdict.difference,
+        where=verdict.where,
+        tolerance=verdict.accepted,
+        layers=len(layers),
+        made_biases=made,
+        model=plain,
+        effect=verdict.effect,
+        relative=verdict.relative,
+        unreached=tuple(name for name in layers if name not in called),
+        unchecked=tuple(name for name, one in records.items() if one is None),
     )
+
+
+def _check_layers(layers: Mapping[str, SanLayer], records: Mapping[str, layerwise.Record | None]) -> None:
+    """Raises `MergeError` where a layer, merged, does not compute what was recorded of it before."""
+    faults = [layerwise.fault(name, layers[name], one) for name, one in records.items() if one is not None]
+    found = [fault for fault in faults if fault]
+    if found:
+        others = f" {len(found) - 1} other layers are off as well." if len(found) > 1 else ""
+        raise MergeError(
+            f"{found[0]}.{others} The model was left as it was. The layer does not compute what its weight says, or it "
+            "was merged wrongly: report it, or leave it out of target_modules."
+        )
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -137,7 +172,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     rounding of quantisation is in them. Merge, verify, and quantise the merged model again if you want it small.
 
     Args:
-        model: A model with or without SAN, not merged. What quantised it is bitsandbytes, torchao or quanto.
+        model: A model with or without SAN, not merged. What quantised it is bitsandbytes, torchao or quanto. A GGUF
+            file that transformers has unpacked is dense already; then its mark alone is taken off.
         dtype: Type of the dense weights; `None` is that of the model's other weights.
 
     Returns:
@@ -156,9 +192,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
             make_dense(holder, layer)
         else:
             setattr(holder, last, layer)
-    if dense:
-        for module in model.modules():
-            _forget_quantization(module)
+    forget_quantization(model)
     return len(dense)
 
 
@@ -170,19 +204,6 @@ def _dtype_beside(model: nn.Module) -> torch.dtype | None:
             if parameter.dtype.is_floating_point and not parameter.requires_grad and name in ("weight", "bias"):
                 return parameter.dtype
     return None
-
-
-def _forget_quantization(module: Any) -> None:
-    """Takes off what transformers notes on a quantised model, which it would save and trust."""
-    own = vars(module)
-    if own.get("hf_quantizer") is not None:
-        own["hf_quantizer"].remove_quantization_config(module)
-    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
-        if flag in own:
-            setattr(module, flag, False)
-    config = own.get("config")
-    if hasattr(config, "_is_quantized"):
-        del config._is_quantized
 
 
 @torch.no_grad()

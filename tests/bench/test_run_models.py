@@ -90,6 +90,15 @@ def test_a_folder_of_timm(tmp_path):
     assert (model.num_classes, len(model.blocks), model.patch_embed.img_size) == (7, 2, (32, 32))
 
 
+def test_a_folder_that_timm_wrote(tmp_path):
+    timm = pytest.importorskip("timm")
+    args = {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8), "num_classes": 5}
+    timm.models.save_for_hf(timm.create_model("resnet26", **args), tmp_path, model_args=args, safe_serialization=True)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["global_pool"] == "avg"
+    model = empty_model(str(tmp_path))
+    assert (model.num_classes, len(model.layer1)) == (5, 1)
+
+
 def test_a_tag_that_timm_does_not_have():
     pytest.importorskip("timm")
     with pytest.raises(SanError, match=r"no weights 'nope' of vit_tiny_patch16_224. Choose from .*augreg_in21k"):

@@ -10,7 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tests.contract.nets import disturb
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from san_peft import (
     AdapterError,
@@ -310,3 +318,38 @@ def test_a_weight_that_cannot_be_unpacked_leaves_the_model():
     with pytest.raises(MergeError, match=r"Linear \(torch.float8_e4m3fn\) cannot be unpacked"):
         dequantize(net)
     assert list(net) == before
+
+
+# ---------------------------------------------------------------------- what transformers has unpacked
+
+
+def marked(folder: Path) -> nn.Module:
+    """A dense model as transformers leaves one that it has unpacked from a GGUF file."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = GgufConfig(gguf_file="model.gguf")
+    model.hf_quantizer = GgufHfQuantizer(config)
+    model.config.quantization_config, model.is_quantized = config, True
+    return model.eval()
+
+
+@pytest.mark.parametrize("verb", ["merge_and_verify", "merge_and_unload", "dequantize"])
+def test_a_dense_model_with_the_mark_of_a_gguf_file_saves_once_merged(folder, tmp_path, verb):
+    with pytest.raises(ValueError, match="not serializable"):
+        marked(folder).save_pretrained(tmp_path)
+    model = trained(get_peft_model(marked(folder), OURS["own"]()))
+    before = logits(model)
+    if verb == "dequantize":
+        assert dequantize(model) == 0
+        plain = model.base_model.merge_and_unload()
+    else:
+        plain = merge_and_verify(model).model if verb == "merge_and_verify" else model.merge_and_unload()
+    plain.save_pretrained(tmp_path)
+    assert "quantization" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_is_still_packed_in_part_keeps_its_mark(load):
+    base = load()
+    assert quantized.forget_quantization(base) is base
+    assert base.hf_quantizer is not None

@@ -12,15 +12,13 @@ Example:
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
-import threading
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from san_bench.data.conversations import MARKER
+from san_bench.models.cache import assembled
 from san_bench.strict import suggest
 from san_peft.errors import SanError
 
@@ -33,9 +31,6 @@ EMBEDDED = ("vit", "swin", "convnext")
 
 MODELS = (*EMBEDDED, "decoder", "llava")
 """All models."""
-
-_LOADING = threading.Lock()
-"""Two threads that load models with transformers at once can each get a wrong one."""
 
 
 def embedded_path(name: str = "vit") -> Path:
@@ -105,35 +100,13 @@ def processor_of(tower: Path, decoder: Path) -> LlavaProcessor:
 
 
 def _assembled() -> Path:
-    """The folder of the LLaVA in the cache, named by what it is made of and with; written at once, or not at all."""
-    from huggingface_hub import cached_assets_path, constants
-
+    """The folder of the LLaVA in the cache, named by what it is made of and with."""
     parts = [asset("vit") / "model.safetensors", asset("decoder") / "model.safetensors",
              asset("llava") / "adapter_model.safetensors"]  # fmt: skip
     digest = hashlib.sha256(version("transformers").encode())
     for part in parts:
         digest.update(part.read_bytes())
-    with _LOADING:
-        try:
-            folder = cached_assets_path("san-peft", "embedded", "llava", assets_dir=constants.HF_ASSETS_CACHE)
-            place = folder / digest.hexdigest()[:16]
-            if place.is_dir():
-                return place
-            part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
-        except (OSError, ValueError) as error:
-            raise SanError(
-                f"The embedded LLaVA is assembled in a cache that cannot be written ({error}). Set HF_ASSETS_CACHE to "
-                "a folder that can."
-            ) from error
-        try:
-            _assemble(part)
-            part.rename(place)
-        except OSError as error:
-            if not place.is_dir():  # else another process was faster
-                raise SanError(f"The embedded LLaVA cannot be assembled in {folder}: {error}.") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return place
+    return assembled("embedded", "llava", digest.hexdigest(), lambda folder: _assemble(folder))
 
 
 def _assemble(folder: Path) -> None:

@@ -70,15 +70,17 @@ def checkpoint_input(model: str | Path, revision: str = "main") -> InputSettings
         revision: Of a model on the hub: a commit, branch or tag.
 
     Raises:
-        SanError: If it says nothing of the size or the normalisation.
+        SanError: If it says nothing of the size or the normalisation, or cannot be loaded.
     """
-    facts = _facts(model, revision)
     try:
-        return InputSettings(**facts)
-    except TypeError as error:
+        return InputSettings(**_facts(model, revision))
+    except (TypeError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and not Path(model).is_dir():
+            raise SanError(f"The configuration of {model} cannot be loaded: {error}") from error
         raise SanError(
-            f"{model} does not say how it wants images: {error}. Set input.size and input.normalization in the recipe, "
-            "or put a preprocessor_config.json into the folder."
+            f"{model} does not say how it wants images: {_reason(error, model)}. Set input.size, "
+            "input.normalization and input.interpolation in the recipe, or put a preprocessor_config.json into the "
+            "folder."
         ) from error
 
 
@@ -225,6 +227,14 @@ def _facts(model: str | Path, revision: str) -> dict[str, Any]:
     from transformers import AutoImageProcessor
 
     return _from_transformers(AutoImageProcessor.from_pretrained(model, revision=revision).to_dict())
+
+
+def _reason(error: Exception, model: str | Path) -> str:
+    """Why there are no settings, in short where a folder has none at all."""
+    for name in ("config.json", "preprocessor_config.json"):
+        if not isinstance(error, TypeError) and Path(model).is_dir() and not (Path(model) / name).is_file():
+            return f"it has no {name}"
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def _from_transformers(facts: dict[str, Any]) -> dict[str, Any]:

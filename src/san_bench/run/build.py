@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from san_bench.data.embedded import embedded_path
 from san_bench.methods import Ia3, Lora, San, SanOver, Ssf
+from san_bench.models import local_model
 from san_bench.recipe import Recipe, split_revision
 from san_peft.errors import SanError
 from san_peft.tuner.resolve import norms_of
@@ -34,8 +34,8 @@ def head_of(model: Any) -> str | None:
 
 def model_path(recipe: Recipe) -> str | Path:
     """Returns what `from_pretrained` takes for the recipe's model."""
-    name, _, which = recipe.model.partition("/")
-    return embedded_path(which or "vit") if name == "embedded" else split_revision(recipe.model)[0]
+    folder = local_model(recipe.model)
+    return split_revision(recipe.model)[0] if folder is None else folder
 
 
 def version(recipe: Recipe) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from san_bench.models import FAMILIES
 from san_bench.recipe import Recipe, split_revision
 from san_bench.report.results import by_task
 from san_bench.run.provenance import write_atomically
@@ -28,7 +29,7 @@ def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any)
     file = folder / "README.md"
     data: Any = ModelCard.load(file).data if file.is_file() else ModelCardData()
     name = f"{recipe.method.kind} on {recipe.task}, seed {recipe.seed}"
-    if recipe.model.partition("/")[0] == "embedded" or Path(recipe.model).is_dir():
+    if recipe.model.partition("/")[0] in FAMILIES or Path(recipe.model).is_dir():
         data.base_model = None  # a folder of this machine, or of the package, is no model on the hub
         data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]
     data.model_name = name

@@ -115,19 +115,24 @@ class Conversations(Domain):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor.
+        """The model's processor; see `companions`."""
+        return self.companions(self.recipe)
+
+    @classmethod
+    def companions(cls, recipe: ConversationRecipe) -> Any:
+        """Loads the model's processor.
 
         Raises:
             SanError: If there is none beside the model, it is none of a LLaVA, or the recipe has images padded that it
                 cuts into tiles.
         """
-        path = model_path(self.recipe)
+        path = model_path(recipe)
         try:
-            processor = AutoProcessor.from_pretrained(path, **version(self.recipe))
+            processor = AutoProcessor.from_pretrained(path, **version(recipe))
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no processor that transformers can load: {error}") from error
         try:
-            check_processor(processor, self.recipe.conversation.pad_to_square)
+            check_processor(processor, recipe.conversation.pad_to_square)
         except SanError as error:
             raise SanError(f"The processor of {path} cannot be used. {error}") from error
         return processor

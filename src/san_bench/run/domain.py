@@ -110,6 +110,15 @@ class Domain(ABC):
         """Looks at what a run will read: what is wrong with it is better known before the training than after it."""
         return Findings()
 
+    @classmethod
+    @abstractmethod
+    def companions(cls, recipe: Any) -> Any:
+        """Loads what a model needs beside its weights: how it wants images, a tokenizer, or a processor.
+
+        Raises:
+            SanError: If it is missing, or cannot be used.
+        """
+
     def facts(self) -> dict[str, Any]:
         """Returns what a result says beside what all results say."""
         return {}
@@ -157,5 +166,18 @@ def domain_of(recipe: Recipe) -> Domain:
     Raises:
         SanError: If it is missing, or not as it must be.
     """
+    return _class_of(recipe)(recipe)  # type: ignore[call-arg]  # each takes its recipe
+
+
+def check_companions(recipe: Recipe) -> None:
+    """Looks at what lies beside the model of a recipe, as a run does before it trains; reads neither data nor weights.
+
+    Raises:
+        SanError: If something that a run needs is missing, or cannot be used.
+    """
+    _class_of(recipe).companions(recipe)
+
+
+def _class_of(recipe: Recipe) -> type[Domain]:
     module, name = DOMAINS[type(recipe).__name__]
-    return getattr(import_module(f"san_bench.run.{module}"), name)(recipe)
+    return getattr(import_module(f"san_bench.run.{module}"), name)

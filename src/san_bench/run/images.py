@@ -19,12 +19,12 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from san_bench.data.preprocess import Prepared, input_settings, mixing
+from san_bench.data.preprocess import InputSettings, Prepared, input_settings, mixing
 from san_bench.data.vision import Split, VisionTask, load_task
 from san_bench.recipe import VALIDATION
 from san_bench.recipe_image import ImageRecipe
 from san_bench.run.build import head_of, model_path, version
-from san_bench.run.domain import Batch, Domain, Scores, Training
+from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_bench.run.weights import misfits
 from san_peft.errors import SanError
 
@@ -36,7 +36,7 @@ def task_of(recipe: ImageRecipe) -> VisionTask:
 
 def prepared(split: Split, recipe: ImageRecipe) -> Prepared:
     """Returns a split as the model of a recipe reads it in scoring."""
-    return Prepared(split, input_settings(recipe.input, model_path(recipe), **version(recipe)))
+    return Prepared(split, Images.companions(recipe))
 
 
 def predict(model: Any, split: Split, recipe: ImageRecipe) -> Float[Tensor, "n classes"]:
@@ -95,6 +95,8 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
             ignore_mismatched_sizes=True,  # of the head alone, see below
             output_loading_info=True,
         )
+    except (OSError, ImportError) as error:
+        raise SanError(f"{recipe.model} cannot be loaded as a model of images: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -171,6 +173,23 @@ class Images(Domain):
         """Number of images to train with."""
         return len(self.task[self.recipe.train_split])
 
+    def inspect(self) -> Findings:
+        """Looks for how the model wants images."""
+        try:
+            self.companions(self.recipe)
+        except SanError as error:
+            return Findings(errors=(str(error),))
+        return Findings()
+
+    @classmethod
+    def companions(cls, recipe: ImageRecipe) -> InputSettings:
+        """Returns how the model wants images.
+
+        Raises:
+            SanError: If neither the recipe nor what lies beside the model says so.
+        """
+        return input_settings(recipe.input, model_path(recipe), **version(recipe))
+
     def base_model(self) -> nn.Module:
         """Loads the pretrained model with a fresh head; see `base_model`."""
         return base_model(self.recipe, self.task)
@@ -184,7 +203,7 @@ class Images(Domain):
         recipe, selects = self.recipe, self.recipe.selection != "last"
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
-        settings = input_settings(recipe.input, model_path(recipe), **version(recipe))
+        settings = self.companions(recipe)
         collate = Collate(
             mixing(recipe.augmentation, self.task.num_classes), self.task.num_classes, recipe.channels_last
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from san_bench.models import FAMILIES, local_model
 from san_peft.errors import SanError
 
 TASKS = (
@@ -37,10 +38,10 @@ def empty_model(name: str) -> nn.Module:
 
     Args:
         name: `embedded` (the ViT that comes with the package), `embedded/swin`, `embedded/convnext`, `embedded/decoder`
-            or `embedded/llava` (its other models), a folder with a `config.json` of transformers or timm, a model of
-            timm (`vit_base_patch16_224`, `timm/...`, with or without a tag), a model type of transformers (`llama`: its
-            default configuration), or a model on the hub (`org/name`), of which the configuration is loaded where it is
-            cached or the hub is reached.
+            or `embedded/llava` (its other models), `real/NAME` (one of `san_bench.models.real`), a folder with a
+            `config.json` of transformers or timm, a model of timm (`vit_base_patch16_224`, `timm/...`, with or without
+            a tag), a model type of transformers (`llama`: its default configuration), or a model on the hub
+            (`org/name`), of which the configuration is loaded where it is cached or the hub is reached.
 
     Returns:
         The model. In those of `FEW_PATCHES` the vision tower is built for two by two patches: that changes nothing but
@@ -53,10 +54,8 @@ def empty_model(name: str) -> nn.Module:
         >>> type(empty_model("gpt2")).__name__
         'GPT2LMHeadModel'
     """
-    if name.partition("/")[0] == "embedded":
-        from san_bench.data.embedded import embedded_path
-
-        return _from_folder(embedded_path(name.partition("/")[2] or "vit"))
+    if (folder := local_model(name)) is not None:
+        return _from_folder(folder)
     if name and (Path(name) / "config.json").is_file():
         return _from_folder(Path(name))
     if name in _types():
@@ -104,7 +103,7 @@ def _types() -> tuple[str, ...]:
 
 
 def _close(name: str) -> str:
-    known = (*_types(), *_timm_names(), "embedded")
+    known = (*_types(), *_timm_names(), *FAMILIES)
     found = difflib.get_close_matches(name.rsplit("/", 1)[-1], known, n=3, cutoff=0.6)
     return f" Did you mean {', '.join(found)}?" if found else ""
 
@@ -130,9 +129,9 @@ def _from_folder(folder: Path) -> nn.Module:
 def _timm_folder(folder: Path, facts: dict[str, Any]) -> nn.Module:
     if not _timm_names():
         raise SanError(f"{folder} holds a model of timm. {NO_TIMM}")
-    architecture, sizes = facts["architecture"], ("num_classes", "global_pool")
-    cfg = {**facts.get("pretrained_cfg", {}), **{key: facts[key] for key in sizes if key in facts}}
-    return _timm(architecture, pretrained_cfg=cfg, **facts.get("model_args", {}))
+    classes = {"num_classes": facts["num_classes"]} if "num_classes" in facts else {}
+    cfg = {**facts.get("pretrained_cfg", {}), **classes}  # what else stands beside it does not change what is built
+    return _timm(facts["architecture"], pretrained_cfg=cfg, **facts.get("model_args", {}))
 
 
 def _timm(name: str, **options: Any) -> nn.Module:

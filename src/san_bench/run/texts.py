@@ -49,13 +49,14 @@ class Texts(Domain):
         return len(self.task.splits[self.recipe.train_split])
 
     def inspect(self) -> Findings:
-        """Looks for lm-eval where answers are to be found by it."""
-        if "lm-eval" in self.recipe.scoring.ways:
+        """Looks for the tokenizer, and for lm-eval where answers are to be found by it."""
+        errors = []
+        for look in (lambda: self.tokenizer, *([load_harness] if "lm-eval" in self.recipe.scoring.ways else [])):
             try:
-                load_harness()
+                look()
             except SanError as error:
-                return Findings(errors=(str(error),))
-        return Findings()
+                errors.append(str(error))
+        return Findings(errors=tuple(errors))
 
     def facts(self) -> dict[str, Any]:
         """Returns what decides about numbers in the field, and how many tokens were trained with."""
@@ -72,17 +73,22 @@ class Texts(Domain):
 
     @cached_property
     def tokenizer(self) -> PreparedTokenizer:
-        """The model's tokenizer, made ready.
+        """The model's tokenizer, made ready; see `companions`."""
+        return self.companions(self.recipe)
+
+    @classmethod
+    def companions(cls, recipe: TextRecipe) -> PreparedTokenizer:
+        """Loads the model's tokenizer and makes it ready.
 
         Raises:
             SanError: If there is none beside the model, or it lacks a token.
         """
-        path = model_path(self.recipe)
+        path = model_path(recipe)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **version(self.recipe))
+            tokenizer = AutoTokenizer.from_pretrained(path, **version(recipe))
         except (OSError, ValueError) as error:
             raise SanError(f"{path} has no tokenizer that transformers can load: {error}") from error
-        return prepare_tokenizer(tokenizer, self.recipe.text.pad)
+        return prepare_tokenizer(tokenizer, recipe.text.pad)
 
     def base_model(self) -> nn.Module:
         """Loads the pretrained model with its weights in the recipe's type.

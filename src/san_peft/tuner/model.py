@@ -29,7 +29,7 @@ from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
 from san_peft.tuner.layer import MODES, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
-from san_peft.tuner.quantized import keep_exact
+from san_peft.tuner.quantized import forget_quantization, keep_exact
 from san_peft.tuner.resolve import exactly, layers_by_name, resolve, settle, tables_of
 from san_peft.tuner.scales import Scales
 from san_peft.tuner.statistics import freeze_statistics, release_statistics
@@ -382,7 +382,7 @@ class SanModel(_peft.Tuner):
         merge_layers(self._san_layers(), names, safe_merge, keeps_base=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
-            return super().merge_and_unload(progressbar, adapter_names=names)
+            return forget_quantization(super().merge_and_unload(progressbar, adapter_names=names))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts a module in the place of another: its vectors are on the device, and a frozen layer has its weight."""

@@ -124,3 +124,32 @@ def make_dense_layer(base: Any, dtype: torch.dtype | None = None) -> nn.Linear:
     if base.bias is not None:
         dense.bias = nn.Parameter(base.bias.detach().to(dense.weight.dtype), requires_grad=False)
     return dense.train(base.training)
+
+
+def forget_quantization(model: nn.Module) -> nn.Module:
+    """Takes off what transformers notes on a quantised model, and would save and trust, once all its weights are dense.
+
+    A model that was loaded from a GGUF file is dense from the start, and carries the note all the same.
+
+    Returns:
+        The same model.
+    """
+    if any(_has_packed_weight(module) for module in model.modules()):
+        return model
+    for module in model.modules():
+        own: dict[str, Any] = vars(module)
+        if own.get("hf_quantizer") is not None:
+            own["hf_quantizer"].remove_quantization_config(module)
+        for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+            if flag in own:
+                setattr(module, flag, False)
+        config = own.get("config")
+        if hasattr(config, "_is_quantized"):
+            del config._is_quantized
+    return model
+
+
+def _has_packed_weight(module: Any) -> bool:
+    own = vars(module)["_parameters"]
+    quantized = own.get("weight") is not None and is_quantized(module)
+    return quantized or any(name in own or name in vars(module)["_buffers"] for name in PACKED)

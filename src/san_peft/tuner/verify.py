@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,24 @@ Outputs = dict[str, Tensor]
 
 SLOPE = 0.2
 """How far from one the merged effect may be, as a multiple of the unmerged one."""
+
+
+@contextmanager
+def reached(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Collects the names of the layers that run while the context lasts, on more than nothing."""
+    names: set[str] = set()
+
+    def note(name: str) -> Any:
+        def hook(layer: Any, args: Any, y: Any) -> None:
+            if not isinstance(y, Tensor) or y.numel():
+                names.add(name)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(note(name)).remove)
+        yield names
 
 
 @contextmanager
