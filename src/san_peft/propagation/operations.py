@@ -121,7 +121,8 @@ class Operations(Contractions):
         dims = [] if dims is None else [dims] if isinstance(dims, int) else list(dims)
         size = state.codes.dim()
         dims = [d % size for d in dims] if dims and size else list(range(size))
-        codes, path = self.combine(name, state, dims)
+        alone = (rules.POOL if name in ("mean", "sum") else name,)
+        codes, path = self.combine(state, dims, alone, rules.SUMS.get(name))
         shape = next(o.shape for o in (out if isinstance(out, tuple | list) else [out]) if isinstance(o, Tensor))
         outs = len(out) if isinstance(out, tuple | list) else 1
         if path is None:

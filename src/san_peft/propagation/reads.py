@@ -48,7 +48,7 @@ class Reads:
             return
         state = follow.find(x)
         self.sources = torch.full((self.size,), NONE)
-        if (state is None or not state.via) and follow.memory.reach([x]):
+        if state is None and follow.memory.reach([x]):
             self.barriers["input", UNKNOWN] = None
         if state is None:
             return
