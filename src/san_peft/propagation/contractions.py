@@ -234,10 +234,7 @@ class Contractions:
         if high is not None:
             via = self.alike(state, high, rules.ALONG[name])
             return [State(high.expand(result.shape), via, state.statistic) for result in results]
-        if name in ("sort", "topk") and not results[1].is_meta:
-            codes = state.codes.gather(dims[0], results[1].cpu())
-            return [State(codes, state.passed(name), state.statistic)] * 2
-        raise Lost("it mixes channels")
+        raise Lost("it mixes or sorts channels, or streams of several layers")
 
     def combine(
         self, state: State, dims: list[int], alone: tuple[str, ...], summed: tuple[str, ...] | None

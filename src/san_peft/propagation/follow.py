@@ -52,7 +52,6 @@ class Follow(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.norms = norms
         self.paused = 0
-        self.unwritten: set[int] = set()
         self.operations = Operations(self.ledger, self.find, self.follows_layers, self.parameter)
         for module in model.modules():
             self.memory.see(value for value in vars(module).values() if isinstance(value, Tensor))
@@ -142,7 +141,7 @@ class Follow(TorchDispatchMode):
             return None
         if block.unwritten is None:
             block.unwritten = self.ledger.lose((), "input", "no operation was seen to write its values")
-            self.unwritten |= set(block.unwritten.via)
+            self.ledger.unwritten |= set(block.unwritten.via)
         return State(block.unwritten.codes.expand(tensor.shape), block.unwritten.via)
 
     def _set(self, tensor: Tensor, state: State) -> None:
@@ -190,7 +189,7 @@ class Follow(TorchDispatchMode):
         out = func(*there[0], **there[1])
         outs = tensors(out)
         self.norms.see(name, func, args, kwargs, given, outs, bool(targets))
-        if any(not set(state.via) <= self.unwritten for state in known):
+        if any(not set(state.via) <= self.ledger.unwritten for state in known):
             self._follow(name, func, args, kwargs, out, targets, known)
         elif reach and not known:
             self._derive(name, given, states, [*outs, *targets])
