@@ -179,3 +179,63 @@ def test_tokens_of_experts_that_are_added_up(experts):
     assert set(barriers) == {"out", *(f"experts.{number}" for number in range(2, experts))}
     assert "different channels, or layers" in barriers["out"].reason
     assert all("trace larger inputs" in b.reason for name, b in barriers.items() if name != "out")
+
+
+class Chosen(nn.Module):
+    """Every token goes to one of two layers, as a router decides."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.router, self.write = nn.Linear(4, 2), write
+        self.a, self.b, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        expert = self.router(x).argmax(-1)
+        return self.out(self.write(self, x, expert))
+
+
+def added(n: Chosen, x: Tensor, expert: Tensor) -> Tensor:
+    y = torch.zeros(10, 8)
+    for number, layer in enumerate((n.a, n.b)):
+        tokens = (expert == number).nonzero().flatten()
+        y.index_add_(0, tokens, layer(x[tokens]))
+    return y
+
+
+ROUTED = {
+    "added up": added,
+    "chosen": lambda n, x, expert: torch.where((expert == 0)[:, None], n.a(x), n.b(x)),
+    "gathered": lambda n, x, expert: torch.stack([n.a(x), n.b(x)])[expert, torch.arange(10)],
+    "gathered from a row": lambda n, x, expert: torch.cat([n.a(x), n.b(x)])[expert * 10 + torch.arange(10)],
+    "put": lambda n, x, expert: n.a(x).index_put((expert.nonzero().flatten(),), n.b(x)[: int(expert.sum())]),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("chosen", [0, 1, None])
+def test_a_router_decides_nothing_about_the_graph(name, chosen):
+    """Whichever layer the tokens of the example go to, no layer is taken for the one that writes them all."""
+    from san_peft import trace
+
+    net = Chosen(ROUTED[name])
+    if chosen is not None:
+        net.router.bias.data[chosen] += 100
+    graph = trace(net, torch.randn(2, 5, 4))
+    if name == "added up" and chosen is not None:
+        return  # the other layer had nothing to read, so it cannot be told from one layer that writes all in some order
+    assert not graph.incoming("out")
+    assert "out" in {barrier.layer for barrier in graph.barriers}
+
+
+def test_a_permutation_that_values_decide():
+    """All tokens are sorted, written by one layer, and put back."""
+
+    def forward(n, x):
+        y = n.a(x).flatten(0, 1)
+        order = y[:, 0].argsort()
+        z = n.b(y[order])
+        return n.c(torch.empty_like(z).index_copy_(0, order, z))
+
+    net = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 2))
+    assert pairs(graph_of(forward, a=net.a, b=net.b, c=net.c)) == [("a", "b", "exact"), ("b", "c", "exact")]

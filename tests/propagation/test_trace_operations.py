@@ -94,6 +94,13 @@ def test_gated_linear_unit():
     assert_exact(net, torch.randn(2, 5, 4))
 
 
+@pytest.mark.parametrize("combine", [lambda n, x: n.a(x) * n.b(x).sigmoid(), lambda n, x: n.a(x) / n.b(x).exp()])
+def test_a_gate_that_multiplies_or_divides(combine):
+    net = Net(lambda n, x: n.c(combine(n, x)), a=nn.Linear(4, 8), b=nn.Linear(4, 8), c=nn.Linear(8, 2))
+    assert pairs(trace(net, torch.randn(2, 5, 4))) == [("a", "c", "exact")]
+    assert_exact(net, torch.randn(2, 5, 4))
+
+
 def test_a_gate_of_one_number_for_each_token():
     net = Net(lambda n, x: n.c(n.a(x) * n.b(x)), a=nn.Linear(4, 8), b=nn.Linear(4, 1), c=nn.Linear(8, 2))
     assert pairs(trace(net, torch.randn(2, 5, 4))) == [("a", "c", "exact")]
@@ -118,7 +125,7 @@ def test_depthwise_products_that_make_more_channels():
         (lambda y: torch.fft.fft(y, dim=-1).real, "_fft_r2c"),
         (lambda y: torch.fft.fft2(y).real, "_fft_c2c"),
         (lambda y: y.cumsum(-1), "cumsum"),
-        (lambda y: y.sort(-1).values, "input"),
+        (lambda y: y.sort(-1).values, "sort"),
         (lambda y: torch.view_as_complex(y.view(2, 5, 4, 2)).abs().repeat(1, 1, 2), "view_as_complex"),
         (lambda y: F.fold(F.unfold(y[:, None], 3, padding=1), (8, 5), 3, padding=1).reshape(2, 5, 8), "col2im"),
         (lambda y: y.softmax(-1), "softmax"),

@@ -55,7 +55,11 @@ class Contractions:
         if name in ("mv", "dot"):
             return [self._vector(name, *args[:2])]
         if name in rules.POOLS:
-            return [self._pool(name, self.state(args[0]), whole)]
+            last = range(self.state(args[0]).codes.dim())[-rules.POOLS[name] :]
+            window = argument(func, args, kwargs, "kernel_size", None) or [0] * len(last)
+            step = argument(func, args, kwargs, "stride", None) or window
+            axes = [dim for dim, *one in zip(last, window, step, strict=True) if one != [1, 1]]
+            return [self._pool(self.state(args[0]), whole, axes, name if "max" in name else rules.POOL)]
         if name in rules.ALONG:
             return self._along(name, func, args, kwargs, out)
         if name == "convolution":
@@ -151,45 +155,39 @@ class Contractions:
 
     def _matmul(self, name: str, a: Any, b: Any, weight: Any = None) -> State:
         left, right = self.state(a), self.state(b)
+        weights = [self.parameter(x) if isinstance(x, Tensor) else None for x in (a, b if weight is None else weight)]
         shape = (*left.codes.shape[:-1], right.codes.shape[-1])
-        tracked = [left.tracked, right.tracked]
+        sides = ((left, left.codes.dim() - 1), (right, right.codes.dim() - 2))
+        tracked = [state.tracked and own is None for (state, _), own in zip(sides, weights, strict=True)]
         if not any(tracked):
-            if not left.statistic and not right.statistic:
+            if not left.via and not right.via:
                 return State(torch.full((), NONE).expand(shape))
             return self.ledger.lose(shape, name, "it contracts channels", statistic=True)
-        sides = ((left, left.codes.dim() - 1), (right, right.codes.dim() - 2))
-        carried = [self._collapse(s, [dim]) if t else None for (s, dim), t in zip(sides, tracked, strict=True)]
-        if all(high is not None for high in carried):  # lost streams are alike everywhere
-            carried = [None if self._lost(state) else high for (state, _), high in zip(sides, carried, strict=True)]
-            if carried == [None, None]:
-                raise Lost("it multiplies two streams whose channels were lost before")
-        found = [high is not None for high in carried]
-        for (state, _), value, one in zip(sides, (weight if weight is not None else b, a), tracked, strict=True):
-            parameter = self.parameter(value) if isinstance(value, Tensor) else None
-            if one and not all(tracked) and parameter is not None and self._lost(state):
-                raise self._ended(name, parameter)
-        if found == [True, True]:
-            raise Lost("both factors could carry the channels")
-        if found == [False, False]:
-            if all(tracked):
-                return self.ledger.lose(shape, name, "it contracts the channels of two streams", statistic=True)
-            place = 0 if tracked[0] else 1
-            return self._weighted(sides[place], shape, name, weight if weight is not None else (b, a)[place])
-        place = 0 if found[0] else 1
-        (state, _), other, high = sides[place], sides[1 - place][0], carried[place]
-        assert high is not None
-        scores = other.statistic or all(tracked)
-        via = self.alike(state, high, rules.ATTENTION if scores else rules.MIX)
+        parameter = next((own for own in weights if own is not None), None)
+        if parameter is not None and any(t and self._lost(s) for (s, _), t in zip(sides, tracked, strict=True)):
+            raise self._ended(name, parameter)
+        scores = left.statistic or right.statistic or all(tracked)
+        label = rules.ATTENTION if scores else rules.MIX
+        found = [self._along_axis(*side, label) for side, one in zip(sides, tracked, strict=True) if one]
+        carried = [(high, via) for high, via in found if via is not None]
+        if len(carried) == 2:  # lost streams are alike everywhere
+            carried = [one for one, (state, _) in zip(carried, sides, strict=True) if not self._lost(state)]
+            if len(carried) != 1:
+                lost = "it multiplies two streams whose channels were lost before"
+                raise Lost("both factors could carry the channels" if carried else lost)
+        if not carried and all(tracked):
+            return self.ledger.lose(shape, name, "it contracts the channels of two streams", statistic=True)
+        if not carried:
+            raise self._ended(name, parameter)
+        ((high, via),) = carried
         return State(high.expand(shape), via)
 
-    def _weighted(self, side: tuple[State, int], shape: Any, name: str, weight: Any) -> State:
-        """A product with constants: along an axis of streams a sum of them, along channels their end."""
-        state, dim = side
-        parameter = self.parameter(weight) if isinstance(weight, Tensor) else None
-        high, via = self.combine("sum", state, [dim])
-        if via is None:
-            raise self._ended(name, parameter)
-        return State(high.expand(shape), {writer: rules.join(path, rules.MIX) for writer, path in via.items()})
+    def _along_axis(self, state: State, dim: int, label: str) -> tuple[Tensor, dict[int, tuple[str, ...]] | None]:
+        """Contracts an axis: over tokens or streams, as a weighted sum of them. The path is `None` for channels."""
+        try:
+            return self.combine(state, [dim], (label,), (label,))
+        except Lost:
+            return state.codes, None
 
     def _ended(self, name: str, parameter: str | None) -> Lost:
         """Returns the reason why channels end in a product, and notes the parameter that they meet."""
@@ -208,22 +206,22 @@ class Contractions:
         channels = weight.dim() - 2
         if transposed or groups != state.codes.shape[-1 - channels]:
             raise self._ended("convolution", self.parameter(weight))
-        mixed = self._pool("convolution", state, out, channels, rules.MIX, weight.shape[0] // groups)
+        pixels = list(range(state.codes.dim()))[-channels:]
+        mixed = self._pool(state, out, pixels, rules.MIX, weight.shape[0] // groups)
         if bias is None:
             return mixed
         return self.sum(bias.view(-1, *[1] * channels), mixed)
 
     # ---------------------------------------------------------------- along axes that hold no channels
 
-    def _pool(self, name: str, state: State, out: Tensor, axes: int = 0, label: str = "", times: int = 1) -> State:
-        axes = axes or rules.POOLS[name]
-        size = state.codes.dim()
-        high = self._collapse(state, range(size - axes, size))
+    def _pool(self, state: State, out: Tensor, axes: list[int], label: str, times: int = 1) -> State:
+        """Mixes along some axes, and repeats the channels before them."""
+        high = self._collapse(state, axes)
         if high is None:
             raise Lost("pixels of one channel come from different channels")
-        via = self.alike(state, high, label or (name if "max" in name else rules.POOL))
+        via = self.alike(state, high, label)
         if times > 1:
-            high = high.repeat_interleave(times, size - axes - 1)
+            high = high.repeat_interleave(times, axes[0] - 1)
         return State(high.expand(out.shape), via, state.statistic)
 
     def _along(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
@@ -236,16 +234,28 @@ class Contractions:
         if high is not None:
             via = self.alike(state, high, rules.ALONG[name])
             return [State(high.expand(result.shape), via, state.statistic) for result in results]
-        if name in ("sort", "topk") and not results[1].is_meta:
-            codes = state.codes.gather(dims[0], results[1].cpu())
-            return [State(codes, state.passed(name), state.statistic)] * 2
-        raise Lost("it mixes channels")
+        raise Lost("it mixes or sorts channels, or streams of several layers")
 
-    def combine(self, name: str, state: State, dims: list[int]) -> tuple[Tensor, dict[int, tuple[str, ...]] | None]:
-        """Reduces axes: to the one code along them, or as a sum of streams. The path is `None` for a statistic."""
+    def combine(
+        self, state: State, dims: list[int], alone: tuple[str, ...], summed: tuple[str, ...] | None
+    ) -> tuple[Tensor, dict[int, tuple[str, ...]] | None]:
+        """Reduces axes: to the one code along them, or as a sum of streams.
+
+        Args:
+            state: What is reduced.
+            dims: The axes, which stay with size one.
+            alone: What goes on the path where all entries along them are one layer's channel.
+            summed: What goes on the path beside `residual` where they are streams; `None` if these cannot be combined.
+
+        Returns:
+            The codes and the path, which is `None` where channels are reduced.
+
+        Raises:
+            Lost: If it is neither.
+        """
         high, only = highest(state.codes, dims)
         if only or state.statistic:
-            return high, self.alike(state, high, rules.POOL if name in ("mean", "sum") else name)
+            return high, self.alike(state, high, *alone)
         small = thin(state.codes)[0]
         writers, mixed, found = small >> 32, [], state.present()
         if bool(((writers == writers.amax(dims, keepdim=True)) | (small < 0)).all()):
@@ -255,12 +265,12 @@ class Contractions:
             mixed.append(bool(((own != own.amax(dims, keepdim=True)) & (own >= 0)).any()))
         if all(mixed):
             return high, None
-        if any(mixed) or name not in rules.SUMS:
+        if any(mixed) or summed is None:
             raise Lost("it combines the streams of several layers")
-        if len(found) == 2 and all(rules.kind_of(path) == "exact" for path in state.via.values()):
+        if not summed and len(found) == 2 and all(rules.kind_of(path) == "exact" for path in state.via.values()):
             self.ledger.joined.add((max(found), min(found)))
         present = State(high, state.via).present()
-        named = state.passed(rules.RESIDUAL, *rules.SUMS[name])
+        named = state.passed(rules.RESIDUAL, *summed)
         return high, {writer: path for writer, path in named.items() if writer in present}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from san_peft.propagation import rules
@@ -19,7 +19,7 @@ from san_peft.propagation.ledger import Ledger
 from san_peft.propagation.memory import DATA, Block, Memory
 from san_peft.propagation.norms import Norms
 from san_peft.propagation.operations import Operations
-from san_peft.propagation.schema import schema_of, written
+from san_peft.propagation.schema import schema_of, tensors, written
 
 
 class Follow(TorchDispatchMode):
@@ -52,7 +52,6 @@ class Follow(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.norms = norms
         self.paused = 0
-        self.unwritten: set[int] = set()
         self.operations = Operations(self.ledger, self.find, self.follows_layers, self.parameter)
         for module in model.modules():
             self.memory.see(value for value in vars(module).values() if isinstance(value, Tensor))
@@ -142,7 +141,7 @@ class Follow(TorchDispatchMode):
             return None
         if block.unwritten is None:
             block.unwritten = self.ledger.lose((), "input", "no operation was seen to write its values")
-            self.unwritten |= set(block.unwritten.via)
+            self.ledger.unwritten |= set(block.unwritten.via)
         return State(block.unwritten.codes.expand(tensor.shape), block.unwritten.via)
 
     def _set(self, tensor: Tensor, state: State) -> None:
@@ -176,7 +175,7 @@ class Follow(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = schema_of(func)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors((args, kwargs))
         there = _on_one_device(func, given, args, kwargs)
         targets = written(func, args, kwargs)
         self.overwrite(targets)
@@ -184,24 +183,37 @@ class Follow(TorchDispatchMode):
             return func(*there[0], **there[1])
         name = schema.name if not schema.inplace or isinstance(args[0], Tensor) else f"{schema.name}_"
         blind = name in rules.BLIND
-        known = [] if blind else [state for state in map(self.find, given) if state is not None and state.via]
+        states = [None if blind else self.find(tensor) for tensor in given]
+        known = [state for state in states if state is not None and state.via]
         reach = 0 if blind else self.memory.reach(given)
         out = func(*there[0], **there[1])
-        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outs = tensors(out)
         self.norms.see(name, func, args, kwargs, given, outs, bool(targets))
-        if any(not set(state.via) <= self.unwritten for state in known):
+        if any(not set(state.via) <= self.ledger.unwritten for state in known):
             self._follow(name, func, args, kwargs, out, targets, known)
         elif reach and not known:
-            for tensor in filter(carries, (*outs, *targets)):
-                self.lose(tensor, name, "its values come from layers by way of integers")
+            self._derive(name, given, states, [*outs, *targets])
         self.memory.made(name, given, [*outs, *targets], reach, bool(targets))
         return out
+
+    def _derive(self, name: str, given: list[Tensor], states: list[State | None], outs: list[Tensor]) -> None:
+        """Tells results that layers reach, although no argument has channels: constants of a stack, or lost."""
+        lost = self.memory.reach(tensor for tensor, state in zip(given, states, strict=True) if state is None)
+        weight = self.parameter(given[0]) if name in rules.MOVES else None  # of the experts that a router chose
+        for tensor in filter(carries, outs):
+            if lost:
+                self.lose(tensor, name, "its values come from layers by way of integers")
+            else:
+                self._set(tensor, State(torch.full((), NONE).expand(tensor.shape)))
+            block = self.memory.block(tensor)
+            if block is not None and weight is not None:
+                block.parameter = weight
 
     def _follow(
         self, name: str, func: Any, args: Any, kwargs: Any, out: Any, targets: list[Tensor], known: list[State]
     ) -> None:
         """Gives the results of an operation, and what it wrote into, their states."""
-        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outs = tensors(out)
         reason: str = ""
         states: list[State] = []
         try:

@@ -20,6 +20,7 @@ class Ledger:
         consumed: By number, which channels which layer read; under "" those that anything else did more with than to
             move them or to scale them, and those that the model returns.
         joined: Pairs of writers whose outputs were added to each other with nothing in between, as two heads are.
+        unwritten: The numbers that stand for memory that no operation was seen to write.
         beside: Parameters that operations outside of layers multiplied channels with, and the operation.
     """
 
@@ -29,6 +30,7 @@ class Ledger:
         self.consumed: list[dict[str, Tensor]] = []
         self.joined: set[tuple[int, int]] = set()
         self.beside: dict[str, str] = {}
+        self.unwritten: set[int] = set()
 
     def write(self, writer: str | tuple[str, str], size: int) -> int:
         """Returns the number of something that now writes so many channels."""

@@ -10,7 +10,9 @@ from torch import Tensor
 from san_peft.propagation import rules
 from san_peft.propagation.codes import NONE, ZERO, Lost, State, constant, move, pile, varies
 from san_peft.propagation.contractions import Contractions
-from san_peft.propagation.schema import argument
+from san_peft.propagation.schema import argument, tensors
+
+DECIDED = "values that layers wrote decide which layer's entries are where"
 
 
 class Operations(Contractions):
@@ -30,8 +32,9 @@ class Operations(Contractions):
             Lost: If channels cannot be followed through it.
         """
         first = self.state(args[0] if args else None)
-        whole = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) and out else None
+        whole = out if isinstance(out, Tensor) else out[0]
         if name in rules.MOVES:
+            self._check_taken(name, func, args, kwargs, first)
             return move(name, func, args, kwargs, self.find)
         if name in rules.KEEPS:
             return [first]
@@ -89,11 +92,11 @@ class Operations(Contractions):
             return State(x, left.passed(rules.GATED))
         if _is_factor(left, right):
             return State(y, right.passed(rules.GATED, *(("reciprocal",) if name == "div" else ())))
-        if name == "mul":
-            bent_left, bent_right = (any(rules.is_activation(p) for p in s.via.values()) for s in (left, right))
-            if bent_left != bent_right:
-                codes, state = (y, right) if bent_left else (x, left)
-                return State(codes, state.passed(rules.GATED))
+        bent_left, bent_right = (any(rules.is_activation(p) for p in s.via.values()) for s in (left, right))
+        if bent_right and not bent_left:
+            return State(x, left.passed(rules.GATED))
+        if bent_left and not bent_right and name == "mul":
+            return State(y, right.passed(rules.GATED))
         raise Lost("it combines two branches of which neither or both pass an activation")
 
     def _glu(self, state: State, dim: int) -> State:
@@ -121,7 +124,8 @@ class Operations(Contractions):
         dims = [] if dims is None else [dims] if isinstance(dims, int) else list(dims)
         size = state.codes.dim()
         dims = [d % size for d in dims] if dims and size else list(range(size))
-        codes, path = self.combine(name, state, dims)
+        alone = (rules.POOL if name in ("mean", "sum") else name,)
+        codes, path = self.combine(state, dims, alone, rules.SUMS.get(name))
         shape = next(o.shape for o in (out if isinstance(out, tuple | list) else [out]) if isinstance(o, Tensor))
         outs = len(out) if isinstance(out, tuple | list) else 1
         if path is None:
@@ -132,14 +136,37 @@ class Operations(Contractions):
         reason = "it compares channels" if varies(state.codes, dim) else "it compares positions"
         return self.ledger.lose(state.codes.shape, "softmax", reason, statistic=True)
 
-    # ---------------------------------------------------------------- entries written, chosen and added up
+    # ---------------------------------------------------------------- entries taken, written, chosen and added up
+
+    def _check_taken(self, name: str, func: Any, args: Any, kwargs: Any, state: State) -> None:
+        """Raises where values of layers decide which of several sources something is taken from."""
+        if name not in rules.TAKES or not any(map(self.follows_layers, tensors((args[1:], kwargs)))):
+            return
+        dims = range(state.codes.dim())
+        if name == "index":
+            dims = [dim for dim, index in enumerate(args[1]) if index is not None]
+        elif name in ("gather", "index_select", "repeat_interleave"):
+            dims = [argument(func, args, kwargs, "dim", 0) or 0]
+        elif name == "embedding":
+            dims = [0]
+        if not state.statistic and any(varies(state.codes, dim) for dim in dims):
+            raise Lost(DECIDED)
+
+    def _check_written(self, target: State, codes: Tensor, args: Any) -> None:
+        """Raises where values of layers decide which places are written, and not all of them get the same."""
+        if any(map(self.follows_layers, tensors(args[1:]))):
+            rest = [dim for dim in range(codes.dim() - 1) if varies(codes, dim)]
+            if not set(target.via) <= self.ledger.unwritten or rest or bool((codes < 0).any()):
+                raise Lost(DECIDED)
 
     def _write(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State]:
         if kwargs.get("reduce") or (len(args) > 4 and isinstance(args[4], str)):
             raise Lost("it multiplies or adds while it writes")
         (moved,) = move(name, func, args, kwargs, self.find)
-        if bool((moved.codes == NONE).any()) and not moved.statistic:
-            raise Lost("it writes some entries of one stream into another")
+        if not moved.statistic:
+            self._check_written(self.state(args[0]), moved.codes, args)
+            if bool((moved.codes == NONE).any()):
+                raise Lost("it writes some entries of one stream into another")
         return [moved]
 
     def _pile(self, name: str, func: Any, args: Any, kwargs: Any) -> State:
@@ -158,6 +185,8 @@ class Operations(Contractions):
         if bool((source_codes == NONE).any()) and source.via:
             label = (*label, rules.OFFSET)
         added = State(codes.view(target.codes.shape), source.passed(*label), source.statistic)
+        if not source.statistic:
+            self._check_written(target if not met else source, added.codes, args)
         return self.sum(target, added) if target.via or (target.codes == NONE).any() else added
 
     def _placed(self, name: str, func: Any, args: Any, kwargs: Any) -> tuple[State, State, Tensor]:

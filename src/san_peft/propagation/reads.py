@@ -49,8 +49,8 @@ class Reads:
         if not x.numel():
             return
         state = follow.find(x)
-        self.sources = torch.full((self.size,), NONE)
-        if (state is None or not state.via) and follow.memory.reach([x]):
+        self.sources = sources = torch.full((self.size,), NONE)
+        if state is None and follow.memory.reach([x]):
             self.barriers["input", UNKNOWN] = None
         if state is None:
             return
@@ -71,8 +71,8 @@ class Reads:
                 continue
             if bool((own & bad).any()):
                 self.barriers["input", MIXED] = None
-            source = follow.numbers[layer] * STRIDE + high % STRIDE
-            self.sources = torch.where(own & ~bad, source, self.sources)
+            kept = own & ~bad
+            sources[kept] = follow.numbers[layer] * STRIDE + high[kept] % STRIDE
         for number, path in state.via.items():
             layer = follow.ledger.writers[number]
             if isinstance(layer, str):

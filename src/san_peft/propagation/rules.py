@@ -63,6 +63,9 @@ MOVES = frozenset(
 )
 """Operations that move channels and change none: they are run on the channels' codes themselves."""
 
+TAKES = frozenset("index index_select gather take masked_select embedding repeat_interleave".split())
+"""Of these, the ones that take entries where integers or truth values say."""
+
 WRITES = frozenset("index_put scatter index_copy masked_scatter".split())
 """Operations that move some entries of one tensor into another: as movements, where no constant stays beside them."""
 

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +50,15 @@ def argument(func: Any, args: Any, kwargs: dict[str, Any], name: str, default: A
 
 def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """Returns the tensors that an operation writes into."""
-    held = [argument(func, args, kwargs, name, None) for name in schema_of(func).writes]
-    return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)] if held else []
+    return tensors([argument(func, args, kwargs, name, None) for name in schema_of(func).writes])
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors in an operation's arguments or results: lists of them at most."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors(item)]
