@@ -315,10 +315,11 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
 
 
 def unfit(peft_type: str, base: Any) -> str | None:
-    """Says why a host cannot take a layer, or returns `None` where it can; read after "is a Conv2d"."""
+    """Says what a frozen layer is and why a host cannot take it, or returns `None` where it can."""
     if isinstance(base, _ConvTransposeNd | nn.Embedding | nn.MultiheadAttention):
-        return "which takes scales of its own, but no host"
-    return KINDS[peft_type].unfit(base)
+        return f"a {type(base).__name__}, which {peft_type} cannot adapt"
+    reason = KINDS[peft_type].unfit(base)
+    return None if reason is None else f"a {type(base).__name__} {reason}"
 
 
 def moves_weight(config: Any) -> bool:

@@ -105,7 +105,7 @@ def _check_targets(
         if not isinstance(inner, LAYER_TYPES):
             raise TargetError(f"{name} is {cannot_adapt(inner)}")
         if config.inner is not None and (reason := unfit(config.inner["peft_type"], inner)):
-            raise TargetError(f"{name} is a {type(inner).__name__} {reason}. Leave it out of target_modules.")
+            raise TargetError(f"{name} is {reason}. Leave it out of target_modules.")
         if any(name.startswith(f"{other}.") for other in attentions):
             raise TargetError(
                 f"{name} is a part of an nn.MultiheadAttention that target_modules names as well. The attention has "
