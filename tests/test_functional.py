@@ -78,11 +78,16 @@ def test_before_an_activation_scaling_saves_nothing_of_its_own():
     assert naive >= 2 * one
 
 
-def test_double_backward_is_refused_not_wrong():
-    z, scale = torch.randn(3, 2, requires_grad=True), torch.ones(2, requires_grad=True)
-    (grad,) = torch.autograd.grad(scale_output(z, scale).square().sum(), scale, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("keep", ["output", "input"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_second_derivatives(keep, inplace):
+    z = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    scale, shift = (torch.rand(2, dtype=torch.float64).add(0.5).requires_grad_() for _ in range(2))
+
+    def run(z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return scale_output(z.cos(), scale, shift, keep=keep, inplace=inplace).sin()
+
+    assert torch.autograd.gradgradcheck(run, (z, scale, shift))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

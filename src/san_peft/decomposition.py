@@ -20,7 +20,7 @@ from san_peft.scaling import plain_operations, replayed
 
 DECOMPOSITIONS = ("norm", "projection")
 
-FLOOR = 1e-2
+FLOOR = 0.1
 """The smallest row norm that a change is measured against, as a share of the median row norm of the layer."""
 
 
@@ -37,7 +37,7 @@ def floored(norm: Float[Tensor, "*layers out"]) -> Float[Tensor, "*layers out"]:
 
     Example:
         >>> [round(n, 4) for n in floored(torch.tensor([1.0, 2.0, 1e-9])).tolist()]
-        [1.0, 2.0, 0.01]
+        [1.0, 2.0, 0.1]
     """
     return torch.maximum(norm, FLOOR * norm.median(-1, keepdim=True).values)
 
@@ -60,8 +60,8 @@ def low_rank_scale(
 
     The first is the ratio of the norms of the adapted and the frozen row, DoRA's magnitude over its start; the second
     is the least-squares scale of the adapted row on the frozen one, with a sign. Both are exactly one for
-    $B = 0$, and have a gradient there. For a row with less than a hundredth of the median norm, $n_j$ in the
-    denominators is the square of that hundredth (`floored`).
+    $B = 0$, and have a gradient there. For a row with less than a tenth of the median norm, $n_j$ in the denominators
+    is the square of that tenth (`floored`).
 
     Args:
         product: $M$, the frozen weight times the rows of $A$.

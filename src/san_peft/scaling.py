@@ -56,7 +56,7 @@ def spread(factor: Factor) -> Tensor:
 
 def plain_operations() -> bool:
     """Whether autograd functions of our own have to stand back: in compiled and traced code and under `torch.func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
 

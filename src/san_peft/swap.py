@@ -158,7 +158,7 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_n
         if layer.groups > 1:
             raise MergeError(f"{name} is a convolution in {layer.groups} groups, whose change LoRA cannot make.")
         if reason := unfit("LORA", layer.get_base_layer()):
-            raise MergeError(f"{name} is {reason}: save the merged model.")
+            raise MergeError(f"{name} is {reason}, so no LoRA can hold its change: save the merged model.")
         delta, bias = layer.get_delta(adapter_name)
         rows = delta.t() if layer.transposed else delta.flatten(1)
         left, values, right = torch.linalg.svd(rows, full_matrices=False)

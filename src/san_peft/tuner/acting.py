@@ -9,7 +9,7 @@ and a weight is large: so what they get makes its values when an operation asks 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from san_peft.errors import SanError
 from san_peft.scaling import spread
+from san_peft.tuner._peft import TunerLayer
 from san_peft.tuner.decompose import has_adapter, type_of
 from san_peft.tuner.fill import Vectors
 from san_peft.tuner.frozen import stored_weight
@@ -49,12 +50,12 @@ class ActingTensor(Tensor):
     both would pass by the scales.
     """
 
-    _make: Callable[[], Tensor]
+    _make: Callable[[], Tensor | None]
     _name: str
     _trained: bool
 
     @staticmethod
-    def of(like: Tensor, name: str, trained: bool, make: Callable[[], Tensor]) -> ActingTensor:
+    def of(like: Tensor, name: str, trained: bool, make: Callable[[], Tensor | None]) -> ActingTensor:
         """Returns a tensor that `make` gives its values.
 
         Args:
@@ -79,7 +80,8 @@ class ActingTensor(Tensor):
                 "kernel reads it, through which no gradient would reach the scales. Leave the layer out of "
                 "target_modules, or train with the plain implementation of the module that reads it."
             )
-        return self._make()
+        made: Any = self._make()
+        return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +92,7 @@ class ActingTensor(Tensor):
         first = args[0] if args else None
         if isinstance(first, ActingTensor):
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
-                return ActingTensor.of(first, first._name, False, lambda: first._make().detach())
+                return ActingTensor.of(first, first._name, False, lambda: cast(Tensor, first._make()).detach())
             writes = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
             if writes or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")):
                 raise SanError(
@@ -111,15 +113,11 @@ class ActingTensor(Tensor):
         return func(*args, **kwargs)
 
 
-class ActingLayer:
+class ActingLayer(TunerLayer):
     """The part of `SanLayer` that answers for the frozen layer's weight and bias."""
 
     host: Any
-    merged: bool
-    disable_adapters: bool
     fold_vectors: Any
-    active_adapters: list[str]
-    get_base_layer: Any
     has_part: Any
     san_mode: str
     out_features: int

@@ -102,8 +102,8 @@ def follows_weight(base: Any) -> bool:
 @contextmanager
 def _without_bias(base: Any) -> Iterator[None]:
     """Sets a layer's bias to zero for a moment."""
-    bias = vars(base)["_parameters"].get("bias")
-    kept = None if bias is None else bias.data
+    bias: Any = vars(base)["_parameters"].get("bias")
+    kept: Any = None if bias is None else bias.data
     try:
         if bias is not None:
             bias.data = torch.zeros_like(kept)

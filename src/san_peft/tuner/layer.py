@@ -229,8 +229,9 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         if not 0 <= strength < math.inf:
             raise SanError(f"The strength of {adapter_name!r} must be finite and not negative, got {strength}.")
         for bank in (self.san_scale, self.san_shift):
-            if adapter_name in bank:
-                bank[adapter_name].strength = float(strength)
+            vector: Any = bank[adapter_name] if adapter_name in bank else None
+            if vector is not None:
+                vector.strength = float(strength)
         if hasattr(self, "san_scales"):
             self.san_scales.prepare()
 

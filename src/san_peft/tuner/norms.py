@@ -348,8 +348,8 @@ class _LayerNorm(torch.autograd.Function):
         (grad,) = grads
         if torch.is_grad_enabled():
 
-            def plain(*given: Any) -> Tensor:
-                return _plain_layer_norm(*given, ctx.eps)
+            def plain(x: Any, weight: Any, bias: Any, scale: Any) -> Tensor:
+                return _plain_layer_norm(x, weight, bias, scale, ctx.eps)
 
             return (*replayed(plain, (x, weight, bias, scale), grad), None)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]

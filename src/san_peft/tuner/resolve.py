@@ -214,9 +214,10 @@ def _check_parallel(fqn: str, layer: Any) -> None:
             f"{fqn} is split by tensor parallelism (plan {getattr(layer, '_hf_tp_plan', None)!r}), which SAN does not "
             "support. Load the model without tp_plan, and shard it with FSDP2 after get_peft_model."
         )
-    if isinstance(layer, LAYER_TYPES) and is_sharded(stored_weight(layer)):
+    weight: Any = stored_weight(layer) if isinstance(layer, LAYER_TYPES) else None
+    if is_sharded(weight):
         raise TargetError(
-            f"The weight of {fqn} is in shards on {stored_weight(layer).device_mesh.size()} devices already. Call "
+            f"The weight of {fqn} is in shards on {weight.device_mesh.size()} devices already. Call "
             "get_peft_model first and fully_shard after it."
         )
 

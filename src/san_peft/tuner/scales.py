@@ -363,9 +363,8 @@ class Scales:
         found = []
         for fqn in dict.fromkeys(fqn for readers in self.readers.values() for fqn in readers):
             module = norm_at(self.model, fqn)
-            weight = getattr(module, "weight", None)
             patched = module is not None and "forward" in vars(module)
-            found.append((fqn, id(module), patched, *_kind_of(weight)))
+            found.append((fqn, id(module), patched, *_kind_of(getattr(module, "weight", None))))
         return found
 
     def _names(self) -> list[str] | None:
