@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from tests.zoo.laws import Subject  # noqa: E402
-from tests.zoo.table import Architecture, architectures  # noqa: E402
+from tests.zoo.table import architectures  # noqa: E402
 from write_results import insert  # noqa: E402
 
 from san_bench.run.provenance import provenance, write_atomically  # noqa: E402
@@ -34,37 +34,34 @@ EDGES = ("exact", "activation", "norm", "residual")
 HEAD = ("architecture", *EDGES, "barriers", "left out", "hosts")
 
 
-def row_of(architecture: Architecture, reasons: dict[tuple[str, str], int]) -> list[str]:
-    """Returns the cells of one architecture, and counts the reasons of its barriers."""
-    subject = Subject(architecture)
+def record_of(subject: Subject) -> dict[str, Any]:
+    """Returns what a row of the page says of a model, as plain data."""
     try:
         graph = subject.graph
     except SanError as error:
-        return [architecture.name, *[""] * len(EDGES), f"cannot be traced: {error}".partition(". ")[0], "", ""]
+        return {"error": str(error).partition(". ")[0]}
     kinds = Counter(edge.kind for edge in graph.select("all").edges)
-    return [
-        architecture.name,
-        *(str(kinds[kind]) for kind in EDGES),
-        barriers(graph, reasons),
-        left_out(graph),
-        hosts(graph, subject.model),
-    ]
-
-
-def barriers(graph: PropagationGraph, reasons: dict[tuple[str, str], int]) -> str:
-    """Returns the numbers of the reasons of a graph's barriers, with how often each stands there."""
-    found = Counter((b.operation, b.reason) for b in graph.barriers if "never called" not in b.reason)
-    for key in found:
-        reasons.setdefault(key, len(reasons) + 1)
-    cells = [f"{count} {key[0]} [{reasons[key]}]" for key, count in found.items()]
-    return ", ".join(cells)
-
-
-def left_out(graph: PropagationGraph) -> str:
-    """Returns how many layers the default targets leave out: heads, and layers that never ran."""
     idle = [b.layer for b in graph.barriers if "never called" in b.reason]
-    parts = [f"{'head' if len(graph.heads) == 1 else 'heads'} {shown(graph.heads)}"] if graph.heads else []
-    return "; ".join([*parts, *([f"never called: {shown(idle)}"] if idle else [])])
+    found = Counter((b.operation, b.reason) for b in graph.barriers if b.layer not in idle)
+    return {
+        "edges": [kinds[kind] for kind in EDGES],
+        "barriers": [[operation, reason, count] for (operation, reason), count in found.items()],
+        "heads": shown(graph.heads),
+        "idle": shown(idle),
+        "hosts": hosts(graph, subject.model),
+    }
+
+
+def cells(name: str, record: dict[str, Any], reasons: dict[tuple[str, str], int]) -> list[str]:
+    """Returns the cells of a row, and numbers the reasons of its barriers."""
+    if "error" in record:
+        return [name, *[""] * len(EDGES), f"cannot be traced: {record['error']}", "", ""]
+    barriers = []
+    for operation, reason, count in record["barriers"]:
+        number = reasons.setdefault((operation, reason), len(reasons) + 1)
+        barriers.append(f"{count} {operation} [{number}]")
+    left = [record["heads"], *([f"never called: {record['idle']}"] if record["idle"] else [])]
+    return [name, *map(str, record["edges"]), ", ".join(barriers), "; ".join(filter(None, left)), record["hosts"]]
 
 
 def shown(names: Any) -> str:
@@ -92,38 +89,50 @@ def table(family: str, rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def page(records: dict[str, dict[str, Any]], families: dict[str, str], packages: set[str]) -> str:
+    """Returns the tables of all families, the reasons of the barriers, and where the numbers come from.
+
+    Args:
+        records: By name of an architecture, its record.
+        families: By name of an architecture, its family.
+        packages: Names of the packages that they are of.
+    """
+    reasons: dict[tuple[str, str], int] = {}
+    tables: dict[str, list[list[str]]] = {}
+    for name, record in records.items():
+        tables.setdefault(families[name], []).append(cells(name, record, reasons))
+    notes = [f"{number}. `{operation}`: {reason}" for (operation, reason), number in reasons.items()]
+    origin = provenance()
+    known = {**origin["versions"], **{name: version(name) for name in sorted(packages)}}
+    versions = ", ".join(f"{name} {number}" for name, number in known.items())
+    line = (
+        f"{len(records)} architectures. Traced {datetime.date.today()} by `python scripts/write_zoo.py`; commit "
+        f"{origin['commit'] or 'unknown'}; {versions}, Python {origin['python']}; {origin['cpu']}."
+    )
+    parts = [table(family, rows) for family, rows in tables.items()]
+    return "\n\n".join([*parts, "### Reasons of the barriers", "\n".join(notes), line])
+
+
 def main() -> None:
     words = sys.argv[1:]
     torch.set_num_threads(2)
-    families: dict[str, list[list[str]]] = {}
-    reasons: dict[tuple[str, str], int] = {}
-    missing = set()
-    for name, architecture in architectures().items():
-        if words and not any(word in name or word in architecture.family for word in words):
-            continue
-        if not architecture.available:
-            missing.add(architecture.library)
-            continue
-        print(name, file=sys.stderr, flush=True)
-        families.setdefault(architecture.family, []).append(row_of(architecture, reasons))
-    parts = [table(family, rows) for family, rows in families.items()]
-    notes = [f"{number}. `{operation}`: {reason}" for (operation, reason), number in reasons.items()]
-    origin = provenance()
-    libraries = ("timm", "torchvision", "diffusers")
-    versions = {**origin["versions"], **{name: version(name) for name in libraries if name not in missing}}
-    count = sum(map(len, families.values()))
-    line = (
-        f"{count} architectures. Traced {datetime.date.today()} by `python scripts/write_zoo.py`; commit "
-        f"{origin['commit'] or 'unknown'}; {', '.join(f'{n} {v}' for n, v in versions.items())}, "
-        f"Python {origin['python']}; {origin['cpu']}."
-    )
-    text = "\n\n".join([*parts, "### Reasons of the barriers", "\n".join(notes), line])
+    rows = architectures()
+    if words:
+        rows = {n: row for n, row in rows.items() if any(word in n or word in row.family for word in words)}
+    missing = {row.library for row in rows.values() if not row.available}
+    if missing and not words:
+        raise SystemExit(f"The page is of all architectures: pip install {' '.join(sorted(missing))}")
+    records = {}
+    for name, row in rows.items():
+        if row.available:
+            print(name, file=sys.stderr, flush=True)
+            records[name] = record_of(Subject(row))
+    packages = {rows[name].library for name in records}
+    text = page(records, {name: row.family for name, row in rows.items()}, packages)
     if words:
         print(text)
-        return
-    if missing:
-        raise SystemExit(f"The page is of all architectures: pip install {' '.join(sorted(missing))}")
-    write_atomically(PAGE, insert(PAGE.read_text(encoding="utf-8"), text))
+    else:
+        write_atomically(PAGE, insert(PAGE.read_text(encoding="utf-8"), text))
 
 
 if __name__ == "__main__":
