@@ -13,7 +13,7 @@ from tests.contract.nets import KINDS, disturb
 from tests.golden.models import MODELS
 from tests.tuner.test_combining import NORMED
 
-from san_peft import AdapterError, SanConfig, hotswap
+from san_peft import AdapterError, SanConfig, hotswap, swap
 
 
 def image() -> torch.Tensor:
@@ -78,6 +78,17 @@ def test_an_adapter_in_a_folder_of_its_name(tmp_path):
     expected = second(image()).logits
     second.set_adapter("third")
     assert torch.equal(second(image()).logits, expected)
+
+
+def test_configuration_and_tensors_come_from_the_same_place(tmp_path, monkeypatch):
+    first = adapted()
+    first.save_pretrained(tmp_path)
+    config, tensors, asked = swap.PeftConfig.from_pretrained(tmp_path), swap.load_peft_weights(tmp_path), []
+    monkeypatch.setattr(swap.PeftConfig, "from_pretrained", lambda path, **where: asked.append((path, where)) or config)
+    monkeypatch.setattr(swap, "load_peft_weights", lambda path, device, **where: asked.append((path, where)) or tensors)
+    hotswap(first, "who/what", subfolder="cats", revision="v2", token="secret", cache_dir="here")
+    where = {"subfolder": "cats", "revision": "v2", "token": "secret", "cache_dir": "here"}
+    assert asked == [("who/what", where)] * 2
 
 
 def test_saved_modules_and_their_statistics_are_swapped(tmp_path):

@@ -163,6 +163,15 @@ def test_setting_adapters_that_are_not_there():
     assert model.base_model.active_adapters == ["default"]
 
 
+def test_a_batch_has_a_name_for_every_sample():
+    model = get_peft_model(DENSE.net(), config()).eval()
+    for count in (2, 3, 8):
+        text = f"Length of `adapter_names` should be the same as the number of inputs, but got {count} and 4"
+        with pytest.raises(ValueError, match=text):
+            model(DENSE.input(), adapter_names=["default"] * count)
+    torch.testing.assert_close(model(DENSE.input(), adapter_names=["default"] * 4), model(DENSE.input()))
+
+
 @pytest.mark.parametrize("inner", [None, LoraConfig(r=2)])
 def test_a_model_that_is_compiled_already_is_refused(inner):
     net = DENSE.net()
