@@ -217,7 +217,8 @@ def test_inside_a_context_of_the_meta_device():
 def test_mixtral_on_meta_says_that_routing_needs_numbers():
     with torch.device("meta"):
         empty = MODELS["mixtral"]()
-    assert {barrier.operation for barrier in trace(empty).barriers} == {"index"}
+    barriers = trace(empty).barriers
+    assert {barrier.operation for barrier in barriers if ".mlp." not in barrier.layer} == {"index"}
 
 
 @pytest.mark.slow
