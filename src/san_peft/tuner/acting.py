@@ -131,14 +131,14 @@ class ActingLayer(TunerLayer):
     @property
     def weight(self) -> Any:
         """The frozen weight with all that acts in it, for modules that read it past the forward pass."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         frozen = base.qweight if hasattr(base, "qweight") else base.weight
         return self._acting(base, frozen, "weight", 0)
 
     @property
     def bias(self) -> Any:
         """The frozen bias with all that acts in it, likewise."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         frozen = base.bias
         if frozen is None:
             if not self._acts(base) or not any(name in self.san_shift for name in self.active_adapters):
@@ -200,7 +200,8 @@ class ActingLayer(TunerLayer):
 
     def _hosted_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the frozen layer with its host's part."""
-        base, host = self.get_base_layer(), self.host
+        base: Any = self.get_base_layer()
+        host = self.host
         weight, bias = base.weight, getattr(base, "bias", None)
         names = [name for name in self.active_adapters if has_adapter(host, name)] if self.san_mode != "synapse" else []
         if not names:
