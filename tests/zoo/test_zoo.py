@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +46,9 @@ def test_the_table_is_large_and_its_sample_is_of_it():
     assert set(FAST) <= set(TABLE)
     assert set(FAULTS) <= set(TABLE)
     assert all(set(faults) <= set(LAWS) for faults in FAULTS.values())
+
+
+def test_the_page_of_models_names_every_architecture():
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "models.md").read_text(encoding="utf-8")
+    missing = [name for name in TABLE if f"| {name} |" not in page]
+    assert not missing, f"python scripts/write_zoo.py writes the page anew; it lacks {missing[:5]}"

@@ -79,21 +79,15 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "mobilenetv4_conv_small_035": {},
     "dm_nfnet_f0": {"width_factor": 0.25, "depths": (1, 1, 1, 1), "group_size": 8},
-    "regnetx_002": {},
     "regnety_002": {},
-    "repvgg_a0": {},
     "repvit_m0_9": {"embed_dim": (8, 8, 16, 16), "depth": (1, 1, 1, 1)},
-    "res2net50_26w_4s": {"layers": (1, 1, 1, 1)},
-    "resnest14d": {"layers": (1, 1, 1, 1)},
     "resnet18": RESNET,
     "resnet50": RESNET,
     "resnetv2_50": {"layers": (1, 1), "channels": (32, 32), "stem_chs": 32},
-    "rexnet_100": {"width_mult": 0.3},
     "seresnet50": RESNET,
     "skresnet18": {"layers": (1, 1, 1, 1)},
     "starnet_s1": {"base_dim": 8, "depths": (1, 1, 1, 1)},
     "tresnet_m": {"layers": (1, 1, 1, 1), "width_factor": 0.25},
-    "vovnet39a": {},
 }  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 ROWS: dict[str, dict[str, Any]] = {
     "DenseNet": {"growth_rate": 4, "block_config": (1, 1), "num_init_features": 8},
-    "GoogLeNet": {"init_weights": False, "aux_logits": False},
     "MobileNetV2": {"width_mult": 0.25},
     "mobilenet_v3_small": {"width_mult": 0.25},
     "resnet18": {"width_per_group": 64},
@@ -20,7 +19,6 @@ ROWS: dict[str, dict[str, Any]] = {
                         "window_size": [4, 4]},
     "VisionTransformer": {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16,
                           "mlp_dim": 24},
-    "fcn_resnet50": {"weights_backbone": None},
 }  # fmt: skip
 
 
@@ -28,8 +26,7 @@ def _maker(name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         from torchvision import models
 
-        kind = getattr(models, name, None) or getattr(models.segmentation, name)
-        return kind(**options, num_classes=5)
+        return getattr(models, name)(**options, num_classes=5)
 
     return make
 

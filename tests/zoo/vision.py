@@ -97,9 +97,6 @@ DENSE: dict[str, dict[str, Any]] = {
         **VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "auxiliary_channels": 8, "pool_scales": [1, 2],
     },
     "ConditionalDetrForObjectDetection": {**DETR, "backbone_config": BACKBONE},
-    "DeformableDetrForObjectDetection": {
-        **DETR, "d_model": 32, "decoder_layers": 2, "backbone_config": BACKBONE, "num_feature_levels": 3,
-    },
     "DepthAnythingForDepthEstimation": {
         "backbone_config": {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 4, "mlp_ratio": 2,
                             "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
@@ -138,9 +135,6 @@ DENSE: dict[str, dict[str, Any]] = {
                                 "iou_head_hidden_dim": 16},
     },
     "SegformerForSemanticSegmentation": PYRAMID,
-    "SuperPointForKeypointDetection": {
-        "encoder_hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16, "descriptor_decoder_dim": 16,
-    },
     "Swin2SRForImageSuperResolution": {"image_size": 16, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
                                        "window_size": 4},
     "UperNetForSemanticSegmentation": {
