@@ -42,8 +42,9 @@ def smollm2(weights: Path, folder: Path) -> None:
 
     from san_peft.tuner.quantized import forget_quantization
 
-    model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
-    forget_quantization(model).save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    forget_quantization(model)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
 
 
@@ -160,7 +161,7 @@ def _storages(opcodes: list[tuple[str, Any]]) -> list[tuple[str, list[int]]]:
     for opcode, arg in opcodes:
         if isinstance(arg, str) and arg.isdigit():
             found.append((arg, []))
-        elif opcode.startswith("BININT") and found:
+        elif isinstance(arg, int) and opcode.startswith("BININT") and found:
             found[-1][1].append(arg)
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -55,7 +56,9 @@ def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
     base = layer.get_base_layer()
     if not isinstance(getattr(base, "weight", None), Tensor):
         return None
-    with onload_layer(layer), torch.autocast(base.weight.device.type, enabled=False):
+    with onload_layer(layer), torch.autocast(base.weight.device.type, enabled=False), ExitStack() as stack:
+        for name in adapter_names:  # else the rounding of DoRA's norms would pass for what it has learnt
+            layer._lend_dora_norm(name, base.weight.data, stack)
         x = _inputs(layer, base, seed)
         scale, shift = layer._output_vectors(adapter_names)
         input_scale = layer._input_vector(adapter_names)

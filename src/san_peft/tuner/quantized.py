@@ -143,7 +143,7 @@ def forget_quantization(model: nn.Module) -> nn.Module:
         for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
             if flag in own:
                 setattr(module, flag, False)
-        config = own.get("config")
+        config: Any = own.get("config")
         if hasattr(config, "_is_quantized"):
             del config._is_quantized
     return model

@@ -139,7 +139,8 @@ def judge(
 
 def _faults(name: str, change: Tensor, effect: Tensor, again: Tensor, noise: float, share: float) -> Iterator[str]:
     """What is wrong with one output on average; `again` is the effect with other rounding errors."""
-    independent = min(effect.numel(), 256)  # many outputs are combinations of fewer features
+    # many outputs are combinations of few features; what one layer loses is found where the layer is looked at
+    independent = min(effect.numel(), 16)
     accepted = max(share * _mean(effect), (1.5 + 4 / math.sqrt(independent)) * noise)
     if _mean(change) > accepted:
         yield f"Merging changes {name} by {_mean(change):.3g} in the mean, more than the tolerance of {accepted:.3g}"
