@@ -91,8 +91,8 @@ def follows_weight(base: Any) -> bool:
             expected = expected * (scale if is_table else scale.view(shape)).to(expected.dtype)
             base.weight.data = fold(own, None, scale, input_scale, groups=groups, transposed=transposed)[0]
             found = forward(base, x)
-    except Exception:  # it takes another input, or gives no tensor: nothing can be said of it
-        return False
+    except Exception:  # it takes another input, or gives no tensor: `merge_and_verify` names it as unchecked
+        return True
     finally:
         base.weight.data, base.training = own, training
     tolerance = 1e-3 if weight.dtype.itemsize > 2 else 5e-2

@@ -130,7 +130,7 @@ class ModelSpec:
             stack.enter_context(untouched(self.model))
             stack.enter_context(torch.no_grad())
             if self.is_meta:  # as the trace does: numbers are real, weights are not
-                stack.enter_context(Follow(Norms(self.model, {})))
+                stack.enter_context(Follow(self.model, Norms(self.model, {}), {}))
             try:
                 return function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
             except Exception as error:
