@@ -250,6 +250,8 @@ def test_mixtral_says_that_the_first_block_has_no_barrier():
         ("k_proj", "block 1"),
         ("v_proj", "block 1"),
         ("lm_head", ""),
+        ("gate", "every block"),
+        ("experts", "every block"),
     }
 
 

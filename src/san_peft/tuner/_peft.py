@@ -157,6 +157,15 @@ def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_name
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
+def batch_size(args: Any, kwargs: dict[str, Any]) -> int | None:
+    """Returns how many samples a model is given, or `None` where its arguments do not tell."""
+    named = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "x")
+    for value in (*args[:1], *(kwargs.get(name) for name in named)):
+        if isinstance(value, torch.Tensor) and value.dim():
+            return len(value)
+    return None
+
+
 class TunerLayer(BaseTunerLayer):
     """`BaseTunerLayer` whose adapters keep their own floating type when they follow the frozen layer to a device.
 
@@ -270,6 +279,12 @@ class Tuner(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        size = batch_size(args, kwargs)  # of generation the prompts, whose beams come later
+        if size is not None and size != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {size} respectively."
+            )
         unknown = set(adapter_names) - {"__base__", *self.peft_config}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
