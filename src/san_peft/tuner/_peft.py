@@ -281,7 +281,7 @@ class Tuner(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         size = batch_size(args, kwargs)  # of generation the prompts, whose beams come later
         if size is not None and size != len(adapter_names):
-            raise ValueError(
+            raise AdapterError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {size} respectively."
             )

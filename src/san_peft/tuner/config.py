@@ -178,7 +178,7 @@ class SanConfig(PeftConfig):
 
     def exponent_of(self, anterior: str) -> float:
         """Returns the exponent of what is propagated from a layer."""
-        return self.exponent_pattern.get(get_pattern_key(self.exponent_pattern, anterior), self.exponent)
+        return self.exponent_pattern.get(get_pattern_key(list(self.exponent_pattern), anterior), self.exponent)
 
     def inner_config(self) -> PeftConfig:
         """Returns the host's configuration, without targets: they are those of this one.

@@ -45,7 +45,7 @@ def trace_first_pass(
             "The edges of an adapter are traced in the first forward pass, since no example inputs could be derived, "
             f"and by now the model is sharded, which cannot be traced. {WAYS_OUT}"
         )
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise SanError(
             "The edges of an adapter are traced in the first forward pass, since no example inputs could be derived, "
             f"and this one is recorded by torch.jit.trace. {WAYS_OUT}"

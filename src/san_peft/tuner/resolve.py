@@ -113,7 +113,8 @@ def _chosen(
         left_out = {layer.fqn for layer in graph.layers if layer.left_out}
         chosen = [layer.fqn for layer in graph.layers if layer.fqn not in left_out.union(graph.heads)]
     else:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output: Any = getattr(model, "get_output_embeddings", None)
+        head = None if output is None else output()
         chosen = [name for name, module in names.items() if module is not head and not _is_table(module)]
     chosen = [n for n in chosen if not _inside(n, config.modules_to_save) and (not wide or _is_linear(names[n]))]
     kept = [n for n in chosen if _peft.in_blocks(config, n) and not _peft.is_excluded(config, n)]
