@@ -150,6 +150,7 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
         demo(tmp_path / "out", METHODS)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_returns_and_raises():
     assert in_fresh_process(jobs.facts, None)["pid"] != os.getpid()
     with pytest.raises(SanError, match="no task 'digit'"):

@@ -290,6 +290,7 @@ def test_an_svg_is_xml_and_the_same_each_time(little, tmp_path):
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
+@pytest.mark.slow
 def test_runs_that_were_trained(tmp_path):
     rows = []
     with small_scale():

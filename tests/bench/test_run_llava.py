@@ -150,6 +150,7 @@ def test_right_answers_are_right_on_every_benchmark_and_others_are_not(place, da
         assert result["accuracy"] == wanted
 
 
+@pytest.mark.slow
 def test_the_small_llava_trains_on_mini_vl_and_answers(tmp_path, monkeypatch):
     """What ships, with a hundredth of its questions: the loss falls, and all seven tasks are scored, each its way."""
     monkeypatch.setattr(mini_talk, "SPLITS", {"train": range(0, 4), "val": range(4, 6), "test": range(6, 10)})

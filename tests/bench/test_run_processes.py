@@ -22,6 +22,8 @@ from san_bench.run.evaluate import evaluate
 from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 from san_bench import cli

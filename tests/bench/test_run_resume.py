@@ -77,6 +77,7 @@ def losses(folder):
     return [(row["step"], row["loss"], row["learning_rate"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KILLABLE)
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(kind, killed, tmp_path):
     recipe = killed[kind]

@@ -321,6 +321,7 @@ class Here:
             yield Outcome(name, function(job), None)
 
 
+@pytest.mark.slow
 def test_one_training_is_scored_on_every_task_of_a_mix(benched):
     suite, rows, out, _ = benched
     own = [row for row in rows if row["method"] == "san"]

@@ -64,6 +64,7 @@ def test_validation_images_in_the_training_split_select_nothing(tmp_path):
         short_recipe("san", tmp_path, selection="best-test", ema=0.9)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_scored(tmp_path):
     """With a decay of nearly one the average stays at the start, with nearly none it is the last step's weights."""
     plain = short_recipe("san", tmp_path / "plain")
@@ -79,6 +80,7 @@ def test_the_average_is_what_is_scored(tmp_path):
     assert (slow - last).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_an_average_resumes(tmp_path):
     """Cut off after the first checkpoint and started again, a run ends where one that was not cut off does."""
     changes = {"ema": 0.8, "checkpoint_steps": 3}

@@ -120,6 +120,7 @@ def wide(place):
     return str(place / "wide")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("kind", ["lora", "san", "san-lora"])
@@ -137,6 +138,7 @@ def test_weights_are_kept_as_the_recipe_says_and_a_run_answers_again(kind, weigh
     assert evaluate(tmp_path / "run")["tasks"] == result["tasks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["san", "full"])
 def test_steps_too_small_for_half_precision_are_taken_all_the_same(kind, precision, place, tmp_path):

@@ -151,6 +151,7 @@ def test_missing_data_is_found_before_anything_runs(suite, tmp_path):
     assert engine.ran == []
 
 
+@pytest.mark.slow
 def test_a_search_writes_the_rates_that_runs_then_use(suite, tmp_path):
     grid = {"default": (1e-6, 0.01)}
     quick = suite.model_copy(update={"search": suite.search.model_copy(update={"grid": grid})})
@@ -165,6 +166,7 @@ def test_a_search_writes_the_rates_that_runs_then_use(suite, tmp_path):
     assert again.ran == []
 
 
+@pytest.mark.slow
 def test_trained_adapters_are_scored_in_the_modes_of_a_suite(suite, tmp_path):
     """A run that was killed between training and scoring is not done."""
     several = suite.model_copy(update={"modes": ("neuron", "off")})

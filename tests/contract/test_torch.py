@@ -143,6 +143,7 @@ def differentiable_fold(layer: SanLayer, base: nn.Module) -> tuple[Tensor, Tenso
     return out, None if bias is None else bias * scale + (0 if shift is None else shift)
 
 
+@pytest.mark.slow
 def test_compile(kind):
     torch.compiler.reset()
     model = adapted(kind, shift=True)

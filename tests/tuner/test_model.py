@@ -397,6 +397,7 @@ def test_model_card_says_how_to_load(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_importing_in_either_order():
     for first, second in (("peft", "san_peft"), ("san_peft", "peft")):
         program = f"import {first}, {second}; print(*(t.value for t in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING))"
