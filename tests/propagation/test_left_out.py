@@ -149,3 +149,23 @@ def test_encoder_layers_of_torch_are_explained(first):
         assert (f"{block}.self_attn", f"{block}.linear1", "residual") in pairs(graph)
     assert not graph.barriers
     assert ("1.layers.1.linear2", "2", "residual") in pairs(graph)
+
+
+def test_a_head_behind_a_bias_of_the_model():
+    """BART adds `final_logits_bias` to what its head writes."""
+
+    class Biased(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda n, x: n.head(n.a(x)) + n.beside, a=nn.Linear(4, 8), head=nn.Linear(8, 3))
+            self.register_buffer("beside", torch.arange(3.0))
+
+    assert trace(Biased(), torch.randn(2, 5, 4)).heads == ("head",)
+
+
+def test_a_layer_whose_weight_another_module_holds():
+    layers = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
+    layers["b"].weight = layers["a"].weight
+    found = left_out(graph_of(lambda n, x: n.head(n.b(n.a(x).relu())), **layers))
+    assert set(found) == {"a", "b"}
+    assert "that of b" in found["a"]
+    assert "that of a" in found["b"]

@@ -176,7 +176,7 @@ def test_what_can_be_seen_and_what_cannot_be_done():
     assert isinstance(weight, Tensor)
     assert "fc" in repr(weight)
     assert layer.bias is None
-    for write in (lambda: weight.mul_(2), lambda: weight.__setitem__(0, 1.0), lambda: weight.data.zero_()):
+    for write in (lambda: weight.add_(2), lambda: weight.__setitem__(0, 1.0), lambda: weight.data.zero_()):
         with pytest.raises(SanError, match="cannot be written"):
             write()
     with pytest.raises(SanError, match="by its address"):
@@ -245,3 +245,21 @@ def test_layers_by_which_nothing_is_read_cost_nothing():
     for layer in layers:
         layer.acting_tensors = None  # what gives the values is not called for a dtype
         assert layer.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("inplace", [Tensor.mul_, Tensor.div_])
+def test_a_weight_that_is_multiplied_by_a_number(inplace):
+    """RWKV does so at the first pass in eval mode."""
+    model, x = adapted(Reader(), ["fc"]), torch.randn(3, 6, dtype=torch.float64)
+    layer = model.base_model.model.fc
+    frozen, before = layer.get_base_layer().weight.clone(), layer.weight.clone()
+    with torch.no_grad():
+        assert inplace(layer.weight, 2.0) is not None
+    torch.testing.assert_close(layer.get_base_layer().weight, inplace(frozen.detach(), 2.0))
+    torch.testing.assert_close(layer.weight.clone(), inplace(before.detach(), 2.0))
+    assert model(x).isfinite().all()
+    with pytest.raises(SanError, match=r"cannot be written"):
+        layer.weight.add_(1.0)
+    with_shift = adapted(Reader(), ["fc"], shift=True)
+    with pytest.raises(SanError, match=r"cannot be written"), torch.no_grad():
+        inplace(with_shift.base_model.model.fc.weight, 2.0)

@@ -180,3 +180,55 @@ def test_a_model_that_is_compiled_already_is_refused(inner):
     net.fc1 = torch.compile(net.fc1)
     with pytest.raises(SanError, match="fc1 is compiled already"):
         get_peft_model(net, config(inner=inner))
+
+
+class Listed(nn.Module):
+    """Holds its layers as modules and calls them from a list, as Mask2Former's prediction heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.steps = {"all": [("first", self.fc1), (torch.relu, self.fc2)]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (_, first), (act, last) = self.steps["all"]
+        return last(act(first(x)))
+
+
+@pytest.mark.parametrize("inner", [None, LoraConfig(r=2, init_lora_weights=False)])
+def test_layers_that_a_list_holds(inner):
+    net, x = Listed(), torch.randn(3, 4)
+    before = net(x)
+    model = get_peft_model(net, SanConfig(target_modules=["fc1", "fc2"], inner=inner, init_weights=False)).eval()
+    expected = model(x)
+    assert not torch.allclose(expected, before)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    plain = model.unload()
+    assert plain.steps == {"all": [("first", plain.fc1), (torch.relu, plain.fc2)]}
+    assert torch.equal(plain(x), before)
+
+
+class Based(nn.Module):
+    """Has a child called `base_layer`, as timm's DLA has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base_layer, self.fc = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.base_layer(x))
+
+
+def test_a_model_with_a_child_called_base_layer():
+    x, net = torch.randn(3, 4), Based()
+    model = get_peft_model(net, SanConfig(target_modules=["fc"], init_weights=False)).eval()
+    expected = model(x)
+    plain = model.merge_and_unload()
+    assert plain is net
+    assert type(plain.fc) is nn.Linear
+    torch.testing.assert_close(plain(x), expected)
+    assert "unload_and_optionally_merge_module" not in vars(net)

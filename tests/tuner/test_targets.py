@@ -171,3 +171,46 @@ def test_all_linear_without_a_graph():
         f"model.layers.0.{name}"
         for name in (*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down")))
     }
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (nn.Conv2d(3, 4, 3, dilation=2, padding=2), r"dilation \(2, 2\)"),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "pads by 'reflect'"),
+        (Padded(3, 4, 3), "forward pass of its own"),
+    ],
+)
+def test_convolutions_that_matrices_of_lora_do_not_follow(conv, reason):
+    net, x = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.LazyLinear(2)), torch.randn(1, 3, 8, 8)
+    net(x)
+    graph = trace(net, x)
+    with pytest.warns(UserWarning, match=f"1 of 2 layers are left out, which LORA cannot adapt, such as 0, .*{reason}"):
+        model = get_peft_model(copy.deepcopy(net), SanConfig(inner=LoraConfig(r=2), propagation=graph))
+    assert carrying(model) == {"2"}
+    with pytest.raises(TargetError, match=reason):
+        get_peft_model(net, SanConfig(inner=LoraConfig(r=2), propagation=graph, target_modules=["0"]))
+
+
+def test_layers_that_peft_refuses_in_an_architecture():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    net = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=1))
+    with pytest.warns(UserWarning, match=r"out_proj.* PEFT refuses in a mamba|cannot adapt"):
+        model = get_peft_model(net, SanConfig(inner=LoraConfig(r=2)))
+    assert carrying(model) == {f"backbone.layers.0.mixer.{name}" for name in ("in_proj", "x_proj")}
+
+
+def test_dense_layers_with_names_that_experts_had():
+    """PEFT takes `down_proj` in Qwen3-Next for the tensor of all experts, here it is the shared expert."""
+    from tests.zoo.test_zoo import subject_of
+
+    net = subject_of("Qwen3NextForCausalLM").base()
+    model = get_peft_model(net, SanConfig(inner=LoraConfig(r=2)))
+    assert any(name.endswith("shared_expert.down_proj") for name in carrying(model))
+    assert not model.base_model.hosts["LORA"].peft_config["default"].target_parameters

@@ -92,8 +92,8 @@ ACTIVATIONS = {
 }
 """Element-wise functions that do not commute with a scale."""
 
-CAPS = frozenset(("tanh", "sigmoid", "clamp", "clamp_min", "clamp_max", "hardtanh", "log_sigmoid_forward"))
-"""Of these, the ones that keep a model's output within bounds; a layer that they follow is a head all the same."""
+LAST = frozenset(("tanh", "sigmoid", "clamp", "clamp_min", "clamp_max", "hardtanh", "log_sigmoid_forward", BIAS))
+"""What may follow the last layer of a model: it is a head all the same."""
 
 CHOICES = frozenset("maximum minimum fmax fmin logaddexp".split())
 """Element-wise functions of two streams that do not commute with a scale."""

@@ -99,6 +99,8 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
         for name in reads:
             if not used & follow.bits[name]:
                 left_out.setdefault(name, "no output that a task uses depends on it")
+    for name, other in _tied(model, [name for name in reads if name not in heads]).items():
+        left_out.setdefault(name, f"its weight is that of {other} too, which merging would change")
     return _graph(follow, layers, reads, heads, left_out)
 
 
@@ -126,6 +128,21 @@ def _layers(model: nn.Module, embeddings: Collection[str]) -> dict[str, nn.Modul
         if is_adaptable(module) or name in embeddings:
             found[name] = module
             within = f"{name}." if isinstance(module, nn.MultiheadAttention) else within
+    return found
+
+
+def _tied(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Returns the layers whose weight another module holds as well, and the name of that module."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in {id(p) for p in module._parameters.values() if p is not None}:
+            owners.setdefault(parameter, []).append(name)
+    found = {}
+    for layer in layers:
+        weight = model.get_submodule(layer)._parameters.get("weight")
+        others = [name for name in owners.get(id(weight), ()) if name != layer]
+        if others:
+            found[layer] = others[0]
     return found
 
 
@@ -245,8 +262,8 @@ def _read_attention(follow: Follow, name: str, module: Any, args: Any, kwargs: A
 def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterable[str]) -> tuple[str, ...]:
     """Layers that write the output directly: of outputs with names, the logits, else the first.
 
-    What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow. Two layers that
-    nothing reads and whose sum is the output are two heads.
+    What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow, and a bias that the
+    model adds by itself, as BART does. Two layers that nothing reads and whose sum is the output are two heads.
     """
     if isinstance(out, Mapping):
         named = [value for key, value in out.items() if "logits" in key]
@@ -263,7 +280,7 @@ def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterabl
             names = [follow.ledger.writers[w] for w in pair]
             if len(pair) == 2 and not read & set(names):
                 path = tuple(name for name in path if name != rules.RESIDUAL)
-            capped = all(name in rules.CAPS or rules.kind_of([name]) == "exact" for name in path)
+            capped = all(name in rules.LAST or rules.kind_of([name]) == "exact" for name in path)
             if rules.kind_of(path) == "exact" or (capped and not read & set(names)):
                 heads |= {layer: None for layer in names if isinstance(layer, str)}
     return tuple(name for name in layers if name in heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
@@ -17,8 +17,13 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
+from peft.utils import AuxiliaryTrainingWrapper, transformers_weight_conversion
 from torch import nn
 
 from san_peft.errors import AdapterError, MergeError
@@ -87,21 +92,65 @@ def replace(tuner: BaseTuner, parent: Any, name: str, new: Any, old: Any) -> Non
 def share_layers(model: nn.Module, kind: type, taken_off: bool = False) -> None:
     """Lets a frozen layer that a model holds under several names be reached under all of them as its tuner layer.
 
+    Lists, tuples and dicts that are no modules count, from which Mask2Former's forward pass takes its layers.
+
     Args:
         model: The model, in which the first of the names has been dealt with.
         kind: Class of the tuner layers.
         taken_off: Whether the tuner layers were taken off, and the frozen ones are to come back.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, kind)]
-    new: dict[int, nn.Module]
-    if taken_off:
-        new = {id(layer): layer.get_base_layer() for layer in layers}
-    else:
-        new = {id(module): layer for layer in layers for module in (layer.base_layer, layer.get_base_layer())}
+    new = {id(module): layer for layer in layers for module in (layer.base_layer, layer.get_base_layer())}
+
+    def exchanged(module: Any) -> Any:
+        if taken_off:
+            return module.get_base_layer() if isinstance(module, kind) else module
+        return new.get(id(module), module)
+
     for parent in list(model.modules()):
-        for name, child in () if isinstance(parent, BaseTunerLayer) else list(parent._modules.items()):
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
+        if isinstance(parent, BaseTunerLayer):
+            continue
+        for name, child in list(parent._modules.items()):
+            parent._modules[name] = exchanged(child)
+        for name, value in list(vars(parent).items()):
+            if not name.startswith("_") and isinstance(value, list | tuple | dict):
+                vars(parent)[name] = _within(value, exchanged)
+
+
+def _within(value: Any, exchanged: Callable[[Any], Any]) -> Any:
+    """Exchanges the modules in a container, and in those that it holds; a tuple is made anew."""
+    if isinstance(value, nn.Module):
+        return exchanged(value)
+    if type(value) is tuple:
+        return tuple(_within(item, exchanged) for item in value)
+    if type(value) in (list, dict):
+        for key in range(len(value)) if isinstance(value, list) else list(value):
+            value[key] = _within(value[key], exchanged)
+    return value
+
+
+def refusal(config: Any, model: nn.Module, name: str) -> str | None:
+    """Says why PEFT refuses a layer to a method because of the model's architecture, or returns `None`."""
+    try:
+        _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:
+        return f"which PEFT refuses in a {model.config.model_type}, since fused kernels read its weight"  # type: ignore
+    return None
+
+
+@contextmanager
+def _names_as_given() -> Iterator[None]:
+    """Lets PEFT take targets for what they are called.
+
+    Names that transformers 4 had for experts it takes for the tensors in which transformers 5 keeps all of them, also
+    where they name a dense layer, such as the shared expert of Qwen3-Next.
+    """
+    convert = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = convert
 
 
 def inject_host(
@@ -121,12 +170,14 @@ def inject_host(
     """
     kept = model.__dict__.pop("peft_config", None)
     try:
-        if tuner is None:
-            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, {adapter_name: config}, adapter_name, **options)
-        else:
-            tuner.peft_config[adapter_name] = config
-            tuner.active_adapter = active
-            tuner.inject_adapter(model, adapter_name, **options)
+        with _names_as_given():
+            if tuner is None:
+                kind = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+                tuner = kind(model, {adapter_name: config}, adapter_name, **options)
+            else:
+                tuner.peft_config[adapter_name] = config
+                tuner.active_adapter = active
+                tuner.inject_adapter(model, adapter_name, **options)
     finally:
         model.__dict__.pop("peft_config", None)
         if kept is not None:
@@ -184,6 +235,23 @@ class TunerLayer(BaseTunerLayer):
                     bank[adapter_name].to(device)
 
 
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Keeps PEFT from unloading modules that are no tuner's and have an attribute `base_layer`, as timm's DLA has."""
+    foreign = [m for m in model.modules() if hasattr(m, "base_layer") and not isinstance(m, BaseTunerLayer)]
+    for module in foreign:
+        vars(module)["unload_and_optionally_merge_module"] = partial(_itself, module)
+    try:
+        yield
+    finally:
+        for module in foreign:
+            del vars(module)["unload_and_optionally_merge_module"]
+
+
+def _itself(module: nn.Module, **_: Any) -> nn.Module:
+    return module
+
+
 class Tuner(BaseTuner):
     """`BaseTuner` with its private hooks under public names, for `SanModel` to fill in."""
 
@@ -210,7 +278,8 @@ class Tuner(BaseTuner):
         self.create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        with _left_alone(self.model):
+            model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         self.unloaded()
         return model
 

@@ -46,16 +46,20 @@ _SEEN = {
 class ActingTensor(Tensor):
     """A frozen tensor of a layer with all that acts in it; its values are made when an operation reads them.
 
-    It looks as the frozen tensor does: shape, dtype, device. It cannot be written, and its memory cannot be had, since
-    both would pass by the scales.
+    It looks as the frozen tensor does: shape, dtype, device. Its memory cannot be had, since that would pass by the
+    scales, and it cannot be written; but where nothing except scales acts, `mul_` and `div_` by a number go to the
+    frozen tensor, with which they commute.
     """
 
     _make: Callable[[], Tensor | None]
     _name: str
     _trained: bool
+    _frozen: Tensor | None
 
     @staticmethod
-    def of(like: Tensor, name: str, trained: bool, make: Callable[[], Tensor | None]) -> ActingTensor:
+    def of(
+        like: Tensor, name: str, trained: bool, make: Callable[[], Tensor | None], frozen: Tensor | None = None
+    ) -> ActingTensor:
         """Returns a tensor that `make` gives its values.
 
         Args:
@@ -63,11 +67,12 @@ class ActingTensor(Tensor):
             name: What it is called in errors.
             trained: Whether gradients flow to what acts in it.
             make: Gives the values.
+            frozen: The frozen tensor, where it may be multiplied by numbers.
         """
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             ActingTensor, like.shape, like.stride(), dtype=like.dtype, layout=like.layout, device=like.device
         )
-        made._make, made._name, made._trained = make, name, trained
+        made._make, made._name, made._trained, made._frozen = make, name, trained, frozen
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -95,8 +100,11 @@ class ActingTensor(Tensor):
                 return ActingTensor.of(first, first._name, False, lambda: cast(Tensor, first._make()).detach())
             writes = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
             if writes or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")):
+                if first._frozen is not None and name in ("mul_", "div_") and isinstance(args[1], int | float):
+                    func(first._frozen, args[1])
+                    return first
                 raise SanError(
-                    f"{first._name} holds what the frozen layer and its scales make together, and cannot be written. "
+                    f"{first._name} holds what the frozen layer and its adapter make together, and cannot be written. "
                     "Write to the layer's get_base_layer()."
                 )
             if name == "data_ptr":
@@ -162,7 +170,14 @@ class ActingLayer(TunerLayer):
         if torch.compiler.is_compiling():
             return self.acting_tensors()[number]
         trained = torch.is_grad_enabled() and self._is_trained()
-        return ActingTensor.of(frozen, f"The {name} of {self.san_name}", trained, lambda: self.acting_tensors()[number])
+        scaled = self.host is None and not any(adapter in self.san_shift for adapter in self.active_adapters)
+        return ActingTensor.of(
+            frozen,
+            f"The {name} of {self.san_name}",
+            trained,
+            lambda: self.acting_tensors()[number],
+            frozen if scaled else None,
+        )
 
     def _is_trained(self) -> bool:
         """Whether gradients flow to what acts here: vectors and host of this layer and of its anteriors."""

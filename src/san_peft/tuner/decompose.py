@@ -222,12 +222,21 @@ def _check_whole(host: Any) -> None:
         )
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def _mixing_groups(base: Any) -> str | None:
     groups = getattr(base, "groups", 1)
     if isinstance(base, nn.Conv3d) and base.kernel_size[:2] == (1, 1):
         return f"of size {base.kernel_size}, which PEFT takes for one of two dimensions and cannot merge"
     if groups > 1:
         return f"in {groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
+    if any(step != 1 for step in getattr(base, "dilation", ())):
+        return f"with dilation {base.dilation}, which LoRA's matrices lack"
+    if getattr(base, "padding_mode", "zeros") != "zeros":
+        return f"that pads by {base.padding_mode!r}, where LoRA's matrices pad zeros"
+    if isinstance(base, CONVOLUTIONS) and not any(type(base).forward is kind.forward for kind in CONVOLUTIONS):
+        return "with a forward pass of its own, such as other padding, which LoRA's matrices do not follow"
     return None
 
 

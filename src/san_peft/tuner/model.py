@@ -386,7 +386,8 @@ class SanModel(_peft.Tuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Puts a module in the place of another: its vectors are on the device, and a frozen layer has its weight."""
-        setattr(parent, child_name, new_module)
+        if new_module is not child:
+            setattr(parent, child_name, new_module)
 
     def add_weighted_adapter(
         self,

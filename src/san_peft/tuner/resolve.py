@@ -125,17 +125,23 @@ def _chosen(
             f"first of them is {chosen[0]}."
         )
     if config.inner is not None:
-        fitting = [n for n in kept if unfit(config.inner["peft_type"], _plain(names[n])) is None]
+        reasons = {n: _unfit(config, model, n, names[n]) for n in kept}
+        fitting = [n for n in kept if reasons[n] is None]
         if fitting and len(fitting) < len(kept):
-            first = next(n for n in kept if n not in fitting)
-            reason = unfit(config.inner["peft_type"], _plain(names[first]))
+            first = next(n for n in kept if reasons[n])
             warnings.warn(
                 f"{len(kept) - len(fitting)} of {len(kept)} layers are left out, which {config.inner['peft_type']} "
-                f"cannot adapt, such as {first}, {reason}.",
+                f"cannot adapt, such as {first}, {reasons[first]}.",
                 stacklevel=5,
             )
             kept = fitting
     return exactly(kept, (name for name, _ in model.named_modules()))
+
+
+def _unfit(config: SanConfig, model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Says why the host of a configuration cannot take a layer, or returns `None`."""
+    inner: Any = config.inner
+    return unfit(inner["peft_type"], _plain(module)) or _peft.refusal(config.inner_config(), model, name)
 
 
 def exactly(chosen: Iterable[str], every: Iterable[str]) -> set[str] | str:
