@@ -22,6 +22,8 @@ from san_bench.run.demo import demo
 from san_bench.run.engines import in_fresh_process
 from san_peft.errors import MergeError, SanError
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("san", "linear")
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +152,6 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
         demo(tmp_path / "out", METHODS)
 
 
-@pytest.mark.slow
 def test_a_fresh_process_returns_and_raises():
     assert in_fresh_process(jobs.facts, None)["pid"] != os.getpid()
     with pytest.raises(SanError, match="no task 'digit'"):

@@ -76,6 +76,8 @@ from ray.cluster_utils import Cluster
 from tests.bench import jobs
 from san_bench.run.cluster import RayEngine
 
+pytestmark = pytest.mark.slow
+
 store = 100 * 2**20
 cluster = Cluster(
     initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": store, "include_dashboard": False}
@@ -89,7 +91,6 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.slow
 def test_a_cluster_is_joined_and_the_jobs_of_a_lost_machine_go_on_elsewhere(tmp_path):
     """Three machines by name: the first runs nothing, one of the others is lost."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

@@ -18,7 +18,7 @@ from san_bench.run.train import train
 from san_bench.run.trainer import make_trainer
 from san_peft.errors import SanError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CASES = [(kind, method) for kind in KINDS for method in ("san", "lora", "san-lora")]
 

@@ -36,6 +36,8 @@ from san_bench.data import vision
 from san_bench.run import trainer
 from tests.bench.small import small_task
 
+pytestmark = pytest.mark.slow
+
 vision.TASKS["digits"] = small_task
 
 def die(self, args, state, control, **kwargs):
@@ -77,7 +79,6 @@ def losses(folder):
     return [(row["step"], row["loss"], row["learning_rate"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KILLABLE)
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(kind, killed, tmp_path):
     recipe = killed[kind]

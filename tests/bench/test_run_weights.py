@@ -21,7 +21,7 @@ from san_bench.run.train import train
 from san_bench.run.weights import train_in_float32
 from san_peft.errors import SanError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SHA = {"first": "1" * 40, "second": "2" * 40}
 
@@ -120,7 +120,6 @@ def wide(place):
     return str(place / "wide")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("weights", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("kind", ["lora", "san", "san-lora"])
@@ -138,7 +137,6 @@ def test_weights_are_kept_as_the_recipe_says_and_a_run_answers_again(kind, weigh
     assert evaluate(tmp_path / "run")["tasks"] == result["tasks"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["san", "full"])
 def test_steps_too_small_for_half_precision_are_taken_all_the_same(kind, precision, place, tmp_path):

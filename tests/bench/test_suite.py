@@ -107,6 +107,7 @@ def test_a_search_may_keep_to_some_tasks(suite):
             Suite.model_validate({**data, "search": {**data["search"], **search}})
 
 
+@pytest.mark.slow
 def test_what_is_done_is_skipped_and_what_fails_stops_nothing(suite, tmp_path):
     choice = Choice(("linear", "norm", "san"), tasks=COUNT, overrides=SMALL)
     first = Here(fail=("norm",))
@@ -185,6 +186,7 @@ def test_trained_adapters_are_scored_in_the_modes_of_a_suite(suite, tmp_path):
         evaluate(tmp_path / linear["run"], mode="off")
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_processes(tmp_path, capsys):
     words = ["bench", "mini-vision", "--models", "vit", "--methods", "linear", "--tasks", *COUNT]
     words += ["--out", str(tmp_path / "out")]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from san_peft import MergeError, SanConfig, SanError, SanLayer, TargetError
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-8}  # norms and the loss of transformers compute in float32
 CASES = [f"{spread}-{host}" for spread, host in worker.CASES]
 BLOCK = "base_model.model.model.layers.0"

@@ -127,6 +127,7 @@ def run(program: str) -> None:
 HOSTS = {"own": None, "lora": LoraConfig(r=2), "dora": LoraConfig(r=2, use_dora=True)}
 
 
+@pytest.mark.slow
 def test_the_merged_folder_is_one_of_the_architecture(tmp_path):
     """The same files, tensors and configuration as of the plain model; transformers alone loads it."""
     llama().save_pretrained(tmp_path / "plain")
@@ -173,6 +174,7 @@ def test_merged_folders_of_other_architectures(name, tmp_path):
 READ = {"r", "lora_alpha", "target_modules", "peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
 
 
+@pytest.mark.slow
 def test_the_closest_lora_is_one_that_servers_load(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     before = {}

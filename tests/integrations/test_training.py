@@ -147,6 +147,7 @@ fit("dropout", Path(sys.argv[1]), Kill(), max_steps=5, save_strategy="steps", sa
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_on_its_trajectory(tmp_path):
     """The host has dropout, so the state of the random generator must come back as well."""
     whole, losses = fit("dropout", tmp_path / "whole", max_steps=5)

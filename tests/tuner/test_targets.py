@@ -183,7 +183,7 @@ class Padded(nn.Conv2d):
     [
         (nn.Conv2d(3, 4, 3, dilation=2, padding=2), r"dilation \(2, 2\)"),
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "pads by 'reflect'"),
-        (Padded(3, 4, 3), "forward pass of its own"),
+        (Padded(3, 4, 3), "in a way of its own"),
     ],
 )
 def test_convolutions_that_matrices_of_lora_do_not_follow(conv, reason):

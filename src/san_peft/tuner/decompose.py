@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from san_peft.decomposition import dense_scale, floored, low_rank_scale
@@ -235,9 +236,24 @@ def _mixing_groups(base: Any) -> str | None:
         return f"with dilation {base.dilation}, which LoRA's matrices lack"
     if getattr(base, "padding_mode", "zeros") != "zeros":
         return f"that pads by {base.padding_mode!r}, where LoRA's matrices pad zeros"
-    if isinstance(base, CONVOLUTIONS) and not any(type(base).forward is kind.forward for kind in CONVOLUTIONS):
-        return "with a forward pass of its own, such as other padding, which LoRA's matrices do not follow"
+    if _pads_by_itself(base):
+        return "that pads in a way of its own, which LoRA's matrices do not follow"
     return None
+
+
+@torch.no_grad()
+def _pads_by_itself(base: Any) -> bool:
+    """Whether the output of a convolution has other sizes than its attributes say, as timm's `Conv2dSame`'s has."""
+    if not isinstance(base, CONVOLUTIONS) or any(type(base).forward is kind.forward for kind in CONVOLUTIONS):
+        return False
+    axes = len(base.kernel_size)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[axes - 1]
+    for size in (max(base.kernel_size) + 4, max(base.kernel_size) + 5):
+        x = base.weight.new_zeros((1, base.in_channels, *[size] * axes))
+        plain = convolve(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
+        if base(x).shape != plain.shape:
+            return True
+    return False
 
 
 def _overlapping(base: Any) -> str | None:
