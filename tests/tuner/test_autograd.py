@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests.contract.nets import disturb
 from tests.tuner.hosted import host_parameters, layers_of
 from tests.tuner.passes import CASES, CLOSE, adapted, alone, larger, total
@@ -235,3 +235,21 @@ def test_outputs_that_a_global_hook_collects_stay_as_they_were(trained, case):
     for kind, value, copy in seen:
         assert torch.equal(value, copy), kind
     torch.testing.assert_close(out.detach(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("inner", [None, LoraConfig(r=2)])
+def test_a_graph_of_a_model_with_other_activations(inner):
+    """A graph that was traced where nothing is overwritten, put on a model whose activations do so, trains as well."""
+
+    def net(act: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), act, nn.Linear(8, 2))
+
+    x = torch.randn(3, 8)
+    graph = trace(net(nn.ReLU()), x)
+    grads = []
+    for inplace in (False, True):
+        model = get_peft_model(net(nn.ReLU(inplace)), SanConfig(propagation=graph, inner=inner, target_modules=["0"]))
+        model(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(grads[0], grads[1])

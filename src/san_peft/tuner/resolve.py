@@ -58,7 +58,7 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
     for edge in stored:
         _check_parallel(edge.posterior, names[edge.posterior])
     if config.edges is None and not waits:
-        edges, placement = _selected(tuner, draft, graph, names)
+        edges, placement = _selected(tuner, draft, graph, modules)
     else:
         edges, placement = stored, config.placement
     config.target_modules, config.modules_to_save = targets, saved
@@ -77,8 +77,7 @@ def settle(tuner: _peft.Tuner, model: nn.Module, config: SanConfig, graph: Propa
     """Fills in edges and placement from a graph that was traced when the adapter was on the model already."""
     modules = layers_by_name(model)
     _check_targets(tuner, model, config, modules, graph)
-    names = {name: module for name, module in modules.items() if _is_layer(module)}
-    return _settled(config, *_selected(tuner, config, graph, names))
+    return _settled(config, *_selected(tuner, config, graph, modules))
 
 
 def _settled(config: SanConfig, edges: tuple[Edge, ...], placement: dict | None) -> PropagationGraph:
@@ -89,20 +88,32 @@ def _settled(config: SanConfig, edges: tuple[Edge, ...], placement: dict | None)
 
 
 def _selected(
-    tuner: _peft.Tuner, config: SanConfig, graph: PropagationGraph | None, names: dict[str, nn.Module]
+    tuner: _peft.Tuner, config: SanConfig, graph: PropagationGraph | None, modules: dict[str, nn.Module]
 ) -> tuple[tuple[Edge, ...], dict | None]:
     """Returns the edges that the configuration's scheme selects, and what the trace saw beside them."""
     if graph is None:
         return (), None
+    names = {name: module for name, module in modules.items() if _is_layer(module)}
     edges, placement = _select(tuner, config, graph, names), None
     for edge in edges:
         _check_parallel(edge.posterior, names[edge.posterior])
     if graph.layers:
+        foreign = _is_foreign(graph, config, modules)
         placement = {
             "norms": {norm.fqn: list(norm.readers) for norm in graph.norms},
-            "overwritten": [layer.fqn for layer in graph.layers if layer.overwritten],
+            "overwritten": [layer.fqn for layer in graph.layers if layer.overwritten or foreign],
         }
     return edges, placement
+
+
+def _is_foreign(graph: PropagationGraph, config: SanConfig, names: dict[str, nn.Module]) -> bool:
+    """Whether a graph given by hand saw no output overwritten where the model has modules that overwrite their input.
+
+    It may then be the graph of another model with the same layers, such as one with other activations.
+    """
+    if isinstance(config.propagation, str) or any(layer.overwritten for layer in graph.layers):
+        return False
+    return any(getattr(module, "inplace", False) is True for module in names.values())
 
 
 def _chosen(
