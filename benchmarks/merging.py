@@ -40,7 +40,7 @@ from step import SHAPES as STEP_SHAPES
 from step import lora_config, silent, synchronize
 from torch import nn
 
-from san_bench.report.table import origin
+from san_bench.report.tables.table import origin
 from san_bench.run.provenance import provenance, write_atomically
 from san_peft import SanConfig
 

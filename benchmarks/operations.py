@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from san_bench.models.adapt import saved_activation_bytes
 from san_bench.report.origin import origin
-from san_bench.run.build import saved_activation_bytes
 from san_bench.run.provenance import provenance, write_atomically
 from san_peft import SanConfig
 

@@ -28,14 +28,14 @@ import tyro
 from PIL import Image
 from rich.progress import track
 
-from san_bench.data.conversations import MARKER
-from san_bench.data.embedded import embedded_path
-from san_bench.recipe import load_recipe
-from san_bench.report.table import origin
-from san_bench.run.engines import in_fresh_process
+from san_bench.config.recipe import load_recipe
+from san_bench.config.suite import load_suite
+from san_bench.models.embedded import embedded_path
+from san_bench.report.tables.table import origin
 from san_bench.run.provenance import provenance, write_atomically
 from san_bench.run.train import train
-from san_bench.suite import load_suite
+from san_bench.suites.engines import in_fresh_process
+from san_bench.vision_language.records import MARKER
 
 
 @dataclasses.dataclass(frozen=True)

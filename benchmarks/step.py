@@ -56,8 +56,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity
 
-from san_bench.report.table import origin
-from san_bench.run.build import saved_activation_bytes
+from san_bench.models.adapt import saved_activation_bytes
+from san_bench.report.tables.table import origin
 from san_bench.run.provenance import provenance, write_atomically
 from san_peft import SanConfig
 

@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from san_bench.data.embedded import embedded_path
-from san_bench.data.preprocess import for_checkpoint
-from san_bench.data.vision import load_task
+from san_bench.image.preprocess import for_checkpoint
+from san_bench.image.tasks import load_task
+from san_bench.models.embedded import embedded_path
 from san_peft import SanConfig, merge_and_verify
 
 STEPS = 20

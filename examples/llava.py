@@ -6,8 +6,8 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from san_bench.data.embedded import embedded_path
-from san_bench.data.mini_talk import item, picture
+from san_bench.models.embedded import embedded_path
+from san_bench.vision_language.mini.tasks import item, picture
 from san_peft import SanConfig, merge_and_verify
 
 TRAINED, ASKED = range(96), range(500, 532)

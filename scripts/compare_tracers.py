@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.golden.models import MODELS
 
-from san_bench.run.models import empty_model
+from san_bench.models.architectures import empty_model
 from san_peft import trace
 from san_peft.propagation.inputs import derive_inputs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from san_bench.data import mini
+from san_bench.image.mini import tasks as mini
 
 
 def main() -> None:

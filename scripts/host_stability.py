@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.progress import track
 
-from san_bench.recipe import load_recipe
+from san_bench.config.recipe import load_recipe
 from san_bench.run.provenance import write_atomically, write_rows
 
 TRIALS = Path(__file__).with_name("host_stability.jsonl")

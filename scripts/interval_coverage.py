@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from san_bench.report.estimate import bootstrap_interval
+from san_bench.report.tables.estimate import bootstrap_interval
 
 SIZES = ((1, 5), (1, 10), (3, 3), (3, 5), (4, 5), (8, 1), (8, 5), (19, 1), (19, 3))
 SPREADS = ((1.0, 1.0), (1.0, 0.3), (0.3, 1.0))

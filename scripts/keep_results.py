@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from san_bench.recipe import find
+from san_bench.config.recipe import find
+from san_bench.config.suite import Rates, load_suite
 from san_bench.run.provenance import write_atomically, write_rows
-from san_bench.suite import Rates, load_suite
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = ("run_info", "train_info", "meta_info")

@@ -1,7 +1,6 @@
 """Pretrains a small model that ships with san_bench, on procedural images alone: `python scripts/pretrain.py`.
 
-`--backbone vit|swin|convnext` chooses which. Every label of `san_bench.data.procedural` is a task on the pooled output
-(the class token of the ViT), and every cell of the last feature map predicts the foreground of its own pixels. The ViT
+`--backbone vit|swin|convnext` chooses which. Every label of `generators.procedural` is a task on the pooled output (the class token of the ViT), and every cell of the last feature map predicts the foreground of its own pixels. The ViT
 sees half of the patches in the first steps, which nearly doubles the images seen in the same time, and all in the last.
 The folder is written next to its final place and moved there when complete.
 
@@ -38,10 +37,10 @@ from transformers import (
     set_seed,
 )
 
-from san_bench.data import procedural
+from generators import procedural
 from san_bench.run.provenance import provenance
 
-ASSETS = Path(__file__).parents[1] / "src/san_bench/data/assets"
+ASSETS = Path(__file__).parents[1] / "src/san_bench/models/assets"
 VALIDATION_SEED = 1_000_003
 LEARNING_RATES = {"vit": 1.5e-3, "swin": 1.5e-3, "convnext": 2e-3}
 CELL = {"vit": 4, "swin": 8, "convnext": 8}  # pixels along the side of one cell of the last feature map
@@ -248,8 +247,8 @@ def probe(name: str, folder: Path) -> dict[str, float]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from san_bench.data.preprocess import for_checkpoint
-    from san_bench.data.vision import load_task
+    from san_bench.image.preprocess import for_checkpoint
+    from san_bench.image.tasks import load_task
 
     backbone, task, read = load(name, folder).eval(), load_task("digits"), []
     for split in (task["train800"], task["val200"]):
@@ -315,7 +314,7 @@ def main() -> None:
     papers = {
         "command": f"python scripts/pretrain.py --backbone {args.backbone}{' --continue-from' if earlier else ''}",
         "images": seen + args.steps * args.batch_size,
-        "data": "san_bench.data.procedural.draw, kind mixed; no photograph and no handwriting",
+        "data": "generators.procedural.draw, kind mixed; no photograph and no handwriting",
         "validation": f"1024 images of seed {VALIDATION_SEED}, which no training image shares",
         **circumstances(args, began, busy, "torch", "transformers", "numpy"),
         "final": log[-1],

@@ -1,6 +1,6 @@
 """Pretrains the small LLaMA of san_bench on texts about a small world: `python scripts/pretrain_decoder.py`.
 
-The texts are those of `san_bench.data.world_text`; no text of the tasks of mini-language is among them. A byte-level
+The texts are those of `generators.world_text`; no text of the tasks of mini-language is among them. A byte-level
 tokenizer is trained on the first of them, so any text can be encoded; `<unk>`, which no text needs, pads. The decoder
 has grouped-query attention: two query heads share one key and value head. Sequences are packed: texts in a row, `</s>`
 after each, cut at their length.
@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 import torch
-from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -38,11 +37,12 @@ from transformers import (
     set_seed,
 )
 
-from san_bench.data import world
-from san_bench.data.tokens import prepare_tokenizer
-from san_bench.data.world_text import choice, text
-from san_bench.data.world_words import Dice
-from san_bench.run.likelihood import log_likelihoods
+from generators.world_text import choice, text
+from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
+from san_bench.language.likelihood import log_likelihoods
+from san_bench.language.mini import tasks as world
+from san_bench.language.mini.words import Dice
+from san_bench.language.tokenizer import prepare_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
@@ -235,7 +235,7 @@ def main() -> None:
     provenance = {
         "command": f"python scripts/pretrain_decoder.py{' --continue-from' if earlier else ''}",
         "tokens": args.steps * args.batch_size * args.length + (earlier["tokens"] if earlier else 0),
-        "data": "san_bench.data.world_text.text, drawn by rule; no person's text and no task of mini-language",
+        "data": "generators.world_text.text, drawn by rule; no person's text and no task of mini-language",
         "validation": f"{len(held_out) * 16} sequences and {len(asked)} choices of texts of seed {VALIDATION_SEED}",
         **circumstances(args, began, busy, "torch", "transformers", "tokenizers"),
         "final": log[-1],

@@ -1,6 +1,6 @@
 """Pretrains what makes a small LLaVA of the shipped ViT and the shipped decoder: `python scripts/pretrain_llava.py`.
 
-The pictures and what is said of them are those of `san_bench.data.mini_captions.caption`; no picture and no question of
+The pictures and what is said of them are those of `generators.mini_captions.caption`; no picture and no question of
 mini-vl is among them. A projector is trained whole, and the tower and the decoder by a low-rank adapter: the ViT has
 seen no words, and few figures at once. It learns first, alone, what stands where, and stays so. Then sentences follow
 their image at once, with nothing asked, as in the first stage of LLaVA. An image is read once for several of them, each
@@ -8,7 +8,7 @@ of which sees the image and itself alone, so none can be told from another. What
 more in the loss than how a sentence begins. `--continue-from` trains on, and `--asked` makes most batches conversations
 in the template that tasks have, with other questions.
 
-The folder holds a PEFT adapter; `san_bench.data.embedded` merges it. It is written next to its final place and moved
+The folder holds a PEFT adapter; `san_bench.models.embedded` merges it. It is written next to its final place and moved
 there when complete.
 """
 
@@ -25,20 +25,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForImageTextToText, set_seed
 
-from san_bench.data.conversation_form import write
-from san_bench.data.conversation_prompts import image_tokens
-from san_bench.data.conversations import MARKER, Conversation, Turn
-from san_bench.data.embedded import asset, embedded_path, joined, processor_of
-from san_bench.data.mini_captions import ABOUT_WORDS, KINDS, Fact, caption, closed
-from san_bench.data.mini_pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
-from san_bench.data.prompts import IGNORED
-from san_bench.data.world_words import Dice
+from generators.mini_captions import ABOUT_WORDS, KINDS, Fact, caption, closed
+from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
+from san_bench.language.mini.words import Dice
+from san_bench.language.prompts import IGNORED
+from san_bench.models.embedded import asset, embedded_path, joined, processor_of
+from san_bench.vision_language.encoding import image_tokens
+from san_bench.vision_language.mini.pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
+from san_bench.vision_language.records import MARKER, Conversation, Turn
+from san_bench.vision_language.template import write
 
 ADAPTED = r".*vision_tower\.layers\.[0-2]\..*(_proj|fc1|fc2)|.*language_model.*_proj"
 """Layers with an adapter; the last one of the tower is not read."""
@@ -289,7 +289,7 @@ def main() -> None:
     provenance = {
         "command": f"python scripts/pretrain_llava.py{' --continue-from' * bool(earlier)}{' --asked' * args.asked}",
         "images": seen + new,
-        "data": "san_bench.data.mini_captions.caption, drawn and worded by rule; no photograph and no person's text",
+        "data": "generators.mini_captions.caption, drawn by rule; no photograph and no person's text",
         "validation": f"{len(shown.dataset)} pictures of seed {VALIDATION_SEED}, which no training picture shares",
         **circumstances(args, began, busy, "torch", "transformers", "peft", "numpy"),
         "parts": {

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from san_bench.recipe import load_recipe, shipped
+from san_bench.config.recipe import load_recipe, shipped
 from san_bench.run.provenance import write_rows
 
 TRIALS = Path(__file__).with_name("learning_rates.jsonl")

@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tests.zoo.laws import Subject  # noqa: E402
 from tests.zoo.table import architectures  # noqa: E402
-from write_results import insert  # noqa: E402
 
 from san_bench.run.provenance import provenance, write_atomically  # noqa: E402
 from san_peft import PropagationGraph  # noqa: E402
 from san_peft.errors import SanError  # noqa: E402
 from san_peft.tuner.decompose import KINDS  # noqa: E402
+from write_results import insert  # noqa: E402
 
 PAGE = ROOT / "docs" / "guides" / "models.md"
 EDGES = ("exact", "activation", "norm", "residual")

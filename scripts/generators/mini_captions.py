@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene
-from san_bench.data.mini_talk import LETTERS, WORDS, absent, scene_of
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, an, listed, sentence
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Dice, an, listed, sentence
+from san_bench.vision_language.mini.pictures import CELLS, COLOURS, SHAPES, Figure, Scene
+from san_bench.vision_language.mini.tasks import LETTERS, WORDS, absent, scene_of
 
 FACTS = 8
 """How many facts a caption has."""

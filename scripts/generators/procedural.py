@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 
-from san_bench.data.canvas import (
+from san_bench.image.mini.canvas import (
     COS,
     PIXELS,
     SIN,

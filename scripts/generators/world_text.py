@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from san_bench.data import world_stories
-from san_bench.data.world_facts import DECIMALS, NAMES, SIZES
-from san_bench.data.world_relations import DERIVED
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, Relation, an, distinct, listed, of_many, plural, sentence
+from san_bench.language.mini import stories as world_stories
+from san_bench.language.mini.facts import DECIMALS, NAMES, SIZES
+from san_bench.language.mini.relations import DERIVED
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Dice, Relation, an, distinct, listed, of_many, plural, sentence
 
 ALL = {**RELATIONS, **DERIVED}
 _SPEAKERS = ("asked", "wanted to know", "said")

@@ -38,7 +38,7 @@ class Demo:
 
     def run(self) -> None:
         """Runs the demo and prints its table."""
-        from san_bench.run.demo import demo
+        from san_bench.suites.demo import demo
 
         demo(self.out, self.methods)
 
@@ -56,7 +56,7 @@ class Train:
 
     def run(self) -> None:
         """Trains, scores once, and prints the result."""
-        from san_bench.recipe import load_recipe
+        from san_bench.config.recipe import load_recipe
 
         recipe = load_recipe(self.recipe, self.set)
         from san_bench.run.train import train
@@ -117,10 +117,10 @@ class Bench:
 
     def run(self) -> None:
         """Runs the suite and prints where the results are."""
-        from san_bench.run.cluster import RayEngine
-        from san_bench.run.engines import LocalEngine
-        from san_bench.run.suite import bench
-        from san_bench.suite import Choice, load_suite
+        from san_bench.config.suite import Choice, load_suite
+        from san_bench.suites.engines import LocalEngine
+        from san_bench.suites.ray import RayEngine
+        from san_bench.suites.suite import bench
 
         suite, name = load_suite(self.suite), Path(self.suite).stem
         choice = Choice(self.methods, self.models, self.tasks, self.seeds, self.data, self.protocol, self.set)
@@ -164,7 +164,7 @@ class Check:
 
     def run(self) -> None:
         """Checks the recipe and what lies beside a model that is on this machine, and prints the fingerprint."""
-        from san_bench.recipe import load_recipe
+        from san_bench.config.recipe import load_recipe
 
         recipe = load_recipe(self.recipe, self.set)
         if recipe.model.partition("/")[0] != "embedded":  # what ships is complete
@@ -188,7 +188,7 @@ class Recipes:
 
     def run(self) -> None:
         """Lists or copies."""
-        from san_bench.recipe import find, shipped
+        from san_bench.config.recipe import find, shipped
 
         if self.copy is None:
             for name, path in shipped(None).items():
@@ -241,7 +241,7 @@ class Trace:
 
     def run(self) -> None:
         """Traces and shows."""
-        from san_bench.report.graph import trace_command  # type: ignore[import-not-found, unused-ignore]
+        from san_bench.graph.command import trace_command  # type: ignore[import-not-found, unused-ignore]
         from san_peft.errors import SanError
 
         chosen = [name for name in ("json", "dot", "svg", "html", "placement") if getattr(self, name)]
@@ -300,11 +300,11 @@ class Data:
     def run(self) -> None:
         """Checks or fetches, prints, and exits with code 1 where something is missing or wrong."""
         if self.action == "fetch":
-            from san_bench.data.fetch import fetch_command
+            from san_bench.datacheck.fetch import fetch_command
 
             fetch_command(self.suite, self.folder)
         else:
-            from san_bench.data.check import check_command
+            from san_bench.datacheck.check import check_command
 
             check_command(self.suite, self.folder, self.images, self.workers, self.write_checksums, self.checksums)
 
@@ -384,7 +384,7 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_tasks(result: dict[str, Any]) -> dict[str, str]:
-    from san_bench.report.results import by_task
+    from san_bench.run.results import by_task
 
     rows = by_task(result) if "tasks" in result else []
     return {f"{row['task']} by {row['way']}": f"{row['accuracy']:.4g} of {row['n_test']}" for row in rows}

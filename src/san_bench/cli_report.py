@@ -28,7 +28,7 @@ class Table:
 
     def run(self) -> None:
         """Reads, compares and prints."""
-        from san_bench.report.table import table_command
+        from san_bench.report.tables.table import table_command
 
         table_command(self.folders, self.format, self.published, self.reference, self.only, self.out)
 
@@ -46,7 +46,7 @@ class Plot:
 
     def run(self) -> None:
         """Draws and names the files."""
-        from san_bench.report.analysis import write_pictures
+        from san_bench.report.figures.analysis import write_pictures
 
         for path in write_pictures(self.folder, self.out or self.folder / "plots", self.format):
             print(path)
@@ -63,7 +63,7 @@ class Report:
 
     def run(self) -> None:
         """Writes the page and names it."""
-        from san_bench.report.html import write_report
+        from san_bench.report.page.html import write_report
 
         out = self.out or self.folder / "report.html"
         write_report(self.folder, out)

@@ -26,7 +26,7 @@ class Submission:
 
     def run(self) -> None:
         """Asks, writes and names the file."""
-        from san_bench.run.submission import submission
+        from san_bench.vision_language.submission import submission
 
         print(submission(self.source, self.benchmark, self.questions, self.out, self.images))
 
@@ -46,6 +46,6 @@ class LmmsEval:
 
     def run(self) -> None:
         """Prints lines for a shell."""
-        from san_bench.run.vqa import lmms_command
+        from san_bench.vision_language.vqa.benchmarks import lmms_command
 
         print(lmms_command(self.folder, self.out, self.benchmarks, self.processes), end="")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from san_bench.data.manifest import Facts, Manifest
+from san_bench.datacheck.manifest import Facts, Manifest
 
 SIZES = {"train800": 8, "val200": 4, "train800val200": 12, "test": 6}
 STANDARD = {"train": 6, "val": 3, "trainval": 9, "test": 6}

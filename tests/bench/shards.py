@@ -15,7 +15,7 @@ import pytest
 from torch.distributed.fsdp import fully_shard
 
 from san_bench.run import train
-from san_bench.run.shards import Engine
+from san_bench.run.sharded import Engine
 
 
 def launch(settings: Path, recipe: Path, *words: str, timeout: int, **environment: str) -> None:

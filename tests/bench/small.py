@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from san_bench.data import vision
-from san_bench.data.vision import ArraySplit, VisionTask, load_digits_task
-from san_bench.recipe import load_recipe
-from san_bench.recipe_image import ImageRecipe
-from san_bench.run.build import with_method
-from san_bench.run.images import Images
+from san_bench.config.recipe import load_recipe
+from san_bench.image import tasks as vision
+from san_bench.image.domain import Images
+from san_bench.image.recipe import ImageRecipe
+from san_bench.image.splits import ArraySplit, VisionTask
+from san_bench.image.tasks import load_digits_task
+from san_bench.models.adapt import with_method
 
 SIZES = {"train800": 48, "val200": 16, "train800val200": 64, "test": 40}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from san_bench import cli
-from san_bench.recipe import load_recipe, shipped
-from san_bench.suite import load_suite
+from san_bench.config.recipe import load_recipe, shipped
+from san_bench.config.suite import load_suite
 
 
 def run(capsys, *words):

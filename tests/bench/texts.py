@@ -10,9 +10,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from san_bench.data.instructions import Record
-from san_bench.recipe import load_recipe
-from san_bench.recipe_text import TextRecipe
+from san_bench.config.recipe import load_recipe
+from san_bench.language.instructions import Record
+from san_bench.language.recipe import TextRecipe
 
 QUESTIONS = {
     "boolq": ("Please answer the following question with true or false, question: is rain wet?", "", "true"),

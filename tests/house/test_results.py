@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from san_bench.cli import parse
-from san_bench.report.results import read_rows
-from san_bench.report.table import table_command
-from san_bench.suite import Choice, best_rates, load_suite, plan_search
+from san_bench.config.suite import Choice, best_rates, load_suite, plan_search
+from san_bench.report.tables.table import table_command
+from san_bench.run.results import read_rows
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted(path.parent for path in (ROOT / "results").glob("*/rows.jsonl"))

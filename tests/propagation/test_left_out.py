@@ -107,7 +107,7 @@ def test_written_and_read_back():
 
 
 def test_the_tree_names_what_is_left_out():
-    from san_bench.report.graph import to_text
+    from san_bench.graph.command import to_text
 
     graph = graph_of(lambda n, x: (n.b(x), n.a(x))[1], a=nn.Linear(4, 8), b=nn.Linear(4, 8))
     assert "b  Linear 4 -> 8  left out: no output that a task uses depends on it" in to_text(graph, "net")

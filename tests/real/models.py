@@ -15,7 +15,7 @@ import transformers as tf
 from PIL import Image
 from torch import Tensor, nn
 
-from san_bench.data.preprocess import checkpoint_input
+from san_bench.image.preprocess import checkpoint_input
 from san_bench.models.real import install_command, missing, real_path
 
 SENTENCES = (

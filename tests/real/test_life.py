@@ -16,7 +16,7 @@ from tests.real.models import MODELS, outputs
 from tests.tuner.spoiled import forgetting, parts_of
 from torch import nn
 
-from san_bench.run.models import empty_model
+from san_bench.models.architectures import empty_model
 from san_peft import MergeError, SanConfig, SanLayer, merge_and_verify, trace
 from san_peft.tuner import layerwise
 

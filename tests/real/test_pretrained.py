@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from tests.real.models import REACTIONS, folder, photos
 
-from san_bench.data.preprocess import checkpoint_input
+from san_bench.image.preprocess import checkpoint_input
 
 pytestmark = pytest.mark.real
 

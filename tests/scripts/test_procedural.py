@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from san_bench.data.procedural import _PROTOTYPES, FACTORS, GLYPHS, MAX_OBJECTS, draw
+from generators.procedural import _PROTOTYPES, FACTORS, GLYPHS, MAX_OBJECTS, draw
 from san_peft.errors import SanError
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field
 
-from san_bench.strict import Strict
+from san_bench.config.strict import Strict
 
 Propagation = Literal[
     "all", "exact", "feedforward", "reference", "none", "reversed", "skip-one", "permuted", "shuffled"

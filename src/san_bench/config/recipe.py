@@ -17,15 +17,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.methods import Method
-from san_bench.strict import Strict, check_file, did_you_mean, read_file, san_error
+from san_bench.config.methods import Method
+from san_bench.config.strict import Strict, check_file, did_you_mean, read_file, san_error
+from san_bench.kinds import recipe_class
 
 
 class Optimizer(Strict):
@@ -192,20 +193,6 @@ def find(name: str | Path, kind: str | None = "recipes") -> Path:
     raise san_error(
         f"There is no {(kind or 'recipes')[:-1]} {str(name)!r}.{hint} Give a file, or one of {', '.join(known)}."
     )
-
-
-DOMAINS = {
-    "conversation": "recipe_conversation.ConversationRecipe",
-    "text": "recipe_text.TextRecipe",
-    "input": "recipe_image.ImageRecipe",
-}
-"""The class of a recipe, by a key that no other class has; the last one where a file has none of them."""
-
-
-def recipe_class(data: Mapping[str, Any]) -> type[Recipe]:
-    """Returns the class that a recipe's keys belong to: of texts or of images."""
-    module, _, name = next((DOMAINS[key] for key in DOMAINS if key in data), DOMAINS["input"]).partition(".")
-    return getattr(import_module(f"san_bench.{module}"), name)
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Any:

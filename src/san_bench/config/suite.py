@@ -19,9 +19,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from san_bench.methods import Method
-from san_bench.recipe import VALIDATION, Recipe, find, recipe_class
-from san_bench.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
+from san_bench.config.methods import Method
+from san_bench.config.recipe import VALIDATION, Recipe, find
+from san_bench.config.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
+from san_bench.kinds import recipe_class
 
 Rates = dict[str, dict[str, float | dict[str, float]]]
 """Learning rates: by backbone and method, one for all tasks or one for each."""

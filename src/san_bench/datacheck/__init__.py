@@ -1,1 +1,1 @@
-"""Data of the runner: real data sets, and images that are drawn on the fly."""
+"""What data must be, and how it differs: manifests, problems, checks, fetching."""

@@ -10,10 +10,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from san_bench.data.check import examine
-from san_bench.data.found import Problem
-from san_bench.data.manifest import SUITES, Facts, Manifest, find_folder, load_manifest
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
+from san_bench.datacheck.check import examine
+from san_bench.datacheck.found import Problem
+from san_bench.datacheck.manifest import SUITES, Facts, Manifest, find_folder, load_manifest
 from san_peft.errors import SanError
 
 STAGE = ".fetching"

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from san_bench.data.manifest import Facts
-from san_bench.data.vision import FileSplit, JoinedSplit, Split, VisionTask
+from san_bench.datacheck.manifest import Facts
 from san_peft.errors import SanError
 
 
@@ -61,7 +60,7 @@ class Found:
     folder: Path | None = None
     layout: str = ""
     classes: int = 0
-    splits: dict[str, Split] = field(default_factory=dict)
+    splits: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -92,8 +91,8 @@ class Found:
         occurring: set[int] = set()
         for name, split in self.splits.items():
             wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.classes)).tolist()
-            if len(wrong) and name != "trainval" and not isinstance(split, JoinedSplit):
-                what = [f"{split.labels[i]} of {item_name(split, i)}" for i in wrong]
+            if len(wrong) and name != "trainval" and not split.joined:
+                what = [f"{split.labels[i]} of {split.item_name(i)}" for i in wrong]
                 self.add(f"{name}: {len(wrong):,} labels are no class of 0 to {self.classes - 1}", what)
             occurring |= set(np.unique(split.labels).tolist())
         absent = set(range(self.classes)) - occurring
@@ -101,12 +100,8 @@ class Found:
             seen = self.classes - len(absent)
             self.add(f"only {seen} of {self.classes} classes occur, without", (str(c) for c in sorted(absent)))
 
-    def task(self) -> VisionTask:
-        """Returns the task.
-
-        Raises:
-            SanError: If there are errors; the message holds them all.
-        """
+    def check(self) -> None:
+        """Raises `SanError` if there are errors; the message holds them all."""
         errors = [str(problem) for problem in self.problems if problem.level == "error"]
         if errors:
             where = f" in {self.folder}" if self.folder else ""
@@ -114,9 +109,3 @@ class Found:
                 f"The data of {self.name}{where} is not as it must be:\n  " + "\n  ".join(errors) + "\n"
                 "`san data check` looks at the images too."
             )
-        return VisionTask(self.name, self.classes, self.splits)
-
-
-def item_name(split: Split, index: int) -> str:
-    """Returns what to call an image in a message: its file, or its row."""
-    return split.files[index] if isinstance(split, FileSplit) else f"row {index}"

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
 from san_peft.errors import SanError
 
 SUITES = ("vtab", "fgvc", "gic", "commonsense")
@@ -88,7 +88,7 @@ def load_manifest(suite: str) -> Manifest:
     """
     if suite not in SUITES:
         raise SanError(f"There is no manifest of {suite!r}.{suggest(suite, SUITES)}")
-    text = (resources.files("san_bench.data") / "manifests" / f"{suite}.json").read_text(encoding="utf-8")
+    text = (resources.files("san_bench.datacheck") / "manifests" / f"{suite}.json").read_text(encoding="utf-8")
     raw = json.loads(text)
     lists = ("folders", "answers", "sought")
     tasks = {

@@ -10,10 +10,10 @@ from rich.console import Console, Group
 from rich.text import Text
 from rich.tree import Tree
 
-from san_bench.report.drawing import COLOURS, to_svg
-from san_bench.report.fold import Folded, FoldedBlock, FoldedEdge, fold_blocks
-from san_bench.report.graph_page import to_html
-from san_bench.report.wording import path_words, summary
+from san_bench.graph.drawing import COLOURS, to_svg
+from san_bench.graph.fold import Folded, FoldedBlock, FoldedEdge, fold_blocks
+from san_bench.graph.page import to_html
+from san_bench.graph.wording import path_words, summary
 from san_peft.errors import SanError
 from san_peft.propagation import describe_placement
 from san_peft.propagation.graph import PropagationGraph
@@ -34,7 +34,7 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
     Raises:
         SanError: If the name is unknown, the model cannot be traced, or the scheme does not fit it.
     """
-    from san_bench.run.models import empty_model, quietly
+    from san_bench.models.architectures import empty_model, quietly
     from san_bench.run.provenance import write_atomically
     from san_peft import trace
 

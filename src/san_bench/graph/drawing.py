@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from html import escape
 
-from san_bench.report.fold import Folded, FoldedEdge, fold_blocks
-from san_bench.report.layout import BOX_HEIGHT, MARGIN, Box, Bundle, Frame, Layout, lay_out
-from san_bench.report.wording import path_words, summary
+from san_bench.graph.fold import Folded, FoldedEdge, fold_blocks
+from san_bench.graph.layout import BOX_HEIGHT, MARGIN, Box, Bundle, Frame, Layout, lay_out
+from san_bench.graph.wording import path_words, summary
 from san_peft.propagation.graph import PropagationGraph
 
 CHARACTER = 5.9

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
-from san_bench.report.fold import Folded, FoldedBlock, FoldedEdge, FoldedLayer
-from san_bench.report.wording import path_words
+from san_bench.graph.fold import Folded, FoldedBlock, FoldedEdge, FoldedLayer
+from san_bench.graph.wording import path_words
 
 MARGIN, BOX_HEIGHT, BOX_GAP, ROW_WIDTH, IN_ROW = 10.0, 50.0, 8.0, 376.0, 3
 LANE, TRACK, ENTRY, ARROW, HEADER, SPREAD = 9.0, 18.0, 9.0, 24.0, 26.0, 14.0

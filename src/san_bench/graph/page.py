@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from html import escape
 from string import Template
 
-from san_bench.report.drawing import COLOURS, to_svg
-from san_bench.report.wording import summary
+from san_bench.graph.drawing import COLOURS, to_svg
+from san_bench.graph.wording import summary
 from san_peft.propagation.graph import PropagationGraph
 
 PAGE = Template("""<!doctype html>

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from san_bench.report.fold import FoldedEdge
+from san_bench.graph.fold import FoldedEdge
 from san_peft.propagation.graph import PropagationGraph
 from san_peft.propagation.rules import KINDS
 

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from san_bench.data import commonsense, fgvc, folders, vtab
-from san_bench.data.found import Found, Problem, item_name
-from san_bench.data.manifest import SUITES, Manifest, load_manifest
-from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
+from san_bench.config.strict import suggest
+from san_bench.datacheck.found import Found, Problem
+from san_bench.datacheck.manifest import SUITES, Manifest, load_manifest
+from san_bench.image import fgvc, folders, vtab
+from san_bench.image.splits import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
 from san_bench.run.provenance import write_atomically
-from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 TOLERATED_OVERLAP = 0.01
@@ -36,9 +35,6 @@ A copy of one split in place of another is far above it.
 
 CHUNK = 64
 """Images that a thread reads at a time."""
-
-TALKS = ("llava", "conversations")
-"""Tasks of conversations about images; see `san_bench.run.conversation_check`."""
 
 
 def examine(
@@ -54,9 +50,8 @@ def examine(
     """Checks the data of a suite, and notes every problem at once.
 
     Args:
-        suite: `vtab`, `fgvc`, `gic` or `commonsense`; one data set of them, such as `vtab/cifar`; `folder` or
-            `datasets` for images of one's own; or `llava`, one of its benchmarks such as `llava/gqa`, or
-            `conversations`.
+        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for images
+            of one's own.
         folder: Its folder.
         images: Also read and decode every image, and look for those that occur twice.
         workers: Threads that read images; by default as many as there are processors, up to eight.
@@ -73,18 +68,6 @@ def examine(
     """
     from rich.progress import Progress
 
-    if suite.partition("/")[0] == commonsense.SUITE:
-        if write_checksums or checksums:
-            raise SanError(f"Checksums are of images, and {suite} has texts. sha256sum does the same for its files.")
-        return commonsense.examine(folder, suite.partition("/")[2], manifest)
-    if suite.partition("/")[0] in TALKS:
-        if write_checksums or checksums:
-            raise SanError(
-                f"There are no checksums of {suite}. A run's task_fingerprint tells whether data is the same."
-            )
-        from san_bench.run import conversation_check
-
-        return conversation_check.examine(suite, folder, images, workers)
     if not images and (write_checksums or checksums):
         raise SanError("Checksums cover the images: leave out --no-images.")
     expected = _parse(checksums) if checksums else {}
@@ -109,37 +92,12 @@ def examine(
     return found
 
 
-def check_command(
-    suite: str,
-    folder: Path,
-    images: bool = True,
-    workers: int | None = None,
-    write_checksums: Path | None = None,
-    checksums: Path | None = None,
-) -> None:
-    """Checks, prints what was found and every problem, and exits with code 1 if there is an error."""
-    found = examine(suite, folder, images, workers, None, write_checksums, checksums, progress=sys.stderr.isatty())
-    for one in found:
-        if one.splits:
-            sizes = ", ".join(f"{name} {len(split):,}" for name, split in one.splits.items())
-            print(f"{one.name}: {one.layout}; {sizes}; {one.classes} classes")
-        elif one.layout:
-            print(f"{one.name}: {one.layout}")
-    problems = [problem for one in found for problem in one.problems]
-    for problem in problems:
-        print(f"{problem.level}: {problem}")
-    errors = sum(problem.level == "error" for problem in problems)
-    print(f"{errors} errors, {len(problems) - errors} warnings" if problems else "No problems.")
-    if errors:
-        sys.exit(1)
-
-
 def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
     kind, _, task = suite.partition("/")
     if suite in folders.OWN:
         return [folders.read(suite, folder)]
     if kind not in SUITES:
-        raise SanError(f"There is no data called {suite!r} to check.{suggest(kind, [*SUITES, *folders.OWN, *TALKS])}")
+        raise SanError(f"There is no image data called {suite!r} to check.{suggest(kind, [*SUITES, *folders.OWN])}")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     manifest = manifest or load_manifest(kind)
@@ -181,9 +139,9 @@ def _survey(
         for index, result in zip(chunk, results, strict=True):
             digests.append(None if isinstance(result, Exception) else result)
             if isinstance(result, FileNotFoundError):
-                missing.append(item_name(split, index))
+                missing.append(split.item_name(index))
             elif isinstance(result, Exception):
-                broken.append(f"{item_name(split, index)} ({result})")
+                broken.append(f"{split.item_name(index)} ({result})")
         advance(len(chunk))
     if missing:
         found.add(f"{name}: {len(missing):,} images are missing", missing)
@@ -235,7 +193,7 @@ def _find_repeated(found: Found, columns: dict[str, list[str | None]]) -> None:
         where[name] = places
         twins = [indices for indices in places.values() if len(indices) > 1]
         if twins:
-            items = [" = ".join(item_name(found.splits[name], i) for i in indices) for indices in twins]
+            items = [" = ".join(found.splits[name].item_name(i) for i in indices) for indices in twins]
             found.add(f"{name}: {len(twins):,} images occur more than once", items, "warning")
     for one, other in combinations(where, 2):
         if other == "train800val200" or (one == "train800val200" and other != "test"):
@@ -243,7 +201,7 @@ def _find_repeated(found: Found, columns: dict[str, list[str | None]]) -> None:
         common = [digest for digest in where[one] if digest in where[other]]
         if common:
             items = [
-                " = ".join(item_name(found.splits[name], where[name][digest][0]) for name in (one, other))
+                " = ".join(found.splits[name].item_name(where[name][digest][0]) for name in (one, other))
                 for digest in common
             ]
             share = max(sum(len(where[n][digest]) for digest in common) / len(columns[n]) for n in (one, other))

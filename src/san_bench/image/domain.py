@@ -19,13 +19,14 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from san_bench.data.preprocess import InputSettings, Prepared, input_settings, mixing
-from san_bench.data.vision import Split, VisionTask, load_task
-from san_bench.recipe import VALIDATION
-from san_bench.recipe_image import ImageRecipe
-from san_bench.run.build import head_of, model_path, version
+from san_bench.config.recipe import VALIDATION
+from san_bench.image.preprocess import InputSettings, Prepared, input_settings, mixing
+from san_bench.image.recipe import ImageRecipe
+from san_bench.image.splits import Split, VisionTask
+from san_bench.image.tasks import load_task
+from san_bench.models.adapt import head_of, model_path, version
+from san_bench.models.weights import misfits
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
-from san_bench.run.weights import misfits
 from san_peft.errors import SanError
 
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from san_bench.data.found import Found
-from san_bench.data.layouts import first_folder, read_folders, read_tables, standard
-from san_bench.data.manifest import Manifest, find_folder, load_manifest
-from san_bench.data.vision import FileSplit, JoinedSplit, VisionTask
+from san_bench.datacheck.found import Found
+from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
+from san_bench.image.layouts import first_folder, read_folders, read_tables, standard
+from san_bench.image.splits import FileSplit, JoinedSplit, VisionTask, task_of
 from san_peft.errors import SanError
 
 Rows = dict[str, list[tuple[str, Any]]]
@@ -45,7 +45,7 @@ def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
     Raises:
         SanError: If there is no such task or folder, or the data is not as it must be.
     """
-    return read(task, data, manifest).task()
+    return task_of(read(task, data, manifest))
 
 
 def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:

@@ -1,6 +1,6 @@
 """Data sets with no list files of their own: CIFAR-100, ImageNet-1k, any image folder, any data set of `datasets`.
 
-All of them have the splits `train`, `val`, `trainval` and `test`; `san_bench.data.layouts.standard` says where they
+All of them have the splits `train`, `val`, `trainval` and `test`; `san_bench.image.layouts.standard` says where they
 come from when the data brings fewer.
 """
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from san_bench.data.found import Found
-from san_bench.data.layouts import NAMES, read_folders, read_tables, standard, table_splits
-from san_bench.data.manifest import Manifest, find_folder, load_manifest
-from san_bench.data.vision import ArraySplit, VisionTask
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
+from san_bench.datacheck.found import Found
+from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
+from san_bench.image.layouts import NAMES, read_folders, read_tables, standard, table_splits
+from san_bench.image.splits import ArraySplit, VisionTask, task_of
 from san_peft.errors import SanError
 
 OWN = ("folder", "datasets")
@@ -37,7 +37,7 @@ def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
     Raises:
         SanError: If there is no such task or data, or the data is not as it must be.
     """
-    return read(task, data, manifest).task()
+    return task_of(read(task, data, manifest))
 
 
 def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int64
 
-from san_bench.data.found import Found
-from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit, stratified
+from san_bench.datacheck.found import Found
+from san_bench.image.splits import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit, stratified
 from san_peft.errors import SanError
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """From an image to what a model reads: resized and normalised by recipe and checkpoint, augmented in training.
 
 Example:
-    >>> from san_bench.data.embedded import embedded_path
-    >>> from san_bench.data.vision import load_task
+    >>> from san_bench.models.embedded import embedded_path
+    >>> from san_bench.image.tasks import load_task
     >>> images = for_checkpoint(load_task("digits")["val200"], embedded_path())
     >>> tuple(images[0]["pixel_values"].shape), float(images[0]["pixel_values"].min())
     ((3, 32, 32), -1.0)
@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.data.vision import ArraySplit, Split
-from san_bench.recipe_image import Augmentation, Input
+from san_bench.image.recipe import Augmentation, Input
+from san_bench.image.splits import ArraySplit, Split
 from san_peft.errors import SanError
 
 STATISTICS = {

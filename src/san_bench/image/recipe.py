@@ -1,7 +1,7 @@
 """Recipes of image classification.
 
 Example:
-    >>> from san_bench.recipe import load_recipe
+    >>> from san_bench.config.recipe import load_recipe
     >>> load_recipe("demo/san").input.resize
     'squash'
 """
@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.recipe import Recipe, check_splits
-from san_bench.strict import Strict, suggest
+from san_bench.config.recipe import Recipe, check_splits
+from san_bench.config.strict import Strict, suggest
 
 TASKS = ("digits", "folder", "datasets")
 """Tasks that are of no suite."""
@@ -71,7 +71,7 @@ class ImageRecipe(Recipe):
     """One run of image classification; what is not said here says `Recipe`.
 
     Attributes:
-        task: Name of a task; see `san_bench.data.vision.load_task`.
+        task: Name of a task; see `san_bench.image.tasks.load_task`.
         train_split: Split to train with.
         eval_split: Split to score once, after training.
         model: `embedded` (the small ViT of the package), `embedded/swin`, `embedded/convnext`,

@@ -1,10 +1,4 @@
-"""Image classification tasks: what a split of images is, and every task by its name.
-
-A split gives images and labels as they are stored. How images are resized, normalised and augmented is no matter of
-the data: the recipe and the checkpoint decide it, see `san_bench.data.preprocess`.
-
-Splits are named as in VTAB where a task has 1,000 images to train with: `train800` and `val200` to choose settings,
-`train800val200` to train with them, `test` to report once. Elsewhere they are `train`, `val`, `trainval` and `test`.
+"""Image classification tasks by name.
 
 Example:
     >>> task = load_task("digits")
@@ -16,217 +10,20 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
-from PIL import Image
 
-from san_bench.data.canvas import enlarge
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
+from san_bench.image import fgvc, folders, vtab
+from san_bench.image.mini.canvas import enlarge
+from san_bench.image.splits import ArraySplit, VisionTask, stratified
 from san_peft.errors import SanError
-
-if TYPE_CHECKING:
-    import datasets
 
 DIGITS_SEED = 2024
 """Seed of the stratified split of the digits. Another seed is another task."""
-
-
-def stored_bytes(path: Path) -> int:
-    """Returns the size of a file in bytes, -1 where it is missing, as fingerprints count it."""
-    return path.stat().st_size if path.is_file() else -1
-
-
-class Split(ABC):
-    """Images with their labels, decoded when they are asked for.
-
-    Attributes:
-        labels: Class of each image, counted from 0.
-    """
-
-    labels: Int64[np.ndarray, " n"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @abstractmethod
-    def image(self, index: int) -> Image.Image:
-        """Returns an image in RGB, in its own size.
-
-        Raises:
-            SanError: If it is missing or cannot be decoded; the message names it.
-        """
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A sha256 of what decides the content: see each kind of split."""
-
-
-class ArraySplit(Split):
-    """Images of one size in memory; the fingerprint covers every byte.
-
-    Args:
-        images: RGB images as bytes.
-        labels: Class of each image.
-    """
-
-    def __init__(self, images: UInt8[np.ndarray, "n height width 3"], labels: Int64[np.ndarray, " n"]) -> None:
-        _one_label_each(len(images), labels)
-        self.images, self.labels = images, labels
-
-    def image(self, index: int) -> Image.Image:
-        """Returns an image in RGB."""
-        return Image.fromarray(self.images[index])
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over the shape, the bytes of the images, and the labels."""
-        digest = hashlib.sha256(repr(self.images.shape).encode())
-        digest.update(np.ascontiguousarray(self.images).tobytes())
-        digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-
-class FileSplit(Split):
-    """Images in files; the fingerprint covers names, sizes in bytes and labels.
-
-    Args:
-        root: Folder that the files are relative to.
-        files: Path of each image below `root`, with forward slashes.
-        labels: Class of each image.
-    """
-
-    def __init__(self, root: Path, files: Sequence[str], labels: Int64[np.ndarray, " n"]) -> None:
-        _one_label_each(len(files), labels)
-        self.root, self.files, self.labels = Path(root), tuple(files), labels
-
-    def image(self, index: int) -> Image.Image:
-        """Reads and decodes a file."""
-        path = self.root / self.files[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
-            raise SanError(
-                f"The image {path} cannot be read: {error}. `san data check` lists all such files."
-            ) from error
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over a line per file: name, bytes, label. A file that is missing counts -1 bytes."""
-        digest = hashlib.sha256()
-        for name, label in zip(self.files, self.labels, strict=True):
-            digest.update(f"{name}\t{stored_bytes(self.root / name)}\t{label}\n".encode())
-        return digest.hexdigest()
-
-
-class TableSplit(Split):
-    """Rows of a table of the `datasets` library, as Arrow or parquet files hold them.
-
-    Args:
-        table: The rows.
-        image: Name of the column of images.
-        labels: Class of each row.
-    """
-
-    def __init__(self, table: datasets.Dataset, image: str, labels: Int64[np.ndarray, " n"]) -> None:
-        _one_label_each(len(table), labels)
-        self.table, self.column, self.labels = table, image, labels
-
-    def image(self, index: int) -> Image.Image:
-        """Decodes the image of a row."""
-        try:
-            return self.table[int(index)][self.column].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise SanError(f"Row {index} of the column {self.column!r} holds no readable image: {error}.") from error
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over a line per row: stored bytes of its image, label. Where the table lies is no part."""
-        import datasets
-        import pyarrow.compute as pc
-
-        stored = self.table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
-        sizes: list[int] = []
-        batch: Any  # a pyarrow.Table
-        for batch in stored.with_format("arrow").iter(batch_size=1000):
-            images = batch.column(0).combine_chunks()
-            lengths = pc.call_function("binary_length", [images.field("bytes")]).to_pylist()
-            for size, file in zip(lengths, images.field("path").to_pylist(), strict=True):
-                sizes.append(stored_bytes(Path(file)) if size is None else size)
-        lines = (f"{size}\t{label}\n" for size, label in zip(sizes, self.labels, strict=True))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-class JoinedSplit(Split):
-    """Several splits one after the other.
-
-    Args:
-        splits: The splits, in order.
-    """
-
-    def __init__(self, *splits: Split) -> None:
-        self.splits = splits
-        self.labels = np.concatenate([split.labels for split in splits])
-        self._ends = np.cumsum([len(split) for split in splits])
-
-    def image(self, index: int) -> Image.Image:
-        """Returns an image of the split that the index falls into."""
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return self.splits[which].image(int(index - (self._ends[which] - len(self.splits[which]))))
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over the fingerprints of the parts."""
-        return hashlib.sha256("".join(split.fingerprint for split in self.splits).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class VisionTask:
-    """One data set with its splits and its metric, which is accuracy.
-
-    Attributes:
-        name: What `load_task` knows it by.
-        num_classes: Number of classes; labels count from 0.
-        splits: The splits by name.
-    """
-
-    name: str
-    num_classes: int
-    splits: dict[str, Split]
-
-    def __post_init__(self) -> None:
-        """Checks that every label is a class.
-
-        Raises:
-            SanError: If a label is below 0, or `num_classes` or more.
-        """
-        for name, split in self.splits.items():
-            wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.num_classes))
-            if len(wrong):
-                raise SanError(
-                    f"Task {self.name!r}, split {name}: {len(wrong)} of {len(split)} labels are no class, such as "
-                    f"{split.labels[wrong[0]]} at index {wrong[0]}. It has {self.num_classes} classes, from 0."
-                )
-
-    def __getitem__(self, split: str) -> Split:
-        if split not in self.splits:
-            raise SanError(f"Task {self.name!r} has no split {split!r}.{suggest(split, self.splits)}")
-        return self.splits[split]
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over the names and fingerprints of all splits."""
-        return hashlib.sha256(json.dumps({n: s.fingerprint for n, s in self.splits.items()}).encode()).hexdigest()
 
 
 def load_digits_task() -> VisionTask:
@@ -254,8 +51,8 @@ def load_digits_task() -> VisionTask:
 TASKS: dict[str, Callable[[], VisionTask]] = {"digits": load_digits_task}
 """The tasks outside any suite that need nothing but this package, by name."""
 
-SUITES = {"vtab": "vtab", "fgvc": "fgvc", "gic": "folders", "folder": "folders", "datasets": "folders"}
-"""Modules of `san_bench.data` by the part of a task's name before the slash; each has `load(task, data)`."""
+SUITES = {"vtab": vtab, "fgvc": fgvc, "gic": folders, "folder": folders, "datasets": folders}
+"""Modules that load a task, by the part of its name before the slash; each has `load(task, data)`."""
 
 
 def load_task(name: str, data: Path | None = None) -> VisionTask:
@@ -273,31 +70,9 @@ def load_task(name: str, data: Path | None = None) -> VisionTask:
     if name in TASKS:
         return TASKS[name]()
     if suite == "mini-vision":
-        return import_module("san_bench.data.mini").load(name)
+        return mini.load(name)
     if suite not in SUITES:
         raise SanError(f"There is no task {name!r}.{suggest(name, [*TASKS, 'mini-vision/count', *SUITES])}")
     if data is None:
         raise SanError(f"The task {name!r} needs its data: name the folder as `data`, or with --data.")
-    return import_module(f"san_bench.data.{SUITES[suite]}").load(task or suite, Path(data))
-
-
-def stratified(
-    members: Int64[np.ndarray, " n"], labels: Int64[np.ndarray, " all"], count: int, seed: int
-) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " rest"]]:
-    """Takes `count` members with the classes in proportion (largest remainder); returns them and the rest, sorted.
-
-    The order in which a class is drawn comes from a hash of (seed, member), so no library version changes the split.
-    """
-    key = [hashlib.sha256(f"{seed}:{member}".encode()).digest() for member in members]
-    shuffled = members[sorted(range(len(members)), key=key.__getitem__)]
-    classes, sizes = np.unique(labels[members], return_counts=True)
-    share = sizes * count
-    take = share // len(members)
-    take[np.argsort(-(share % len(members)), kind="stable")[: count - take.sum()]] += 1
-    taken = np.concatenate([shuffled[labels[shuffled] == c][:n] for c, n in zip(classes, take, strict=True)])
-    return np.sort(taken), np.setdiff1d(members, taken)
-
-
-def _one_label_each(images: int, labels: Int64[np.ndarray, " n"]) -> None:
-    if images != len(labels):
-        raise SanError(f"A split needs one label per image, but has {images} images and {len(labels)} labels.")
+    return SUITES[suite].load(task or suite, Path(data))

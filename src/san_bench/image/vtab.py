@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from san_bench.data.found import Found
-from san_bench.data.layouts import read_folders, read_list, read_tables
-from san_bench.data.manifest import Manifest, find_folder, load_manifest
-from san_bench.data.vision import JoinedSplit, VisionTask
+from san_bench.datacheck.found import Found
+from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
+from san_bench.image.layouts import read_folders, read_list, read_tables
+from san_bench.image.splits import JoinedSplit, VisionTask, task_of
 from san_peft.errors import SanError
 
 SPLITS = ("train800", "val200", "train800val200", "test")
@@ -38,7 +38,7 @@ def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
     Raises:
         SanError: If there is no such task or folder, or the data is not as it must be.
     """
-    return read(task, data, manifest).task()
+    return task_of(read(task, data, manifest))
 
 
 def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:

@@ -2,7 +2,7 @@
 
 Models are trained on `commonsense_170k.json`, where all eight are mixed, and tested on each. The community's layout is
 a folder `dataset/` with `NAME/test.json` for each task. Questions come as instructions; see
-`san_bench.data.instructions`.
+`san_bench.language.instructions`.
 
 Example:
     >>> name, facts = find_task("SIQA")
@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from san_bench.data.found import Found
-from san_bench.data.instructions import Questions, Record, load_records
-from san_bench.data.manifest import Facts, Manifest, find_folder, load_manifest, plain
-from san_bench.data.records import SUFFIXES
-from san_bench.strict import did_you_mean
+from san_bench.config.strict import did_you_mean
+from san_bench.datacheck.found import Found
+from san_bench.datacheck.manifest import Facts, Manifest, find_folder, load_manifest, plain
+from san_bench.language.instructions import Questions, Record, load_records
+from san_bench.language.records import SUFFIXES
 from san_peft.errors import SanError
 
 SUITE = "commonsense"
@@ -93,7 +93,7 @@ def load_mix(source: str | Path) -> tuple[Record, ...]:
     """Loads the training mix: every record's answer is one of some task.
 
     Args:
-        source: `commonsense_170k.json`, or any other source of `san_bench.data.instructions.load_records`.
+        source: `commonsense_170k.json`, or any other source of `san_bench.language.instructions.load_records`.
 
     Returns:
         The records, in the order of the file.

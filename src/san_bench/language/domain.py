@@ -13,16 +13,16 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, set_seed
 
-from san_bench.data.instructions import Questions
-from san_bench.data.prompts import Collator, Tokenised, prompt, tokenise
-from san_bench.data.texts import MOST_ANSWERS, TextTask, load_text_task
-from san_bench.data.tokens import PreparedTokenizer, prepare_tokenizer
-from san_bench.recipe_text import TextRecipe
-from san_bench.run.answers import answer_task
-from san_bench.run.build import model_path, version
+from san_bench.language.generation import answer_task
+from san_bench.language.instructions import Questions
+from san_bench.language.likelihood import choose, harness_scores, load_harness
+from san_bench.language.prompts import Collator, Tokenised, prompt, tokenise
+from san_bench.language.recipe import TextRecipe
+from san_bench.language.tasks import MOST_ANSWERS, TextTask, load_text_task
+from san_bench.language.tokenizer import PreparedTokenizer, prepare_tokenizer
+from san_bench.models.adapt import model_path, version
+from san_bench.models.weights import load_pretrained, place
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
-from san_bench.run.likelihood import choose, harness_scores, load_harness
-from san_bench.run.weights import load_pretrained, place
 from san_peft.errors import SanError
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from san_bench.data.instructions import Questions, fingerprint
-from san_bench.data.prompts import RESPONSE, Collator, Template, prompt
-from san_bench.data.tokens import PreparedTokenizer
+from san_bench.language.instructions import Questions, fingerprint
+from san_bench.language.prompts import RESPONSE, Collator, Template, prompt
+from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import mine, together
 from san_peft.errors import SanError
 

@@ -21,8 +21,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from san_bench.data.layouts import NAMES, by_split
-from san_bench.data.records import SUFFIXES, Row, file_rows
+from san_bench.image.layouts import NAMES, by_split
+from san_bench.language.records import SUFFIXES, Row, file_rows
 from san_peft.errors import SanError
 
 FIELDS = ("instruction", "input", "output", "answer")

@@ -1,7 +1,7 @@
 """Scoring by likelihood: which of the possible answers does a model find most likely?
 
-A second look at the same questions, beside the published protocol of `san_bench.run.answers`, with other numbers:
-nothing is generated, so an answer is never missed. lm-eval does it in its own words, with a passage in BoolQ and the
+A second look at the same questions, beside the published protocol of `san_bench.language.generation`, with other
+numbers: nothing is generated, so an answer is never missed. lm-eval does it in its own words, with a passage in BoolQ and the
 texts of the options in place of their names; `choose` does it on our own records.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from san_bench.data.commonsense import TASKS, find_task
-from san_bench.data.instructions import Questions
-from san_bench.data.prompts import Collator, Template, prompt
-from san_bench.data.tokens import PreparedTokenizer
-from san_bench.run.answers import batches, scoring
+from san_bench.language.commonsense import TASKS, find_task
+from san_bench.language.generation import batches, scoring
+from san_bench.language.instructions import Questions
+from san_bench.language.prompts import Collator, Template, prompt
+from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import mine, together
 from san_peft.errors import SanError
 
@@ -167,7 +167,7 @@ def harness_scores(
     Args:
         model: A causal language model of transformers, with or without an adapter.
         tokenizer: Its tokenizer, made ready.
-        tasks: The tasks; see `san_bench.data.commonsense.find_task`.
+        tasks: The tasks; see `san_bench.language.commonsense.find_task`.
         batch_size: Texts at a time.
         limit: Questions of each task, to try it out; all by default.
 

@@ -5,7 +5,7 @@ makes of it, to the last blank: all lines of the template but the first are inde
 evaluation in blanks at the end of the first line and on the empty ones.
 
 Example:
-    >>> from san_bench.data.instructions import Record
+    >>> from san_bench.language.instructions import Record
     >>> record = Record("Is water wet?", "", "the correct answer is true", "true")
     >>> print(prompt(record, "clean", "evaluation"))
     Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -28,8 +28,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.data.instructions import Record
-from san_bench.data.tokens import PreparedTokenizer
+from san_bench.language.instructions import Record
+from san_bench.language.tokenizer import PreparedTokenizer
 from san_peft.errors import SanError
 
 Template = Literal["legacy", "clean"]

@@ -1,7 +1,7 @@
 """Recipes of language models that are fine-tuned on instructions.
 
 Example:
-    >>> from san_bench.recipe import load_recipe
+    >>> from san_bench.config.recipe import load_recipe
     >>> recipe = load_recipe("language/llama-7b-lora", {"output": "runs/llama"})
     >>> recipe.text.loss_on, recipe.method.rank, recipe.optimizer.lr
     ('full', 32, 0.0003)
@@ -13,21 +13,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.recipe import Recipe, check_splits, check_weights
-from san_bench.strict import Strict, suggest
+from san_bench.config.recipe import Recipe, check_splits, check_weights
+from san_bench.config.strict import Strict, suggest
 
 TASKS = ("mini-language", "commonsense", "instructions")
 """What there is to train on; the first two also have tasks of their own, such as `mini-language/easy`."""
 
 
 class Text(Strict):
-    """How a record becomes what the model reads; see `san_bench.data.prompts`.
+    """How a record becomes what the model reads; see `san_bench.language.prompts`.
 
     Attributes:
         template: `clean`, or `legacy`: as published, to the last blank.
         loss_on: `full` for all tokens, or `answer` for what the model should write.
         cutoff: The most tokens of a record.
-        pad: What fills up a batch; see `san_bench.data.tokens.prepare_tokenizer`.
+        pad: What fills up a batch; see `san_bench.language.tokenizer.prepare_tokenizer`.
         packing: Joins the records of a batch into one row without padding, in which each sees itself alone.
     """
 
@@ -39,7 +39,7 @@ class Text(Strict):
 
 
 class Scoring(Strict):
-    """How answers are found; see `san_bench.run.answers` and `san_bench.run.likelihood`.
+    """How answers are found; see `san_bench.language.generation` and `san_bench.language.likelihood`.
 
     Attributes:
         ways: `generation`: the model writes, and the first answer in what it writes counts. `likelihood`: the answer
@@ -70,7 +70,7 @@ class TextRecipe(Recipe):
     """One run of a language model; what is not said here says `Recipe`.
 
     Attributes:
-        task: What is trained on; see `san_bench.data.texts.load_text_task`. One run is scored on all tasks that its
+        task: What is trained on; see `san_bench.language.tasks.load_text_task`. One run is scored on all tasks that its
             data has questions of.
         data: Folder of the data, or a data set on the Hugging Face hub; `null` for mini-language.
         train_split: `train`, or `trainval`: with what is held out as well.

@@ -20,10 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from san_bench.data import commonsense, world
-from san_bench.data.instructions import Questions, Record, fingerprint, load_records, splits_of
-from san_bench.data.manifest import find_folder, load_manifest
-from san_bench.strict import suggest, task_of_suite
+from san_bench.config.strict import suggest, task_of_suite
+from san_bench.datacheck.manifest import find_folder, load_manifest
+from san_bench.language import commonsense
+from san_bench.language.instructions import Questions, Record, fingerprint, load_records, splits_of
+from san_bench.language.mini import tasks as world
 from san_peft.errors import SanError
 
 T = TypeVar("T")

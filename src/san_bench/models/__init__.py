@@ -12,7 +12,7 @@ def local_model(name: str) -> Path | None:
     """Returns the folder of a model that needs no hub, for any `from_pretrained` of transformers.
 
     Args:
-        name: `embedded`, `embedded/NAME` or `real/NAME`; see `san_bench.data.embedded` and `san_bench.models.real`.
+        name: `embedded`, `embedded/NAME` or `real/NAME`; see `san_bench.models.embedded` and `san_bench.models.real`.
 
     Returns:
         The folder, or `None` where the name is of no such family.
@@ -26,7 +26,7 @@ def local_model(name: str) -> Path | None:
     """
     family, _, which = name.partition("/")
     if family == "embedded":
-        from san_bench.data.embedded import embedded_path
+        from san_bench.models.embedded import embedded_path
 
         return embedded_path(which or "vit")
     if family == "real" and not Path(name).is_dir():  # a folder of that name goes first

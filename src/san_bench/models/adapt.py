@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from san_bench.methods import Ia3, Lora, San, SanOver, Ssf
+from san_bench.config.methods import Ia3, Lora, San, SanOver, Ssf
+from san_bench.config.recipe import Recipe, split_revision
 from san_bench.models import local_model
-from san_bench.recipe import Recipe, split_revision
 from san_peft.errors import SanError
 from san_peft.tuner.resolve import norms_of
 

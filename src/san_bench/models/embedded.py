@@ -17,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_bench.data.conversations import MARKER
+from san_bench.config.strict import suggest
 from san_bench.models.cache import assembled
-from san_bench.strict import suggest
+from san_bench.vision_language.records import MARKER
 from san_peft.errors import SanError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def embedded_path(name: str = "vit") -> Path:
 
 def asset(name: str) -> Path:
     """Returns the folder that holds what ships of a model."""
-    return Path(str(resources.files("san_bench.data") / "assets" / f"{name}-tiny-procedural"))
+    return Path(str(resources.files("san_bench.models") / "assets" / f"{name}-tiny-procedural"))
 
 
 def joined(tower: Path, decoder: Path) -> LlavaForConditionalGeneration:

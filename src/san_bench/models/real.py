@@ -16,9 +16,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from san_bench.config.strict import suggest
 from san_bench.models import convert
 from san_bench.models.cache import assembled
-from san_bench.strict import suggest
 from san_peft.errors import SanError
 
 EDITION = "1"

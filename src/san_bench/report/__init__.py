@@ -1,1 +1,1 @@
-"""Reports: tables, plots and drawings."""
+"""Reports on rows and run folders: tables, figures and pages."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from san_bench.report.results import Row, read_rows
-from san_bench.report.sections import Section, sections
+from san_bench.report.tables.sections import Section, sections
+from san_bench.run.results import Row, read_rows
 from san_bench.run.scales import Scales, load_scales
 
 HOSTS = {"san": "own", "ssf": "own", "lora": "lora", "san-lora": "lora", "dora": "dora", "san-dora": "dora"}

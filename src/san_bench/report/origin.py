@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from san_bench.report.results import trainings
+from san_bench.run.results import trainings
 
 LABELS = {
     "san": "SAN",

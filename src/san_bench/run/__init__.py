@@ -1,1 +1,1 @@
-"""Running recipes: models, training, evaluation, the demo."""
+"""Train, score and resume one run; its scales, model card, trackers and provenance."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from san_bench.recipe import Recipe
+from san_bench.config.recipe import Recipe
 
 PACKAGES = ("transformers", "datasets", "peft", "accelerate", "bitsandbytes", "torch", "san-peft")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from san_bench.recipe import Recipe
+from san_bench.config.recipe import Recipe
+from san_bench.kinds import domain_class
 from san_bench.run.provenance import write_atomically
 
 Batch = dict[str, Tensor]
@@ -152,21 +152,13 @@ class Domain(ABC):
         """Writes what a model needs beside its weights to be used: settings of images, or a tokenizer."""
 
 
-DOMAINS = {
-    "ImageRecipe": ("images", "Images"),
-    "TextRecipe": ("texts", "Texts"),
-    "ConversationRecipe": ("conversations", "Conversations"),
-}
-"""Module and class of each kind of recipe."""
-
-
 def domain_of(recipe: Recipe) -> Domain:
     """Loads the data of a recipe.
 
     Raises:
         SanError: If it is missing, or not as it must be.
     """
-    return _class_of(recipe)(recipe)  # type: ignore[call-arg]  # each takes its recipe
+    return domain_class(recipe)(recipe)  # type: ignore[call-arg]  # each takes its recipe
 
 
 def check_companions(recipe: Recipe) -> None:
@@ -175,9 +167,4 @@ def check_companions(recipe: Recipe) -> None:
     Raises:
         SanError: If something that a run needs is missing, or cannot be used.
     """
-    _class_of(recipe).companions(recipe)
-
-
-def _class_of(recipe: Recipe) -> type[Domain]:
-    module, name = DOMAINS[type(recipe).__name__]
-    return getattr(import_module(f"san_bench.run.{module}"), name)
+    domain_class(recipe).companions(recipe)

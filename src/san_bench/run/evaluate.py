@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from san_bench.recipe import Recipe, load_recipe
-from san_bench.run.build import PLAIN, SAN, calm
+from san_bench.config.recipe import Recipe, load_recipe
+from san_bench.models.adapt import PLAIN, SAN, calm
 from san_bench.run.domain import Domain, domain_of
 from san_bench.run.folder import EXPORT, weights_sha256
 from san_bench.run.provenance import write_atomically

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from san_bench.recipe import Recipe, load_recipe
+from san_bench.config.recipe import Recipe, load_recipe
 from san_bench.run.provenance import write_atomically
 
 EXPORT = "export.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from san_bench.config.recipe import Recipe, split_revision
 from san_bench.models import FAMILIES
-from san_bench.recipe import Recipe, split_revision
-from san_bench.report.results import by_task
 from san_bench.run.provenance import write_atomically
+from san_bench.run.results import by_task
 
 CODE_OF_SAN = "import san_peft  # registers SAN with PEFT\nfrom peft import PeftModel"
 

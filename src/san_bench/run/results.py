@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from san_bench.strict import san_error
+from san_bench.config.strict import san_error
 
 Row = dict[str, Any]
 

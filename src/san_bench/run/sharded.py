@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from san_bench.run.weights import train_in_float32
+from san_bench.models.weights import train_in_float32
 from san_peft.tuner import sharded
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from san_bench.recipe import Recipe
+from san_bench.config.recipe import Recipe
 from san_bench.run.scales import scale_vectors
 from san_peft.errors import SanError
 

@@ -15,18 +15,24 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from san_bench.recipe import Recipe, split_revision
-from san_bench.run.build import check_trainable, checkpoint_sha256, loaded_commit, saved_activation_bytes, with_method
-from san_bench.run.card import write_card
+from san_bench.config.recipe import Recipe, split_revision
+from san_bench.models.adapt import (
+    check_trainable,
+    checkpoint_sha256,
+    loaded_commit,
+    saved_activation_bytes,
+    with_method,
+)
+from san_bench.models.weights import place
 from san_bench.run.comparison import comparison
 from san_bench.run.domain import Domain, domain_of
 from san_bench.run.evaluate import trained_model
 from san_bench.run.folder import claim
+from san_bench.run.model_card import write_card
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
-from san_bench.run.shards import Engine
+from san_bench.run.sharded import Engine
 from san_bench.run.trainer import COMPLETE, make_trainer
-from san_bench.run.weights import place
 from san_peft.errors import SanError
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from san_bench.recipe import Recipe
+from san_bench.config.recipe import Recipe
 from san_bench.run.domain import Domain, Training
 from san_bench.run.provenance import write_atomically, write_rows
 from san_bench.run.tracking import tracking

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from san_bench.recipe import Recipe, load_recipe, shipped
-from san_bench.run.engines import in_fresh_process
+from san_bench.config.recipe import Recipe, load_recipe, shipped
+from san_bench.config.strict import san_error, suggest
 from san_bench.run.folder import check_free
 from san_bench.run.provenance import write_atomically, write_rows
-from san_bench.strict import san_error, suggest
+from san_bench.suites.engines import in_fresh_process
 
 NEEDED = ("sklearn", "matplotlib")
 """Modules of the extra `demo`."""
@@ -96,8 +96,8 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Loads a run's adapter, compares its predictions with the run's, merges it, and returns both and the scales."""
+    from san_bench.image.domain import load_predictions, predict
     from san_bench.run.evaluate import load_model
-    from san_bench.run.images import load_predictions, predict
     from san_peft import SanLayer, merge_and_verify
 
     model, domain = load_model(run)
@@ -127,8 +127,8 @@ def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
 def _report(
     out: Path, rows: list[dict[str, Any]], losses: dict[str, list[float]], scales: dict[str, dict[str, list[float]]]
 ) -> None:
-    from san_bench.report.plots import loss_curves, scale_histograms
-    from san_bench.report.table import notes, origin, to_markdown, to_rich
+    from san_bench.report.figures.plots import loss_curves, scale_histograms
+    from san_bench.report.tables.table import notes, origin, to_markdown, to_rich
 
     complete = len(rows) == sum(name.startswith("demo/") for name in shipped())
     command = "san demo" if complete else f"san demo --methods {' '.join(row['run'] for row in rows)}"

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from san_bench.strict import san_error
+from san_bench.config.strict import san_error
 
 PRELOAD = ["san_bench.run.train", "peft", "san_peft"]
 """What the server that processes are forked from imports once, for all of them."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from san_bench.run.engines import Outcome, attempt, import_path
-from san_bench.strict import san_error
+from san_bench.config.strict import san_error
+from san_bench.suites.engines import Outcome, attempt, import_path
 
 RETRIES = 3
 """How often a job starts again whose worker was lost."""

@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from san_bench.recipe import recipe_class
-from san_bench.report.results import by_task
-from san_bench.run.engines import Engine
+from san_bench.config.suite import Choice, Rates, Run, Suite, best_rates, plan, plan_search
+from san_bench.kinds import recipe_class
 from san_bench.run.provenance import write_atomically, write_rows
-from san_bench.suite import Choice, Rates, Run, Suite, best_rates, plan, plan_search
+from san_bench.run.results import by_task
+from san_bench.suites.engines import Engine
 from san_peft.errors import SanError
 
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ def _carry_out(
     keep_models: bool = False,
     modes: Sequence[str] = (),
 ) -> list[Row]:
-    from san_bench.run.build import SAN
+    from san_bench.models.adapt import SAN
 
     jobs = {}
     prints = _fingerprints(runs)
@@ -149,7 +149,7 @@ def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator
 def run_job(job: dict[str, Any]) -> list[Row]:
     """Carries out one run of a suite, in a process of its own, and returns its rows, one for each task and way."""
     os.environ["TQDM_DISABLE"] = "1"  # one bar is enough, and it is the suite's
-    from san_bench.run.build import PLAIN
+    from san_bench.models.adapt import PLAIN
     from san_bench.run.evaluate import eval_file, evaluate
     from san_bench.run.train import train
 

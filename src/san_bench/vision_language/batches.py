@@ -33,7 +33,7 @@ class ModalityBatches(Sampler[list[int]]):
 
     Args:
         with_image: Whether each conversation has an image.
-        lengths: Length of each conversation; see `san_bench.data.conversation_prompts.measure`.
+        lengths: Length of each conversation; see `san_bench.vision_language.encoding.measure`.
         batch_size: Conversations of a full batch, on one process.
         seed: Seed of the shuffling; the epoch is added to it by `set_epoch`.
         world_size: Number of processes.

@@ -5,31 +5,46 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from san_bench.data.conversation_images import problems_of_images, survey
-from san_bench.data.conversations import read_conversations
-from san_bench.data.found import Found
-from san_bench.recipe_conversation import BENCHMARKS
-from san_bench.run.conversation_task import MIX, TEST, TRAIN, benchmark_folder, load_benchmark
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
+from san_bench.datacheck.found import Found
+from san_bench.vision_language.images import problems_of_images, survey
+from san_bench.vision_language.recipe import BENCHMARKS
+from san_bench.vision_language.records import read_conversations
+from san_bench.vision_language.tasks import MIX, TEST, TRAIN, benchmark_folder, load_benchmark
 from san_peft.errors import SanError
 
 
-def examine(suite: str, folder: Path, images: bool = True, workers: int | None = None) -> list[Found]:
+def examine(
+    suite: str,
+    folder: Path,
+    images: bool = True,
+    workers: int | None = None,
+    manifest: None = None,
+    write_checksums: Path | None = None,
+    checksums: Path | None = None,
+    progress: bool = False,
+) -> list[Found]:
     """Checks records and questions, and notes every problem at once.
 
     Args:
         suite: `llava`, one of its benchmarks such as `llava/gqa`, or `conversations`.
-        folder: Its folder; see `san_bench.run.conversation_task`.
+        folder: Its folder; see `san_bench.vision_language.tasks`.
         images: Decodes every image; otherwise those that are missing are found alone.
         workers: Threads that read images; by default as many as there are processors, up to eight.
+        manifest: There is none.
+        write_checksums: Refused.
+        checksums: Refused.
+        progress: Not used.
 
     Returns:
         What was found: of `llava` the training mix and the benchmarks, of which absent ones are no problem unless they
         were asked for; of `conversations` the records to train with and to ask.
 
     Raises:
-        SanError: If there is no such folder or benchmark.
+        SanError: If there is no such folder or benchmark, or checksums are asked for.
     """
+    if write_checksums or checksums:
+        raise SanError(f"There are no checksums of {suite}. A run's task_fingerprint tells whether data is the same.")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     kind, _, part = suite.partition("/")

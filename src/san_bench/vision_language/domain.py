@@ -15,9 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from san_bench.data.conversation_batches import ModalityBatches
-from san_bench.data.conversation_form import form_of
-from san_bench.data.conversation_prompts import (
+from san_bench.language.generation import batches, decoding, scoring
+from san_bench.language.prompts import Collator
+from san_bench.models.adapt import PROJECTOR, TOWER, model_path, version
+from san_bench.models.weights import load_pretrained, place
+from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
+from san_bench.run.processes import mine, together
+from san_bench.vision_language.batches import ModalityBatches
+from san_bench.vision_language.encoding import (
     ConversationCollator,
     ConversationDataset,
     Images,
@@ -27,17 +32,12 @@ from san_bench.data.conversation_prompts import (
     opened,
     stack_images,
 )
-from san_bench.data.conversations import Conversation
-from san_bench.data.prompts import Collator
-from san_bench.recipe_conversation import ConversationRecipe
-from san_bench.run.answers import batches, decoding, scoring
-from san_bench.run.build import PROJECTOR, TOWER, model_path, version
-from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
-from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
-from san_bench.run.processes import mine, together
-from san_bench.run.vqa import Question, Score, score
-from san_bench.run.vqa_answers import normalise_gqa
-from san_bench.run.weights import load_pretrained, place
+from san_bench.vision_language.recipe import ConversationRecipe
+from san_bench.vision_language.records import Conversation
+from san_bench.vision_language.tasks import Asked, ConversationTask, load_conversation_task
+from san_bench.vision_language.template import form_of
+from san_bench.vision_language.vqa.benchmarks import Question, Score, score
+from san_bench.vision_language.vqa.normalize import normalise_gqa
 from san_peft.errors import SanError
 
 IMAGES = "images.json"
@@ -139,7 +139,7 @@ class Conversations(Domain):
 
     @cached_property
     def lengths(self) -> Any:
-        """How long the conversations are; see `san_bench.data.conversation_prompts.measure`.
+        """How long the conversations are; see `san_bench.vision_language.encoding.measure`.
 
         Raises:
             SanError: If they would be cut within an image.

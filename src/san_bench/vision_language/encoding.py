@@ -1,6 +1,6 @@
 r"""From a conversation to what LLaVA reads: token ids, labels of the answers alone, and the pixels of its image.
 
-`san_bench.data.conversation_form` says how it is written; here it becomes tensors. The image stands in front of the
+`san_bench.vision_language.template` says how it is written; here it becomes tensors. The image stands in front of the
 first question, wherever the record has its marker. The processor puts in as many tokens as the image takes, and the
 tokenizer says which tokens the answers are.
 
@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.data.conversation_form import form_of, in_tiles, write, write_question
-from san_bench.data.conversation_images import mean_colour, pad_to_square, read_image, read_size
-from san_bench.data.conversations import MARKER, Conversation
-from san_bench.data.prompts import IGNORED
+from san_bench.language.prompts import IGNORED
+from san_bench.vision_language.images import mean_colour, pad_to_square, read_image, read_size
+from san_bench.vision_language.records import MARKER, Conversation
+from san_bench.vision_language.template import form_of, in_tiles, write, write_question
 from san_peft.errors import SanError
 
 Images = str | Path | Callable[[str], Image.Image]

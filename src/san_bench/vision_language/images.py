@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from san_bench.data.conversations import Conversation, leaves_root
-from san_bench.data.found import Problem
+from san_bench.datacheck.found import Problem
+from san_bench.vision_language.records import Conversation, leaves_root
 from san_peft.errors import SanError
 
 CHUNK = 64

@@ -1,7 +1,7 @@
 """Recipes of models that see and speak, which are fine-tuned on conversations about images.
 
 Example:
-    >>> from san_bench.recipe import load_recipe
+    >>> from san_bench.config.recipe import load_recipe
     >>> recipe = load_recipe("vision-language/llava-1.5-7b-san-lora")
     >>> recipe.tower, recipe.projector_lr, recipe.conversation.max_length
     ('frozen', 2e-05, 2048)
@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.recipe import Recipe, check_splits, check_weights
-from san_bench.strict import Strict, suggest
+from san_bench.config.recipe import Recipe, check_splits, check_weights
+from san_bench.config.strict import Strict, suggest
 
 TASKS = ("llava", "conversations", "mini-vl")
 """What there is to train on."""
@@ -24,7 +24,7 @@ BENCHMARKS = ("vqav2", "gqa", "vizwiz", "sqa", "textvqa", "pope", "mmbench")
 
 
 class Talk(Strict):
-    """How a conversation becomes what the model reads; see `san_bench.data.conversation_prompts`.
+    """How a conversation becomes what the model reads; see `san_bench.vision_language.encoding`.
 
     Attributes:
         max_length: The most tokens of a conversation, those of its image included.
@@ -67,7 +67,7 @@ class ConversationRecipe(Recipe):
     """One run of a model that sees and speaks; what is not said here says `Recipe`.
 
     Attributes:
-        task: What is trained on; see `san_bench.run.conversation_task.load_conversation_task`.
+        task: What is trained on; see `san_bench.vision_language.tasks.load_conversation_task`.
         data: Folder of the records, the images and the benchmarks; `null` for `mini-vl`.
         train_split: `train`: all records; of `mini-vl` also `trainval`: with what is held out as well.
         eval_split: `test`: what can be scored without a server; of `mini-vl` also `val`.

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from san_bench.data.records import SUFFIXES, file_rows
-from san_bench.data.vision import stored_bytes
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
+from san_bench.image.splits import stored_bytes
+from san_bench.language.records import SUFFIXES, file_rows
 from san_peft.errors import SanError
 
 MARKER = "<image>"
@@ -105,7 +105,7 @@ def load_conversations(path: str | Path) -> list[Conversation]:
         raise SanError(
             f"{path}: {len(bad):,} of {len(records) + len(bad):,} records are not as they must be:\n"
             + "\n".join(lines)
-            + "\nMend them in the file, or take the others with san_bench.data.conversations.read_conversations."
+            + "\nMend them in the file, or take the others with san_bench.vision_language.records.read_conversations."
         )
     return records
 

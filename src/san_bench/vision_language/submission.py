@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from san_bench.recipe_conversation import ConversationRecipe
-from san_bench.run import vqa_files, vqa_uploads
-from san_bench.run.vqa import Question
-from san_bench.strict import did_you_mean
+from san_bench.config.strict import did_you_mean
+from san_bench.vision_language.recipe import ConversationRecipe
+from san_bench.vision_language.vqa import files as vqa_files
+from san_bench.vision_language.vqa import uploads as vqa_uploads
+from san_bench.vision_language.vqa.benchmarks import Question
 from san_peft.errors import SanError
 
 
@@ -81,10 +82,10 @@ def submission(
 
 
 def _ask(run: Path, name: str, questions: Sequence[Question], images: Path) -> list[str | None]:
-    from san_bench.run.conversation_task import Asked, ConversationTask
-    from san_bench.run.conversations import Conversations
+    from san_bench.models.weights import place
     from san_bench.run.evaluate import run_recipe, trained_model
-    from san_bench.run.weights import place
+    from san_bench.vision_language.domain import Conversations
+    from san_bench.vision_language.tasks import Asked, ConversationTask
 
     recipe = run_recipe(run)
     if not isinstance(recipe, ConversationRecipe):

@@ -4,7 +4,7 @@
 benchmarks as LLaVA's docs/Evaluation.md lays them out (haotian-liu/LLaVA), with the annotations of what can be scored
 without a server beside them. `conversations` is for records of one's own: `train.json` and `test.json` in the same
 format, the images below the same folder. Of a test record the first question is asked, and the first answer is right.
-`mini-vl` is drawn: the tasks of `san_bench.data.mini_talk`.
+`mini-vl` is drawn: the tasks of `san_bench.vision_language.mini.tasks`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from san_bench.data import mini_talk
-from san_bench.data.conversation_images import Preflight, preflight, problems_of_images, survey
-from san_bench.data.conversation_prompts import Images
-from san_bench.data.conversations import MARKER, Conversation, fingerprint, load_conversations
-from san_bench.data.found import Problem
-from san_bench.data.texts import questions_of
-from san_bench.run import vqa_files
-from san_bench.run.vqa import Question
-from san_bench.strict import suggest
+from san_bench.config.strict import suggest
+from san_bench.datacheck.found import Problem
+from san_bench.language.tasks import questions_of
+from san_bench.vision_language.encoding import Images
+from san_bench.vision_language.images import Preflight, preflight, problems_of_images, survey
+from san_bench.vision_language.mini import tasks as mini_talk
+from san_bench.vision_language.records import MARKER, Conversation, fingerprint, load_conversations
+from san_bench.vision_language.vqa import files as vqa_files
+from san_bench.vision_language.vqa.benchmarks import Question
 from san_peft.errors import SanError
 
 MIX = "llava_v1_5_mix665k.json"
@@ -214,7 +214,7 @@ def load_benchmark(name: str, data: Path) -> Asked:
     """Loads a benchmark from below the folder of `llava`.
 
     Args:
-        name: One of `san_bench.recipe_conversation.BENCHMARKS`.
+        name: One of `san_bench.vision_language.recipe.BENCHMARKS`.
         data: The folder of `llava`.
 
     Raises:

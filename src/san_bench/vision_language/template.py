@@ -17,7 +17,7 @@ marks itself: those of LLaVA-OneVision leave the end of an answer out. Three thi
   answer, else the tokenizer's end token, which is put there.
 
 Example:
-    >>> from san_bench.data.conversations import Conversation, Turn
+    >>> from san_bench.vision_language.records import Conversation, Turn
     >>> record = Conversation(1, (Turn("human", "What is it?\n<image>"), Turn("gpt", "A bus.")), "bus.jpg")
     >>> messages(record)[0]
     {'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from san_bench.data.conversations import MARKER, Conversation
+from san_bench.vision_language.records import MARKER, Conversation
 from san_peft.errors import SanError
 
 SYSTEM = (

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from san_bench.recipe import find, load_recipe, shipped
+from san_bench.config.recipe import find, load_recipe, shipped
 from san_peft.errors import SanError
 
 NAMES = sorted(shipped())
@@ -268,7 +268,7 @@ def test_unknown_names_are_answered_with_known_ones():
         find("demo/sam")
 
 
-SEARCH = Path(__file__).parents[2] / "scripts" / "search_learning_rates.py"
+SEARCH = Path(__file__).parents[3] / "scripts" / "search_learning_rates.py"
 
 
 @pytest.mark.skipif(not SEARCH.exists(), reason="a source archive has no scripts")

@@ -13,8 +13,8 @@ import torchvision
 from tests.bench import copies
 from tests.bench.copies import FGVC, GIC, VTAB, community, parquet, table
 
-from san_bench.data.fetch import STAGE, fetch, fetch_command
-from san_bench.data.manifest import load_manifest
+from san_bench.datacheck.fetch import STAGE, fetch, fetch_command
+from san_bench.datacheck.manifest import load_manifest
 from san_peft.errors import SanError
 
 

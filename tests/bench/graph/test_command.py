@@ -14,9 +14,9 @@ from tests.bench.graphs import DRAWN, HOSTILE, traced
 from tests.golden.models import GROUPED, IMAGE, TEXT
 
 from san_bench.cli import main
-from san_bench.report.fold import fold_blocks
-from san_bench.report.graph import FORMS, to_dot, to_text, to_tree
-from san_bench.report.wording import summary
+from san_bench.graph.command import FORMS, to_dot, to_text, to_tree
+from san_bench.graph.fold import fold_blocks
+from san_bench.graph.wording import summary
 from san_peft import PropagationGraph, trace
 
 

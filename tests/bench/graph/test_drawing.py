@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from tests.bench.graphs import DRAWN, HOSTILE, traced
 
-from san_bench.report.drawing import to_svg
-from san_bench.report.fold import fold_blocks
-from san_bench.report.graph_page import to_html
-from san_bench.report.layout import BOX_HEIGHT, lay_out
-from san_bench.report.wording import summary
-from san_bench.run.models import empty_model
+from san_bench.graph.drawing import to_svg
+from san_bench.graph.fold import fold_blocks
+from san_bench.graph.layout import BOX_HEIGHT, lay_out
+from san_bench.graph.page import to_html
+from san_bench.graph.wording import summary
+from san_bench.models.architectures import empty_model
 from san_peft import PropagationGraph, trace
 from san_peft.propagation.graph import Layer
 
@@ -102,7 +102,7 @@ def test_the_drawing_needs_nothing_from_outside_and_is_made_for_dark_too():
 
 
 def test_the_drawing_in_the_guide_is_what_its_command_draws():
-    file = Path(__file__).parents[2] / "docs/img/propagation-graph.svg"
+    file = Path(__file__).parents[3] / "docs/img/propagation-graph.svg"
     graph = trace(empty_model("embedded")).select("all")
     assert file.read_text(encoding="utf-8") == to_svg(graph, "embedded (ViTModel), scheme all") + "\n", (
         "draw it anew: san trace embedded --svg --out docs/img/propagation-graph.svg"

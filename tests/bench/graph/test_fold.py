@@ -9,7 +9,7 @@ import torch
 import transformers
 from tests.golden.models import GROUPED, MODELS, TEXT
 
-from san_bench.report.fold import Folded, Run, fold_blocks
+from san_bench.graph.fold import Folded, Run, fold_blocks
 from san_peft import Barrier, ChannelMap, Edge, PropagationGraph, trace
 from san_peft.propagation.graph import Layer
 

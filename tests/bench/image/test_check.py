@@ -9,8 +9,8 @@ import pytest
 from tests.bench import copies
 from tests.bench.copies import FGVC, VTAB, class_folders, community, encoded, parquet, picture, table, write_picture
 
-from san_bench.data.check import check_command, examine
-from san_bench.data.manifest import Manifest
+from san_bench.datacheck.check import check_command, examine
+from san_bench.datacheck.manifest import Manifest
 from san_peft.errors import SanError
 
 

@@ -10,9 +10,9 @@ import pytest
 from tests.bench import copies
 from tests.bench.copies import FGVC, STANDARD, class_folders, parquet, picture, split_files, table
 
-from san_bench.data import fgvc
-from san_bench.data.manifest import load_manifest
-from san_bench.data.vision import load_task
+from san_bench.datacheck.manifest import load_manifest
+from san_bench.image import fgvc
+from san_bench.image.tasks import load_task
 from san_peft.errors import SanError
 
 

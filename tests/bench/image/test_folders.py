@@ -12,9 +12,9 @@ import pytest
 from tests.bench.copies import GIC, STANDARD, class_folders, encoded, numbers, parquet, picture, table, write_picture
 from torchvision.datasets import CIFAR100
 
-from san_bench.data import folders
-from san_bench.data.manifest import load_manifest
-from san_bench.data.vision import load_task
+from san_bench.datacheck.manifest import load_manifest
+from san_bench.image import folders
+from san_bench.image.tasks import load_task
 from san_peft.errors import SanError
 
 

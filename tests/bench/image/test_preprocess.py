@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from transformers import ConvNextImageProcessor
 
-from san_bench.data.embedded import embedded_path
-from san_bench.data.preprocess import InputSettings, Prepared, checkpoint_input, input_settings, mixing
-from san_bench.data.vision import ArraySplit, FileSplit, JoinedSplit
-from san_bench.recipe import load_recipe
-from san_bench.recipe_image import Input
-from san_bench.run.images import Collate
+from san_bench.config.recipe import load_recipe
+from san_bench.image.domain import Collate
+from san_bench.image.preprocess import InputSettings, Prepared, checkpoint_input, input_settings, mixing
+from san_bench.image.recipe import Input
+from san_bench.image.splits import ArraySplit, FileSplit, JoinedSplit
+from san_bench.models.embedded import embedded_path
 from san_peft.errors import SanError
 
 HALF = (0.5, 0.5, 0.5)

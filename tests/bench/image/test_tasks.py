@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from san_bench.data.embedded import embedded_path
-from san_bench.data.preprocess import for_checkpoint
-from san_bench.data.procedural import enlarge
-from san_bench.data.vision import ArraySplit, VisionTask, load_task
+from generators.procedural import enlarge
+from san_bench.image.preprocess import for_checkpoint
+from san_bench.image.splits import ArraySplit, VisionTask
+from san_bench.image.tasks import load_task
+from san_bench.models.embedded import embedded_path
 from san_peft.errors import SanError
 
 

@@ -10,9 +10,9 @@ import torch
 from tests.bench.small import short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
-from san_bench.data.preprocess import for_checkpoint
+from san_bench.image.domain import load_predictions
+from san_bench.image.preprocess import for_checkpoint
 from san_bench.run.evaluate import evaluate, export
-from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tests.bench.copies import SIZES, VTAB, class_folders, community, parquet, picture, table
 
-from san_bench.data import vtab
-from san_bench.data.layouts import take
-from san_bench.data.manifest import load_manifest
-from san_bench.data.vision import TableSplit, load_task
+from san_bench.datacheck.manifest import load_manifest
+from san_bench.image import vtab
+from san_bench.image.layouts import take
+from san_bench.image.splits import TableSplit
+from san_bench.image.tasks import load_task
 from san_peft.errors import SanError
 
 

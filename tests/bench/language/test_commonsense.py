@@ -11,11 +11,11 @@ import pyarrow.parquet as parquet
 import pytest
 from tests.bench.texts import TASKS, record, write
 
-from san_bench.data import commonsense
-from san_bench.data.check import check_command, examine
-from san_bench.data.fetch import fetch
-from san_bench.data.instructions import FIELDS, Questions, Record, fingerprint, load_records
-from san_bench.data.manifest import Facts, Manifest, load_manifest
+from san_bench.datacheck.check import check_command, examine
+from san_bench.datacheck.fetch import fetch
+from san_bench.datacheck.manifest import Facts, Manifest, load_manifest
+from san_bench.language import commonsense
+from san_bench.language.instructions import FIELDS, Questions, Record, fingerprint, load_records
 from san_peft.errors import SanError
 
 ROWS = [record(task) for task in TASKS]

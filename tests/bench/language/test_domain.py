@@ -16,21 +16,21 @@ from tests.bench.texts import METHODS, gpt2, llama, llama2, question, recipe_of,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from san_bench import cli
-from san_bench.data import world
-from san_bench.report.analysis import analyse
+from san_bench.config.suite import Choice, Suite, plan
+from san_bench.language.mini import tasks as world
+from san_bench.models.adapt import with_method
+from san_bench.report.figures.analysis import analyse
 from san_bench.report.groups import losses_of
-from san_bench.report.html import write_report
-from san_bench.report.results import read_rows, trainings
-from san_bench.report.table import table_command
+from san_bench.report.page.html import write_report
+from san_bench.report.tables.table import table_command
 from san_bench.run import evaluate as evaluating
-from san_bench.run.build import with_method
 from san_bench.run.domain import domain_of
-from san_bench.run.engines import Outcome
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model
+from san_bench.run.results import read_rows, trainings
 from san_bench.run.scales import load_scales
-from san_bench.run.suite import bench
 from san_bench.run.train import train
-from san_bench.suite import Choice, Suite, plan
+from san_bench.suites.engines import Outcome
+from san_bench.suites.suite import bench
 from san_peft.errors import SanError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tests.bench.texts import PAD, TASKS, gpt2, llama, llama2, llama3, record
 
-from san_bench.data.commonsense import find_task
-from san_bench.data.instructions import Questions, Record, fingerprint
-from san_bench.data.prompts import Collator, prompt, tokenise
-from san_bench.data.tokens import prepare_tokenizer
-from san_bench.run import answers as module
-from san_bench.run.answers import TaskAnswers, answer_task, generate_texts, response, summarise
-from san_bench.run.likelihood import choose, harness_scores, log_likelihoods, read_harness
+from san_bench.language import generation as module
+from san_bench.language.commonsense import find_task
+from san_bench.language.generation import TaskAnswers, answer_task, generate_texts, response, summarise
+from san_bench.language.instructions import Questions, Record, fingerprint
+from san_bench.language.likelihood import choose, harness_scores, log_likelihoods, read_harness
+from san_bench.language.prompts import Collator, prompt, tokenise
+from san_bench.language.tokenizer import prepare_tokenizer
 from san_peft import SanConfig
 from san_peft.errors import SanError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from tests.bench.texts import PAD, llama2, llama3, record
 
-from san_bench.data.instructions import Record
-from san_bench.data.prompts import Collator, prompt, tokenise
-from san_bench.data.tokens import PreparedTokenizer, prepare_tokenizer
+from san_bench.language.instructions import Record
+from san_bench.language.prompts import Collator, prompt, tokenise
+from san_bench.language.tokenizer import PreparedTokenizer, prepare_tokenizer
 from san_peft.errors import SanError
 
 # Prompts

@@ -11,13 +11,13 @@ import pytest
 from tests.bench import texts
 from tests.bench.texts import question, recipe_of, small_language, write
 
-from san_bench.data.commonsense import find_task
-from san_bench.data.instructions import Record, load_records
-from san_bench.data.texts import hold_out, load_text_task
-from san_bench.recipe import load_recipe
-from san_bench.report.results import read_rows
+from san_bench.config.recipe import load_recipe
+from san_bench.language.commonsense import find_task
+from san_bench.language.domain import Texts
+from san_bench.language.instructions import Record, load_records
+from san_bench.language.tasks import hold_out, load_text_task
 from san_bench.run.domain import domain_of
-from san_bench.run.texts import Texts
+from san_bench.run.results import read_rows
 from san_bench.run.train import train
 from san_peft.errors import SanError
 

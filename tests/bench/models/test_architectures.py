@@ -8,8 +8,8 @@ import pytest
 import transformers
 from tests.golden.models import IMAGE, TEXT
 
-from san_bench.run import models
-from san_bench.run.models import empty_model, quietly
+from san_bench.models import architectures as models
+from san_bench.models.architectures import empty_model, quietly
 from san_peft import SanError, trace
 
 

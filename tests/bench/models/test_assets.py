@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import san_bench
-from san_bench.data.embedded import EMBEDDED, MODELS, embedded_path
-from san_bench.data.procedural import FACTORS, draw
-from san_bench.recipe import load_recipe
+from generators.procedural import FACTORS, draw
+from san_bench.config.recipe import load_recipe
+from san_bench.models.embedded import EMBEDDED, MODELS, embedded_path
 from san_bench.run.train import train
 from san_peft import SanConfig, merge_and_verify, trace
 

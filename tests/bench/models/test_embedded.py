@@ -24,14 +24,14 @@ from transformers import (
     ViTModel,
 )
 
-from san_bench.data import embedded
-from san_bench.data.conversation_prompts import encode_question
-from san_bench.data.embedded import asset, embedded_path
-from san_bench.data.mini_captions import KINDS, caption
-from san_bench.data.mini_pictures import draw
-from san_bench.data.world_text import choice, text
-from san_bench.data.world_words import Dice
-from san_bench.run.models import empty_model
+from generators.mini_captions import KINDS, caption
+from generators.world_text import choice, text
+from san_bench.language.mini.words import Dice
+from san_bench.models import embedded
+from san_bench.models.architectures import empty_model
+from san_bench.models.embedded import asset, embedded_path
+from san_bench.vision_language.encoding import encode_question
+from san_bench.vision_language.mini.pictures import draw
 from san_peft import SanConfig, merge_and_verify, trace
 from san_peft.errors import SanError
 

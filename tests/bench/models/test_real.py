@@ -11,11 +11,11 @@ import pytest
 from huggingface_hub import constants
 
 from san_bench.models import local_model
+from san_bench.models.architectures import empty_model
 from san_bench.models.real import REAL, RealModel, install_command, missing, real_path
-from san_bench.run.models import empty_model
 from san_peft import SanError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

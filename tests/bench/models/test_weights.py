@@ -14,11 +14,11 @@ from tests.bench.test_run_resume import losses, memory_ends_after_step_5
 from tests.bench.texts import llama, llama2, recipe_of, small_language
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from san_bench.models.weights import train_in_float32
 from san_bench.run import trainer
 from san_bench.run.domain import domain_of
 from san_bench.run.evaluate import evaluate, load_model
 from san_bench.run.train import train
-from san_bench.run.weights import train_in_float32
 from san_peft.errors import SanError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -11,7 +11,7 @@ import pytest
 from tests.bench.small import short_recipe, small_scale
 from tests.bench.suites import LAYERS, pattern, row, write_suite
 
-from san_bench.report.analysis import analyse, figures, write_pictures
+from san_bench.report.figures.analysis import analyse, figures, write_pictures
 from san_bench.report.groups import layer_kinds, pairs, read_groups
 from san_bench.run.scales import FILE, Scales
 from san_bench.run.train import train

@@ -13,10 +13,10 @@ from PIL import Image
 from tests.bench.browser import chromium
 from tests.bench.suites import pattern, row, write_suite
 
-from san_bench.report.analysis import Picture
-from san_bench.report.html import Compared, Page, read_page, to_html, write_report
-from san_bench.report.results import Cell, Table
-from san_bench.report.settings import side_by_side
+from san_bench.report.figures.analysis import Picture
+from san_bench.report.page.html import Compared, Page, read_page, to_html, write_report
+from san_bench.report.tables.settings import side_by_side
+from san_bench.run.results import Cell, Table
 from san_peft.errors import SanError
 
 VOID = {"meta", "link", "br", "wbr", "img", "input"}

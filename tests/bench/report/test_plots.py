@@ -10,8 +10,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from san_bench.report import plots
-from san_bench.report.plots import (
+from san_bench.report.figures import plots
+from san_bench.report.figures.plots import (
     COLOURS,
     accuracy_bars,
     learning_curves,
@@ -21,7 +21,7 @@ from san_bench.report.plots import (
     scale_histograms,
     write_figure,
 )
-from san_bench.report.scale_plots import (
+from san_bench.report.figures.scale_plots import (
     engram_map,
     layer_histograms,
     similarity_by_layer,

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from san_bench.report.similarity import compare, correlations, cosines, embed
+from san_bench.report.figures.similarity import compare, correlations, cosines, embed
 
 
 def test_cosines_are_of_what_training_changed():

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 from tests.bench.rows import made_up
 
-from san_bench.report.render import show, to_csv, to_latex, to_markdown
-from san_bench.report.results import Cell, Table
-from san_bench.report.table import table_command, tables
+from san_bench.report.tables.render import show, to_csv, to_latex, to_markdown
+from san_bench.report.tables.table import table_command, tables
 from san_bench.run.provenance import write_rows
+from san_bench.run.results import Cell, Table
 from san_peft.errors import SanError
 
 GROUP = {"a": "natural", "b": "natural", "c": "structured"}
@@ -409,7 +409,7 @@ def test_a_report_of_good_rows_needs_no_torch(tmp_path, both):
 
     write_rows(tmp_path / "rows.jsonl", both)
     program = (
-        "import sys; from pathlib import Path; from san_bench.report.table import table_command; "
+        "import sys; from pathlib import Path; from san_bench.report.tables.table import table_command; "
         "table_command([Path(sys.argv[1])], 'csv'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)

@@ -8,7 +8,7 @@ import pytest
 from tests.bench.small import small_scale
 
 from san_bench import cli
-from san_bench.data.embedded import embedded_path
+from san_bench.models.embedded import embedded_path
 
 
 def said(capsys, *words: str) -> tuple[int, str]:

@@ -10,8 +10,9 @@ import torch
 from tests.bench.small import built, short_recipe
 from torch import nn
 
-from san_bench.data.embedded import EMBEDDED
-from san_bench.run import build, provenance
+from san_bench.models import adapt as build
+from san_bench.models.embedded import EMBEDDED
+from san_bench.run import provenance
 from san_peft.errors import SanError
 
 

@@ -17,9 +17,9 @@ from tests.bench.small import short_recipe, small_scale
 from tests.bench.texts import recipe_of, small_language
 from torch.distributed.fsdp import StateDictType
 
+from san_bench.image.domain import load_predictions
 from san_bench.report.groups import losses_of
 from san_bench.run.evaluate import evaluate
-from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,7 @@ def test_a_model_in_shards_is_saved_and_scored_whole(both, name):
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "examples" / "distributed").glob("*.yaml")), ids=lambda p: p.stem
+    "file", sorted((Path(__file__).parents[3] / "examples" / "distributed").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_the_settings_for_accelerate_are_read_and_save_whole_weights(file):
     settings = load_config_from_file(str(file))

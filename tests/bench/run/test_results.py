@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 from tests.bench.rows import made_up
 
-from san_bench.report import estimate as estimates
-from san_bench.report.estimate import Estimate, bootstrap_interval, estimate, mean_difference, wilson
-from san_bench.report.published import backbone_of, claims, published, tasks_of
-from san_bench.report.results import read_rows
-from san_bench.report.sections import sections
+from san_bench.report.tables import estimate as estimates
+from san_bench.report.tables.estimate import Estimate, bootstrap_interval, estimate, mean_difference, wilson
+from san_bench.report.tables.published import backbone_of, claims, published, tasks_of
+from san_bench.report.tables.sections import sections
 from san_bench.run.provenance import write_rows
+from san_bench.run.results import read_rows
 from san_peft.errors import SanError
 
 ROW = made_up("mini-vision/count", "san", 0, 0.9)

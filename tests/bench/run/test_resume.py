@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tests.bench.small import short_recipe, small_scale
 
 from san_bench import cli
+from san_bench.image.domain import load_predictions
 from san_bench.run import train as training
 from san_bench.run import trainer
 from san_bench.run.evaluate import evaluate
-from san_bench.run.images import load_predictions
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
@@ -32,7 +32,7 @@ def small():
 KILLED = """
 import os, signal, sys
 from san_bench import cli
-from san_bench.data import vision
+from san_bench.image import tasks as vision
 from san_bench.run import trainer
 from tests.bench.small import small_task
 
@@ -68,7 +68,7 @@ def killed(small, tmp_path_factory):
     for kind, recipe in recipes.items():
         (folder / f"{kind}.yaml").write_text(recipe.to_yaml())
     words = [sys.executable, "-c", KILLED, *(str(folder / f"{kind}.yaml") for kind in recipes)]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return recipes

@@ -19,11 +19,11 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from san_bench.report.groups import losses_of
-from san_bench.run import shards
+from san_bench.run import sharded as shards
 from san_bench.run.evaluate import evaluate
 from san_bench.run.train import train
 
-SETTINGS = Path(__file__).parents[2] / "examples" / "distributed"
+SETTINGS = Path(__file__).parents[3] / "examples" / "distributed"
 RECIPES = {
     "san": ("san", {"selection": "best-val", "train_split": "train"}),
     "san-lora": ("san-lora", {}),

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from tests.bench.small import built, short_recipe, small_scale, small_task
 
+from san_bench.image.domain import Images
 from san_bench.run import tracking as module
-from san_bench.run.engines import in_fresh_process
-from san_bench.run.images import Images
 from san_bench.run.scales import scale_vectors
 from san_bench.run.tracking import tracking
 from san_bench.run.trainer import make_trainer
+from san_bench.suites.engines import in_fresh_process
 from san_peft.errors import SanError
 
 EPOCHS, STEPS = 2, 8

@@ -15,12 +15,13 @@ from tests.bench.small import SIZES, short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
 from san_bench import cli
-from san_bench.data.embedded import embedded_path
-from san_bench.data.preprocess import for_checkpoint
-from san_bench.run import build, images
+from san_bench.image import domain as images
+from san_bench.image.domain import base_model, load_predictions
+from san_bench.image.preprocess import for_checkpoint
+from san_bench.models import adapt as build
+from san_bench.models.embedded import embedded_path
 from san_bench.run import train as training
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model
-from san_bench.run.images import base_model, load_predictions
 from san_bench.run.train import train
 from san_peft.errors import SanError
 

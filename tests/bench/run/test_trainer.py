@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests.bench.small import SIZES, built, short_recipe, small_scale, small_task
 
+from san_bench.image.domain import Images, load_predictions
 from san_bench.run.evaluate import evaluate
-from san_bench.run.images import Images, load_predictions
 from san_bench.run.train import train
 from san_bench.run.trainer import Journal, make_trainer
 from san_peft.errors import SanError
@@ -73,7 +73,7 @@ def test_the_average_is_what_is_scored(tmp_path):
         train(short_recipe("san", tmp_path / name, ema=decay))
     untrained = built(plain).eval()
     last, slow, quick = (load_predictions(tmp_path / name) for name in ("plain", "slow", "quick"))
-    from san_bench.run.images import predict
+    from san_bench.image.domain import predict
 
     torch.testing.assert_close(slow, predict(untrained, small_task()["test"], plain), atol=1e-4, rtol=0)
     torch.testing.assert_close(quick, last, atol=1e-5, rtol=0)

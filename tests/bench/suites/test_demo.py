@@ -13,19 +13,19 @@ from tests.bench import jobs
 from tests.bench.small import SHORT, SIZES, small_scale
 
 from san_bench import cli
-from san_bench.data import vision
-from san_bench.recipe import load_recipe
-from san_bench.report.table import COLUMNS, cells, notes, origin, to_markdown, wilson
-from san_bench.run import demo as demo_module
+from san_bench.config.recipe import load_recipe
+from san_bench.image import tasks as vision
+from san_bench.report.tables.table import COLUMNS, cells, notes, origin, to_markdown, wilson
 from san_bench.run import train as training
-from san_bench.run.demo import demo
-from san_bench.run.engines import in_fresh_process
+from san_bench.suites import demo as demo_module
+from san_bench.suites.demo import demo
+from san_bench.suites.engines import in_fresh_process
 from san_peft.errors import MergeError, SanError
 
 pytestmark = pytest.mark.slow
 
 METHODS = ("san", "linear")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from tests.bench import jobs
 
-from san_bench.run import engines
-from san_bench.run.engines import LocalEngine, Outcome, import_path
+from san_bench.suites import engines
+from san_bench.suites.engines import LocalEngine, Outcome, import_path
 from san_peft.errors import SanError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def outcomes(engine, function, values):
@@ -151,7 +151,7 @@ def test_jobs_end_when_the_caller_stops_asking(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_jobs_end_with_the_process_that_started_them(tmp_path):
     program = f"""
-from san_bench.run import engines
+from san_bench.suites import engines
 from tests.bench import jobs
 engines.PRELOAD = []
 engines._devices = list

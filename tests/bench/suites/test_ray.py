@@ -14,8 +14,8 @@ import pytest
 from tests.bench import jobs
 from tests.bench.test_run_engines import outcomes
 
-from san_bench.run.cluster import RayEngine
-from san_bench.run.engines import Outcome
+from san_bench.suites.engines import Outcome
+from san_bench.suites.ray import RayEngine
 from san_peft.errors import SanError
 
 ray = pytest.importorskip("ray", reason="Ray is in the extra sweep")
@@ -74,7 +74,7 @@ CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
 from tests.bench import jobs
-from san_bench.run.cluster import RayEngine
+from san_bench.suites.ray import RayEngine
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def test_a_cluster_is_joined_and_the_jobs_of_a_lost_machine_go_on_elsewhere(tmp_
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     run = subprocess.run(
         [sys.executable, "-c", CLUSTER, str(tmp_path / "marker")],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, **token},
         capture_output=True,
         text=True,

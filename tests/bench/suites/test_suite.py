@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from tests.bench.small import built
 
 from san_bench import cli
-from san_bench.data.vision import load_task
-from san_bench.recipe import load_recipe, shipped
-from san_bench.run.engines import Outcome
+from san_bench.config.recipe import load_recipe, shipped
+from san_bench.config.suite import Choice, Suite, best_rates, load_suite, plan, plan_search
+from san_bench.image.tasks import load_task
 from san_bench.run.evaluate import evaluate
-from san_bench.run.suite import bench, run_job
-from san_bench.suite import Choice, Suite, best_rates, load_suite, plan, plan_search
+from san_bench.suites.engines import Outcome
+from san_bench.suites.suite import bench, run_job
 from san_peft.errors import SanError
 
 SMALL = {"optimizer.epochs": 1, "optimizer.lr": 0.01}
@@ -221,4 +221,4 @@ def model_graph(recipe, task):
 
 
 def test_a_job_is_what_other_processes_find():
-    assert run_job.__module__ == "san_bench.run.suite"
+    assert run_job.__module__ == "san_bench.suites.suite"

@@ -7,7 +7,7 @@ from PIL import Image
 from tests.bench.copies import write_picture
 from tests.bench.test_run_vqa_files import dump, lines
 
-from san_bench.data.check import check_command, examine
+from san_bench.datacheck.check import check_command, examine
 from san_peft.errors import SanError
 
 

@@ -22,21 +22,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from san_bench.data.conversation_form import write
-from san_bench.data.conversation_prompts import encode, encode_question
-from san_bench.data.conversations import Conversation, Turn
-from san_bench.recipe import load_recipe
-from san_bench.recipe_conversation import ConversationRecipe
-from san_bench.report.results import read_rows
-from san_bench.run.build import with_method
-from san_bench.run.conversation_task import Asked, ConversationTask, load_conversation_task
+from san_bench.config.recipe import load_recipe
+from san_bench.models.adapt import with_method
 from san_bench.run.domain import domain_of
 from san_bench.run.evaluate import evaluate, export, load_model
 from san_bench.run.folder import export_facts
-from san_bench.run.submission import submission
+from san_bench.run.results import read_rows
 from san_bench.run.train import train
 from san_bench.run.trainer import make_trainer
-from san_bench.run.vqa import Question, lmms_command
+from san_bench.vision_language.encoding import encode, encode_question
+from san_bench.vision_language.recipe import ConversationRecipe
+from san_bench.vision_language.records import Conversation, Turn
+from san_bench.vision_language.submission import submission
+from san_bench.vision_language.tasks import Asked, ConversationTask, load_conversation_task
+from san_bench.vision_language.template import write
+from san_bench.vision_language.vqa.benchmarks import Question, lmms_command
 from san_peft.errors import SanError
 
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}

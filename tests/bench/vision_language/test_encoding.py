@@ -21,9 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from san_bench.data.conversation_batches import ModalityBatches
-from san_bench.data.conversation_form import SYSTEM, write
-from san_bench.data.conversation_prompts import (
+from san_bench.vision_language.batches import ModalityBatches
+from san_bench.vision_language.encoding import (
     IGNORED,
     ConversationCollator,
     ConversationDataset,
@@ -31,7 +30,8 @@ from san_bench.data.conversation_prompts import (
     image_tokens,
     measure,
 )
-from san_bench.data.conversations import Conversation, Turn
+from san_bench.vision_language.records import Conversation, Turn
+from san_bench.vision_language.template import SYSTEM, write
 from san_peft.errors import SanError
 
 WORDS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", *(f"▁{word}" for word in SYSTEM.split())]

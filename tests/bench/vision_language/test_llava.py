@@ -13,14 +13,14 @@ from tests.bench import test_run_conversations as conversations
 from tests.bench.copies import write_picture
 from tests.bench.test_run_vqa_files import dump, lines, people
 
-from san_bench.data import mini_talk
-from san_bench.data.question_lines import LETTER, SHORT
-from san_bench.recipe import load_recipe
-from san_bench.recipe_conversation import BENCHMARKS
-from san_bench.report.results import read_rows
-from san_bench.run.conversations import Conversations
+from san_bench.config.recipe import load_recipe
 from san_bench.run.evaluate import evaluate
+from san_bench.run.results import read_rows
 from san_bench.run.train import train
+from san_bench.vision_language.domain import Conversations
+from san_bench.vision_language.mini import tasks as mini_talk
+from san_bench.vision_language.recipe import BENCHMARKS
+from san_bench.vision_language.vqa.formats import LETTER, SHORT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,14 +13,14 @@ from PIL import Image
 from tests.bench.copies import write_picture
 from transformers.models.llava import LlavaImageProcessorPil
 
-from san_bench.data.conversation_images import (
+from san_bench.vision_language.images import (
     FolderCount,
     mean_colour,
     pad_to_square,
     preflight,
     read_image,
 )
-from san_bench.data.conversations import (
+from san_bench.vision_language.records import (
     Conversation,
     Turn,
     fingerprint,

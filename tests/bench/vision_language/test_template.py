@@ -11,9 +11,7 @@ from PIL import Image
 from tests.bench.tiled import CHATML, KINDS, MISTRAL, SIZES, TOKENS, VICUNA, processor
 from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 
-from san_bench.data.conversation_form import SIGN, form_of, write, write_question
-from san_bench.data.conversation_images import read_size
-from san_bench.data.conversation_prompts import (
+from san_bench.vision_language.encoding import (
     IGNORED,
     ConversationCollator,
     encode,
@@ -21,7 +19,9 @@ from san_bench.data.conversation_prompts import (
     image_tokens,
     measure,
 )
-from san_bench.data.conversations import Conversation, Turn
+from san_bench.vision_language.images import read_size
+from san_bench.vision_language.records import Conversation, Turn
+from san_bench.vision_language.template import SIGN, form_of, write, write_question
 from san_peft.errors import SanError
 
 RECORD = Conversation(
@@ -177,7 +177,7 @@ def test_an_image_takes_as_many_tokens_as_the_page_says():
     )
     following.patch_size = 14
     onevision.image_processor, onevision.num_image_tokens = LlavaOnevisionImageProcessor(), (384 // 14) ** 2
-    page = (Path(__file__).parents[2] / "docs/how-to/vision-language.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs/how-to/vision-language.md").read_text(encoding="utf-8")
     counts = [image_tokens(one, (640, 480)) for one in (following, onevision)]
     said = re.search(r"640x480 takes (\S+) in LLaVA-NeXT .* and (\S+) in LLaVA-OneVision", page)
     assert said is not None

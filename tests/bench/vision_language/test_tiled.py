@@ -11,7 +11,7 @@ from tests.bench.test_run_conversations import LANGUAGE, METHODS, recipe_of, tra
 from tests.bench.tiled import KINDS, TOKENS, place, processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from san_bench.run.build import with_method
+from san_bench.models.adapt import with_method
 from san_bench.run.domain import domain_of
 from san_bench.run.evaluate import evaluate, export, export_lora, load_model
 from san_bench.run.train import train

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
-from san_bench.data.canvas import (
+from san_bench.image.mini.canvas import (
     COS,
     SIN,
     SIZE,

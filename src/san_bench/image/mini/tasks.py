@@ -23,10 +23,13 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
-from san_bench.data import mini_natural, mini_specialised, mini_structured
-from san_bench.data.canvas import Dice, Drawing
-from san_bench.data.vision import ArraySplit, Split, VisionTask, load_digits_task
-from san_bench.strict import task_of_suite
+from san_bench.config.strict import task_of_suite
+from san_bench.image.mini import natural as mini_natural
+from san_bench.image.mini import specialised as mini_specialised
+from san_bench.image.mini import structured as mini_structured
+from san_bench.image.mini.canvas import Dice, Drawing
+from san_bench.image.splits import ArraySplit, Split, VisionTask
+from san_bench.image.tasks import load_digits_task
 
 IMAGES = 2000
 """Number of images of a drawn task; there are 1,797 digits."""

@@ -15,12 +15,12 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from san_bench.data.world_facts import CAUSES, DECIMALS, NAMES, SIZES
-from san_bench.data.world_people import MOODS, REASONS, SCRIPTS, TRAITS
-from san_bench.data.world_relations import DERIVED, FACTS, Fact
-from san_bench.data.world_stories import PLACES, made_up
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, Relation, an, distinct, of_many, plural, sentence
+from san_bench.language.mini.facts import CAUSES, DECIMALS, NAMES, SIZES
+from san_bench.language.mini.people import MOODS, REASONS, SCRIPTS, TRAITS
+from san_bench.language.mini.relations import DERIVED, FACTS, Fact
+from san_bench.language.mini.stories import PLACES, made_up
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Dice, Relation, an, distinct, of_many, plural, sentence
 
 CLAIMS_OF_TEN = 7
 """Of ten items of `yes_no`, how many ask for a single fact; the splits ask for each fact once at most."""

@@ -13,8 +13,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Relation, an
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Relation, an
 
 
 class Fact(NamedTuple):

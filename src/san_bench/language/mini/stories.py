@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from san_bench.data.world_facts import CAUSES, NAMES, SIZES
-from san_bench.data.world_people import MOODS, REASONS, SCRIPTS, TRAITS
-from san_bench.data.world_relations import DERIVED
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, an, distinct, sentence, third
+from san_bench.language.mini.facts import CAUSES, NAMES, SIZES
+from san_bench.language.mini.people import MOODS, REASONS, SCRIPTS, TRAITS
+from san_bench.language.mini.relations import DERIVED
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Dice, an, distinct, sentence, third
 
 PLACES = ("box", "basket", "drawer", "bag", "chest", "bucket")
 _THEN = ("Then", "After that", "Soon", "Later", "A little later", "In the end")

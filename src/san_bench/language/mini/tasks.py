@@ -21,11 +21,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
-from san_bench.data import world_tasks
-from san_bench.data.instructions import Record
-from san_bench.data.world_tasks import Item
-from san_bench.data.world_words import Dice, sentence
-from san_bench.strict import task_of_suite
+from san_bench.config.strict import task_of_suite
+from san_bench.language.instructions import Record
+from san_bench.language.mini import questions as world_tasks
+from san_bench.language.mini.questions import Item
+from san_bench.language.mini.words import Dice, sentence
 
 SPLITS = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 800)}
 """Which items of a task are in which split."""

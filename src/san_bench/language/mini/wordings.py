@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from san_bench.data.world_facts import (
+from san_bench.language.mini.facts import (
     ANIMALS,
     DAYS,
     FOODS,
@@ -25,7 +25,7 @@ from san_bench.data.world_facts import (
     SOUNDS,
     THINGS,
 )  # fmt: skip
-from san_bench.data.world_words import Relation
+from san_bench.language.mini.words import Relation
 
 
 def column(table: dict[str, tuple[str, ...]], place: int) -> MappingProxyType[str, str]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from san_bench.report.figures.similarity import PERMUTATIONS, compare, correlations, cosines, embed
 from san_bench.report.groups import Group, layer_kinds, pairs, read_groups
-from san_bench.report.similarity import PERMUTATIONS, compare, correlations, cosines, embed
 from san_bench.run.provenance import write_atomically
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
     Raises:
         SanError: If rows or scales cannot be read, or rows cannot be compared.
     """
-    from san_bench.report.plots import write_figure
+    from san_bench.report.figures.plots import write_figure
 
     groups = read_groups(folder)
     found = numbers(groups)
@@ -244,7 +244,7 @@ def _draw(groups: Sequence[Group], found: dict[str, list[Record]]) -> list[Pictu
             pictures += _pair_pictures(f"{host}-{end}", backbone, chosen, methods)
         pictures += _scale_pictures(end, backbone, here, methods)
         if curves := here["curves"]:
-            from san_bench.report.plots import learning_curves
+            from san_bench.report.figures.plots import learning_curves
 
             caption = (
                 f"Training loss on {backbone}, mean over blocks of steps: a line is the mean over seeds, its band runs "
@@ -256,7 +256,7 @@ def _draw(groups: Sequence[Group], found: dict[str, list[Record]]) -> list[Pictu
 
 def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Picture]:
     """Bars over backbones, and the ablation of order where there is one."""
-    from san_bench.report.plots import accuracy_bars, order_bars
+    from san_bench.report.figures.plots import accuracy_bars, order_bars
 
     counts = "; ".join(
         f"{backbone}: n = {_span(mine, 'n_runs')} over {_many(mine[0]['n_tasks'], 'task')}"
@@ -280,7 +280,7 @@ def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Pictur
 
 def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[str]) -> list[Picture]:
     """Histograms and variance of every layer, with and without propagation."""
-    from san_bench.report.scale_plots import layer_histograms, variance_by_depth
+    from san_bench.report.figures.scale_plots import layer_histograms, variance_by_depth
 
     scales: dict[str, dict[str, list[Any]]] = {}
     for group in chosen:
@@ -305,7 +305,7 @@ def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[s
 
 def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], methods: list[str]) -> list[Picture]:
     """Variance, similarity and the map of all methods that have scales."""
-    from san_bench.report.scale_plots import engram_map, similarity_by_layer, variance_summary
+    from san_bench.report.figures.scale_plots import engram_map, similarity_by_layer, variance_summary
 
     pictures = []
     if variance := here["variance"]:

@@ -12,7 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from san_bench.report.plots import COLOURS, MARKERS, STYLE, Record, grid, legend, look_of, method_lines, short_names
+from san_bench.report.figures.plots import (
+    COLOURS,
+    MARKERS,
+    STYLE,
+    Record,
+    grid,
+    legend,
+    look_of,
+    method_lines,
+    short_names,
+)
 
 
 @rc_context(STYLE)

@@ -13,15 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_bench.report.render import numeric
-from san_bench.report.results import Cell, Row, Table, read_rows, trainings
-from san_bench.report.settings import Setting, side_by_side
-from san_bench.report.table import tables
+from san_bench.config.strict import san_error
+from san_bench.report.tables.render import numeric
+from san_bench.report.tables.settings import Setting, side_by_side
+from san_bench.report.tables.table import tables
 from san_bench.run.provenance import write_atomically
-from san_bench.strict import san_error
+from san_bench.run.results import Cell, Row, Table, read_rows, trainings
 
 if TYPE_CHECKING:
-    from san_bench.report.analysis import Picture
+    from san_bench.report.figures.analysis import Picture
 
 ORIGIN = ("commit", "python", "versions", "cpu", "threads", "device")
 """Keys of a row that say where it was measured."""
@@ -132,7 +132,7 @@ def read_page(folder: Path, out: Path) -> Page:
     rows = [] if only_failures else read_rows([folder])
     pictures: list[Picture] = []
     if rows:
-        from san_bench.report.analysis import figures
+        from san_bench.report.figures.analysis import figures
 
         pictures = figures(folder)
     suites = dict.fromkeys(str(row["suite"]) for row in rows if row.get("suite"))
@@ -158,11 +158,11 @@ def to_html(page: Page) -> str:
     """Returns the page as the text of one HTML file, which by its own policy can load nothing from elsewhere."""
     import jinja2
 
-    loader = jinja2.PackageLoader("san_bench.report")
+    loader = jinja2.PackageLoader("san_bench.report.page")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    script = (resources.files("san_bench.report") / "templates/report.js").read_text(encoding="utf-8").strip()
+    script = (resources.files("san_bench.report.page") / "templates/report.js").read_text(encoding="utf-8").strip()
     return environment.get_template("report.html.jinja").render(
         page=page,
         numeric=numeric,

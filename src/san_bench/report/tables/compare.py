@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from san_bench.report.estimate import (
+from san_bench.report.origin import origin
+from san_bench.report.tables.estimate import (
     LEAST_PAIRS,
     RESAMPLES,
     Estimate,
@@ -15,11 +16,10 @@ from san_bench.report.estimate import (
     mean_difference,
     wilson,
 )
-from san_bench.report.origin import origin
-from san_bench.report.published import Published, claims, decimals_of
-from san_bench.report.results import Cell, Row, Table, trainings
-from san_bench.report.sections import Line, Section, selection_words
-from san_bench.run.vqa import BENCHMARKS
+from san_bench.report.tables.published import Published, claims, decimals_of
+from san_bench.report.tables.sections import Line, Section, selection_words
+from san_bench.run.results import Cell, Row, Table, trainings
+from san_bench.vision_language.vqa.benchmarks import BENCHMARKS
 
 Seeds = Mapping[int, Row]
 Tasks = Mapping[str, Seeds]

@@ -111,7 +111,7 @@ def backbone_of(model: str | None) -> str | None:
 
 @cache
 def _data() -> dict[str, Any]:
-    return json.loads((resources.files("san_bench.report") / "published.json").read_text(encoding="utf-8"))
+    return json.loads((resources.files("san_bench.report.tables") / "published.json").read_text(encoding="utf-8"))
 
 
 def _row(row: dict[str, Any], groups: Mapping[str, Sequence[str]], sources: Mapping[str, str]) -> Published:

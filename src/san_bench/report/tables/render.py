@@ -10,7 +10,7 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from san_bench.report.results import Table
+from san_bench.run.results import Table
 
 LATEX = str.maketrans(
     {
@@ -59,7 +59,7 @@ def to_markdown(table: Table) -> str:
     r"""Returns the table in Markdown, with its notes below.
 
     Example:
-        >>> from san_bench.report.results import Cell
+        >>> from san_bench.run.results import Cell
         >>> print(to_markdown(Table("", ("Method", "n"), ((Cell("a|b"), Cell("3", 3)),), ("Made up.",))))
         | Method | n |
         | :-- | --: |
@@ -102,7 +102,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     `row` counts the rows of a table from 1, and is 0 for its notes; `name` is the row's first cell.
 
     Example:
-        >>> from san_bench.report.results import Cell
+        >>> from san_bench.run.results import Cell
         >>> print(to_csv([Table("T", ("Method", "Accuracy"), ((Cell("SAN"), Cell("90.1", 90.12)),), ("Made up.",))]))
         table,row,name,column,text,value,published
         T,1,SAN,Method,SAN,,False

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from san_bench.report.published import tasks_of
-from san_bench.report.results import Row
-from san_bench.strict import san_error
+from san_bench.config.strict import san_error
+from san_bench.report.tables.published import tasks_of
+from san_bench.run.results import Row
 
 KINDS = ("full", "linear", "norm", "bitfit", "ia3", "ssf", "lora", "dora", "san-lora", "san-dora", "san")
 """The order of methods in tables, by kind."""

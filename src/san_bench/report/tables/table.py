@@ -10,16 +10,16 @@ from typing import Any, Literal
 import rich.table
 from rich.console import Console
 
-from san_bench.report import render
-from san_bench.report.compare import cost_table, difference_table, means_table, modes_table, task_tables
-from san_bench.report.estimate import wilson
+from san_bench.config.strict import did_you_mean, san_error
 from san_bench.report.origin import label, origin
-from san_bench.report.published import backbone_of
-from san_bench.report.published import published as published_rows
-from san_bench.report.results import Cell, Row, Table, read_rows
-from san_bench.report.sections import sections
+from san_bench.report.tables import render
+from san_bench.report.tables.compare import cost_table, difference_table, means_table, modes_table, task_tables
+from san_bench.report.tables.estimate import wilson
+from san_bench.report.tables.published import backbone_of
+from san_bench.report.tables.published import published as published_rows
+from san_bench.report.tables.sections import sections
 from san_bench.run.provenance import write_atomically
-from san_bench.strict import did_you_mean, san_error
+from san_bench.run.results import Cell, Row, Table, read_rows
 
 WIDTH = 200
 """Columns of what is printed where there is no terminal."""

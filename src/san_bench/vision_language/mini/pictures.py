@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from san_bench.data.canvas import SIZE, Dice, Plane, blend, box, clouds, cover, disc, finish, over, rotated
+from san_bench.image.mini.canvas import SIZE, Dice, Plane, blend, box, clouds, cover, disc, finish, over, rotated
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 40, 40), "brown": (165, 105, 55), "yellow": (240, 230, 60), "green": (45, 190, 70),

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from san_bench.data.conversations import MARKER, Conversation, Turn
-from san_bench.data.mini_pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
-from san_bench.data.question_lines import LETTER, SHORT, UNANSWERABLE
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, an, sentence
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Dice, an, sentence
+from san_bench.vision_language.mini.pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
+from san_bench.vision_language.records import MARKER, Conversation, Turn
+from san_bench.vision_language.vqa.formats import LETTER, SHORT, UNANSWERABLE
 
 SPLITS = {"train": range(0, 400), "val": range(400, 500), "test": range(500, 800)}
 """Which items of a task are in which split."""
@@ -171,7 +171,7 @@ class TalkTask:
     """One task of mini-vl.
 
     Attributes:
-        like: The benchmark whose form and rule it has, as in `san_bench.run.vqa.BENCHMARKS`.
+        like: The benchmark whose form and rule it has, as in `san_bench.vision_language.vqa.benchmarks.BENCHMARKS`.
         seed: Names the sequence of items.
         draw: Draws an item from its dice and its index.
     """

@@ -1,7 +1,7 @@
 """The seven benchmarks of LLaVA-1.5 in the DoRA and SAN comparisons: what they are, and their scores.
 
-A score is a pure function of the questions and of one answer for each; `san_bench.run.vqa_files` reads the
-former and `san_bench.run.vqa_uploads` the latter.
+A score is a pure function of the questions and of one answer for each; `san_bench.vision_language.vqa.files` reads the
+former and `san_bench.vision_language.vqa.uploads` the latter.
 
 Example:
     >>> asked = [Question(1, "a.jpg", "How many?", ("2",) * 9 + ("3",)), Question(2, "b.jpg", "Which?", ("red",) * 10)]
@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from san_bench.config.strict import san_error, suggest
 from san_bench.run.folder import export_facts
-from san_bench.run.vqa_answers import (
+from san_bench.vision_language.vqa.normalize import (
     choice_letter,
     normalise_answer,
     normalise_for_upload,
@@ -25,8 +26,7 @@ from san_bench.run.vqa_answers import (
     says_no,
     science_letter,
 )
-from san_bench.run.vqa_rows import read_json
-from san_bench.strict import san_error, suggest
+from san_bench.vision_language.vqa.rows import read_json
 
 CIRCLE = 1_000_000
 """MMBench numbers the rotations of a question by its index plus multiples of this."""

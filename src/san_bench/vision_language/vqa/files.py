@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from san_bench.data.question_lines import LETTER, SHORT, UNANSWERABLE
-from san_bench.run.vqa import CATEGORIES, CIRCLE, Question
-from san_bench.run.vqa_answers import LETTERS
-from san_bench.run.vqa_rows import read_json, read_lines, read_list, read_part, read_table, require_keys
-from san_bench.strict import san_error
+from san_bench.config.strict import san_error
+from san_bench.vision_language.vqa.benchmarks import CATEGORIES, CIRCLE, Question
+from san_bench.vision_language.vqa.formats import LETTER, SHORT, UNANSWERABLE
+from san_bench.vision_language.vqa.normalize import LETTERS
+from san_bench.vision_language.vqa.rows import read_json, read_lines, read_list, read_part, read_table, require_keys
 
 OCR = "Reference OCR token: "
 """What TextVQA's words in the image stand behind, in LLaVA's questions."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from san_bench.strict import san_error
+from san_bench.config.strict import san_error
 
 LONGEST_CELL = 2**31 - 1
 """Characters of a cell of a table; images are cells."""

@@ -14,11 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from san_bench.config.strict import san_error
 from san_bench.run.provenance import write_atomically
-from san_bench.run.vqa import Question
-from san_bench.run.vqa_answers import normalise_for_upload
-from san_bench.run.vqa_rows import read_lines, read_table, require_keys
-from san_bench.strict import san_error
+from san_bench.vision_language.vqa.benchmarks import Question
+from san_bench.vision_language.vqa.normalize import normalise_for_upload
+from san_bench.vision_language.vqa.rows import read_lines, read_table, require_keys
 
 LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 """Columns of MMBench's table that are not uploaded."""

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from san_bench.data import mini
-from san_bench.data.mini import TASKS, draw, load
-from san_bench.data.mini_natural import FLOWERS, TEXTURES
-from san_bench.data.mini_specialised import CALLS, FINDINGS, LAND
-from san_bench.data.mini_structured import NEAR
-from san_bench.data.vision import load_digits_task, load_task
+from san_bench.image.mini import tasks as mini
+from san_bench.image.mini.natural import FLOWERS, TEXTURES
+from san_bench.image.mini.specialised import CALLS, FINDINGS, LAND
+from san_bench.image.mini.structured import NEAR
+from san_bench.image.mini.tasks import TASKS, draw, load
+from san_bench.image.tasks import load_digits_task, load_task
 from san_peft.errors import SanError
 
 FINGERPRINTS: dict[str, str] = {

@@ -17,14 +17,16 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from san_bench.data import world, world_facts, world_people
-from san_bench.data.world import SPLITS, TASKS, fingerprint, load, record
-from san_bench.data.world_facts import ANIMALS, JOBS, KINDS, MATERIALS, OPPOSITES, SIZES, SOUNDS, THINGS
-from san_bench.data.world_people import TRAITS
-from san_bench.data.world_relations import DERIVED, FACTS
-from san_bench.data.world_text import text
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.data.world_words import Dice, distinct, plural, sentence, third
+from generators.world_text import text
+from san_bench.language.mini import facts as world_facts
+from san_bench.language.mini import people as world_people
+from san_bench.language.mini import tasks as world
+from san_bench.language.mini.facts import ANIMALS, JOBS, KINDS, MATERIALS, OPPOSITES, SIZES, SOUNDS, THINGS
+from san_bench.language.mini.people import TRAITS
+from san_bench.language.mini.relations import DERIVED, FACTS
+from san_bench.language.mini.tasks import SPLITS, TASKS, fingerprint, load, record
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.language.mini.words import Dice, distinct, plural, sentence, third
 from san_peft.errors import SanError
 
 FINGERPRINTS: dict[str, str] = {
@@ -312,7 +314,7 @@ def test_texts_and_tasks_share_no_sentence(texts):
 def test_the_script_writes_a_model_that_loads(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    script = Path(__file__).parents[2] / "scripts/pretrain_decoder.py"
+    script = Path(__file__).parents[4] / "scripts/pretrain_decoder.py"
     small = ["--steps", "2", "--batch-size", "2", "--tokenizer-texts", "2000", "--threads", "1"]
     subprocess.run([sys.executable, str(script), *small, "--out", str(tmp_path / "model")], check=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -9,11 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from san_bench.data import question_lines
-from san_bench.data.conversations import problems_of
-from san_bench.data.mini_captions import FACTS, Fact, caption
-from san_bench.data.mini_pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw
-from san_bench.data.mini_talk import (
+from generators.mini_captions import FACTS, Fact, caption
+from san_bench.language.mini.wordings import RELATIONS
+from san_bench.vision_language.mini.pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw
+from san_bench.vision_language.mini.tasks import (
     CATEGORIES,
     KINDS,
     SPLITS,
@@ -24,9 +23,10 @@ from san_bench.data.mini_talk import (
     item,
     picture,
 )
-from san_bench.data.world_wordings import RELATIONS
-from san_bench.run.conversation_task import load_conversation_task
-from san_bench.run.vqa import BENCHMARKS, score
+from san_bench.vision_language.records import problems_of
+from san_bench.vision_language.tasks import load_conversation_task
+from san_bench.vision_language.vqa import formats as question_lines
+from san_bench.vision_language.vqa.benchmarks import BENCHMARKS, score
 
 ITEMS = range(240)
 

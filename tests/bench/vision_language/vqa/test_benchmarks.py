@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from san_bench.data.question_lines import LETTER, SHORT
-from san_bench.run import vqa_files
-from san_bench.run.vqa import (
+from san_bench.vision_language.vqa import files as vqa_files
+from san_bench.vision_language.vqa.benchmarks import (
     BENCHMARKS,
     Question,
     Score,
@@ -23,7 +22,8 @@ from san_bench.run.vqa import (
     score_pope,
     vqa_accuracy,
 )
-from san_bench.run.vqa_answers import (
+from san_bench.vision_language.vqa.formats import LETTER, SHORT
+from san_bench.vision_language.vqa.normalize import (
     CONTRACTIONS,
     choice_letter,
     normalise_answer,
@@ -268,5 +268,5 @@ def test_the_command_of_lmms_eval(tmp_path):
 
 
 def test_scoring_needs_no_torch():
-    program = "import sys, san_bench.run.vqa_files, san_bench.run.vqa_uploads; assert 'torch' not in sys.modules"
+    program = "import sys; from san_bench.vision_language.vqa import files, uploads; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from san_bench.data.question_lines import LETTER, SHORT
-from san_bench.run import vqa_files, vqa_uploads
-from san_bench.run.submission import submission
-from san_bench.run.vqa import Question
+from san_bench.vision_language.submission import submission
+from san_bench.vision_language.vqa import files as vqa_files
+from san_bench.vision_language.vqa import uploads as vqa_uploads
+from san_bench.vision_language.vqa.benchmarks import Question
+from san_bench.vision_language.vqa.formats import LETTER, SHORT
 from san_peft.errors import SanError
 
 

@@ -1,0 +1,1 @@
+"""Recipes, suites and protocols: strict YAML, and what decides a run. No torch."""

@@ -1,0 +1,1 @@
+"""Image classification: recipes, tasks, layouts of data on disk, preprocessing, training and scoring."""

@@ -1,0 +1,1 @@
+"""Language models: recipes, records, prompts, tokenizers, training, and scoring by generation or likelihood."""

@@ -1,0 +1,1 @@
+"""mini-language: eight forms of commonsense question about a small world."""

@@ -1,0 +1,1 @@
+"""Figures: accuracy, losses, trained scales, similarity of scale vectors."""

@@ -1,0 +1,1 @@
+"""The report of a suite as one self-contained HTML page."""

@@ -1,0 +1,1 @@
+"""Tables of results: what can be compared, means, intervals, paired differences."""

@@ -1,0 +1,1 @@
+"""Many runs: suites, the engines that carry them out, and the demo."""

@@ -1,0 +1,1 @@
+"""Vision-language models: recipes, conversations about images, chat templates, training and benchmarks."""

@@ -1,0 +1,1 @@
+"""mini-vl: seven forms of question about small drawn pictures."""
