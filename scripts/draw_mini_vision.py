@@ -17,7 +17,9 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="PNG")
     parser.add_argument("--columns", type=int, default=16)
     args = parser.parse_args()
-    rows = [np.concatenate(list(mini.draw(name, np.arange(args.columns))[0].images), axis=1) for name in mini.TASKS]
+    rows = [
+        np.concatenate(list(mini.draw_images(name, np.arange(args.columns))[0].images), axis=1) for name in mini.TASKS
+    ]
     Image.fromarray(np.concatenate(rows)).quantize(128).save(args.file, optimize=True)
 
 

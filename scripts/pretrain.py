@@ -1,8 +1,9 @@
 """Pretrains a small model that ships with san_bench, on procedural images alone: `python scripts/pretrain.py`.
 
-`--backbone vit|swin|convnext` chooses which. Every label of `generators.procedural` is a task on the pooled output (the class token of the ViT), and every cell of the last feature map predicts the foreground of its own pixels. The ViT
-sees half of the patches in the first steps, which nearly doubles the images seen in the same time, and all in the last.
-The folder is written next to its final place and moved there when complete.
+`--backbone vit|swin|convnext` chooses which. Every label of `generators.procedural` is a task on the pooled output (the
+class token of the ViT), and every cell of the last feature map predicts the foreground of its own pixels. The ViT sees
+half of the patches in the first steps, which nearly doubles the images seen in the same time, and all in the last. The
+folder is written next to its final place and moved there when complete.
 
 `--probe` trains nothing: it measures how well a linear classifier on the pooled output of the shipped model reads
 handwritten digits (fit on train800, scored on val200). `--contact-sheet PNG` draws examples of the images.

@@ -41,7 +41,7 @@ from generators.world_text import choice, text
 from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
 from san_bench.language.likelihood import log_likelihoods
 from san_bench.language.mini import tasks as world
-from san_bench.language.mini.words import Dice
+from san_bench.language.mini.words import RandomChoices
 from san_bench.language.tokenizer import prepare_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -124,7 +124,7 @@ def choices(tokenizer: PreTrainedTokenizerFast, count: int) -> list[torch.Tensor
     """Texts of another seed whose last words are the number of the right one of two, three or four."""
     found, index = [], 0
     while len(found) < count:
-        told = choice(Dice(VALIDATION_SEED, index))
+        told = choice(RandomChoices(VALIDATION_SEED, index))
         if re.search(r"[1-4]\.$", told):
             found.append(torch.tensor(tokenizer(told)["input_ids"]))
         index += 1

@@ -32,11 +32,11 @@ from transformers import AutoModelForImageTextToText, set_seed
 
 from generators.mini_captions import ABOUT_WORDS, KINDS, Fact, caption, closed
 from pretrain import ASSETS, VALIDATION_SEED, circumstances, earlier_stage, fit, save
-from san_bench.language.mini.words import Dice
+from san_bench.language.mini.words import RandomChoices
 from san_bench.language.prompts import IGNORED
 from san_bench.models.embedded import asset, embedded_path, joined, processor_of
 from san_bench.vision_language.encoding import image_tokens
-from san_bench.vision_language.mini.pictures import COLOURS, FONT, SHAPES, Scene, draw, word_place
+from san_bench.vision_language.mini.pictures import COLOURS, FONT, SHAPES, Scene, draw_scene, word_place
 from san_bench.vision_language.records import MARKER, Conversation, Turn
 from san_bench.vision_language.template import write
 
@@ -46,7 +46,7 @@ ADAPTED = r".*vision_tower\.layers\.[0-2]\..*(_proj|fc1|fc2)|.*language_model.*_
 
 def pixels_of(scene: Scene, seed: int, index: int) -> Tensor:
     """Draws a scene for the tower, in [-1, 1]."""
-    return torch.from_numpy(draw(scene, seed, index)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(draw_scene(scene, seed, index)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class Captioned(Dataset[dict[str, Tensor]]):
@@ -215,7 +215,7 @@ def probe(args: argparse.Namespace) -> dict[str, list[float]]:
     for kind, told in KINDS.items():
         right, count, index = [0, 0], 0, 0
         while count < args.probe:
-            dice, (scene, _), index = Dice(VALIDATION_SEED, index), caption(VALIDATION_SEED, index), index + 1
+            dice, (scene, _), index = RandomChoices(VALIDATION_SEED, index), caption(VALIDATION_SEED, index), index + 1
             if scene.word if kind in ABOUT_WORDS else scene.figures:
                 fact, count = closed(dice, told(dice, scene)), count + 1
                 for asked in (False, True):

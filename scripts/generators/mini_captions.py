@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.language.mini.words import Dice, an, listed, sentence
+from san_bench.language.mini.words import RandomChoices, an, listed, sentence
 from san_bench.vision_language.mini.pictures import CELLS, COLOURS, SHAPES, Figure, Scene
 from san_bench.vision_language.mini.tasks import LETTERS, WORDS, absent, scene_of
 
@@ -67,7 +67,7 @@ def caption(seed: int, index: int) -> Caption:
         seed: Names the sequence, one that no task has.
         index: Which one of the sequence; there is no end of them.
     """
-    dice = Dice(seed, index)
+    dice = RandomChoices(seed, index)
     written = dice.chance(30)
     scene = scene_of(dice, dice.pick((1, 2, 3, 3, 4)))
     if written:
@@ -77,7 +77,7 @@ def caption(seed: int, index: int) -> Caption:
     return Caption(scene, tuple(closed(dice, fact) for fact in facts))
 
 
-def closed(dice: Dice, fact: Fact) -> Fact:
+def closed(dice: RandomChoices, fact: Fact) -> Fact:
     """Adds to four of five facts how to answer; no task says it in these words."""
     lines = [dice.pick(_DOUBTS)] if dice.chance(25) else []
     if dice.chance(80):
@@ -105,7 +105,7 @@ def _name(figure: Figure) -> str:
     return f"{figure.colour} {figure.shape}"
 
 
-def _colour(dice: Dice, scene: Scene) -> Fact:
+def _colour(dice: RandomChoices, scene: Scene) -> Fact:
     """The colour of something; one in six is not there."""
     missing = dice.chance(16)
     shape = absent(dice, scene, "shape") if missing else dice.pick(scene.figures).shape
@@ -114,13 +114,13 @@ def _colour(dice: Dice, scene: Scene) -> Fact:
     return Fact(said, "missing" if missing else scene.find(shape)[0].colour, asked)
 
 
-def _shape(dice: Dice, scene: Scene) -> Fact:
+def _shape(dice: RandomChoices, scene: Scene) -> Fact:
     figure = dice.pick(scene.figures)
     said = dice.pick(("What is {} is", "The {} thing is")).format(figure.colour)
     return Fact(said, an(figure.shape), dice.pick(("Name what is {}.", "Name the {} thing.")).format(figure.colour))
 
 
-def _place(dice: Dice, scene: Scene) -> Fact:
+def _place(dice: RandomChoices, scene: Scene) -> Fact:
     figure = dice.pick(scene.figures)
     name = dice.pick((figure.shape, f"{figure.colour} thing", _name(figure)))
     said = dice.pick(("The {} is at the", "The {} stands at the")).format(name)
@@ -132,19 +132,19 @@ def _at(scene: Scene, cell: int) -> str:
     return next((an(_name(figure)) for figure in scene.figures if figure.cell == cell), "nothing")
 
 
-def _cell(dice: Dice, scene: Scene) -> Fact:
+def _cell(dice: RandomChoices, scene: Scene) -> Fact:
     cell = dice.pick(scene.figures).cell if dice.chance(60) else dice.below(len(CELLS))
     said = sentence(dice.pick(("{}:", "at the {} is")).format(CELLS[cell]))
     return Fact(said, _at(scene, cell), f"Name what is at the {CELLS[cell]}.")
 
 
-def _count(dice: Dice, scene: Scene) -> Fact:
+def _count(dice: RandomChoices, scene: Scene) -> Fact:
     number = len(scene.figures)
     seen = f"{number} {'thing' if number == 1 else 'things'}"
     return Fact(dice.pick(("One sees", "The picture shows")), seen, dice.pick(("Count what you see.", "Count all.")))
 
 
-def _there(dice: Dice, scene: Scene) -> Fact:
+def _there(dice: RandomChoices, scene: Scene) -> Fact:
     """Something that is there or not; what is not is made of parts that are, or not."""
     figure, there = dice.pick(scene.figures), dice.chance(50)
     shape = figure.shape if there or dice.chance(50) else absent(dice, scene, "shape")
@@ -155,7 +155,7 @@ def _there(dice: Dice, scene: Scene) -> Fact:
     return Fact(f"{thing} is", seen, f"{thing}: there or missing?")
 
 
-def _beside(dice: Dice, scene: Scene) -> Fact:
+def _beside(dice: RandomChoices, scene: Scene) -> Fact:
     figure = dice.pick(scene.figures)
     column, row = figure.cell % 2, figure.cell // 2
     sides = ("right of", "left of")[column], ("below", "above")[row]
@@ -164,7 +164,7 @@ def _beside(dice: Dice, scene: Scene) -> Fact:
     return Fact(f"{sentence(where)} is", _at(scene, figure.cell ^ (1, 2)[side]), f"Name what is {where}.")
 
 
-def _side(dice: Dice, scene: Scene) -> Fact:
+def _side(dice: RandomChoices, scene: Scene) -> Fact:
     pairs = [(one, other) for one in scene.figures for other in scene.figures if one.cell % 2 != other.cell % 2]
     if not pairs:
         return _beside(dice, scene)
@@ -174,18 +174,18 @@ def _side(dice: Dice, scene: Scene) -> Fact:
     return Fact(said, ("left", "right")[one.cell % 2], asked)
 
 
-def _options(dice: Dice, names: Sequence[str], right: str) -> list[str]:
+def _options(dice: RandomChoices, names: Sequence[str], right: str) -> list[str]:
     chosen = [right, *dice.sample([name for name in names if name != right], 1 + dice.below(3))]
     return dice.sample(chosen, len(chosen))
 
 
-def _foods(dice: Dice) -> dict[str, str]:
+def _foods(dice: RandomChoices) -> dict[str, str]:
     """One food of each colour."""
     table = RELATIONS["colour"].table
     return {colour: dice.pick([food for food, has in table.items() if has == colour]) for colour in COLOURS}
 
 
-def _like(dice: Dice, scene: Scene) -> Fact:
+def _like(dice: RandomChoices, scene: Scene) -> Fact:
     figure, foods = dice.pick(scene.figures), _foods(dice)
     options = listed([an(foods[colour]) for colour in _options(dice, list(COLOURS), figure.colour)], "or")
     offered = f"{sentence(options)}?"
@@ -193,7 +193,7 @@ def _like(dice: Dice, scene: Scene) -> Fact:
     return Fact(f"{offered} The {figure.shape} looks like", an(foods[figure.colour]), asked)
 
 
-def _marked(dice: Dice, scene: Scene) -> Fact:
+def _marked(dice: RandomChoices, scene: Scene) -> Fact:
     """Two to four things with letters before them, and the letter of the one that fits."""
     figure, kind = dice.pick(scene.figures), dice.below(3)
     known, right = (SHAPES, figure.shape) if kind == 0 else (COLOURS, figure.colour)
@@ -207,21 +207,21 @@ def _marked(dice: Dice, scene: Scene) -> Fact:
     return Fact(said, letter, gap.join((f"Take {wanted[kind]}:", *lines)))
 
 
-def _word(dice: Dice, scene: Scene) -> Fact:
+def _word(dice: RandomChoices, scene: Scene) -> Fact:
     said = dice.pick(("The written word is", "It says", "Below, one reads"))
     return Fact(said, scene.word, dice.pick(("Read the word.", "Tell me the word.")))
 
 
-def _spelt(dice: Dice, scene: Scene) -> Fact:
+def _spelt(dice: RandomChoices, scene: Scene) -> Fact:
     return Fact(dice.pick(("The letters are", "It is spelt")), " ".join(scene.word), "Spell the word.")
 
 
-def _letter(dice: Dice, scene: Scene) -> Fact:
+def _letter(dice: RandomChoices, scene: Scene) -> Fact:
     place = dice.below(len(scene.word))
     return Fact(f"Letter {place + 1} is", scene.word[place], f"Read letter {place + 1}.")
 
 
-_Tell = Callable[[Dice, Scene], Fact]
+_Tell = Callable[[RandomChoices, Scene], Fact]
 
 ABOUT_FIGURES: dict[str, _Tell] = {
     "colour": _colour, "shape": _shape, "place": _place, "cell": _cell, "count": _count, "there": _there,

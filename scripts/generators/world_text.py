@@ -16,7 +16,7 @@ from san_bench.language.mini import stories as world_stories
 from san_bench.language.mini.facts import DECIMALS, NAMES, SIZES
 from san_bench.language.mini.relations import DERIVED
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.language.mini.words import Dice, Relation, an, distinct, listed, of_many, plural, sentence
+from san_bench.language.mini.words import RandomChoices, Relation, an, distinct, listed, of_many, plural, sentence
 
 ALL = {**RELATIONS, **DERIVED}
 _SPEAKERS = ("asked", "wanted to know", "said")
@@ -48,16 +48,16 @@ def text(seed: int, index: int) -> str:
         seed: Names the sequence of texts, 0 or more.
         index: Which text of the sequence, 0 or more; there is no end of them.
     """
-    dice = Dice(seed, index)
+    dice = RandomChoices(seed, index)
     return dice.pick(KINDS)(dice)
 
 
-def statement(dice: Dice, relation: Relation, subject: str) -> str:
+def statement(dice: RandomChoices, relation: Relation, subject: str) -> str:
     """Returns a fact as a sentence."""
     return sentence(relation.fill(dice.pick(relation.say), subject))
 
 
-def profile(dice: Dice) -> str:
+def profile(dice: RandomChoices) -> str:
     """All that one subject is known for."""
     first = dice.pick(list(RELATIONS.values()))
     subject = dice.pick(list(first.table))
@@ -66,7 +66,7 @@ def profile(dice: Dice) -> str:
     return " ".join(dice.sample(said, min(len(said), 3 + dice.below(4))))
 
 
-def together(dice: Dice) -> str:
+def together(dice: RandomChoices) -> str:
     """Subjects that share a value."""
     relation = dice.pick([RELATIONS[name] for name in ("material", "room", "kind", "taste", "colour", "origin")])
     value = relation.table[dice.pick(list(relation.table))]
@@ -80,7 +80,7 @@ def together(dice: Dice) -> str:
     return f"{lead} {sentence(listed(dice.sample(said, min(len(said), 3))).replace('.', ''))}."
 
 
-def chain(dice: Dice) -> str:
+def chain(dice: RandomChoices) -> str:
     """Two facts and what follows."""
     name = dice.pick(list(DERIVED))
     derived, (second, first) = DERIVED[name], name.split(" by ")
@@ -92,7 +92,7 @@ def chain(dice: Dice) -> str:
     return f"{' '.join(steps)} {so} {derived.fill(dice.pick(derived.say[:2]), end)}"
 
 
-def contrast(dice: Dice) -> str:
+def contrast(dice: RandomChoices) -> str:
     """Two subjects, and what one is not."""
     relation = dice.pick(of_many(2, ALL))
     one, other = distinct(dice, relation, 2)
@@ -102,7 +102,7 @@ def contrast(dice: Dice) -> str:
     return f"{start} {not_so} {statement(dice, relation, one)} {but} {relation.fill(dice.pick(relation.say), other)}"
 
 
-def question(dice: Dice) -> str:
+def question(dice: RandomChoices) -> str:
     """A question and its answer."""
     relation = dice.pick(list(ALL.values()))
     subject = dice.pick(list(relation.table))
@@ -111,7 +111,7 @@ def question(dice: Dice) -> str:
     return f"{asked} {sentence(reply.rstrip('.'))}."
 
 
-def talk(dice: Dice) -> str:
+def talk(dice: RandomChoices) -> str:
     """Two people talk about facts, and one may be wrong."""
     one, other = dice.sample(NAMES, 2)
     relation = dice.pick(of_many(2, ALL))
@@ -131,7 +131,7 @@ def talk(dice: Dice) -> str:
     return f'{one} says: "{sentence(wrong)}" {other} says: "{sentence(said)}" {other} is right and {one} is wrong.'
 
 
-def verdict(dice: Dice) -> str:
+def verdict(dice: RandomChoices) -> str:
     """Statements, each called right or wrong."""
     lines, words = [], dice.pick((("right", "wrong"), ("true", "false"), ("yes", "no"), ("so it is", "not so")))
     ask = dice.pick(("{} This is {}.", "{} That is {}.", "{} - {}.", "Is it so? {} {}!", "{} Say {}."))
@@ -144,7 +144,7 @@ def verdict(dice: Dice) -> str:
     return " ".join(lines)
 
 
-def choice(dice: Dice) -> str:
+def choice(dice: RandomChoices) -> str:
     """A question with marked things to choose from, and the mark of the right one."""
     count = 2 + dice.below(3)
     if dice.chance(20):
@@ -159,7 +159,7 @@ def choice(dice: Dice) -> str:
     return marked(dice, sentence(asked), offered, right)
 
 
-def marked(dice: Dice, asked: str, offered: list[str], right: int) -> str:
+def marked(dice: RandomChoices, asked: str, offered: list[str], right: int) -> str:
     """Words a choice."""
     form = dice.below(6)
     if form == 0:
@@ -181,7 +181,7 @@ def marked(dice: Dice, asked: str, offered: list[str], right: int) -> str:
     return dice.pick((" ", "\n", "\n\n")).join(parts[:-1]) + dice.pick(("\n", "\n\n")) + parts[-1]
 
 
-def marks_of(dice: Dice, names: list[str]) -> tuple[list[str], str]:
+def marks_of(dice: RandomChoices, names: list[str]) -> tuple[list[str], str]:
     """Marks for some things, and the list of them."""
     mark, gap = dice.pick(_MARKS), dice.pick(("", " "))
     marks = [f"{mark}{gap}{n + 1}" for n in range(len(names))]
@@ -189,7 +189,7 @@ def marks_of(dice: Dice, names: list[str]) -> tuple[list[str], str]:
     return marks, f"{lines}."
 
 
-def recall(dice: Dice) -> str:
+def recall(dice: RandomChoices) -> str:
     """Short lists of marked things, and the mark of one of each."""
     subjects = [*RELATIONS["material"].table, *RELATIONS["kind"].table, *RELATIONS["taste"].table, *NAMES]
     form = dice.pick(("{name}: {mark}.", "find {name} on {mark}.", "{name} is {mark}.", "where is {name}? {mark}."))
@@ -202,7 +202,7 @@ def recall(dice: Dice) -> str:
     return " ".join(told)
 
 
-def catalogue(dice: Dice) -> str:
+def catalogue(dice: RandomChoices) -> str:
     """Lists of marked things, and the mark of the one that is so, or what has a mark."""
     told = []
     for _ in range(2 + dice.below(2)):
@@ -218,7 +218,7 @@ def catalogue(dice: Dice) -> str:
     return " ".join(told)
 
 
-def sizes(dice: Dice) -> str:
+def sizes(dice: RandomChoices) -> str:
     """Which animal is bigger."""
     places = sorted(dice.sample(range(len(SIZES)), 3))
     small, middle, big = (SIZES[place] for place in places)
@@ -236,7 +236,7 @@ def sizes(dice: Dice) -> str:
     return f"No {small} is as big as {an(big)}. Sort them by size: {small}, {middle}, {big}."
 
 
-def counting(dice: Dice) -> str:
+def counting(dice: RandomChoices) -> str:
     """How many there are then."""
     noun = plural(dice.pick(list(RELATIONS["material"].table)))
     one, other = dice.sample(NAMES, 2)
@@ -262,7 +262,7 @@ def counting(dice: Dice) -> str:
     return f"{sentence(DECIMALS[first])} and {DECIMALS[second]} make {DECIMALS[first + second]}: {first} + {second} = {first + second}."  # noqa: E501
 
 
-def lesson(dice: Dice) -> str:
+def lesson(dice: RandomChoices) -> str:
     """What goes on in a class, in the words that tasks are set with."""
     one = dice.pick(NAMES)
     relation = dice.pick(list(RELATIONS.values()))
@@ -288,7 +288,7 @@ def lesson(dice: Dice) -> str:
     return f"{lead} {reply.format(one=one, say=say, ask=ask)}"
 
 
-KINDS: tuple[Callable[[Dice], str], ...] = (
+KINDS: tuple[Callable[[RandomChoices], str], ...] = (
     profile, profile, together, chain, chain, contrast, question, question, talk, talk, verdict, verdict, verdict,
     verdict, *[choice] * 16, *[catalogue] * 6, *[recall] * 4, sizes, counting, lesson, *world_stories.KINDS,
 )  # fmt: skip

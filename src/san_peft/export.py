@@ -18,7 +18,7 @@ from san_peft.tuner._peft import make_dense
 from san_peft.tuner.frozen import stored_bias
 from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.quantized import forget_quantization, is_quantized, make_dense_layer
-from san_peft.tuner.verify import jittered, judge, reached
+from san_peft.tuner.verify import FEW, jittered, judge, reached
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference of two outputs of which nothing else is known, relative to the largest output (1 at
@@ -107,10 +107,13 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
             frozen = _outputs(model, probe)
         rounded = None
         if tolerance is None:
-            with jittered(layers.values(), seed=0):
-                rounded = _outputs(model, probe), frozen
-                with tuner.set_mode("off"):
-                    rounded = rounded[0], _outputs(model, probe)
+            rounded = []
+            few = min((x.numel() for x in before.values() if x.numel()), default=FEW) < FEW
+            for seed in range(4 if few else 1):  # a handful of numbers says little about the size of rounding errors
+                with jittered(layers.values(), seed * 1_000_003):
+                    again = _outputs(model, probe)
+                    with tuner.set_mode("off"):
+                        rounded.append((again, _outputs(model, probe)))
             for seed, (name, layer) in enumerate(layers.items()):
                 records[name] = layerwise.record(layer, layer.active_adapters, seed)
         tuner.merge_adapter(safe_merge=True)

@@ -15,7 +15,7 @@ import pytest
 from torch.distributed.fsdp import fully_shard
 
 from san_bench.run import train
-from san_bench.run.sharded import Engine
+from san_bench.run.sharded import ShardedModel
 
 
 def launch(settings: Path, recipe: Path, *words: str, timeout: int, **environment: str) -> None:
@@ -38,7 +38,7 @@ def in_shards(wanted: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if wanted:
 
-            class Sharding(Engine):
+            class Sharding(ShardedModel):
                 def __init__(self, trainer: Any) -> None:
                     super().__init__(trainer)
                     for module in [m for m in trainer.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:

@@ -12,10 +12,10 @@ import torch
 
 from san_bench.config.recipe import load_recipe
 from san_bench.image import tasks as vision
+from san_bench.image.digits import load_digits_task
 from san_bench.image.domain import Images
 from san_bench.image.recipe import ImageRecipe
 from san_bench.image.splits import ArraySplit, VisionTask
-from san_bench.image.tasks import load_digits_task
 from san_bench.models.adapt import with_method
 
 SIZES = {"train800": 48, "val200": 16, "train800val200": 64, "test": 40}

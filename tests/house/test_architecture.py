@@ -33,6 +33,28 @@ ROOMS = [
     "swap",
     "__init__",
 ]
+RUNNER: dict[str, set[str]] = {
+    "__init__": set(),
+    "kinds": set(),
+    "config": {"kinds"},
+    "datacheck": {"config", "kinds"},
+    "models": {"config"},
+    "run": {"config", "kinds", "models"},
+    "image": {"config", "datacheck", "models", "run"},
+    "language": {"config", "datacheck", "models", "run"},
+    "vision_language": {"config", "datacheck", "image", "language", "models", "run"},
+    "report": {"config", "run", "vision_language"},
+    "graph": {"models", "run"},
+    "suites": {"config", "image", "kinds", "models", "report", "run"},
+    "cli_report": {"report"},
+    "cli_vqa": {"vision_language"},
+    "cli": {"cli_report", "cli_vqa", "config", "datacheck", "graph", "models", "run", "suites"},
+}
+"""What each folder of the runner may import from the others; the same table stands in CONTRIBUTING.md."""
+
+SAME_IN_EACH = {"load", "read", "examine"}
+"""Functions that several modules of one role have under one name, such as `load(task, data)` of each data set."""
+
 DOOR = ROOT / "src/san_peft/tuner/_peft.py"
 
 
@@ -95,6 +117,59 @@ def test_imports_point_downwards():
                 if target != room and ROOMS.index(target) > ROOMS.index(room):
                     found.append(where(path, line, f"{room} imports {name}, which is above it"))
     assert not found, "\n".join(found)
+
+
+def test_folders_of_the_runner_import_what_they_may():
+    package = ROOT / "src/san_bench"
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        folder = path.relative_to(package).parts[0].removesuffix(".py")
+        assert folder in RUNNER, f"{path.relative_to(ROOT)}: give {folder} a row here and in CONTRIBUTING.md."
+        for line, name in imports(ast.walk(tree_of(path))):
+            parts = name.split(".")
+            if parts[0] == "san_bench" and len(parts) > 1 and parts[1] in RUNNER:
+                if parts[1] not in RUNNER[folder] | {folder}:
+                    found.append(where(path, line, f"{folder} imports {name}"))
+    assert not found, "\n".join(found)
+
+
+def assert_no_circle(needs: dict[str, set[str]]) -> None:
+    todo = dict(needs)
+    while todo:
+        done = {name for name, needed in todo.items() if not needed & todo.keys()}
+        assert done, f"a circle among {sorted(todo)}"
+        todo = {name: needed for name, needed in todo.items() if name not in done}
+
+
+def test_what_folders_may_import_has_no_circle():
+    assert_no_circle(RUNNER)
+    with pytest.raises(AssertionError, match="a circle among"):
+        assert_no_circle(RUNNER | {"config": {"suites"}})
+
+
+@pytest.mark.parametrize("package", ["san_peft", "san_bench"])
+def test_no_circle_between_files(package):
+    root = ROOT / "src"
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((root / package).rglob("*.py"))
+    }
+    needs = {}
+    for module, path in modules.items():
+        names = [name for _, name in imports(at_top(path))]
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        needs[module] = (found & modules.keys()) - {module, package}
+    assert_no_circle(needs)
+
+
+def test_a_public_name_of_the_runner_is_defined_once():
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "src/san_bench").rglob("*.py")):
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not private(node.name):
+                places.setdefault(node.name, []).append(where(path, node.lineno, node.name))
+    twice = [place for name, many in places.items() if len(many) > 1 and name not in SAME_IN_EACH for place in many]
+    assert not twice, "\n".join(twice)
 
 
 def test_propagation_knows_torch_only():

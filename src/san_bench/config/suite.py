@@ -117,7 +117,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a suite: its recipe, without a place yet, and what tables call its parts.
 
     Attributes:
@@ -144,7 +144,7 @@ def load_suite(name: str | Path) -> Suite:
     return read_model(Suite, find(name, "suites"))
 
 
-def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
+def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[PlannedRun]:
     """Returns the runs of a suite: every task, backbone, method and seed that is chosen, one seed after the other.
 
     Args:
@@ -178,7 +178,7 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Run]:
     return sorted(runs, key=lambda run: run.recipe.seed)  # what is stopped has the first seeds of everything
 
 
-def plan_search(suite: Suite, choice: Choice) -> list[Run]:
+def plan_search(suite: Suite, choice: Choice) -> list[PlannedRun]:
     """Returns the trials of the search for learning rates; see `Search`."""
     search, overrides, protocol = suite.search, parse_overrides(choice.overrides), _protocol(suite, choice)
     cells, runs = _cells(suite, choice), []
@@ -262,7 +262,7 @@ def _protocol(suite: Suite, choice: Choice) -> _Protocol:
     return _Protocol(name, data, problems)
 
 
-def _run(suite: Suite, protocol: _Protocol, cell: tuple[str, str, str], values: Mapping[str, Any]) -> Run:
+def _run(suite: Suite, protocol: _Protocol, cell: tuple[str, str, str], values: Mapping[str, Any]) -> PlannedRun:
     task, backbone, method = cell
     data = copy.deepcopy(protocol.data)
     data |= {"task": task, "model": suite.models[backbone], "method": suite.methods[method].model_dump(mode="json")}
@@ -271,4 +271,4 @@ def _run(suite: Suite, protocol: _Protocol, cell: tuple[str, str, str], values: 
     recipe = check(
         recipe_class(data), data, lambda loc: f"{protocol.name}, {method} on {task}: {'.'.join(loc)}", protocol.problems
     )
-    return Run(task, suite.tasks, backbone, method, recipe)
+    return PlannedRun(task, suite.tasks, backbone, method, recipe)

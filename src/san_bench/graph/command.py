@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from san_bench.graph.drawing import COLOURS, to_svg
 from san_bench.graph.fold import Folded, FoldedBlock, FoldedEdge, fold_blocks
-from san_bench.graph.page import to_html
+from san_bench.graph.page import graph_to_html
 from san_bench.graph.wording import path_words, summary
 from san_peft.errors import SanError
 from san_peft.propagation import describe_placement
@@ -198,7 +198,7 @@ FORMS: dict[str, Callable[[PropagationGraph, str], str]] = {
     "json": to_json,
     "dot": to_dot,
     "svg": to_svg,
-    "html": to_html,
+    "html": graph_to_html,
     "placement": to_placement,
 }
 """What `san trace` can write; each takes a graph and a title and is pure."""

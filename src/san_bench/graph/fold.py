@@ -18,7 +18,7 @@ from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 
 
 @dataclass(frozen=True)
-class Run:
+class Repeat:
     """Blocks under one prefix that are the same up to their numbers, `first` to `last`."""
 
     prefix: str
@@ -39,7 +39,7 @@ class Place:
     """Where a name stands: its folded name such as `layers.{0-11}.fc1`, the runs on the way, its number in each."""
 
     name: str
-    runs: tuple[Run, ...] = ()
+    runs: tuple[Repeat, ...] = ()
     numbers: tuple[int, ...] = ()
 
 
@@ -49,7 +49,7 @@ class FoldedLayer:
 
     name: str
     layer: Layer
-    runs: tuple[Run, ...]
+    runs: tuple[Repeat, ...]
     head: bool = False
 
     @property
@@ -80,7 +80,7 @@ class FoldedBlock:
     layers: tuple[FoldedLayer, ...]
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> Repeat | None:
         """The run that the block stands for; `None` for a single block or layer."""
         runs = self.layers[0].runs
         return runs[0] if runs and self.name else None
@@ -238,7 +238,7 @@ def fold_blocks(graph: PropagationGraph) -> Folded:
         blocks.{0-5}.fc -> blocks.{0-5}.fc [identity] (x5; to the next block)
     """
     records = _records(graph)
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[Repeat]] = {}
     _find_runs(graph, records, list(records), 0, runs)
     layers: dict[str, FoldedLayer] = {}
     for name, record in records.items():
@@ -263,9 +263,9 @@ def _records(graph: PropagationGraph) -> dict[str, Layer]:
     return {name: known.get(name) or Layer(name, "layer", 0, 0) for name in graph.names()}
 
 
-def _place(name: str, runs: dict[str, list[Run]]) -> Place:
+def _place(name: str, runs: dict[str, list[Repeat]]) -> Place:
     folded: list[str] = []
-    passed: list[tuple[Run, int]] = []
+    passed: list[tuple[Repeat, int]] = []
     for part in name.split("."):
         found = runs.get(".".join(folded), []) if part.isdecimal() else []
         run = next((run for run in found if run.first <= int(part) <= run.last), None)
@@ -276,7 +276,7 @@ def _place(name: str, runs: dict[str, list[Run]]) -> Place:
 
 
 def _find_runs(
-    graph: PropagationGraph, records: dict[str, Layer], names: list[str], depth: int, runs: dict[str, list[Run]]
+    graph: PropagationGraph, records: dict[str, Layer], names: list[str], depth: int, runs: dict[str, list[Repeat]]
 ) -> None:
     """Finds runs among blocks whose number is part `depth` of their name, then inside the first block of each run."""
     heads, numbered = set(graph.heads), dict[str, dict[int, list[str]]]()
@@ -311,7 +311,7 @@ def _find_runs(
         for first, last in _longest(sorted(blocks), contents, onward):
             if last > first:
                 template = _place(prefix, runs).name if prefix else ""
-                runs.setdefault(template, []).append(Run(template, first, last))
+                runs.setdefault(template, []).append(Repeat(template, first, last))
             deeper += blocks[first]
     if deeper:
         _find_runs(graph, records, deeper, depth + 1, runs)
@@ -337,7 +337,7 @@ def _longest(numbers: Sequence[int], contents: Mapping[int, Any], onward: Mappin
     return [*left, (numbers[start], numbers[end]), *right]
 
 
-def _fold_edges(edges: Iterable[Edge], runs: dict[str, list[Run]]) -> tuple[FoldedEdge, ...]:
+def _fold_edges(edges: Iterable[Edge], runs: dict[str, list[Repeat]]) -> tuple[FoldedEdge, ...]:
     groups: dict[Hashable, list[tuple[Edge, Place, Place, tuple[int, ...]]]] = {}
     for edge in edges:
         anterior, posterior = _place(edge.anterior, runs), _place(edge.posterior, runs)
@@ -358,7 +358,7 @@ def _fold_edges(edges: Iterable[Edge], runs: dict[str, list[Run]]) -> tuple[Fold
     )
 
 
-def _fold_barriers(barriers: Iterable[Barrier], runs: dict[str, list[Run]]) -> tuple[FoldedBarrier, ...]:
+def _fold_barriers(barriers: Iterable[Barrier], runs: dict[str, list[Repeat]]) -> tuple[FoldedBarrier, ...]:
     groups: dict[Hashable, list[tuple[Barrier, Place]]] = {}
     for barrier in barriers:
         place = _place(barrier.layer, runs)

@@ -94,7 +94,7 @@ for (const table of document.querySelectorAll("table")) {
 </html>""")
 
 
-def to_html(graph: PropagationGraph, title: str) -> str:
+def graph_to_html(graph: PropagationGraph, title: str) -> str:
     """Returns a page that holds everything itself, so that it can be sent and opened without a network.
 
     Args:

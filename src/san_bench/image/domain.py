@@ -30,7 +30,7 @@ from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_peft.errors import SanError
 
 
-def task_of(recipe: ImageRecipe) -> VisionTask:
+def recipe_task(recipe: ImageRecipe) -> VisionTask:
     """Loads the task of a recipe."""
     return load_task(recipe.task, Path(recipe.data) if recipe.data else None)
 
@@ -60,7 +60,7 @@ def predict(model: Any, split: Split, recipe: ImageRecipe) -> Float[Tensor, "n c
     return torch.as_tensor(output.predictions).float()
 
 
-def score(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, Any]:
+def score_logits(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, Any]:
     """Returns accuracy, how many were right of how many, and a hash of the predicted classes."""
     predicted = logits.argmax(-1)
     correct = int((predicted == torch.from_numpy(split.labels)).sum())
@@ -167,7 +167,7 @@ class Images(Domain):
 
     def __init__(self, recipe: ImageRecipe, task: VisionTask | None = None) -> None:
         self.recipe: ImageRecipe = recipe
-        self.task = task or task_of(recipe)
+        self.task = task or recipe_task(recipe)
 
     @property
     def n_train(self) -> int:
@@ -233,7 +233,7 @@ class Images(Domain):
                 f"{self.recipe.output} predicts values that are not finite. Try a smaller optimizer.lr, with another "
                 "output."
             )
-        return Scores(score(logits, chosen), {"predictions.safetensors": save({"logits": logits.contiguous()})})
+        return Scores(score_logits(logits, chosen), {"predictions.safetensors": save({"logits": logits.contiguous()})})
 
     def save_companions(self, folder: Path) -> None:
         """Copies the settings of images that lie beside the pretrained weights."""

@@ -14,7 +14,8 @@ import numpy as np
 from san_bench.config.strict import suggest
 from san_bench.datacheck.found import Found
 from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
-from san_bench.image.layouts import NAMES, read_folders, read_tables, standard, table_splits
+from san_bench.datacheck.names import NAMES
+from san_bench.image.layouts import read_folders, read_tables, standard, table_splits
 from san_bench.image.splits import ArraySplit, VisionTask, task_of
 from san_peft.errors import SanError
 

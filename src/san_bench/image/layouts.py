@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from san_bench.datacheck.found import Found
+from san_bench.datacheck.names import NAMES, by_split
 from san_bench.image.splits import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit, stratified
 from san_peft.errors import SanError
 
@@ -19,14 +20,6 @@ if TYPE_CHECKING:
 
 CUT_SEED = 2024
 """Seed of the cuts where a data set brings no validation or no test split. Another seed is another task."""
-
-NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-    **{name: name for name in ("trainval", "train800", "val200", "train800val200")},
-}
-"""Names of splits in the wild, and what they are called here."""
 
 LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
 """Columns that hold the label, in the order in which they are looked for."""
@@ -238,25 +231,6 @@ def take(split: Split, indices: Int64[np.ndarray, " k"]) -> Split:
 def first_folder(candidates: Sequence[Path], file: str) -> Path:
     """Returns the first folder that holds a file, or the first of all where none does."""
     return next((folder for folder in candidates if (folder / file).is_file()), candidates[0])
-
-
-def by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Returns the files of each split: by their own names, such as train-00000-of-00002.parquet, or their folders'.
-
-    Raises:
-        SanError: If a split's files lie in several folders.
-    """
-    parts: dict[str, list[Path]] = {}
-    for path in files:
-        name = re.sub(r"-\d+-of-\d+.*$", "", path.stem)
-        name = name if name.lower() in NAMES or not path.stem.replace("-", "").isdecimal() else path.parent.name
-        parts.setdefault(NAMES.get(name.lower(), name), []).append(path)
-    for split, paths in parts.items():
-        folders = sorted({path.parent for path in paths})
-        if len(folders) > 1:
-            names = ", ".join(map(str, folders))
-            raise SanError(f"There are several configurations of {split}: {names}. Name the folder of one of them.")
-    return parts
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from san_bench.image.layouts import NAMES, by_split
+from san_bench.datacheck.names import NAMES, by_split
 from san_bench.language.records import SUFFIXES, Row, file_rows
 from san_peft.errors import SanError
 

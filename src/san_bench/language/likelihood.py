@@ -1,8 +1,8 @@
 """Scoring by likelihood: which of the possible answers does a model find most likely?
 
 A second look at the same questions, beside the published protocol of `san_bench.language.generation`, with other
-numbers: nothing is generated, so an answer is never missed. lm-eval does it in its own words, with a passage in BoolQ and the
-texts of the options in place of their names; `choose` does it on our own records.
+numbers: nothing is generated, so an answer is never missed. lm-eval does it in its own words, with a passage in BoolQ,
+and the texts of the options in place of their names; `choose` does it on our own records.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from san_bench.config.strict import suggest
 from san_bench.models.cache import assembled
-from san_bench.vision_language.records import MARKER
 from san_peft.errors import SanError
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def processor_of(tower: Path, decoder: Path) -> LlavaProcessor:
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(decoder)
-    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     return LlavaProcessor(
         AutoImageProcessor.from_pretrained(tower), tokenizer, AutoConfig.from_pretrained(tower).patch_size,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,

@@ -20,7 +20,7 @@ HOSTS = {"san": "own", "ssf": "own", "lora": "lora", "san-lora": "lora", "dora":
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A run that has finished, with what is left of it.
 
     Attributes:
@@ -55,10 +55,10 @@ class Group:
 
     backbone: str
     method: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
 
     @property
-    def scaled(self) -> tuple[Run, ...]:
+    def scaled(self) -> tuple[FinishedRun, ...]:
         """The runs that have scales."""
         return tuple(run for run in self.runs if run.scales is not None)
 
@@ -92,7 +92,7 @@ def read_groups(folder: Path) -> list[Group]:
 
     suite = (folder / "rows.jsonl").is_file()
     problems: list[str] = []
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
     every = read_rows([folder])
     ways = {row["run"]: row.get("way") for row in reversed(every)}  # of several ways to score, the first one
     for name, rows in _named(sections([row for row in every if row.get("way") == ways[row["run"]]])):
@@ -102,7 +102,7 @@ def read_groups(folder: Path) -> list[Group]:
         for place, own in of_run.items():
             run = folder / place if suite else folder
             try:
-                found = Run(tuple(own), losses_of(run), load_scales(run))
+                found = FinishedRun(tuple(own), losses_of(run), load_scales(run))
             except SanError as error:
                 problems.append(f"{place}: {error}")
             else:

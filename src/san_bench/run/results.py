@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """A table, free of any format.
 
     Attributes:

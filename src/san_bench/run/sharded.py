@@ -12,7 +12,7 @@ from san_bench.models.weights import train_in_float32
 from san_peft.tuner import sharded
 
 
-class Engine:
+class ShardedModel:
     """The types and the places of parameters before a training and after it.
 
     What is trained is in float32 meanwhile. DeepSpeed keeps such copies itself, and rounds all of the model to the

@@ -31,7 +31,7 @@ from san_bench.run.folder import claim
 from san_bench.run.model_card import write_card
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
-from san_bench.run.sharded import Engine
+from san_bench.run.sharded import ShardedModel
 from san_bench.run.trainer import COMPLETE, make_trainer
 from san_peft.errors import SanError
 
@@ -78,7 +78,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         head = f" and {trained['head']:,} of the head" if trained["head"] else ""
         print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters{head}.")
     trainer, journal = make_trainer(model, domain, folder, track)
-    engine = Engine(trainer)
+    engine = ShardedModel(trainer)
     with processes.main_process_first():
         checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()

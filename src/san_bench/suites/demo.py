@@ -128,12 +128,12 @@ def _report(
     out: Path, rows: list[dict[str, Any]], losses: dict[str, list[float]], scales: dict[str, dict[str, list[float]]]
 ) -> None:
     from san_bench.report.figures.plots import loss_curves, scale_histograms
-    from san_bench.report.tables.table import notes, origin, to_markdown, to_rich
+    from san_bench.report.tables.table import demo_to_markdown, demo_to_rich, notes, origin
 
     complete = len(rows) == sum(name.startswith("demo/") for name in shipped())
     command = "san demo" if complete else f"san demo --methods {' '.join(row['run'] for row in rows)}"
     write_rows(out / "results.jsonl", rows)
-    write_atomically(out / "table.md", to_markdown(rows, command))
+    write_atomically(out / "table.md", demo_to_markdown(rows, command))
     loss_curves(losses, out / "curves.png")
     names = ["results.jsonl", "table.md", "curves.png"]
     if scales:
@@ -142,6 +142,6 @@ def _report(
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    console.print(to_rich(rows))
+    console.print(demo_to_rich(rows))
     console.print(f"{notes(rows)}\n{origin(rows, command)}", markup=False, highlight=False)
     console.print(f"Written to {out}: {', '.join(names)}, and a folder per run.", markup=False, highlight=False)

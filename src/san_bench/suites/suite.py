@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from san_bench.config.suite import Choice, Rates, Run, Suite, best_rates, plan, plan_search
+from san_bench.config.suite import Choice, PlannedRun, Rates, Suite, best_rates, plan, plan_search
 from san_bench.kinds import recipe_class
 from san_bench.run.provenance import write_atomically, write_rows
 from san_bench.run.results import by_task
@@ -81,7 +81,7 @@ def bench(
 
 
 def _carry_out(
-    runs: Sequence[Run],
+    runs: Sequence[PlannedRun],
     name: str,
     out: Path,
     engine: Engine,
@@ -187,7 +187,7 @@ def _read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _fingerprints(runs: Sequence[Run]) -> dict[str, str]:
+def _fingerprints(runs: Sequence[PlannedRun]) -> dict[str, str]:
     """Fingerprint of each task's data, which also shows that all of it can be loaded before anything runs."""
     from san_bench.run.domain import domain_of
 

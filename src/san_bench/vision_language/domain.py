@@ -34,9 +34,9 @@ from san_bench.vision_language.encoding import (
 )
 from san_bench.vision_language.recipe import ConversationRecipe
 from san_bench.vision_language.records import Conversation
-from san_bench.vision_language.tasks import Asked, ConversationTask, load_conversation_task
+from san_bench.vision_language.tasks import BenchmarkQuestions, ConversationTask, load_conversation_task
 from san_bench.vision_language.template import form_of
-from san_bench.vision_language.vqa.benchmarks import Question, Score, score
+from san_bench.vision_language.vqa.benchmarks import Question, Score, score_benchmark
 from san_bench.vision_language.vqa.normalize import normalise_gqa
 from san_peft.errors import SanError
 
@@ -247,7 +247,7 @@ class Conversations(Domain):
         }
         return Scores(numbers, files)
 
-    def answers(self, model: Any, asked: Asked) -> list[str]:
+    def answers(self, model: Any, asked: BenchmarkQuestions) -> list[str]:
         """Lets a model answer questions, which processes share, without sampling."""
         tokenizer, most = self.processor.tokenizer, self.recipe.answering.max_new_tokens
         ends = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(form_of(self.processor).end)})
@@ -293,7 +293,7 @@ class Conversations(Domain):
 
 def _score(rule: str, questions: Sequence[Question], texts: Sequence[str]) -> Score:
     if rule != "exact":
-        return score(rule, questions, texts)
+        return score_benchmark(rule, questions, texts)
     right = [normalise_gqa(text) == normalise_gqa(q.answers[0]) for text, q in zip(texts, questions, strict=True)]
     return Score(rule, fmean(right), len(questions), sum(not text.strip() for text in texts))
 

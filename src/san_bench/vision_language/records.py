@@ -177,7 +177,7 @@ def problems_of(record: Any) -> list[str]:
     return problems
 
 
-def fingerprint(records: Sequence[Conversation], images: str | Path | None = None) -> str:
+def conversation_fingerprint(records: Sequence[Conversation], images: str | Path | None = None) -> str:
     """Returns a sha256 over the records: ids, turns and names of images, in order, wherever the files lie.
 
     Args:

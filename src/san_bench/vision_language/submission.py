@@ -85,12 +85,12 @@ def _ask(run: Path, name: str, questions: Sequence[Question], images: Path) -> l
     from san_bench.models.weights import place
     from san_bench.run.evaluate import run_recipe, trained_model
     from san_bench.vision_language.domain import Conversations
-    from san_bench.vision_language.tasks import Asked, ConversationTask
+    from san_bench.vision_language.tasks import BenchmarkQuestions, ConversationTask
 
     recipe = run_recipe(run)
     if not isinstance(recipe, ConversationRecipe):
         raise SanError(f"{run} is a run of {recipe.task}; only models that see and speak can be asked about images.")
-    asked = Asked(name, tuple(questions), images)
+    asked = BenchmarkQuestions(name, tuple(questions), images)
     if problems := asked.problems_of_images(name):
         raise SanError("\n".join([*map(str, problems), "Name the folder of the images with --images."]))
     task = ConversationTask(recipe.task, images, {recipe.eval_split: {name: asked}}, lambda: ({}, None))

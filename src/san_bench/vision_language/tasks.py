@@ -23,7 +23,7 @@ from san_bench.language.tasks import questions_of
 from san_bench.vision_language.encoding import Images
 from san_bench.vision_language.images import Preflight, preflight, problems_of_images, survey
 from san_bench.vision_language.mini import tasks as mini_talk
-from san_bench.vision_language.records import MARKER, Conversation, fingerprint, load_conversations
+from san_bench.vision_language.records import MARKER, Conversation, conversation_fingerprint, load_conversations
 from san_bench.vision_language.vqa import files as vqa_files
 from san_bench.vision_language.vqa.benchmarks import Question
 from san_peft.errors import SanError
@@ -39,7 +39,7 @@ ASKED = ("val", "test")
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchmarkQuestions:
     """The questions of a benchmark.
 
     Attributes:
@@ -89,7 +89,7 @@ class ConversationTask:
 
     name: str
     images: Images
-    questions: dict[str, dict[str, Asked]]
+    questions: dict[str, dict[str, BenchmarkQuestions]]
     load: Callable[[], tuple[dict[str, tuple[Conversation, ...]], Preflight | None]]
 
     @cached_property
@@ -124,7 +124,7 @@ class ConversationTask:
             raise SanError(f"{self.name} has no split {split!r} to train with; it has {', '.join(splits)}.")
         return splits[split]
 
-    def asked(self, split: str) -> dict[str, Asked]:
+    def asked(self, split: str) -> dict[str, BenchmarkQuestions]:
         """Returns the questions of a split by task.
 
         Raises:
@@ -153,7 +153,7 @@ class ConversationTask:
         """The sha256 over the records, the sizes of their images, and the questions, of every split."""
         folder, digest = None if callable(self.images) else self.images, hashlib.sha256()
         for split, records in self._loaded.items():
-            digest.update(f"{split} {fingerprint(records, folder)}\n".encode())
+            digest.update(f"{split} {conversation_fingerprint(records, folder)}\n".encode())
         for split, tasks in self.questions.items():
             for name, asked in tasks.items():
                 for question in asked.questions:
@@ -189,7 +189,7 @@ def load_conversation_task(
     elif name == "conversations":
         path = folder / TRAIN
         questions = tuple(map(_question, load_conversations(folder / TEST)))
-        asked = {name: Asked("exact", questions, folder)}
+        asked = {name: BenchmarkQuestions("exact", questions, folder)}
     else:
         raise SanError(f"There is no task {name!r}.{suggest(name, ('llava', 'conversations', 'mini-vl'))}")
 
@@ -210,7 +210,7 @@ def benchmark_folder(name: str, data: Path) -> Path:
     return data / "eval" / ("scienceqa" if name == "sqa" else name)
 
 
-def load_benchmark(name: str, data: Path) -> Asked:
+def load_benchmark(name: str, data: Path) -> BenchmarkQuestions:
     """Loads a benchmark from below the folder of `llava`.
 
     Args:
@@ -222,7 +222,7 @@ def load_benchmark(name: str, data: Path) -> Asked:
     """
     folder = benchmark_folder(name, data)
     load, images = _LOADERS[name]
-    return Asked(name, tuple(load(folder)), folder / images)
+    return BenchmarkQuestions(name, tuple(load(folder)), folder / images)
 
 
 _LOADERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
@@ -262,7 +262,7 @@ def _mini() -> ConversationTask:
     return ConversationTask("mini-vl", mini_talk.image_of, questions, lambda: (splits, None))
 
 
-def _mini_asked(name: str, split: str) -> Asked:
+def _mini_asked(name: str, split: str) -> BenchmarkQuestions:
     task = mini_talk.TASKS[name]
     times = 10 if task.like in ("vqav2", "vizwiz", "textvqa") else 1  # as many people have answered there
     questions = []
@@ -271,4 +271,4 @@ def _mini_asked(name: str, split: str) -> Asked:
         image = f"{name}/{index}.png"
         questions.append(Question(index, image, one.text, (one.answer,) * times, one.category, one.options))
     chosen = vqa_files.with_rotations(questions) if task.like == "mmbench" else questions
-    return Asked(task.like, tuple(chosen), mini_talk.image_of)
+    return BenchmarkQuestions(task.like, tuple(chosen), mini_talk.image_of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -75,6 +75,10 @@ def _step(weight: Tensor, wide: Tensor, dtype: torch.dtype) -> float:
     return step + torch.finfo(wide.dtype).eps * math.sqrt(weight[0].numel()) / 8
 
 
+FEW = 64
+"""Outputs with fewer numbers have their rounding errors estimated from several passes."""
+
+
 class Verdict(NamedTuple):
     """What merging does to the outputs; `fault` says what is wrong with it, or nothing."""
 
@@ -90,7 +94,7 @@ def judge(
     before: Outputs,
     after: Outputs,
     frozen: Outputs,
-    rounded: tuple[Outputs, Outputs] | None,
+    rounded: Sequence[tuple[Outputs, Outputs]] | None,
     tolerance: float | None,
 ) -> Verdict:
     """Holds what merging changes in each output against what the adapter changes there, and against rounding.
@@ -99,19 +103,25 @@ def judge(
         before: Outputs before merging.
         after: Outputs after.
         frozen: Outputs of the frozen layers.
-        rounded: `before` and `frozen` from passes in which `jittered` was at work; `None` with a tolerance.
+        rounded: `before` and `frozen` from passes in which `jittered` was at work, once or more often; `None` with a
+            tolerance.
         tolerance: Largest accepted difference, in place of what follows from the effect and from rounding.
     """
     changes = {name: _gap(after[name], old) for name, old in before.items()}
     effects = {name: _finite(_gap(old, frozen[name])) for name, old in before.items()}
     sizes = {name: _finite(old.double()) for name, old in before.items()}
     noises = {
-        name: [_finite(_gap(r[name], old[name])) for r, old in zip(rounded or (), (before, frozen), strict=False)]
+        name: [
+            _finite(_gap(again[name], old[name]))
+            for pair in rounded or ()
+            for again, old in zip(pair, (before, frozen), strict=True)
+        ]
         for name in before
     }
     # an output that jitter has hardly hit, by chance, is rounded as the others are
     most = _norm([noise for several in noises.values() for noise in several])
-    common = most / max(math.sqrt(2) * _norm(list(sizes.values())), sys.float_info.min)
+    passes = 2 * max(len(rounded or ()), 1)
+    common = most / max(math.sqrt(passes) * _norm(list(sizes.values())), sys.float_info.min)
     worst, faults = ("no output", -1.0, 0.0), []
     for name, change in changes.items():
         dtype, effect = before[name].dtype, effects[name]
@@ -127,7 +137,7 @@ def judge(
                 f"Merging changes {place} by {_largest(change):.3g}, more than the tolerance of {accepted:.3g}"
             )
         elif rounded is not None:
-            again = _finite(_gap(rounded[0][name], rounded[1][name]))
+            again = _finite(_gap(rounded[0][0][name], rounded[0][1][name]))
             faults.extend(_faults(name, change, effect, again, noise, SHARE[dtype]))
     effect, relative = max((_largest(e) for e in effects.values()), default=0.0), 0.0
     if any(change.any() for change in changes.values()):

@@ -13,7 +13,7 @@ from tests.bench.graphs import DRAWN, HOSTILE, traced
 from san_bench.graph.drawing import to_svg
 from san_bench.graph.fold import fold_blocks
 from san_bench.graph.layout import BOX_HEIGHT, lay_out
-from san_bench.graph.page import to_html
+from san_bench.graph.page import graph_to_html
 from san_bench.graph.wording import summary
 from san_bench.models.architectures import empty_model
 from san_peft import PropagationGraph, trace
@@ -165,7 +165,7 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_page_lists_every_edge_and_barrier_unfolded(name):
     graph = traced(name)
-    text = to_html(graph, "a title")
+    text = graph_to_html(graph, "a title")
     page = Page(text)
     assert not page.sources, "it loads nothing"
     assert "@import" not in text
@@ -179,7 +179,7 @@ def test_the_page_lists_every_edge_and_barrier_unfolded(name):
 
 
 def test_the_page_escapes_names():
-    text = to_html(HOSTILE, "<title> & more")
+    text = graph_to_html(HOSTILE, "<title> & more")
     Page(text)
     assert "<script>alert" not in text
     assert "<h1>&lt;title&gt; &amp; more</h1>" in text

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tests.golden.models import GROUPED, MODELS, TEXT
 
-from san_bench.graph.fold import Folded, Run, fold_blocks
+from san_bench.graph.fold import Folded, Repeat, fold_blocks
 from san_peft import Barrier, ChannelMap, Edge, PropagationGraph, trace
 from san_peft.propagation.graph import Layer
 
@@ -81,7 +81,7 @@ def test_a_llama_of_32_layers_is_one_block_and_a_head():
     graph = trace(model).select("all")
     folded = fold_blocks(graph)
     assert titles(folded) == ["model.layers.0 .. 31 (x32)", "lm_head"]
-    assert folded.blocks[0].run == Run("model.layers", 0, 31)
+    assert folded.blocks[0].run == Repeat("model.layers", 0, 31)
     counts = {(e.anterior.name.split(".")[-1], e.posterior.name.split(".")[-1]): e.count for e in folded.edges}
     assert counts == {
         ("v_proj", "o_proj"): 32,

@@ -26,12 +26,12 @@ from transformers import (
 
 from generators.mini_captions import KINDS, caption
 from generators.world_text import choice, text
-from san_bench.language.mini.words import Dice
+from san_bench.language.mini.words import RandomChoices
 from san_bench.models import embedded
 from san_bench.models.architectures import empty_model
 from san_bench.models.embedded import asset, embedded_path
 from san_bench.vision_language.encoding import encode_question
-from san_bench.vision_language.mini.pictures import draw
+from san_bench.vision_language.mini.pictures import draw_scene
 from san_peft import SanConfig, merge_and_verify, trace
 from san_peft.errors import SanError
 
@@ -120,7 +120,7 @@ def test_it_knows_the_words_and_the_facts_of_its_world(decoder):
 def test_it_finds_the_number_of_what_is_asked_for(decoder):
     """Else nobody can teach it to choose an answer by its number."""
     tokenizer = AutoTokenizer.from_pretrained(asset("decoder"))
-    asked = [told for index in range(200) if re.search(r"[1-4]\.$", told := choice(Dice(OTHER_SEED, index)))]
+    asked = [told for index in range(200) if re.search(r"[1-4]\.$", told := choice(RandomChoices(OTHER_SEED, index)))]
     right = 0
     for told in asked:
         *before, number, _ = tokenizer(told)["input_ids"]
@@ -188,7 +188,7 @@ def test_the_token_of_an_image_is_never_written(llava, decoder):
 def test_the_processor_fills_in_the_place_of_an_image(place, llava):
     processor = AutoProcessor.from_pretrained(place)
     read = processor(
-        images=draw(caption(OTHER_SEED, 0).scene, OTHER_SEED, 0), text="<image>What is it?", return_tensors="pt"
+        images=draw_scene(caption(OTHER_SEED, 0).scene, OTHER_SEED, 0), text="<image>What is it?", return_tensors="pt"
     )
     assert int((read["input_ids"] == llava.config.image_token_id).sum()) == 64
     assert read["pixel_values"].shape == (1, 3, 32, 32)
@@ -199,7 +199,7 @@ def test_it_sees(place, llava):
     """Captions are likelier after their own pictures than after those of others."""
     processor = AutoProcessor.from_pretrained(place)
     drawn = [caption(OTHER_SEED, index) for index in range(32)]
-    images = [draw(one.scene, OTHER_SEED, index) for index, one in enumerate(drawn)]
+    images = [draw_scene(one.scene, OTHER_SEED, index) for index, one in enumerate(drawn)]
     told = [one.facts[0][:2] for one in drawn]
     losses = []
     for shown in (images, images[1:] + images[:1]):
@@ -222,11 +222,11 @@ def test_it_tells_what_it_sees(place, llava, kind, asked):
     processor = AutoProcessor.from_pretrained(place)
     right = count = index = 0
     while count < 16:
-        dice, scene, index = Dice(OTHER_SEED, index), caption(OTHER_SEED, index).scene, index + 1
+        dice, scene, index = RandomChoices(OTHER_SEED, index), caption(OTHER_SEED, index).scene, index + 1
         if len(scene.figures) < 3 if kind != "word" else not scene.word:
             continue
         fact = KINDS[kind](dice, scene)
-        image = Image.fromarray(draw(scene, OTHER_SEED, index - 1))
+        image = Image.fromarray(draw_scene(scene, OTHER_SEED, index - 1))
         if asked:
             read = {key: one[None] for key, one in encode_question(fact.asked, image, processor, pad=False).items()}
         else:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
-from tests.bench import test_run_conversations as conversations
-from tests.bench.test_run_resume import losses, memory_ends_after_step_5
+from tests.bench.run.test_resume import losses, memory_ends_after_step_5
 from tests.bench.texts import llama, llama2, recipe_of, small_language
+from tests.bench.vision_language import test_domain as conversations
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from san_bench.models.weights import train_in_float32

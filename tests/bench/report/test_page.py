@@ -14,9 +14,9 @@ from tests.bench.browser import chromium
 from tests.bench.suites import pattern, row, write_suite
 
 from san_bench.report.figures.analysis import Picture
-from san_bench.report.page.html import Compared, Page, read_page, to_html, write_report
+from san_bench.report.page.html import Compared, Page, read_page, report_to_html, write_report
 from san_bench.report.tables.settings import side_by_side
-from san_bench.run.results import Cell, Table
+from san_bench.run.results import Cell, ResultTable
 from san_peft.errors import SanError
 
 VOID = {"meta", "link", "br", "wbr", "img", "input"}
@@ -66,8 +66,8 @@ def page(name="san", pictures=(), **changes):
     """A page by hand."""
     measured = [(Cell(name), Cell("measured"), Cell(f"{value} ± 1", value, "seeds 0, 1")) for value in (71.0, 9.5)]
     columns = ("Method", "Source", "Natural")
-    table = Table(f"made-up, vit ({name}), test: means", columns, (*measured, published()), ("[1] A paper.",))
-    nothing = Table("", (), (), ())
+    table = ResultTable(f"made-up, vit ({name}), test: means", columns, (*measured, published()), ("[1] A paper.",))
+    nothing = ResultTable("", (), (), ())
     recipes = Compared((name, "ssf"), tuple(side_by_side([[{"lr": 0.1, "seed": 0}], [{"lr": 0.2, "seed": 0}]])))
     values = {
         "title": name,
@@ -168,7 +168,7 @@ def test_it_says_what_was_done(suite):
 
 
 def test_text_of_others_is_never_code():
-    text = to_html(page(HOSTILE, pictures=(drawing(HOSTILE),), plan=HOSTILE))
+    text = report_to_html(page(HOSTILE, pictures=(drawing(HOSTILE),), plan=HOSTILE))
     elements = check_structure(text)
     assert len(elements.all("script")) == 1
     assert not elements.all("img")
@@ -177,7 +177,7 @@ def test_text_of_others_is_never_code():
 
 
 def test_published_lines_are_marked():
-    elements = check_structure(to_html(page()))
+    elements = check_structure(report_to_html(page()))
     rows = [(attrs.get("class"), text.split()[0]) for attrs, text in elements.all("tr")]
     assert rows[:4] == [(None, "Method"), (None, "san"), (None, "san"), ("published", "LoRA")]
     assert [text for attrs, text in elements.all("span") if attrs.get("class") == "badge"] == ["published"]
@@ -186,7 +186,7 @@ def test_published_lines_are_marked():
 
 
 def test_greys_of_pictures_are_the_pages():
-    svg = to_html(page(pictures=(drawing("a"), drawing("b")))).partition("<svg")[2]
+    svg = report_to_html(page(pictures=(drawing("a"), drawing("b")))).partition("<svg")[2]
     assert "#0072b2" in svg
     assert "var(--ink)" in svg
     assert not re.search(r"#(000000|ffffff)", svg)
@@ -301,7 +301,7 @@ def test_in_a_browser(suite, tmp_path):
 def test_lines_are_filtered_in_a_browser(tmp_path):
     file = tmp_path / "page.html"
     lines = tuple((Cell(f"method {i}"), Cell(["vit", "swin"][i % 2])) for i in range(20))
-    file.write_text(to_html(page(tables=(Table("a: b", ("Method", "Backbone"), lines, ()),))))
+    file.write_text(report_to_html(page(tables=(ResultTable("a: b", ("Method", "Backbone"), lines, ()),))))
     with chromium() as browser:
         tab = browser.new_page()
         tab.goto(file.as_uri())

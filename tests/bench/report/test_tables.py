@@ -12,7 +12,7 @@ from tests.bench.rows import made_up
 from san_bench.report.tables.render import show, to_csv, to_latex, to_markdown
 from san_bench.report.tables.table import table_command, tables
 from san_bench.run.provenance import write_rows
-from san_bench.run.results import Cell, Table
+from san_bench.run.results import Cell, ResultTable
 from san_peft.errors import SanError
 
 GROUP = {"a": "natural", "b": "natural", "c": "structured"}
@@ -303,7 +303,7 @@ def test_image_classification_has_two_decimals():
 
 # ------------------------------------------------------------------------------------------------ rendering
 
-PLAIN = Table(
+PLAIN = ResultTable(
     "50% & more_#1",
     ("Method", "x^2"),
     ((Cell("a\\b {c} ~ $d$ [1]|"), Cell("1.0 ± 0.2 – −3", 1.0)), (Cell("old", published=True), Cell("<2≤3>", 2.0))),

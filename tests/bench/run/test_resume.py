@@ -22,6 +22,8 @@ from san_bench.run.evaluate import evaluate
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
@@ -35,8 +37,6 @@ from san_bench import cli
 from san_bench.image import tasks as vision
 from san_bench.run import trainer
 from tests.bench.small import small_task
-
-pytestmark = pytest.mark.slow
 
 vision.TASKS["digits"] = small_task
 

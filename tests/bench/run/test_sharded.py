@@ -96,7 +96,7 @@ def test_what_is_trained_is_what_the_optimiser_has_in_its_former_type(trained, c
     cleared = []
     monkeypatch.setattr(shards, "unset_hf_deepspeed_config", lambda: cleared.append(True))
     first, last = trained.model
-    engine = shards.Engine(trained)
+    engine = shards.ShardedModel(trained)
     trained.step()
     if cut:
         first.weight.ds_id = 0
@@ -117,5 +117,5 @@ def test_fsdp2_does_not_round_what_it_gathers(version):
     plugin = types.SimpleNamespace(fsdp_version=version, mixed_precision_policy=policy)
     accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
     engines = {"is_deepspeed_enabled": False, "is_fsdp_enabled": True}
-    shards.Engine(types.SimpleNamespace(model=nn.Linear(2, 2), accelerator=accelerator, **engines))
+    shards.ShardedModel(types.SimpleNamespace(model=nn.Linear(2, 2), accelerator=accelerator, **engines))
     assert plugin.mixed_precision_policy == (policy if version == 1 else MixedPrecisionPolicy())

@@ -15,7 +15,7 @@ from tests.bench.small import SHORT, SIZES, small_scale
 from san_bench import cli
 from san_bench.config.recipe import load_recipe
 from san_bench.image import tasks as vision
-from san_bench.report.tables.table import COLUMNS, cells, notes, origin, to_markdown, wilson
+from san_bench.report.tables.table import COLUMNS, demo_cells, demo_to_markdown, notes, origin, wilson
 from san_bench.run import train as training
 from san_bench.suites import demo as demo_module
 from san_bench.suites.demo import demo
@@ -172,7 +172,7 @@ def test_wilsons_interval(correct, n, low, high):
 
 
 def test_every_cell_has_its_column(done):
-    assert len(cells(done[1][0])) == len(COLUMNS)
+    assert len(demo_cells(done[1][0])) == len(COLUMNS)
 
 
 def test_rows_that_differ_in_origin_say_so(done):
@@ -187,7 +187,9 @@ def test_rows_that_differ_in_origin_say_so(done):
 
 
 def test_a_resumed_run_says_so(done):
-    assert "SAN was interrupted and resumed at step 6." in to_markdown([{**done[1][0], "resumed_from_step": 6}], "x")
+    assert "SAN was interrupted and resumed at step 6." in demo_to_markdown(
+        [{**done[1][0], "resumed_from_step": 6}], "x"
+    )
 
 
 def test_several_seeds_and_sizes_are_all_named(done):

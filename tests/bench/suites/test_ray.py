@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 from tests.bench import jobs
-from tests.bench.test_run_engines import outcomes
+from tests.bench.suites.test_engines import outcomes
 
 from san_bench.suites.engines import Outcome
 from san_bench.suites.ray import RayEngine
 from san_peft.errors import SanError
+
+pytestmark = pytest.mark.slow
 
 ray = pytest.importorskip("ray", reason="Ray is in the extra sweep")
 
@@ -75,8 +77,6 @@ import json, sys
 from ray.cluster_utils import Cluster
 from tests.bench import jobs
 from san_bench.suites.ray import RayEngine
-
-pytestmark = pytest.mark.slow
 
 store = 100 * 2**20
 cluster = Cluster(

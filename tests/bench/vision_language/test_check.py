@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 from tests.bench.copies import write_picture
-from tests.bench.test_run_vqa_files import dump, lines
+from tests.bench.vision_language.vqa.test_files import dump, lines
 
 from san_bench.datacheck.check import check_command, examine
 from san_peft.errors import SanError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.bench.copies import write_picture
-from tests.bench.test_data_conversation_prompts import VOCABULARY, processor
+from tests.bench.vision_language.test_encoding import VOCABULARY, processor
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForImageTextToText,
@@ -34,7 +34,7 @@ from san_bench.vision_language.encoding import encode, encode_question
 from san_bench.vision_language.recipe import ConversationRecipe
 from san_bench.vision_language.records import Conversation, Turn
 from san_bench.vision_language.submission import submission
-from san_bench.vision_language.tasks import Asked, ConversationTask, load_conversation_task
+from san_bench.vision_language.tasks import BenchmarkQuestions, ConversationTask, load_conversation_task
 from san_bench.vision_language.template import write
 from san_bench.vision_language.vqa.benchmarks import Question, lmms_command
 from san_peft.errors import SanError
@@ -244,7 +244,7 @@ def test_a_run_answers_the_questions_of_a_server(place, runs, tmp_path):
     assert submission(run, "vqav2", questions, out, images) == out
     model, domain = load_model(run)
     asked = tuple(Question(row["question_id"], row["image"], row["text"]) for row in rows)
-    texts = domain.answers(model, Asked("vqav2", asked, images))
+    texts = domain.answers(model, BenchmarkQuestions("vqav2", asked, images))
     said = [{"question_id": row["question_id"], "text": text} for row, text in zip(rows, texts, strict=True)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     again = submission(tmp_path / "answers.jsonl", "vqav2", questions, tmp_path / "again.json")
@@ -316,7 +316,9 @@ def test_images_of_questions_are_missed_before_the_training(place, tmp_path):
 
 
 def test_questions_without_an_answer_are_found_before_the_training():
-    asked = Asked("vizwiz", (Question(1, "a.png", "what"), Question(2, "b.png", "what", ("a cat",))), lambda name: None)
+    asked = BenchmarkQuestions(
+        "vizwiz", (Question(1, "a.png", "what"), Question(2, "b.png", "what", ("a cat",))), lambda name: None
+    )
     task = ConversationTask("llava", "nowhere", {"test": {"llava/vizwiz": asked}}, lambda: ({}, None))
     with pytest.raises(SanError, match="vizwiz: 1 questions have no public answer: 1\nMend them, or leave a benchmark"):
         task.require_questions("test")

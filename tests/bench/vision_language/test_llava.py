@@ -9,9 +9,9 @@ import json
 
 import pytest
 from PIL import Image
-from tests.bench import test_run_conversations as conversations
 from tests.bench.copies import write_picture
-from tests.bench.test_run_vqa_files import dump, lines, people
+from tests.bench.vision_language import test_domain as conversations
+from tests.bench.vision_language.vqa.test_files import dump, lines, people
 
 from san_bench.config.recipe import load_recipe
 from san_bench.run.evaluate import evaluate

@@ -23,7 +23,7 @@ from san_bench.vision_language.images import (
 from san_bench.vision_language.records import (
     Conversation,
     Turn,
-    fingerprint,
+    conversation_fingerprint,
     load_conversations,
     parse_conversation,
     problems_of,
@@ -167,16 +167,16 @@ def test_files_that_are_none_are_explained(tmp_path):
 def test_the_fingerprint_is_of_the_content(tmp_path):
     records = [parse_conversation(BUS), parse_conversation(TEXT)]
     again = load_conversations(write(tmp_path / "mix.jsonl", [{**BUS, "more": 1}, TEXT]))
-    assert fingerprint(records) == fingerprint(again)
-    assert fingerprint(records[::-1]) != fingerprint(records)
+    assert conversation_fingerprint(records) == conversation_fingerprint(again)
+    assert conversation_fingerprint(records[::-1]) != conversation_fingerprint(records)
     answer = {**BUS, "conversations": turns("<image>\nWhat is it?", "A bus.", "And its colour?", "Blue.")}
-    assert fingerprint([parse_conversation(answer), records[1]]) != fingerprint(records)
+    assert conversation_fingerprint([parse_conversation(answer), records[1]]) != conversation_fingerprint(records)
     for place in "ab":
         write_picture(tmp_path / place / "coco/train2017/bus.jpg", 1)
-    whole = fingerprint(records, tmp_path / "a")
-    assert whole == fingerprint(records, tmp_path / "b") != fingerprint(records)
+    whole = conversation_fingerprint(records, tmp_path / "a")
+    assert whole == conversation_fingerprint(records, tmp_path / "b") != conversation_fingerprint(records)
     (tmp_path / "b/coco/train2017/bus.jpg").write_bytes(b"shorter")
-    assert whole != fingerprint(records, tmp_path / "b") != fingerprint(records, tmp_path)
+    assert whole != conversation_fingerprint(records, tmp_path / "b") != conversation_fingerprint(records, tmp_path)
 
 
 def about(*files):

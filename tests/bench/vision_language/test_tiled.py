@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tests.bench.test_run_conversations import LANGUAGE, METHODS, recipe_of, trained_of
 from tests.bench.tiled import KINDS, TOKENS, place, processor
+from tests.bench.vision_language.test_domain import LANGUAGE, METHODS, recipe_of, trained_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from san_bench.models.adapt import with_method

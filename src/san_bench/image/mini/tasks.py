@@ -24,12 +24,12 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from san_bench.config.strict import task_of_suite
+from san_bench.image.digits import load_digits_task
 from san_bench.image.mini import natural as mini_natural
 from san_bench.image.mini import specialised as mini_specialised
 from san_bench.image.mini import structured as mini_structured
 from san_bench.image.mini.canvas import Dice, Drawing
 from san_bench.image.splits import ArraySplit, Split, VisionTask
-from san_bench.image.tasks import load_digits_task
 
 IMAGES = 2000
 """Number of images of a drawn task; there are 1,797 digits."""
@@ -89,7 +89,7 @@ def load(name: str) -> VisionTask:
     return _load(task_of_suite("mini-vision", name, TASKS))
 
 
-def draw(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.ndarray, " n"]]:
+def draw_images(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.ndarray, " n"]]:
     """Draws some images of a task.
 
     Args:
@@ -113,7 +113,7 @@ def draw(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.n
 @cache
 def _load(name: str) -> VisionTask:
     index = np.arange(len(_digits()[1]) if name == "digits" else IMAGES)
-    drawing, labels = draw(name, index)
+    drawing, labels = draw_images(name, index)
     splits: dict[str, Split] = {split: ArraySplit(drawing.images[part], labels[part]) for split, part in SPLITS.items()}
     return VisionTask(f"mini-vision/{name}", len(TASKS[name].classes), splits)
 

@@ -5,7 +5,7 @@ different values, any of which might have been asked for: so each option is as l
 neither its words, its length nor its place tells which is. Who knows the world can tell.
 
 Example:
-    >>> item = easy(Dice(seed=4, index=0))
+    >>> item = easy(RandomChoices(seed=4, index=0))
     >>> len(item.options), item.right < 4
     (4, True)
 """
@@ -20,7 +20,7 @@ from san_bench.language.mini.people import MOODS, REASONS, SCRIPTS, TRAITS
 from san_bench.language.mini.relations import DERIVED, FACTS, Fact
 from san_bench.language.mini.stories import PLACES, made_up
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.language.mini.words import Dice, Relation, an, distinct, of_many, plural, sentence
+from san_bench.language.mini.words import RandomChoices, Relation, an, distinct, of_many, plural, sentence
 
 CLAIMS_OF_TEN = 7
 """Of ten items of `yes_no`, how many ask for a single fact; the splits ask for each fact once at most."""
@@ -79,7 +79,7 @@ class Item(NamedTuple):
     right: int
 
 
-def yes_no(dice: Dice, seed: int, index: int) -> str:
+def yes_no(dice: RandomChoices, seed: int, index: int) -> str:
     """Returns a question whose answer is yes for even indices, and no for odd ones."""
     lie, place = index % 2, index % 10
     if place < CLAIMS_OF_TEN:
@@ -114,10 +114,10 @@ def _deck(seed: int) -> list[tuple[str, str]]:
     """Every fact that can be doubted, in the order of `yes_no`."""
     facts = [(fact.relation, fact.subject) for fact in FACTS]
     facts += [(name, subject) for name, relation in DERIVED.items() for subject in relation.table]
-    return Dice(seed, 2**40).sample(facts, len(facts))
+    return RandomChoices(seed, 2**40).sample(facts, len(facts))
 
 
-def solution(dice: Dice) -> Item:
+def solution(dice: RandomChoices) -> Item:
     """Returns a goal and two ways, one of which leads there."""
     a = dice.pick(NAMES)
     right, form = dice.below(2), dice.below(4)
@@ -141,7 +141,7 @@ def solution(dice: Dice) -> Item:
     return Item(lead, [f"Form the {toy} out of {x}." for x in stuffs], right)
 
 
-def social(dice: Dice) -> Item:
+def social(dice: RandomChoices) -> Item:
     """Returns a situation, a question about a person, and three answers."""
     a, b = dice.sample(NAMES, 2)
     right, form = dice.below(3), dice.below(5)
@@ -161,7 +161,7 @@ def social(dice: Dice) -> Item:
     return Item(f"In front of {b}, {a} {pairs[right][0]}. {ask}", [why for _, why in pairs], right)
 
 
-def ending(dice: Dice) -> Item:
+def ending(dice: RandomChoices) -> Item:
     """Returns the beginning of a story and four endings."""
     a, b = dice.sample(NAMES, 2)
     right, form = dice.below(4), dice.below(5)
@@ -183,7 +183,7 @@ def ending(dice: Dice) -> Item:
     return Item(f"{sentence(_DROPS[name].format(a=a, x=subjects[right]))} The next moment,", options, right)
 
 
-def blank(dice: Dice) -> Item:
+def blank(dice: RandomChoices) -> Item:
     """Returns a sentence with a blank, which one of two fills."""
     a, b = dice.sample(NAMES, 2)
     right, form = dice.below(2), dice.below(5)
@@ -206,7 +206,7 @@ def blank(dice: Dice) -> Item:
     return Item(sentence(told), [subject.split(" ", 1)[-1] for subject in pair], right)
 
 
-def easy(dice: Dice) -> Item:
+def easy(dice: RandomChoices) -> Item:
     """Returns a question for one fact, and four answers."""
     relation = RELATIONS[dice.pick(_askable()).relation]  # a relation of many facts comes more often
     subjects, right = distinct(dice, relation, 4), dice.below(4)
@@ -220,7 +220,7 @@ def _askable() -> list[Fact]:
     return [fact for fact in FACTS if RELATIONS[fact.relation] in of_many(4, RELATIONS)]
 
 
-def hard(dice: Dice) -> Item:
+def hard(dice: RandomChoices) -> Item:
     """Returns a question that two facts together answer, and four answers."""
     right = dice.below(4)
     if dice.chance(50):
@@ -251,7 +251,7 @@ def _pairs() -> list[tuple[Relation, Relation]]:
     ]
 
 
-def book(dice: Dice) -> Item:
+def book(dice: RandomChoices) -> Item:
     """Returns a piece of news from an open book, a question that it answers with a known fact, and four answers."""
     right = dice.below(4)
     if dice.chance(40):

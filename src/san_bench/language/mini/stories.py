@@ -3,7 +3,7 @@
 Every function tells one story from its dice. The tasks of `world` tell such stories in other words.
 
 Example:
-    >>> parts = choice(Dice(seed=0, index=1), 3)
+    >>> parts = choice(RandomChoices(seed=0, index=1), 3)
     >>> len(parts[1]), parts[2] < 3
     (3, True)
 """
@@ -16,7 +16,7 @@ from san_bench.language.mini.facts import CAUSES, NAMES, SIZES
 from san_bench.language.mini.people import MOODS, REASONS, SCRIPTS, TRAITS
 from san_bench.language.mini.relations import DERIVED
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.language.mini.words import Dice, an, distinct, sentence, third
+from san_bench.language.mini.words import RandomChoices, an, distinct, sentence, third
 
 PLACES = ("box", "basket", "drawer", "bag", "chest", "bucket")
 _THEN = ("Then", "After that", "Soon", "Later", "A little later", "In the end")
@@ -30,7 +30,7 @@ _OUTCOMES = (
 )
 
 
-def outcome(dice: Dice) -> str:
+def outcome(dice: RandomChoices) -> str:
     """What becomes of a thing, and why."""
     told, name, end = dice.pick(_OUTCOMES)
     relation = DERIVED[name]
@@ -40,7 +40,7 @@ def outcome(dice: Dice) -> str:
     return f"{sentence(told.format(a=dice.pick(NAMES), x=subject))}{because} {end.format(y=value, y3=third(value))}"
 
 
-def cause(dice: Dice) -> str:
+def cause(dice: RandomChoices) -> str:
     """Somebody does something, and it has a consequence."""
     do, came = CAUSES[dice.pick(list(CAUSES))]
     a, b = dice.sample(NAMES, 2)
@@ -55,7 +55,7 @@ def cause(dice: Dice) -> str:
     )
 
 
-def moving(dice: Dice) -> str:
+def moving(dice: RandomChoices) -> str:
     """Where a thing is after it was moved."""
     thing, other = dice.sample(list(RELATIONS["material"].table), 2)
     first, second, third_place = dice.sample(PLACES, 3)
@@ -77,7 +77,7 @@ def moving(dice: Dice) -> str:
     return f"{' '.join(lines)} {end}"
 
 
-def giving(dice: Dice) -> str:
+def giving(dice: RandomChoices) -> str:
     """Who has a thing after it was given."""
     a, b, c = dice.sample(NAMES, 3)
     thing = dice.pick(list(RELATIONS["material"].table))
@@ -89,7 +89,7 @@ def giving(dice: Dice) -> str:
     return f"{' '.join(lines)} {end}"
 
 
-def mood(dice: Dice) -> str:
+def mood(dice: RandomChoices) -> str:
     """What happens to somebody, how it feels, and what it makes them want."""
     a, b = dice.sample(NAMES, 2)
     told, _, feeling, wish = MOODS[dice.pick(list(MOODS))]
@@ -108,7 +108,7 @@ def mood(dice: Dice) -> str:
     )
 
 
-def trait(dice: Dice) -> str:
+def trait(dice: RandomChoices) -> str:
     """What somebody did, and what that says of them."""
     a, b = dice.sample(NAMES, 2)
     word = dice.pick(list(TRAITS))
@@ -133,7 +133,7 @@ _MEANINGS = {
 }  # fmt: skip
 
 
-def reason(dice: Dice) -> str:
+def reason(dice: RandomChoices) -> str:
     """What somebody did, and why."""
     a, b = dice.sample(NAMES, 2)
     did, why = REASONS[dice.pick(list(REASONS))]
@@ -147,7 +147,7 @@ def reason(dice: Dice) -> str:
     )
 
 
-def script(dice: Dice) -> str:
+def script(dice: RandomChoices) -> str:
     """Something done step by step."""
     a = dice.pick(NAMES)
     steps = SCRIPTS[dice.pick(list(SCRIPTS))]
@@ -161,7 +161,7 @@ def script(dice: Dice) -> str:
     )
 
 
-def fitting(dice: Dice) -> str:
+def fitting(dice: RandomChoices) -> str:
     """Who of two it is, because of what they are."""
     a, b = dice.sample(NAMES, 2)
     form = dice.below(4)
@@ -179,7 +179,7 @@ def fitting(dice: Dice) -> str:
     return f"{a} lent money to {b}, for {a} is rich and {b} is poor. Now {b} owes {a} money."
 
 
-def beings(dice: Dice) -> str:
+def beings(dice: RandomChoices) -> str:
     """A new name of the kind of something known, and what follows."""
     kind = dice.pick(list(RELATIONS["cover"].table))
     name = made_up(dice)
@@ -188,7 +188,7 @@ def beings(dice: Dice) -> str:
     return f"Far away there is an animal called {name}. {sentence(an(name))} is {an(kind)}. So {said}"
 
 
-def made_up(dice: Dice) -> str:
+def made_up(dice: RandomChoices) -> str:
     """Returns a name that means nothing."""
     return dice.pick(("bl", "dr", "fl", "gr", "kr", "pl", "sn", "tr", "v", "z")) + "".join(
         (
@@ -199,7 +199,7 @@ def made_up(dice: Dice) -> str:
     )
 
 
-def choice(dice: Dice, count: int) -> tuple[str, list[str], int]:
+def choice(dice: RandomChoices, count: int) -> tuple[str, list[str], int]:
     """Draws a question about people, what may be chosen, and the place of the right one."""
     a, b = dice.sample(NAMES, 2)
     right, form = dice.below(count), dice.below(5)
@@ -219,7 +219,7 @@ def choice(dice: Dice, count: int) -> tuple[str, list[str], int]:
     return f"what comes of it when people {pairs[right][0]}?", [came for _, came in pairs], right
 
 
-KINDS: tuple[Callable[[Dice], str], ...] = (
+KINDS: tuple[Callable[[RandomChoices], str], ...] = (
     outcome, outcome, cause, cause, moving, moving, giving, mood, mood, mood, trait, reason, script, script, fitting,
     beings,
 )  # fmt: skip

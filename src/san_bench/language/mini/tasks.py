@@ -25,7 +25,7 @@ from san_bench.config.strict import task_of_suite
 from san_bench.language.instructions import Record
 from san_bench.language.mini import questions as world_tasks
 from san_bench.language.mini.questions import Item
-from san_bench.language.mini.words import Dice, sentence
+from san_bench.language.mini.words import RandomChoices, sentence
 
 SPLITS = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 800)}
 """Which items of a task are in which split."""
@@ -48,7 +48,7 @@ class LanguageTask:
     seed: int
     lead: str
     answers: tuple[str, ...]
-    draw: Callable[[Dice], Item] | None
+    draw: Callable[[RandomChoices], Item] | None
     gap: str = " "
 
 
@@ -99,7 +99,7 @@ def record(name: str, index: int) -> Record:
         index: Which item of the task's sequence; those of the splits are the first 800.
     """
     task = TASKS[name]
-    dice, label = Dice(task.seed, index), index % len(task.answers)
+    dice, label = RandomChoices(task.seed, index), index % len(task.answers)
     if task.draw is None:
         body = f"Question: {world_tasks.yes_no(dice, task.seed, index)}?"
     else:
@@ -114,7 +114,7 @@ def record(name: str, index: int) -> Record:
     return Record(f"{task.lead}\n{body}\n\n{closing}", "", f"the correct answer is {answer}", answer)
 
 
-def fingerprint(name: str) -> str:
+def task_fingerprint(name: str) -> str:
     """Returns the sha256 over the splits of a task: their names, and every field of their records."""
     splits = {split: [asdict(one) for one in records] for split, records in load(name).items()}
     return hashlib.sha256(json.dumps(splits).encode()).hexdigest()

@@ -1,14 +1,7 @@
-"""Dice for texts, the little grammar that the sentences of the small world need, and what a relation is.
+"""Random choices for texts, the little grammar that sentences of the small world need, and what a relation is.
 
-Dice give whole numbers that depend on (seed, index) alone: a splitmix64 sequence in Python's integers, so neither numpy
-nor Python's own `random` decides what a text says.
-
-Example:
-    >>> dice = Dice(seed=1, index=5)
-    >>> dice.pick("abc"), dice.sample("abcdef", 3), Dice(seed=1, index=5).pick("abc")
-    ('b', ['c', 'f', 'b'], 'b')
-    >>> an("owl"), plural("mouse"), third("catch fish"), sentence("an owl hoots.")
-    ('an owl', 'mice', 'catches fish', 'An owl hoots.')
+`RandomChoices` are whole numbers that depend on (seed, index) alone: a splitmix64 sequence in Python's integers, so
+neither numpy nor Python's own `random` decides what a text says.
 """
 
 from __future__ import annotations
@@ -42,7 +35,7 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-class Dice:
+class RandomChoices:
     """A sequence of random choices that depends on (seed, index) alone.
 
     Args:
@@ -153,7 +146,7 @@ class Relation:
         return self.word(wording, subject, self.table[subject])
 
 
-def distinct(dice: Dice, relation: Relation, count: int) -> list[str]:
+def distinct(dice: RandomChoices, relation: Relation, count: int) -> list[str]:
     """Draws subjects with different values; any of them may then be the one asked for, and the others beside it.
 
     Whichever is asked for, each subject and each value of the draw is as likely to be right as the others, so neither

@@ -18,7 +18,7 @@ from san_bench.report.tables.render import numeric
 from san_bench.report.tables.settings import Setting, side_by_side
 from san_bench.report.tables.table import tables
 from san_bench.run.provenance import write_atomically
-from san_bench.run.results import Cell, Row, Table, read_rows, trainings
+from san_bench.run.results import Cell, ResultTable, Row, read_rows, trainings
 
 if TYPE_CHECKING:
     from san_bench.report.figures.analysis import Picture
@@ -74,19 +74,19 @@ class Page:
     when: str
     command: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
-    tables: tuple[Table, ...]
+    tables: tuple[ResultTable, ...]
     pictures: tuple[Picture, ...]
     recipes: Compared
-    runs: Table
+    runs: ResultTable
     failures: tuple[Failure, ...]
-    data: Table
+    data: ResultTable
     origins: Compared
     plan: str = ""
 
     @property
-    def sections(self) -> dict[str, list[tuple[str, Table]]]:
+    def sections(self) -> dict[str, list[tuple[str, ResultTable]]]:
         """The tables with what is left of their titles, by the title of their section."""
-        found: dict[str, list[tuple[str, Table]]] = {}
+        found: dict[str, list[tuple[str, ResultTable]]] = {}
         for table in self.tables:
             section, _, name = table.title.rpartition(": ")
             found.setdefault(section, []).append((name[:1].upper() + name[1:], table))
@@ -109,7 +109,7 @@ def write_report(folder: Path, out: Path) -> None:
     Raises:
         SanError: If there are no results, what is there cannot be read, or the file cannot be written.
     """
-    text = to_html(read_page(folder, out))
+    text = report_to_html(read_page(folder, out))
     try:
         write_atomically(out, text)
     except OSError as error:
@@ -154,7 +154,7 @@ def read_page(folder: Path, out: Path) -> Page:
     )
 
 
-def to_html(page: Page) -> str:
+def report_to_html(page: Page) -> str:
     """Returns the page as the text of one HTML file, which by its own policy can load nothing from elsewhere."""
     import jinja2
 
@@ -247,7 +247,7 @@ def _origins(rows: Sequence[Row]) -> Compared:
     return Compared(tuple(names), tuple(side_by_side(facts)))
 
 
-def _data(rows: Sequence[Row]) -> Table:
+def _data(rows: Sequence[Row]) -> ResultTable:
     """Lists what was trained on, and what was trained: two lines of one name were not the same."""
     data: dict[tuple[str, ...], int] = {}
     checkpoints: dict[tuple[str, ...], int] = {}
@@ -264,12 +264,12 @@ def _data(rows: Sequence[Row]) -> Table:
         for counts in (checkpoints, data)
         for (name, words, digest), count in counts.items()
     ]
-    return Table("Data and checkpoints", ("Name", "What", "sha256", "Runs"), tuple(lines), ())
+    return ResultTable("Data and checkpoints", ("Name", "What", "sha256", "Runs"), tuple(lines), ())
 
 
-def _runs(rows: Sequence[Row]) -> Table:
+def _runs(rows: Sequence[Row]) -> ResultTable:
     columns = ("Method", "Task", "Group", "Backbone", "Seed", "Learning rate", "Accuracy", "Right", "n", "Seconds")
-    return Table(
+    return ResultTable(
         "Every run",
         (*columns, "Selection", "Recipe", "Finished", "Folder"),
         tuple(

@@ -18,7 +18,7 @@ from san_bench.report.tables.estimate import (
 )
 from san_bench.report.tables.published import Published, claims, decimals_of
 from san_bench.report.tables.sections import Line, Section, selection_words
-from san_bench.run.results import Cell, Row, Table, trainings
+from san_bench.run.results import Cell, ResultTable, Row, trainings
 from san_bench.vision_language.vqa.benchmarks import BENCHMARKS
 
 Seeds = Mapping[int, Row]
@@ -84,7 +84,7 @@ class _Field:
     printed: Callable[[Published], float | None]
 
 
-def means_table(section: Section, papers: Sequence[Published]) -> Table:
+def means_table(section: Section, papers: Sequence[Published]) -> ResultTable:
     """Returns the means over all tasks and, where there are several groups, over each and over the groups."""
     groups = _several(section)
     fields = [
@@ -106,7 +106,7 @@ def _several(section: Section) -> Mapping[str, Sequence[str]]:
     return section.groups if len(section.groups) > 1 else {}
 
 
-def task_tables(section: Section, papers: Sequence[Published]) -> list[Table]:
+def task_tables(section: Section, papers: Sequence[Published]) -> list[ResultTable]:
     """Returns accuracy by task: a table for each group, or one with the mean where tasks have no groups.
 
     Tasks and groups without any result get no column.
@@ -122,7 +122,7 @@ def task_tables(section: Section, papers: Sequence[Published]) -> list[Table]:
     return [_accuracy(section, "accuracy", [*fields, mean], papers, (READING, MEANS))]
 
 
-def difference_table(section: Section, reference: str | None) -> Table | None:
+def difference_table(section: Section, reference: str | None) -> ResultTable | None:
     """Returns what every method gains or loses against a reference on the same task, backbone and seed.
 
     Args:
@@ -155,7 +155,7 @@ def difference_table(section: Section, reference: str | None) -> Table | None:
         *([f"{alone} runs have no partner among those of {chosen} and do not count here."] if alone else []),
         *([LEGACY] if any(line.selection == "best-test" for line in section.lines) else []),
     ]
-    return Table(
+    return ResultTable(
         f"{section.title}: difference to {chosen}",
         ("Method", "Selection", "Tasks", "All tasks", *groups, "Better / equal / worse", "Most gained", "Most lost"),
         tuple(rows),
@@ -163,7 +163,7 @@ def difference_table(section: Section, reference: str | None) -> Table | None:
     )
 
 
-def modes_table(section: Section) -> Table | None:
+def modes_table(section: Section) -> ResultTable | None:
     """Returns what of trained adapters of SAN is how accurate; `None` where no run was scored in other modes."""
     scored = {
         line: {t: {s: r for s, r in seeds.items() if r.get("modes")} for t, seeds in tasks.items()}
@@ -184,7 +184,7 @@ def modes_table(section: Section) -> Table | None:
         ]
         most = max((value.estimate.n for value in values if value.estimate), default=0)
         rows.append((Cell(line.method), Cell(str(most), most), *(value.cell(most, 1, 100) for value in values)))
-    return Table(
+    return ResultTable(
         f"{section.title}: modes",
         ("Method", "n", *(f"{mode}: {MODES[mode]}" for mode in shown)),
         tuple(rows),
@@ -200,7 +200,7 @@ def _in_mode(row: Row, mode: str) -> Row:
     return {} if mode == "both" else {"accuracy": row["modes"][mode]}
 
 
-def cost_table(section: Section) -> Table:
+def cost_table(section: Section) -> ResultTable:
     """Returns parameters, time, memory and energy, a line for each method and machine."""
     lines: dict[tuple[Line, str], list[Row]] = {}
     for line, tasks in section.lines.items():
@@ -220,7 +220,7 @@ def cost_table(section: Section) -> Table:
         "Mean ± sample standard deviation over the runs on one machine, tasks and seeds together; compare methods that "
         "ran the same tasks on the same machine."
     )
-    return Table(
+    return ResultTable(
         f"{section.title}: cost",
         ("Method", "Selection", "Machine", "Runs", "Trained without head", "with head", *(name for name, _ in known)),
         tuple(made),
@@ -230,7 +230,7 @@ def cost_table(section: Section) -> Table:
 
 def _accuracy(
     section: Section, what: str, fields: Sequence[_Field], papers: Sequence[Published], reading: Sequence[str]
-) -> Table:
+) -> ResultTable:
     """Puts what was measured above what was published."""
     decimals = decimals_of(section.family)
     papers = [paper for paper in papers if any(field.printed(paper) is not None for field in fields)]
@@ -252,7 +252,7 @@ def _accuracy(
         notes += [PAPERS, *(f"[{place}] {source}." for place, source in enumerate(sources, 1)), *claims(section.family)]
     where = ("Source",) if papers else ()
     names = ("Method", *where, "Selection", "n", "Parameters, M", *(field.name for field in fields))
-    return Table(f"{section.title}: {what}", names, tuple(rows), (*notes, *_origin(section)))
+    return ResultTable(f"{section.title}: {what}", names, tuple(rows), (*notes, *_origin(section)))
 
 
 def _printed(paper: Published, source: int, values: Sequence[float | None], decimals: int) -> tuple[Cell, ...]:

@@ -10,7 +10,7 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from san_bench.run.results import Table
+from san_bench.run.results import ResultTable
 
 LATEX = str.maketrans(
     {
@@ -32,12 +32,12 @@ LATEX = str.maketrans(
 """Characters that mean something else in LaTeX, and those that not every font has."""
 
 
-def numeric(table: Table) -> list[bool]:
+def numeric(table: ResultTable) -> list[bool]:
     """Says of every column whether it holds numbers, and so stands to the right."""
     return [any(row[place].value is not None for row in table.rows) for place in range(len(table.columns))]
 
 
-def to_rich(table: Table) -> rich.table.Table:
+def to_rich(table: ResultTable) -> rich.table.Table:
     """Returns the table for the terminal, without its notes; what was published is dim."""
     shown = rich.table.Table(title=Text(table.title) if table.title else None, title_justify="left")
     for column, right in zip(table.columns, numeric(table), strict=True):
@@ -47,7 +47,7 @@ def to_rich(table: Table) -> rich.table.Table:
     return shown
 
 
-def show(tables: Sequence[Table], console: Console) -> None:
+def show(tables: Sequence[ResultTable], console: Console) -> None:
     """Prints tables with their notes."""
     for table in tables:
         console.print(to_rich(table))
@@ -55,12 +55,12 @@ def show(tables: Sequence[Table], console: Console) -> None:
         console.print()
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: ResultTable) -> str:
     r"""Returns the table in Markdown, with its notes below.
 
     Example:
         >>> from san_bench.run.results import Cell
-        >>> print(to_markdown(Table("", ("Method", "n"), ((Cell("a|b"), Cell("3", 3)),), ("Made up.",))))
+        >>> print(to_markdown(ResultTable("", ("Method", "n"), ((Cell("a|b"), Cell("3", 3)),), ("Made up.",))))
         | Method | n |
         | :-- | --: |
         | a\|b | 3 |
@@ -74,7 +74,7 @@ def to_markdown(table: Table) -> str:
     return "\n\n".join([*([f"**{table.title}**"] if table.title else []), grid, *table.notes]) + "\n"
 
 
-def to_latex(table: Table) -> str:
+def to_latex(table: ResultTable) -> str:
     """Returns the table for a document that loads `booktabs`; a rule stands before what was published."""
     lines = [
         r"\begin{table}",
@@ -96,14 +96,15 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def to_csv(tables: Sequence[Table]) -> str:
+def to_csv(tables: Sequence[ResultTable]) -> str:
     """Returns tables as one CSV: a line for every cell that holds something, and one for every note.
 
     `row` counts the rows of a table from 1, and is 0 for its notes; `name` is the row's first cell.
 
     Example:
         >>> from san_bench.run.results import Cell
-        >>> print(to_csv([Table("T", ("Method", "Accuracy"), ((Cell("SAN"), Cell("90.1", 90.12)),), ("Made up.",))]))
+        >>> row = (Cell("SAN"), Cell("90.1", 90.12))
+        >>> print(to_csv([ResultTable("T", ("Method", "Accuracy"), (row,), ("Made up.",))]))
         table,row,name,column,text,value,published
         T,1,SAN,Method,SAN,,False
         T,1,SAN,Accuracy,90.1,90.12,False

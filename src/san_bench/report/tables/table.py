@@ -19,7 +19,7 @@ from san_bench.report.tables.published import backbone_of
 from san_bench.report.tables.published import published as published_rows
 from san_bench.report.tables.sections import sections
 from san_bench.run.provenance import write_atomically
-from san_bench.run.results import Cell, Row, Table, read_rows
+from san_bench.run.results import Cell, ResultTable, Row, read_rows
 
 WIDTH = 200
 """Columns of what is printed where there is no terminal."""
@@ -38,7 +38,7 @@ COLUMNS = (
 """Columns of the demo's table."""
 
 
-def tables(rows: Sequence[Row], published: bool = True, reference: str | None = None) -> list[Table]:
+def tables(rows: Sequence[Row], published: bool = True, reference: str | None = None) -> list[ResultTable]:
     """Makes the tables of suites, for each backbone: means, accuracy by task, paired differences, cost.
 
     Args:
@@ -54,7 +54,7 @@ def tables(rows: Sequence[Row], published: bool = True, reference: str | None = 
     if reference is not None and reference not in methods:
         hint = did_you_mean(reference, methods)
         raise san_error(f"No result has the method {reference!r}.{hint} There are {', '.join(sorted(methods))}.")
-    made: list[Table] = []
+    made: list[ResultTable] = []
     for section in sections(rows):
         fits = published and section.split == "test" and section.way in ("", "generation")
         papers = published_rows(section.family, backbone_of(section.model)) if fits else []
@@ -112,7 +112,7 @@ def table_command(
         print(f"{len(made)} tables written to {out}")
 
 
-def cells(row: Row) -> tuple[Cell, ...]:
+def demo_cells(row: Row) -> tuple[Cell, ...]:
     """Returns a result of the demo as the cells of `COLUMNS`."""
     low, high = wilson(row["correct"], row["n_test"])
     trained, head = row["trainable_parameters"], row["trainable_head"]
@@ -129,17 +129,17 @@ def cells(row: Row) -> tuple[Cell, ...]:
     )
 
 
-def demo_table(rows: Sequence[Row], command: str) -> Table:
+def demo_table(rows: Sequence[Row], command: str) -> ResultTable:
     """Returns the demo's table, with how to read it and where its numbers come from."""
-    return Table("", COLUMNS, tuple(map(cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
+    return ResultTable("", COLUMNS, tuple(map(demo_cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
 
 
-def to_rich(rows: Sequence[Row]) -> rich.table.Table:
+def demo_to_rich(rows: Sequence[Row]) -> rich.table.Table:
     """Returns the demo's table for the terminal."""
     return render.to_rich(demo_table(rows, ""))
 
 
-def to_markdown(rows: Sequence[Row], command: str) -> str:
+def demo_to_markdown(rows: Sequence[Row], command: str) -> str:
     """Returns the demo's table in Markdown, followed by how to read it and by where its numbers come from."""
     return render.to_markdown(demo_table(rows, command))
 

@@ -5,7 +5,7 @@ scene and of (seed, index) alone, the same bytes on every platform.
 
 Example:
     >>> scene = Scene((Figure(0, "tyre", "red"), Figure(3, "ball", "green")))
-    >>> draw(scene, seed=1, index=5).shape
+    >>> draw_scene(scene, seed=1, index=5).shape
     (32, 32, 3)
     >>> scene.find(shape="ball")[0].colour
     'green'
@@ -96,7 +96,7 @@ SHAPES: dict[str, Callable[[Plane, Plane, Any], Plane]] = {
 """Signed distance to the edge of each shape, by its radius in pixels."""
 
 
-def draw(scene: Scene, seed: int, index: int) -> UInt8[np.ndarray, "32 32 3"]:
+def draw_scene(scene: Scene, seed: int, index: int) -> UInt8[np.ndarray, "32 32 3"]:
     """Draws a scene on dark clouds.
 
     Args:

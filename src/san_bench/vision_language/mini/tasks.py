@@ -20,8 +20,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.language.mini.words import Dice, an, sentence
-from san_bench.vision_language.mini.pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw
+from san_bench.language.mini.words import RandomChoices, an, sentence
+from san_bench.vision_language.mini.pictures import CELLS, COLOURS, SHAPES, Figure, Scene, draw_scene
 from san_bench.vision_language.records import MARKER, Conversation, Turn
 from san_bench.vision_language.vqa.formats import LETTER, SHORT, UNANSWERABLE
 
@@ -44,7 +44,7 @@ KINDS = 8
 """Records of the training mix take turns: one of each task, and one without a picture."""
 
 
-class Asked(NamedTuple):
+class SceneQuestion(NamedTuple):
     """A question about a scene.
 
     Attributes:
@@ -62,14 +62,14 @@ class Asked(NamedTuple):
     category: str = "default"
 
 
-def scene_of(dice: Dice, count: int) -> Scene:
+def scene_of(dice: RandomChoices, count: int) -> Scene:
     """Figures in different cells, with different shapes and different colours."""
     cells, shapes = dice.sample(range(len(CELLS)), count), dice.sample(list(SHAPES), count)
     colours = dice.sample(list(COLOURS), count)
     return Scene(tuple(Figure(*parts) for parts in sorted(zip(cells, shapes, colours, strict=True))))
 
 
-def absent(dice: Dice, scene: Scene, what: str) -> str:
+def absent(dice: RandomChoices, scene: Scene, what: str) -> str:
     """Returns a shape or a colour that no figure of a scene has."""
     known = {getattr(figure, what) for figure in scene.figures}
     return dice.pick([name for name in (SHAPES if what == "shape" else COLOURS) if name not in known])
@@ -80,7 +80,7 @@ def _chosen(stem: str, options: Sequence[str]) -> str:
     return "\n".join([stem, *lines, LETTER])
 
 
-def open_question(dice: Dice, index: int) -> Asked:
+def open_question(dice: RandomChoices, index: int) -> SceneQuestion:
     """Colour, shape, number or place of what is there."""
     scene = scene_of(dice, 1 + index % 4)
     figure, kind = dice.pick(scene.figures), index // 4 % 4
@@ -90,10 +90,10 @@ def open_question(dice: Dice, index: int) -> Asked:
         ("How many things are there?", str(len(scene.figures))),
         (f"Where is the {figure.shape}?", CELLS[figure.cell]),
     )[kind]
-    return Asked(scene, f"{text}\n{SHORT}", answer)
+    return SceneQuestion(scene, f"{text}\n{SHORT}", answer)
 
 
-def composed(dice: Dice, index: int) -> Asked:
+def composed(dice: RandomChoices, index: int) -> SceneQuestion:
     """Two figures and how they stand to each other."""
     while True:
         scene = scene_of(dice, 3)
@@ -103,41 +103,45 @@ def composed(dice: Dice, index: int) -> Asked:
     left, right = dice.pick(pairs)
     kind = index % 3
     if kind == 0:
-        return Asked(scene, f"What colour is the thing to the left of the {right.shape}?\n{SHORT}", left.colour)
+        return SceneQuestion(scene, f"What colour is the thing to the left of the {right.shape}?\n{SHORT}", left.colour)
     if kind == 1:
-        return Asked(scene, f"Which thing is to the right of the {left.colour} {left.shape}?\n{SHORT}", right.shape)
+        return SceneQuestion(
+            scene, f"Which thing is to the right of the {left.colour} {left.shape}?\n{SHORT}", right.shape
+        )
     yes = index // 3 % 2 == 0
     one, other = (left, right) if yes else (right, left)
     text = f"Is the {one.colour} {one.shape} to the left of the {other.colour} {other.shape}?"
-    return Asked(scene, f"{text}\n{SHORT}", "yes" if yes else "no")
+    return SceneQuestion(scene, f"{text}\n{SHORT}", "yes" if yes else "no")
 
 
-def unanswerable(dice: Dice, index: int) -> Asked:
+def unanswerable(dice: RandomChoices, index: int) -> SceneQuestion:
     """A question that the picture answers in every second case."""
     scene = scene_of(dice, 2 + index // 2 % 2)
     shape = dice.pick(scene.figures).shape if index % 2 else absent(dice, scene, "shape")
     answer = scene.find(shape)[0].colour if index % 2 else "unanswerable"
-    return Asked(scene, f"What colour is the {shape}?\n{UNANSWERABLE}\n{SHORT}", answer)
+    return SceneQuestion(scene, f"What colour is the {shape}?\n{UNANSWERABLE}\n{SHORT}", answer)
 
 
-def science(dice: Dice, index: int) -> Asked:
+def science(dice: RandomChoices, index: int) -> SceneQuestion:
     """Which food has the colour of a figure: the picture tells the colour, and the world tells the food."""
     scene, foods = scene_of(dice, 2), RELATIONS["colour"].table
     figure, right = dice.pick(scene.figures), index % 4
     others = dice.sample([colour for colour in COLOURS if colour != figure.colour], 3)
     colours = [*others[:right], figure.colour, *others[right:]]
     options = tuple(an(dice.pick([food for food, has in foods.items() if has == colour])) for colour in colours)
-    return Asked(scene, _chosen(f"Which food has the colour of the {figure.shape}?", options), LETTERS[right], options)
+    return SceneQuestion(
+        scene, _chosen(f"Which food has the colour of the {figure.shape}?", options), LETTERS[right], options
+    )
 
 
-def written(dice: Dice, index: int) -> Asked:
+def written(dice: RandomChoices, index: int) -> SceneQuestion:
     """A word in the picture."""
     word = dice.pick(WORDS)
     figures = tuple(figure for figure in scene_of(dice, 2).figures if figure.cell < 2)
-    return Asked(Scene(figures, word), f"What is written?\n{SHORT}", word)
+    return SceneQuestion(Scene(figures, word), f"What is written?\n{SHORT}", word)
 
 
-def presence(dice: Dice, index: int) -> Asked:
+def presence(dice: RandomChoices, index: int) -> SceneQuestion:
     """Whether something is there; what is not is made of parts that are, common, or any."""
     scene = scene_of(dice, 3)
     category, there = CATEGORIES[index // 2 % 3], index % 2 == 0
@@ -152,10 +156,10 @@ def presence(dice: Dice, index: int) -> Asked:
     else:
         shape, colour = absent(dice, scene, "shape"), absent(dice, scene, "colour")
     text = f"Is there {an(f'{colour} {shape}')} in the image?\n{SHORT}"
-    return Asked(scene, text, "yes" if there else "no", (), category)
+    return SceneQuestion(scene, text, "yes" if there else "no", (), category)
 
 
-def circular(dice: Dice, index: int) -> Asked:
+def circular(dice: RandomChoices, index: int) -> SceneQuestion:
     """Multiple choice, which is asked with its options in every rotation."""
     scene, right = scene_of(dice, 3), index % 4
     figure, kind = dice.pick(scene.figures), index // 4 % 2
@@ -163,7 +167,7 @@ def circular(dice: Dice, index: int) -> Asked:
     others = dice.sample([name for name in known if name != wanted], 3)
     options = (*others[:right], wanted, *others[right:])
     stem = f"Which thing is {figure.colour}?" if kind else f"What colour is the {figure.shape}?"
-    return Asked(scene, _chosen(stem, options), LETTERS[right], options)
+    return SceneQuestion(scene, _chosen(stem, options), LETTERS[right], options)
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class TalkTask:
 
     like: str
     seed: int
-    draw: Callable[[Dice, int], Asked]
+    draw: Callable[[RandomChoices, int], SceneQuestion]
 
 
 TASKS: dict[str, TalkTask] = {
@@ -193,7 +197,7 @@ TASKS: dict[str, TalkTask] = {
 """Every task by its name, without the `mini-vl/` before it."""
 
 
-def item(name: str, index: int) -> Asked:
+def item(name: str, index: int) -> SceneQuestion:
     """Makes one item of a task.
 
     Args:
@@ -201,12 +205,12 @@ def item(name: str, index: int) -> Asked:
         index: Which item of the task's sequence.
     """
     task = TASKS[name]
-    return task.draw(Dice(task.seed, index), index)
+    return task.draw(RandomChoices(task.seed, index), index)
 
 
 def picture(name: str, index: int) -> Image.Image:
     """Draws the picture of an item."""
-    return Image.fromarray(draw(item(name, index).scene, TASKS[name].seed, index))
+    return Image.fromarray(draw_scene(item(name, index).scene, TASKS[name].seed, index))
 
 
 def conversation(index: int) -> Conversation:
@@ -222,7 +226,7 @@ def conversation(index: int) -> Conversation:
     """
     place, kind = divmod(index, KINDS)
     if kind == len(TASKS):
-        dice = Dice(308, place)
+        dice = RandomChoices(308, place)
         relation = dice.pick(list(RELATIONS.values()))
         subject = dice.pick(list(relation.table))
         asked = f"{sentence(relation.fill(dice.pick(relation.ask), subject))}\n{SHORT}"

@@ -5,7 +5,7 @@ former and `san_bench.vision_language.vqa.uploads` the latter.
 
 Example:
     >>> asked = [Question(1, "a.jpg", "How many?", ("2",) * 9 + ("3",)), Question(2, "b.jpg", "Which?", ("red",) * 10)]
-    >>> score("vqav2", asked, ["three", None])
+    >>> score_benchmark("vqav2", asked, ["three", None])
     Score(benchmark='vqav2', score=0.15, n=2, unanswered=1, details={})
 """
 
@@ -187,7 +187,7 @@ def benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def score(name: str, questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
+def score_benchmark(name: str, questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
     """Scores a benchmark by the papers' rule.
 
     Args:

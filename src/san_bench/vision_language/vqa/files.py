@@ -17,7 +17,14 @@ from san_bench.config.strict import san_error
 from san_bench.vision_language.vqa.benchmarks import CATEGORIES, CIRCLE, Question
 from san_bench.vision_language.vqa.formats import LETTER, SHORT, UNANSWERABLE
 from san_bench.vision_language.vqa.normalize import LETTERS
-from san_bench.vision_language.vqa.rows import read_json, read_lines, read_list, read_part, read_table, require_keys
+from san_bench.vision_language.vqa.rows import (
+    read_json,
+    read_json_list,
+    read_lines,
+    read_part,
+    read_table,
+    require_keys,
+)
 
 OCR = "Reference OCR token: "
 """What TextVQA's words in the image stand behind, in LLaVA's questions."""
@@ -63,7 +70,7 @@ def load_vizwiz(annotations: str | Path, questions: str | Path | None = None) ->
     Raises:
         SanError: If a file cannot be read, or lacks something.
     """
-    rows = read_list(Path(annotations))
+    rows = read_json_list(Path(annotations))
     require_keys(annotations, rows, ("image", "question"))
     right = {row["image"]: _people(annotations, row) for row in rows}
     if questions is None:
@@ -175,7 +182,7 @@ def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | No
         raise san_error(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}.")
     texts = {}
     if questions is not None:
-        for row in read_list(Path(questions)):
+        for row in read_json_list(Path(questions)):
             texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
     wanted = ("question", "choices", "answer", "hint", "image")
     require_keys(folder / "problems.json", [problems.get(key) for key in splits[split]], wanted)

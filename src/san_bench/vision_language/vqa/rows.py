@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any:
         raise san_error(f"{path} is not JSON: {error}.") from error
 
 
-def read_list(path: Path) -> list[Any]:
+def read_json_list(path: Path) -> list[Any]:
     """Reads a JSON file that holds a list.
 
     Raises:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from san_bench.image.digits import load_digits_task
 from san_bench.image.mini import tasks as mini
 from san_bench.image.mini.natural import FLOWERS, TEXTURES
 from san_bench.image.mini.specialised import CALLS, FINDINGS, LAND
 from san_bench.image.mini.structured import NEAR
-from san_bench.image.mini.tasks import TASKS, draw, load
-from san_bench.image.tasks import load_digits_task, load_task
+from san_bench.image.mini.tasks import TASKS, draw_images, load
+from san_bench.image.tasks import load_task
 from san_peft.errors import SanError
 
 FINGERPRINTS: dict[str, str] = {
@@ -40,7 +41,7 @@ def test_the_same_bytes_on_every_platform(name):
 
 
 def test_an_image_does_not_depend_on_its_batch(name):
-    few, many = draw(name, np.array([250, 3, 131]))[0], draw(name, np.arange(260))[0]
+    few, many = draw_images(name, np.array([250, 3, 131]))[0], draw_images(name, np.arange(260))[0]
     assert np.array_equal(few.images, many.images[[250, 3, 131]])
     assert all(np.array_equal(few.facts[key], many.facts[key][[250, 3, 131]]) for key in few.facts)
 
@@ -91,13 +92,13 @@ def test_digits_are_the_scans_in_the_order_of_their_splits():
     plain = load_digits_task()
     for split in ("train800", "val200", "test"):
         assert np.array_equal(load("digits")[split].labels, plain[split].labels)
-    ink = draw("digits", np.arange(200))[0].facts["ink"].mean(axis=(1, 2))
+    ink = draw_images("digits", np.arange(200))[0].facts["ink"].mean(axis=(1, 2))
     scans = plain["train800"].images[:200, ..., 0].mean(axis=(1, 2))
     assert np.corrcoef(ink, scans)[0, 1] > 0.4  # a scan with more ink gives a drawing with more
 
 
 def test_textures_with_a_direction_have_one():
-    drawing, labels = draw("textures", INDEX)
+    drawing, labels = draw_images("textures", INDEX)
     down, across = np.gradient(drawing.facts["amount"], axis=(1, 2))
     xx, yy, xy = ((a * b).mean(axis=(1, 2)) for a, b in ((across, across), (down, down), (across, down)))
     coherence = np.hypot(xx - yy, 2 * xy) / (xx + yy)
@@ -106,7 +107,7 @@ def test_textures_with_a_direction_have_one():
 
 
 def test_flowers_have_as_many_petals_as_their_species():
-    drawing, labels = draw("flowers", INDEX)
+    drawing, labels = draw_images("flowers", INDEX)
     bloom, centre, radius = (drawing.facts[key] for key in ("bloom", "centre", "radius"))
     angle = np.linspace(0, 2 * np.pi, 360, endpoint=False)
     around = centre[:, None, :] + 0.75 * radius[:, None, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -118,7 +119,7 @@ def test_flowers_have_as_many_petals_as_their_species():
 
 
 def test_cells_are_ill_in_all_classes_but_the_first_and_dark_where_something_is_in_them():
-    drawing, labels = draw("cells", INDEX)
+    drawing, labels = draw_images("cells", INDEX)
     ill, total = drawing.facts["ill"], drawing.facts["total"]
     assert np.array_equal(ill == 0, labels == FINDINGS.index("normal"))
     assert (ill[labels == FINDINGS.index("leucocyte")] == 1).all()
@@ -130,7 +131,7 @@ def test_cells_are_ill_in_all_classes_but_the_first_and_dark_where_something_is_
 
 
 def test_only_a_plot_with_a_river_is_of_water():
-    drawing, labels = draw("land", INDEX)
+    drawing, labels = draw_images("land", INDEX)
     away = np.abs(drawing.images - drawing.facts["water"][:, None, None, :]).max(axis=3)
     plot = drawing.facts["plot"] > 0.5
     share = ((away < 30) & plot).sum(axis=(1, 2)) / plot.sum(axis=(1, 2))
@@ -139,7 +140,7 @@ def test_only_a_plot_with_a_river_is_of_water():
 
 
 def test_calls_rise_and_fall_as_they_are_named():
-    drawing, labels = draw("calls", INDEX)
+    drawing, labels = draw_images("calls", INDEX)
     power = drawing.facts["loud"]
     pitch = 32 - np.arange(32)[None, :, None]
     heard = power.sum(axis=1) > 0.5
@@ -154,20 +155,20 @@ def test_calls_rise_and_fall_as_they_are_named():
 
 
 def test_count_is_the_number_of_separate_pills():
-    drawing, labels = draw("count", INDEX)
+    drawing, labels = draw_images("count", INDEX)
     found = [ndimage.label(mask > 0.5)[1] for mask in drawing.facts["mask"]]
     assert np.array_equal(found, labels + 2)
 
 
 def test_distance_is_the_depth_of_the_boulder_whose_foot_is_lowest():
-    drawing, labels = draw("distance", INDEX)
+    drawing, labels = draw_images("distance", INDEX)
     gap = drawing.facts["foot"] - drawing.facts["horizon"][:, None]
     assert np.array_equal(np.digitize(16 / gap.max(axis=1), NEAR) - 1, labels)
     assert drawing.facts["foot"].max() < 32
 
 
 def test_location_is_where_the_middle_is_empty():
-    drawing, labels = draw("location", INDEX)
+    drawing, labels = draw_images("location", INDEX)
     mask = drawing.facts["mask"]
     found = [
         [c for c in range(9) if mask[i, *at(centre[c])] < 0.5 < mask[i].max() and filled(mask[i], centre[c])]
@@ -187,7 +188,7 @@ def filled(mask, centre):
 
 
 def test_orientation_is_where_the_farthest_point_of_the_pin_lies():
-    drawing, labels = draw("orientation", INDEX)
+    drawing, labels = draw_images("orientation", INDEX)
     mask = drawing.facts["mask"] > 0.5
     assert np.array_equal((drawing.facts["turn"] + 16) // 32 % 8, labels)
     angle = []
@@ -199,7 +200,7 @@ def test_orientation_is_where_the_farthest_point_of_the_pin_lies():
 
 
 def test_azimuth_is_where_the_lamps_are():
-    drawing, labels = draw("azimuth", INDEX)
+    drawing, labels = draw_images("azimuth", INDEX)
     assert np.array_equal((drawing.facts["turn"] + 16) // 32 % 8, labels)
     lamps = drawing.facts["lamps"]
     shown = (lamps > 0.5).sum(axis=(1, 2))

@@ -24,9 +24,9 @@ from san_bench.language.mini import tasks as world
 from san_bench.language.mini.facts import ANIMALS, JOBS, KINDS, MATERIALS, OPPOSITES, SIZES, SOUNDS, THINGS
 from san_bench.language.mini.people import TRAITS
 from san_bench.language.mini.relations import DERIVED, FACTS
-from san_bench.language.mini.tasks import SPLITS, TASKS, fingerprint, load, record
+from san_bench.language.mini.tasks import SPLITS, TASKS, load, record, task_fingerprint
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.language.mini.words import Dice, distinct, plural, sentence, third
+from san_bench.language.mini.words import RandomChoices, distinct, plural, sentence, third
 from san_peft.errors import SanError
 
 FINGERPRINTS: dict[str, str] = {
@@ -81,7 +81,7 @@ def sentences(told):
 
 
 def test_the_same_records_on_every_platform(name):
-    assert fingerprint(name) == FINGERPRINTS[name]
+    assert task_fingerprint(name) == FINGERPRINTS[name]
 
 
 def test_a_record_does_not_depend_on_the_others(name):
@@ -246,7 +246,7 @@ def test_what_follows_agrees_with_the_facts_it_follows_from():
 
 def test_distinct_draws_every_subject_with_different_values():
     relation = RELATIONS["kind"]
-    drawn = [distinct(Dice(3, index), relation, 4) for index in range(500)]
+    drawn = [distinct(RandomChoices(3, index), relation, 4) for index in range(500)]
     assert all(len({relation.table[subject] for subject in four}) == 4 for four in drawn)
     assert {subject for four in drawn for subject in four} == set(ANIMALS)
 

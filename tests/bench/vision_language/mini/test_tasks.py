@@ -11,7 +11,7 @@ import pytest
 
 from generators.mini_captions import FACTS, Fact, caption
 from san_bench.language.mini.wordings import RELATIONS
-from san_bench.vision_language.mini.pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw
+from san_bench.vision_language.mini.pictures import CELLS, COLOURS, FONT, LETTER, SHAPES, Figure, Scene, draw_scene
 from san_bench.vision_language.mini.tasks import (
     CATEGORIES,
     KINDS,
@@ -26,7 +26,7 @@ from san_bench.vision_language.mini.tasks import (
 from san_bench.vision_language.records import problems_of
 from san_bench.vision_language.tasks import load_conversation_task
 from san_bench.vision_language.vqa import formats as question_lines
-from san_bench.vision_language.vqa.benchmarks import BENCHMARKS, score
+from san_bench.vision_language.vqa.benchmarks import BENCHMARKS, score_benchmark
 
 ITEMS = range(240)
 
@@ -43,7 +43,7 @@ def test_pictures_are_the_same_everywhere():
 def test_a_figure_has_its_colour_where_it_stands():
     for cell in range(4):
         for colour, paint in COLOURS.items():
-            image = draw(Scene((Figure(cell, "ball", colour),)), 1, cell).astype(float)
+            image = draw_scene(Scene((Figure(cell, "ball", colour),)), 1, cell).astype(float)
             x, y = 8 + 16 * (cell % 2), 8 + 16 * (cell // 2)
             inside = image[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))
             nearest = min(COLOURS, key=lambda name: float(np.abs(inside - np.array(COLOURS[name])).sum()))
@@ -53,12 +53,12 @@ def test_a_figure_has_its_colour_where_it_stands():
 
 
 def test_shapes_differ_and_a_word_is_written_as_its_letters():
-    bare = draw(Scene(()), 1, 0).astype(float)
-    masks = [np.abs(draw(Scene((Figure(0, shape, "white"),)), 1, 0) - bare).max(-1) > 60 for shape in SHAPES]
+    bare = draw_scene(Scene(()), 1, 0).astype(float)
+    masks = [np.abs(draw_scene(Scene((Figure(0, shape, "white"),)), 1, 0) - bare).max(-1) > 60 for shape in SHAPES]
     assert len({mask.tobytes() for mask in masks}) == len(SHAPES)
     for index in range(8):
-        bare = draw(Scene(()), 1, index).astype(float)
-        shown = np.abs(draw(Scene((), "cab"), 1, index) - bare).max(-1) > 60
+        bare = draw_scene(Scene(()), 1, index).astype(float)
+        shown = np.abs(draw_scene(Scene((), "cab"), 1, index) - bare).max(-1) > 60
         top, left = np.flatnonzero(shown.any(1))[0], np.flatnonzero(shown.any(0))[0]
         assert top % LETTER == left % LETTER == 1
         for place, letter in enumerate("cab"):
@@ -256,8 +256,8 @@ def test_right_answers_score_one_by_the_rules_of_the_benchmarks():
     for name, asked in task.asked("test").items():
         assert len(asked.questions) == (1200 if asked.rule == "mmbench" else 300), name
         right = [question.answers[0] for question in asked.questions]
-        assert score(asked.rule, asked.questions, right).score == pytest.approx(1.0)
-        wrong = score(asked.rule, asked.questions, ["nothing"] * len(right))
+        assert score_benchmark(asked.rule, asked.questions, right).score == pytest.approx(1.0)
+        wrong = score_benchmark(asked.rule, asked.questions, ["nothing"] * len(right))
         assert wrong.score == 0.0 if asked.rule != "pope" else wrong.details["random/yes_ratio"] == 1.0
     trained = {split: {record.image for record in task.records(split)} for split in ("train", "trainval")}
     shown = {

@@ -17,7 +17,7 @@ from san_bench.vision_language.vqa.benchmarks import (
     Question,
     Score,
     lmms_command,
-    score,
+    score_benchmark,
     score_mmbench,
     score_pope,
     vqa_accuracy,
@@ -88,10 +88,10 @@ def short(*rows):
 
 def test_scores_of_short_answers():
     questions = short(("2",) * 10, ("red",) * 3 + ("blue",) * 7, ("man's",) * 10)
-    assert score("vqav2", questions, ["two", "red", " "]) == Score("vqav2", pytest.approx(1.9 / 3), 3, 1)
-    assert score("vizwiz", questions, ["two", "red", "men"]) == Score("vizwiz", pytest.approx(1.9 / 3), 3, 0)
-    assert score("textvqa", questions, ["two", None, "man's"]) == Score("textvqa", pytest.approx(2 / 3), 3, 1)
-    assert score("gqa", short(("left",), ("left",), ("no",)), ["Left.", "on the left", None]) == Score(
+    assert score_benchmark("vqav2", questions, ["two", "red", " "]) == Score("vqav2", pytest.approx(1.9 / 3), 3, 1)
+    assert score_benchmark("vizwiz", questions, ["two", "red", "men"]) == Score("vizwiz", pytest.approx(1.9 / 3), 3, 0)
+    assert score_benchmark("textvqa", questions, ["two", None, "man's"]) == Score("textvqa", pytest.approx(2 / 3), 3, 1)
+    assert score_benchmark("gqa", short(("left",), ("left",), ("no",)), ["Left.", "on the left", None]) == Score(
         "gqa", pytest.approx(1 / 3), 3, 1
     )
 
@@ -118,7 +118,7 @@ def test_scienceqas_letter(answer, letter):
 
 def test_scienceqa_is_right_by_its_letter():
     questions = [Question(n, "x.png", "?", ("B",), options=("cat", "bus")) for n in range(4)]
-    assert score("sqa", questions, ["B", "A", "a bus", "B. a bus"]) == Score("sqa", 0.5, 4, 1)
+    assert score_benchmark("sqa", questions, ["B", "A", "a bus", "B. a bus"]) == Score("sqa", 0.5, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def pope():
 
 def test_pope_is_the_mean_of_three_f1():
     said = ["Yes", "There is not", "It is", "no", "yes", "No", "no", "yes"]
-    found = score("pope", pope(), said)
+    found = score_benchmark("pope", pope(), said)
     # adversarial: one hit, one miss, one false yes, one right no; popular all right; random all wrong
     assert (found.score, found.n, found.unanswered) == (pytest.approx((0.5 + 1 + 0) / 3), 8, 0)
     assert {key: found.details[f"adversarial/{key}"] for key in ("accuracy", "precision", "recall", "yes_ratio")} == {
@@ -200,20 +200,20 @@ def test_mmbench_turns_the_options_and_wants_all_to_be_right():
     assert questions[1].text == f"What?\nA. dog\nB. bus\nC. cat\n{LETTER}"
     assert vqa_files.with_rotations(questions) == questions
     always_b = ["B"] * 5
-    assert score("mmbench", questions, ["B", "dog", "c.", "A", "B"]).score == 1
+    assert score_benchmark("mmbench", questions, ["B", "dog", "c.", "A", "B"]).score == 1
     assert score_mmbench(questions, always_b, circular=False).score == 2 / 5  # 7 and 1,000,008
-    assert score("mmbench", questions, ["B", "A", "C", "A", None]) == Score("mmbench", 0.5, 2, 1, {"rows": 5})
+    assert score_benchmark("mmbench", questions, ["B", "A", "C", "A", None]) == Score("mmbench", 0.5, 2, 1, {"rows": 5})
 
 
 def test_scores_that_cannot_be_are_explained():
     with pytest.raises(SanError, match=r"no benchmark 'vqa2'. Did you mean 'vqav2'\?"):
-        score("vqa2", short(("a",)), ["a"])
+        score_benchmark("vqa2", short(("a",)), ["a"])
     with pytest.raises(SanError, match="There are 1 questions and 2 answers"):
-        score("gqa", short(("a",)), ["a", "b"])
+        score_benchmark("gqa", short(("a",)), ["a", "b"])
     with pytest.raises(SanError, match="1 of 2 questions have no public answer, such as 1"):
-        score("vqav2", short(("a",), ()), ["a", "b"])
+        score_benchmark("vqav2", short(("a",), ()), ["a", "b"])
     with pytest.raises(SanError, match="MMBench numbers its questions"):
-        score("mmbench", [replace(mmbench()[0], id="x")], ["a"])
+        score_benchmark("mmbench", [replace(mmbench()[0], id="x")], ["a"])
 
 
 def test_each_benchmark_says_whether_its_split_is_the_papers():

@@ -1,0 +1,35 @@
+"""Names of splits, as files and folders have them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from san_peft.errors import SanError
+
+NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **{name: name for name in ("trainval", "train800", "val200", "train800val200")},
+}
+"""Names of splits in the wild, and what they are called here."""
+
+
+def by_split(files: list[Path]) -> dict[str, list[Path]]:
+    """Returns the files of each split: by their own names, such as train-00000-of-00002.parquet, or their folders'.
+
+    Raises:
+        SanError: If a split's files lie in several folders.
+    """
+    parts: dict[str, list[Path]] = {}
+    for path in files:
+        name = re.sub(r"-\d+-of-\d+.*$", "", path.stem)
+        name = name if name.lower() in NAMES or not path.stem.replace("-", "").isdecimal() else path.parent.name
+        parts.setdefault(NAMES.get(name.lower(), name), []).append(path)
+    for split, paths in parts.items():
+        folders = sorted({path.parent for path in paths})
+        if len(folders) > 1:
+            names = ", ".join(map(str, folders))
+            raise SanError(f"There are several configurations of {split}: {names}. Name the folder of one of them.")
+    return parts
