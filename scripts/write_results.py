@@ -1,6 +1,6 @@
 """Writes a table of results into a page, between its two marks.
 
-    san demo && python scripts/write_results.py                # runs/demo/table.md into README.md
+    san demo && python scripts/write_results.py                # runs/demo/table.md into docs/index.md
     python scripts/write_results.py runs/another/table.md
     python benchmarks/step.py && python scripts/write_results.py runs/benchmarks/step.md docs/guides/speed.md
     san table results/order --format markdown --out runs/order.md
@@ -32,7 +32,7 @@ def main() -> None:
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "demo" / "table.md"
     if not source.is_file():
         raise SystemExit(f"There is no {source}; the commands above make one.")
-    page = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "README.md"
+    page = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "docs" / "index.md"
     table = source.read_text(encoding="utf-8")
     if "+changes" in table or "commit unknown" in table:
         print("Note: these numbers come from code that no commit holds.", file=sys.stderr)

@@ -197,8 +197,8 @@ def test_several_seeds_and_sizes_are_all_named(done):
     assert "seed 0, 3, scored once on n = 40, 1,000 test" in notes([san, {**linear, "seed": 3, "n_test": 1000}])
 
 
-def test_the_readme_has_a_table_with_its_origin():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_front_page_has_a_table_with_its_origin():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- results:start -->\n(.*)<!-- results:end -->", text, re.S)
     assert block, "scripts/write_results.py writes between these marks"
     table = table_of(block[1])
