@@ -6,12 +6,15 @@ import re
 from importlib.metadata import version as version_of
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 project = "san-peft"
 author = "The san-peft contributors"
 copyright = "2026, the san-peft contributors; Apache-2.0"
 release = version = version_of("san-peft")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -27,6 +30,7 @@ napoleon_custom_sections = [("Example", "Examples")]
 
 html_theme = "furo"
 html_title = "san-peft"
+html_math_renderer = "mathml"  # browsers render it themselves: no script, nothing from a CDN
 
 
 def markdown_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -52,5 +56,18 @@ def markdown_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, line
     lines[:] = text.split("\n")
 
 
+def inline_math(writer: Any, node: nodes.math) -> None:
+    """Writes an inline equation as MathML."""
+    writer.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def display_math(writer: Any, node: nodes.math_block) -> None:
+    """Writes a display equation as MathML."""
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
     app.connect("autodoc-process-docstring", markdown_to_rst, priority=400)

@@ -57,8 +57,9 @@ def test_the_pages_show_the_rows(tmp_path):
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     marks = re.findall(r"<!-- (\S+):start -->\n(.*?)<!-- \1:end -->", text, re.S)
     assert sorted(name for name, _ in marks) == [folder.name for folder in KEPT]
+    commands = re.sub(r" \\\n\s*", " ", text)
     for name, block in marks:
-        (words,) = re.findall(rf"san table results/{name} (.*) --format markdown --out", text)
+        (words,) = re.findall(rf"san table results/{name} (.*) --format markdown --out", commands)
         verb: Any = parse(["table", f"results/{name}", *words.split()])
         table_command(
             [ROOT / verb.folders[0]], "markdown", reference=verb.reference, only=verb.only, out=tmp_path / name

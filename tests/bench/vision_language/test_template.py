@@ -178,6 +178,7 @@ def test_an_image_takes_as_many_tokens_as_the_page_says():
     following.patch_size = 14
     onevision.image_processor, onevision.num_image_tokens = LlavaOnevisionImageProcessor(), (384 // 14) ** 2
     page = (Path(__file__).parents[3] / "docs/how-to/vision-language.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
     counts = [image_tokens(one, (640, 480)) for one in (following, onevision)]
     said = re.search(r"640x480 takes (\S+) in LLaVA-NeXT .* and (\S+) in LLaVA-OneVision", page)
     assert said is not None
