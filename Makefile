@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := demo,vision,plot,docs,dev
+EXTRAS := bench,demo,vision,plot,docs,dev
 HOLDERS := tests/real/requirements
 
 .PHONY: help setup demo test slow real real-small lint format types docs clean

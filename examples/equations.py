@@ -1,6 +1,6 @@
-"""SAN by hand on two dense layers: train one scale vector, fold it into both weights, compare.
+"""Train one SAN scale on two linear layers, fold it into both weights, and compare the outputs.
 
-The same equations that the PEFT method uses (`san_peft.functional`), with nothing around them.
+Uses the equations of the PEFT method (`san_peft.functional`) directly, without PEFT.
 """
 
 import torch
@@ -10,12 +10,12 @@ from san_peft.functional import fold, propagate, scale_input, scale_output
 
 torch.manual_seed(0)
 inputs, targets = torch.randn(256, 8), torch.randn(256, 2)
-anterior, posterior = torch.nn.Linear(8, 16), torch.nn.Linear(16, 2)  # frozen: only the scale is trained
+anterior, posterior = torch.nn.Linear(8, 16), torch.nn.Linear(16, 2)  # frozen; only the scale is trained
 scale = torch.ones(16, requires_grad=True)
 
 
 def forward(x: torch.Tensor) -> torch.Tensor:
-    """One vector, used twice: on what the anterior layer writes and on what the posterior layer reads."""
+    """Applies the scale to the output of the anterior layer and to the input of the posterior layer."""
     hidden = F.gelu(scale_output(F.linear(x, anterior.weight.detach(), anterior.bias.detach()), scale))
     return F.linear(scale_input(hidden, propagate(scale)), posterior.weight.detach(), posterior.bias.detach())
 

@@ -1,4 +1,4 @@
-"""Fine-tune a small ViT on handwritten digits with SAN, save the adapter, load it again, and merge it with proof."""
+"""Fine-tune a small ViT on handwritten digits with SAN, then save, load and merge the adapter."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def main() -> None:
         )
         Trainer(model, arguments, train_dataset=for_checkpoint(task["train800"], embedded_path())).train()
         model.cpu().save_pretrained(folder)
-        again = PeftModel.from_pretrained(pretrained(), folder).eval()
+        loaded = PeftModel.from_pretrained(pretrained(), folder).eval()
     images = for_checkpoint(task["val200"], embedded_path()).batch(200)
     labels = torch.from_numpy(task["val200"].labels)
     with torch.no_grad():
-        logits = again(images).logits
-        print("reloaded equals trained:", torch.equal(logits, model.eval()(images).logits))
-    report = merge_and_verify(again, {"pixel_values": images})
-    right = int((report.model(images).logits.argmax(-1) == labels).sum())
-    print(f"merged: {right} of {len(labels)} validation images right after {STEPS} steps")
-    print(f"merging changed the logits by {report.max_abs_difference:.1e} at most")
+        logits = loaded(images).logits
+        print("loaded equals trained:", torch.equal(logits, model.eval()(images).logits))
+    report = merge_and_verify(loaded, {"pixel_values": images})
+    correct = int((report.model(images).logits.argmax(-1) == labels).sum())
+    print(f"merged: {correct} of {len(labels)} validation images correct after {STEPS} steps")
+    print(f"merging changed the logits by at most {report.max_abs_difference:.1e}")
 
 
 if __name__ == "__main__":

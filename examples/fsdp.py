@@ -1,4 +1,4 @@
-"""Train LoRA as the host of SAN under FSDP2: alone, or with `torchrun --nproc-per-node 2 examples/fsdp.py`."""
+"""Train SAN over LoRA with FSDP2: in one process, or with `torchrun --nproc-per-node 2 examples/fsdp.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from san_peft import SanConfig
 
 
 def pretrained() -> LlamaForCausalLM:
-    torch.manual_seed(0)  # stands for a pretrained model
+    torch.manual_seed(0)  # in place of a pretrained model
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**size, vocab_size=50))
 
@@ -24,7 +24,7 @@ def pretrained() -> LlamaForCausalLM:
 def main() -> None:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    if "RANK" in os.environ:  # of torchrun
+    if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("nccl" if gpu else "gloo")
     else:
         dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -48,7 +48,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, state_dict=tensors)
             PeftModel.from_pretrained(pretrained(), folder)
-            print(f"saved from {world} processes, and loaded into one")
+            print(f"saved from {world} ranks, loaded in one process")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""SAN over LoRA: train a few steps, save one folder, load it, take SAN off again, and write the closest plain LoRA."""
+"""Train SAN over LoRA, save and load the adapter, save the closest plain LoRA, merge, and detach SAN."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def main() -> None:
     task = load_task("digits")
     lora = LoraConfig(r=4, target_modules=["v_proj", "fc1", "fc2"], modules_to_save=["classifier"])
     model = get_peft_model(pretrained(), SanConfig(inner=lora))
-    model.print_trainable_parameters()  # those of LoRA: SAN adds none
+    model.print_trainable_parameters()  # those of LoRA; SAN adds none
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=STEPS, learning_rate=0.003, per_device_train_batch_size=32, report_to=[], use_cpu=True
         )
         Trainer(model, arguments, train_dataset=for_checkpoint(task["train800"], embedded_path())).train()
         model.save_pretrained(folder)
-        again = PeftModel.from_pretrained(pretrained(), folder).eval()
+        loaded = PeftModel.from_pretrained(pretrained(), folder).eval()
         images = for_checkpoint(task["val200"], embedded_path()).batch(200)
         with torch.no_grad():
-            print("reloaded equals trained:", torch.equal(again(images).logits, model.eval()(images).logits))
-        fc1 = again.base_model.model.vit.layers[0].mlp.fc1
+            print("loaded equals trained:", torch.equal(loaded(images).logits, model.eval()(images).logits))
+        fc1 = loaded.base_model.model.vit.layers[0].mlp.fc1
         print(f"scales of the first fc1: {fc1.get_scale().min():.3f} to {fc1.get_scale().max():.3f}")
         for rank in (4, 16):
-            lost = save_as_lora(again, f"{folder}/lora", rank).error
-            print(f"the closest LoRA of rank {rank} loses {lost:.0%} of the change")
-    print("merging changes the logits by", merge_and_verify(again, {"pixel_values": images}).max_abs_difference)
-    print("without SAN it is", type(detach_san(model).base_model).__name__)
+            lost = save_as_lora(loaded, f"{folder}/lora", rank).error
+            print(f"closest LoRA of rank {rank}: relative error {lost:.0%}")
+    report = merge_and_verify(loaded, {"pixel_values": images})
+    print(f"merging changes the logits by at most {report.max_abs_difference:.1e}")
+    print("without SAN the tuner is a", type(detach_san(model).base_model).__name__)
 
 
 if __name__ == "__main__":

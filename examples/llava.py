@@ -1,4 +1,4 @@
-"""Teach the small LLaVA to answer yes or no about pictures with SAN on its language model, then merge with proof."""
+"""Fine-tune the language model of a small LLaVA with SAN on yes/no questions about images, then merge the adapter."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from san_bench.models.embedded import embedded_path
 from san_bench.vision_language.mini.tasks import item, picture
 from san_peft import SanConfig, merge_and_verify
 
-TRAINED, ASKED = range(96), range(500, 532)
+TRAIN, TEST = range(96), range(500, 532)
 
 
 def main() -> None:
     set_seed(0)
     processor = AutoProcessor.from_pretrained(embedded_path("llava"))
-    processor.tokenizer.padding_side = "left"  # so that the answer comes next in every row
+    processor.tokenizer.padding_side = "left"  # the answer is the next token of every row
     words = [processor.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("no", "yes")]
 
     def batch(numbers: range) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        asked = [item("presence", number) for number in numbers]
-        texts = [f"USER: <image>\n{one.text} ASSISTANT:" for one in asked]
+        items = [item("presence", number) for number in numbers]
+        texts = [f"USER: <image>\n{one.text} ASSISTANT:" for one in items]
         pictures = [picture("presence", number) for number in numbers]
-        read = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
-        return dict(read), torch.tensor([one.answer == "yes" for one in asked]).long()
+        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        return dict(inputs), torch.tensor([one.answer == "yes" for one in items]).long()
 
-    def answers(read: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**read, logits_to_keep=1).logits[:, -1, words]  # of "no" and "yes"
+    def answers(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**inputs, logits_to_keep=1).logits[:, -1, words]  # logits of "no" and "yes"
 
     def accuracy() -> float:
-        read, right = batch(ASKED)
+        inputs, labels = batch(TEST)
         with torch.no_grad():
-            return (answers(read).argmax(-1) == right).float().mean().item()
+            return (answers(inputs).argmax(-1) == labels).float().mean().item()
 
     plain = AutoModelForImageTextToText.from_pretrained(embedded_path("llava"))
     config = SanConfig(target_modules=r".*language_model.*_proj", train_norms=True, exclude_modules=r".*vision_tower.*")
@@ -40,13 +40,13 @@ def main() -> None:
     model.print_trainable_parameters()
     before = accuracy()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0.0)
-    for start in TRAINED[::16]:
-        read, right = batch(range(start, start + 16))
-        torch.nn.functional.cross_entropy(answers(read), right).backward()
+    for start in TRAIN[::16]:
+        inputs, labels = batch(range(start, start + 16))
+        torch.nn.functional.cross_entropy(answers(inputs), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"right of {len(ASKED)} questions: {before:.0%} before, {accuracy():.0%} after")
-    print(merge_and_verify(model, batch(ASKED)[0]))
+    print(f"accuracy on {len(TEST)} held-out questions: {before:.0%} before, {accuracy():.0%} after")
+    print(merge_and_verify(model, batch(TEST)[0]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Put SAN on a model of your own: trace it with an input, look at the graph, choose edges, and train."""
+"""Apply SAN to a custom model: trace it with an example input, inspect the propagation graph, and train."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from san_peft import SanConfig, trace
 
 
 class Mixer(nn.Module):
-    """Two branches that are joined, a gated feed-forward, and a head."""
+    """Two concatenated branches, a gated feed-forward block with a residual connection, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ def main() -> None:
     model, x, y = Mixer(), torch.randn(64, 4), torch.randint(0, 3, (64,))
     graph = trace(model, x)
     print(graph)
-    print("\nonly what commutes with the scale:")
+    print("\nedges that commute with the scale:")
     print(graph.select("exact"))
     adapted = get_peft_model(model, SanConfig(propagation=graph, modules_to_save=["head"]))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.02)

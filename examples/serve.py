@@ -1,4 +1,4 @@
-"""Generate with several adapters in one batch, swap one under compiled code, and write folders for servers."""
+"""Generate with several adapters in one batch, hotswap one in a compiled model, and export LoRA and merged weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 def adapted(seed: int, **options) -> PeftModel:
-    """The same base each time, with an adapter whose random vectors stand for training."""
+    """Returns the same base model each time, with a randomly initialized adapter in place of a trained one."""
     set_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=100)).eval()  # stands for a pretrained model
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=100)).eval()  # in place of a pretrained model
     set_seed(seed)
     return get_peft_model(base, SanConfig(task_type="CAUSAL_LM", init_weights=False, **options)).eval()
 
@@ -35,18 +35,18 @@ def main() -> None:
         other = adapted(2)
         other.save_pretrained(f"{folder}/other")
         model = adapted(1)
-        compiled = torch.compile(model, backend="aot_eager")  # leave the backend out to generate code
+        compiled = torch.compile(model, backend="aot_eager")  # the default backend generates code
         compiled(input_ids=ids, use_cache=False)
         hotswap(model, f"{folder}/other")
         swapped = compiled(input_ids=ids, use_cache=False).logits
         print("swapped:", torch.allclose(swapped, other(input_ids=ids).logits, atol=1e-4))
 
         lora = save_as_lora(model, f"{folder}/lora", rank=16)
-        print(f"closest LoRA of rank {lora.rank}: loses {lora.error:.0%} of the change")
+        print(f"closest LoRA of rank {lora.rank}: relative error {lora.error:.0%}")
         merge_and_verify(model).model.save_pretrained(f"{folder}/merged")
         print("merged folder:", *sorted(p.name for p in Path(folder, "merged").iterdir()))
         plain = AutoModelForCausalLM.from_pretrained(f"{folder}/merged")
-        print("loads alone:", torch.allclose(plain(ids).logits, swapped, atol=1e-4))
+        print("merged equals adapted:", torch.allclose(plain(ids).logits, swapped, atol=1e-4))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune a small LLaMA on sums in words with TRL: LoRA as the host of SAN, saved and merged with proof."""
+"""Fine-tune a small LLaMA with TRL's SFTTrainer and SAN over LoRA on sums in words, then save, load and merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def pretrained() -> LlamaForCausalLM:
-    set_seed(0)  # stands for a pretrained model
+    set_seed(0)  # in place of a pretrained model
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**size, vocab_size=16, pad_token_id=0, eos_token_id=1, bos_token_id=None))
 
@@ -46,9 +46,9 @@ def main() -> None:
         )
         trainer.train()
         trainer.save_model(folder)
-        again = PeftModel.from_pretrained(pretrained(), folder)
-    report = merge_and_verify(again)
-    print(f"merged {report.layers} layers; the logits changed by {report.max_abs_difference:.1e} at most")
+        loaded = PeftModel.from_pretrained(pretrained(), folder)
+    report = merge_and_verify(loaded)
+    print(f"merged {report.layers} layers; the logits changed by at most {report.max_abs_difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_bench.config.strict import suggest
 from san_bench.models.cache import assembled
 from san_peft.errors import SanError
 
@@ -42,6 +41,8 @@ def embedded_path(name: str = "vit") -> Path:
         SanError: If there is no such model, or the cache cannot be written that `llava` is assembled in.
     """
     if name not in MODELS:
+        from san_bench.config.strict import suggest  # needs the extra bench; the embedded models do not
+
         raise SanError(f"No model {name!r} ships with the package.{suggest(name, MODELS)}")
     return _assembled() if name == "llava" else asset(name)
 
