@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from san_peft.errors import SanError
-from san_peft.functional import SMALLEST, fold, propagate, scale_input, scale_output, unfold
+from san_peft.functional import SMALLEST, fold, propagate, scale_input, scale_output
 
 
 def _naive(z, scale, shift, dim):
@@ -169,7 +169,6 @@ def test_folding_half_precision_rounds_once():
         (lambda: fold(torch.ones(4, 1, 3), None, None, torch.ones(3), groups=2), r"2 groups needs \(2,\)"),
         (lambda: fold(torch.ones(5, 1, 3), None, None, groups=2), "cannot be split into 2 groups"),
         (lambda: fold(torch.ones(2, 3), None, None, None, torch.ones(3)), r"shift has shape \(3,\).*2 output"),
-        (lambda: unfold(torch.ones(2, 3), None, torch.tensor([0.0, 1.0])), r"1 of the 2 entries of the scale.*\[0\]"),
     ],
 )
 def test_errors_name_the_thing_and_the_numbers(call, message):

@@ -274,55 +274,6 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     return nearest if dtype not in HALF else nearest + (rounding.round_to(value.detach(), dtype) - nearest.detach())
 
 
-def unfold(
-    weight: Float[Tensor, "*weight"],
-    bias: Float[Tensor, " out"] | None,
-    scale: Float[Tensor, " out"] | None,
-    input_scale: Float[Tensor, " in"] | None = None,
-    shift: Float[Tensor, " out"] | None = None,
-    *,
-    groups: int = 1,
-    transposed: bool = False,
-) -> tuple[Float[Tensor, "*weight"], Float[Tensor, " out"] | None]:
-    r"""Takes out of a layer what `fold` put in: the inverse, up to rounding.
-
-    $$ W = \operatorname{diag}(g)^{-1} W' \operatorname{diag}(s)^{-1}, \qquad b = (b' - t) \oslash g $$
-
-    Args:
-        weight: Folded weight, in one of the layouts of `fold`.
-        bias: Folded bias, or `None`.
-        scale: The scale that was folded.
-        input_scale: The input scale that was folded.
-        shift: The shift that was folded.
-        groups: Number of groups of the convolution.
-        transposed: Whether the input axis of the weight comes first.
-
-    Returns:
-        The weight and bias before folding. A bias that `fold` created comes back as zeros.
-
-    Raises:
-        SanError: If a factor is zero (what it was multiplied onto is lost), or a length does not fit.
-
-    Example:
-        >>> weight, bias = unfold(torch.full((1, 2), 6.0), None, torch.tensor([2.0]), torch.tensor([3.0, 1.0]))
-        >>> weight.tolist()
-        [[1.0, 3.0]]
-    """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    inverse = []
-    for name, vector in (("scale", scale), ("input scale", input_scale)):
-        if vector is not None and bool((vector == 0).any()):
-            lost = torch.nonzero(vector == 0).flatten().tolist()
-            raise SanError(
-                f"Cannot unfold: {len(lost)} of the {vector.numel()} entries of the {name} are zero (channels "
-                f"{lost[:5]}{' ...' if len(lost) > 5 else ''}), so the weights there are lost. Keep a copy."
-            )
-        inverse.append(None if vector is None else vector.to(wide).reciprocal())
-    base = bias if bias is None or shift is None else (bias.to(wide) - shift.to(wide))
-    restored, base = fold(weight, base, inverse[0], inverse[1], groups=groups, transposed=transposed)
-    return restored, base if base is None or bias is None else rounding.round_to(base, bias.dtype)
-
-
 def _check_length(vector: Tensor | None, x: Tensor, channel_dim: int, name: str) -> None:
     if vector is not None and (vector.dim() != 1 or vector.numel() != x.shape[channel_dim]):
         raise SanError(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from san_peft.functional import channels_of, fold, propagate, scale_input, scale_output, unfold
+from san_peft.functional import channels_of, fold, propagate, scale_input, scale_output
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "transposed1d", "transposed2d", "transposed3d", "gpt2")
 
@@ -80,21 +80,6 @@ def test_a_folded_layer_is_the_scaled_layer(case, with_shift):
     layer.weight, layer.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
 
     torch.testing.assert_close(layer(x), expected)
-
-
-@given(cases(), st.booleans())
-@settings(deadline=None, max_examples=100)
-def test_unfold_returns_what_fold_was_given(case, with_shift):
-    kind, layer, _, groups, _ = case
-    transposed = kind.startswith(("trans", "gpt2"))
-    scale, input_scale, shift = _vectors(*channels_of(layer.weight, groups, transposed))
-    vectors = (scale, input_scale, shift if with_shift else None)
-    layout = {"groups": groups, "transposed": transposed}
-
-    weight, bias = unfold(*fold(layer.weight, layer.bias, *vectors, **layout), *vectors, **layout)
-
-    torch.testing.assert_close(weight, layer.weight.data)
-    torch.testing.assert_close(bias, layer.bias.data if layer.bias is not None else (0 * shift if with_shift else None))
 
 
 @given(cases())

@@ -58,7 +58,7 @@ def test_llama_with_grouped_heads():
 
 def test_a_norm_one_of_whose_readers_gets_no_scale_is_not_used():
     graph, block = traced("llama-grouped"), "model.layers.1.self_attn"
-    found = place(graph.without(next(e for e in graph if e.posterior == f"{block}.k_proj")))
+    found = place(graph.with_edges(e for e in graph if e.posterior != f"{block}.k_proj"))
     assert found["model.layers.0.mlp.down_proj", f"{block}.q_proj"] == "input"
     assert found[f"{block}.v_proj", f"{block}.o_proj"] == "output", "that nobody else reads it stays true"
 
@@ -175,12 +175,7 @@ def test_what_changes_edges_keeps_what_stays_true():
     graph = traced("timm-vit")
     assert graph.select("all").norms == graph.norms
     assert closed(graph.select("exact")) == closed(graph)
-    assert graph.reversed().norms == ()
-    assert closed(graph.reversed()) == closed(ablate(graph, "shuffled")) == closed(ablate(graph, "skip-one")) == set()
-    edge = next(edge for edge in graph if edge.closed)
-    typed = Edge(edge.anterior, edge.posterior, edge.channels, edge.via)
-    assert typed != edge
-    assert graph.without(typed) == graph.without(edge), "who writes an edge by hand cannot know"
+    assert closed(ablate(graph, "shuffled")) == closed(ablate(graph, "skip-one")) == set()
 
 
 def test_a_graph_by_hand():
@@ -229,9 +224,10 @@ def test_every_place_is_the_same_function(name):
     torch.manual_seed(0)
     graph, dtype = traced(name), torch.float32 if name == "mixtral" else torch.float64  # its experts want float32
     model = jolted(BUILD[name]().eval().to(dtype))
+    sizes = {layer.fqn: layer.in_channels for layer in graph.layers}
     pairs: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for norm in graph.norms:
-        scale = torch.rand(graph.layer(norm.readers[0]).in_channels, dtype=dtype) + 0.5
+        scale = torch.rand(sizes[norm.readers[0]], dtype=dtype) + 0.5
         pairs.append((dict.fromkeys(norm.readers, scale), {norm.fqn: scale}))
     for edge in graph.edges:
         if edge.closed:

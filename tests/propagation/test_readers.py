@@ -242,9 +242,10 @@ IN_PLACE = {
 def test_overwritten_outputs(name):
     forward, expected = IN_PLACE[name]
     graph = graph_of(lambda n, x: forward(n, n.a(x)), a=nn.Linear(4, 8), b=nn.Linear(8, 8))
-    assert graph.layer("a").overwritten is expected
-    assert not graph.layer("b").overwritten
-    assert "overwritten" not in str(graph.layer("a"))
+    a, b = graph.layers
+    assert a.overwritten is expected
+    assert not b.overwritten
+    assert "overwritten" not in str(a)
 
 
 @pytest.mark.parametrize("after", [nn.ReLU, nn.Dropout, nn.Dropout2d])

@@ -55,7 +55,7 @@ def test_an_embedding_is_adapted_only_where_it_is_named():
     net = Language().double()
     assert not any("embed" in layer.fqn for layer in trace(net, IDS).layers)
     graph = trace(net, IDS, embeddings=["embed"])
-    assert graph.layer("embed").out_channels == 8
+    assert next(layer for layer in graph.layers if layer.fqn == "embed").out_channels == 8
     assert ("embed", "fc1") in {(e.anterior, e.posterior) for e in graph.edges}
     model = get_peft_model(Language(), SanConfig(propagation=graph))
     assert "san_scale" in str([n for n, _ in model.named_parameters() if ".embed." in n])

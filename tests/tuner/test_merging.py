@@ -16,7 +16,7 @@ from tests.contract.nets import KINDS, adapted, disturb, outputs
 from torch import nn
 
 from san_peft import AdapterError, MergeError, SanConfig, SanLayer, trace
-from san_peft.functional import fold, unfold
+from san_peft.functional import fold
 from san_peft.rounding import HALF
 from san_peft.tuner import merge
 
@@ -99,7 +99,7 @@ def test_an_adapter_that_does_nothing_leaves_every_bit(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_folding_by_parts_is_unbiased_and_unfolds(dtype, monkeypatch):
+def test_folding_by_parts_is_unbiased(dtype, monkeypatch):
     monkeypatch.setattr("san_peft.functional.AT_ONCE", {"cpu": (1, 1000), "cuda": (1, 1000)})
     torch.manual_seed(0)
     for shape, groups, transposed in (((300, 40), 1, False), ((40, 300), 1, True), ((60, 4, 3, 3), 3, False)):
@@ -114,8 +114,6 @@ def test_folding_by_parts_is_unbiased_and_unfolds(dtype, monkeypatch):
         assert folded.stride() == weight.stride()
         change, exact = folded.double() - weight.double(), weight.double() * (1.001**2 - 1)
         assert 0.8 < (change * exact).sum() / exact.square().sum() < 1.2
-        back, _ = unfold(folded, None, scale, input_scale, **layout)
-        torch.testing.assert_close(back, weight, rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
         whole, _ = fold(weight.float(), None, scale, input_scale, dtype=dtype, **layout)
         assert whole.dtype == dtype
 

@@ -109,8 +109,6 @@ def scale_forward(
     factor: Float[Tensor, " channels"],
     shift: Float[Tensor, " channels"] | None = None,
     dim: int = -1,
-    *,
-    out: Float[Tensor, "*shape"] | None = None,
     salt: int = 0,
 ) -> Float[Tensor, "*shape"]:
     r"""Multiplies with one factor for each channel, as `rounding.multiply` does, and adds a shift before rounding.
@@ -120,16 +118,14 @@ def scale_forward(
         factor: Factor $f$ of every channel, in float32.
         shift: Shift $t$ of every channel, in float32.
         dim: Axis of the channels.
-        out: Where to write, of the shape and type of `x`; it may be `x`.
         salt: Chooses the hash of the dithering.
 
     Returns:
         $f \odot x + t$ in the type of `x`: computed in float32, half precision rounded by dithering.
     """
     outer, channels, inner = _layout(x, dim)
-    out = _empty(x) if out is None else out
+    out = _empty(x)
     _check(x, x.shape, x=x)
-    _check(x, x.shape, x.dtype, out=out)
     _check(x, (channels,), torch.float32, factor=factor, shift=shift)
     if x.numel():
         last = inner == 1

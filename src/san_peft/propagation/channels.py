@@ -154,17 +154,6 @@ class ChannelMap:
         ]
         return torch.cat(pieces)
 
-    def inverse(self) -> ChannelMap:
-        """Returns the map read backwards: for every source channel the input channel it feeds, -1 where none.
-
-        A source channel that feeds several input channels (repeat, tile) is given to the **first** of them, so that
-        inverting is deterministic and needs no averaging. Inverting twice returns the map where no channel feeds two.
-        """
-        index, targets = self.index, torch.arange(self.size)
-        kept = index >= 0
-        first = torch.full((self.source_size,), self.size).scatter_reduce(0, index[kept], targets[kept], "amin")
-        return ChannelMap.from_index(torch.where(first == self.size, -1, first), self.size)
-
     def to_json(self) -> dict[str, Any]:
         """Returns the map as plain data, with only the fields that its kind needs."""
         data: dict[str, Any] = {"kind": self.kind, "size": self.size, "source_size": self.source_size}

@@ -264,13 +264,6 @@ class PropagationGraph:
     def __iter__(self) -> Iterator[Edge]:
         return iter(self.edges)
 
-    def layer(self, fqn: str) -> Layer:
-        """Returns the record of a traced layer; raises `GraphError` for an unknown name."""
-        for layer in self.layers:
-            if layer.fqn == fqn:
-                return layer
-        raise GraphError(f"{fqn} is not a layer of this graph.{_suggest(fqn, [x.fqn for x in self.layers])}")
-
     def incoming(self, fqn: str) -> tuple[Edge, ...]:
         """Returns the edges that scale the inputs of `fqn`; empty for a layer without any."""
         return tuple(edge for edge in self.edges if edge.posterior == fqn)
@@ -297,41 +290,6 @@ class PropagationGraph:
         from san_peft.propagation.schemes import select
 
         return select(self, scheme)
-
-    def without(self, *drop: str | Edge) -> PropagationGraph:
-        """Returns the graph without some edges, or without all edges that touch a named layer.
-
-        Args:
-            drop: Names of layers and edges.
-
-        Raises:
-            GraphError: If a name or an edge is not in the graph.
-        """
-        names, known = {item for item in drop if isinstance(item, str)}, self.names()
-        for item in drop:
-            if isinstance(item, str) and item not in known:
-                raise GraphError(f"cannot leave out {item}: no such layer in the graph.{_suggest(item, known)}")
-            if not isinstance(item, str) and _bare(item) not in map(_bare, self.edges):
-                shown = _suggest(str(item), [str(edge) for edge in self.edges])
-                raise GraphError(f"cannot leave out {item}: no such edge in the graph.{shown}")
-        dropped = {_bare(item) for item in drop if isinstance(item, Edge)}
-        return self.with_edges(
-            e for e in self.edges if _bare(e) not in dropped and e.anterior not in names and e.posterior not in names
-        )
-
-    def reversed(self) -> PropagationGraph:
-        """Returns the graph read backwards: every edge turned round, its channel map inverted.
-
-        Read backwards, a layer's outputs are what it reads, so the records of the layers swap their two sizes. Where
-        one source channel feeds several input channels (repeat, tile) the first of them is kept, see
-        `ChannelMap.inverse`; reversing twice gives the graph back where no channel feeds two, but for what the trace
-        saw beside the edges: norms, closed edges and overwritten outputs. For the ablation that trains with reversed
-        propagation, where lengths must fit the real layers, see
-        `san_peft.propagation.schemes.ablate`.
-        """
-        edges = [Edge(e.posterior, e.anterior, e.channels.inverse(), e.via[::-1]) for e in self.edges[::-1]]
-        layers = [Layer(x.fqn, x.type, x.out_channels, x.in_channels) for x in self.layers[::-1]]
-        return PropagationGraph(tuple(edges), self.barriers, tuple(layers), self.heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the graph as plain data."""
@@ -386,11 +344,6 @@ class PropagationGraph:
             lines.append(f"  heads: {', '.join(self.heads)}")
         lines += [f"  left out: {layer.fqn}: {layer.left_out}" for layer in self.layers if layer.left_out]
         return "\n".join(lines)
-
-
-def _bare(edge: Edge) -> Edge:
-    """Returns an edge as a user writes it, who cannot know whether it is closed."""
-    return replace(edge, closed=False)
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
