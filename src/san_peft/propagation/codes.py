@@ -111,7 +111,7 @@ def move(name: str, func: Any, args: Any, kwargs: Any, find: Callable[[Tensor], 
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         moved = args[0].reshape(args[1]) if name in ("view", "_unsafe_view") else func(*args, **kwargs)
     except (RuntimeError, IndexError, TypeError) as error:
-        raise Lost(f"{name} cannot be run on the numbers of channels ({type(error).__name__})") from error
+        raise Lost(f"{name} cannot run on channel codes ({type(error).__name__})") from error
     moved = moved if isinstance(moved, list | tuple) else [moved]
     statistic = bool(statistics) and all(statistics)
     return [State(m.long() + shift if m.is_floating_point() or shift else m, via, statistic) for m in moved]

@@ -116,7 +116,7 @@ class Contractions:
         shared = [dim for dim in range(len(shape)) if dim < missing or other.codes.shape[dim - missing] == 1]
         axes = [dim for dim in range(len(shape)) if varies(wide, dim)]
         if axes and not set(axes) & set(shared):
-            raise Lost("it adds something of which channels were contracted")
+            raise Lost("it adds a tensor whose channels were contracted")
         return State(wide, kept.passed("norm"))
 
     def alike(self, state: State, high: Tensor, *names: str) -> dict[int, tuple[str, ...]]:
@@ -173,7 +173,7 @@ class Contractions:
         if len(carried) == 2:  # a lost stream has one code everywhere
             carried = [one for one, (state, _) in zip(carried, sides, strict=True) if not self._lost(state)]
             if len(carried) != 1:
-                lost = "it multiplies two streams whose channels were lost before"
+                lost = "it multiplies two streams whose channels are already lost"
                 raise Lost("both factors could carry the channels" if carried else lost)
         if not carried and all(tracked):
             return self.ledger.lose(shape, name, "it contracts the channels of two streams", statistic=True)
@@ -192,7 +192,7 @@ class Contractions:
     def _ended(self, name: str, parameter: str | None) -> Lost:
         """Returns the reason why a product loses the channels, and records the parameter that it multiplies with."""
         if parameter is None:
-            return Lost("it contracts the channel axis with a tensor that is no adaptable layer's weight")
+            return Lost("it contracts the channel axis with a tensor that is not the weight of an adaptable layer")
         self.ledger.beside.setdefault(parameter, name)
         return Lost(f"it multiplies channels with the parameter {_short(parameter)} outside of a layer")
 
@@ -202,7 +202,7 @@ class Contractions:
     def _convolution(self, args: Any, out: Tensor) -> State:
         state, weight, bias, transposed, groups = self.state(args[0]), args[1], args[2], args[6], args[8]
         if self.state(weight).via:
-            raise Lost("its kernel was computed from what a layer wrote")
+            raise Lost("its kernel is computed from the output of a layer")
         channels = weight.dim() - 2
         if transposed or groups != state.codes.shape[-1 - channels]:
             raise self._ended("convolution", self.parameter(weight))

@@ -132,7 +132,7 @@ class Follow(TorchDispatchMode):
         if self.ledger.writers and carries(tensor) and tensor.numel() > 1 and block is not None:
             self.ledger.consume_all()
             block.reach = DATA
-            self.lose(tensor, "input", "its values come from outside of torch, as from a list or from numpy")
+            self.lose(tensor, "input", "its values come from outside of torch, such as a list or numpy")
         return self.states.get(tensor)
 
     def _unwritten(self, tensor: Tensor, block: Block) -> State | None:
@@ -202,7 +202,7 @@ class Follow(TorchDispatchMode):
         weight = self.parameter(given[0]) if name in rules.MOVES else None  # expert weights chosen by a router
         for tensor in filter(carries, outs):
             if lost:
-                self.lose(tensor, name, "its values come from layers by way of integers")
+                self.lose(tensor, name, "its values depend on layers through integers")
             else:
                 self._set(tensor, State(torch.full((), NONE).expand(tensor.shape)))
             block = self.memory.block(tensor)
@@ -218,7 +218,7 @@ class Follow(TorchDispatchMode):
         states: list[State] = []
         try:
             if not any(map(carries, outs)):
-                raise Lost("what it gives carries no channel")
+                raise Lost("its result carries no channels")
             states = self.operations.apply(name, func, args, kwargs, out)
         except Lost as lost:
             reason = str(lost)
@@ -233,7 +233,7 @@ class Follow(TorchDispatchMode):
                 continue
             if state is not None and state.codes.shape != tensor.shape:
                 self.ledger.spend(known, [])
-                state, reason = None, "its rule gave another shape; please report this"
+                state, reason = None, "its rule returned another shape; please report this"
             if state is None:
                 if not reason and not written_to:
                     continue

@@ -119,7 +119,7 @@ class Memory:
         """
         block = self.block(tensor, new=True)
         if block is None:
-            raise Lost("it writes into a tensor without memory of its own")
+            raise Lost("it writes into a tensor without storage")
         unit = tensor.element_size()
         if block.parts is None:
             size = tensor.untyped_storage().nbytes() // unit
@@ -132,7 +132,7 @@ class Memory:
         codes, via = parts.codes.clone(), dict(parts.via)
         for view, there in (*written, (tensor, state)):
             if view.element_size() != block.unit:
-                raise Lost("it writes into memory that is read as numbers of another size")
+                raise Lost("it writes into memory that is viewed with another entry size")
             codes.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(there.codes)
             for writer, path in there.via.items():
                 via[writer] = rules.join(via.get(writer, ()), *path)
@@ -157,7 +157,7 @@ class Memory:
         parts = block.parts
         assert parts is not None
         if tensor.element_size() != block.unit:
-            raise Lost("it reads memory as numbers of another size")
+            raise Lost("it views memory with another entry size")
         codes = parts.codes.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         state = State(codes, parts.via, parts.statistic)
         if len(parts.via) > 1:

@@ -12,7 +12,7 @@ from san_peft.propagation.codes import NONE, ZERO, Lost, State, constant, move, 
 from san_peft.propagation.contractions import Contractions
 from san_peft.propagation.schema import argument, tensors
 
-DECIDED = "values that layers wrote decide which layer's entries are where"
+DECIDED = "the values of layer outputs decide which layer's entries are at which position"
 
 
 class Operations(Contractions):
@@ -161,7 +161,7 @@ class Operations(Contractions):
 
     def _write(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State]:
         if kwargs.get("reduce") or (len(args) > 4 and isinstance(args[4], str)):
-            raise Lost("it multiplies or adds while it writes")
+            raise Lost("it multiplies or adds when it writes")
         (moved,) = move(name, func, args, kwargs, self.find)
         if not moved.statistic:
             self._check_written(self.state(args[0]), moved.codes, args)
@@ -172,7 +172,7 @@ class Operations(Contractions):
     def _pile(self, name: str, func: Any, args: Any, kwargs: Any) -> State:
         """Sums entries that are written to the same position, and adds them to the target."""
         if argument(func, args, kwargs, "reduce", "sum") not in ("sum", "mean"):
-            raise Lost("it chooses the largest, or multiplies")
+            raise Lost("it reduces by a maximum, a minimum or a product")
         if name == "col2im":
             target, source, place = self._folded(args)
         else:
@@ -251,7 +251,7 @@ class Operations(Contractions):
         if tuple(size) == tuple(state.codes.shape) and tuple(stride) == tensor.stride() and not start:
             return state
         if not tensor.is_contiguous() or start < 0:
-            raise Lost("it reads memory in an order of its own")
+            raise Lost("it views memory with other strides")
         return State(state.codes.contiguous().as_strided(size, stride, start), state.via, state.statistic)
 
     def _complex(self, state: State) -> State:

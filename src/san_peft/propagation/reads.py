@@ -15,7 +15,7 @@ from san_peft.propagation.follow import Follow
 from san_peft.propagation.graph import Barrier, Edge
 
 MIXED = "one input channel holds different channels, or layers, at different positions"
-UNKNOWN = "it depends on layers that ran before, and could not be followed to any of them"
+UNKNOWN = "it depends on earlier layers, but could not be followed to any of them"
 
 
 @dataclass
@@ -116,5 +116,5 @@ class Reads:
                 channels = ChannelMap.from_index(index, sizes[anterior])
                 edges.append(Edge(anterior, name, channels, self.via.get(anterior, ())))
         if self.sources is None:
-            barriers.append(Barrier("input", name, "it was called without a single entry to read; trace larger inputs"))
+            barriers.append(Barrier("input", name, "it was called with empty inputs; trace larger inputs"))
         return edges, [*barriers, *(Barrier(operation, name, reason) for operation, reason in self.barriers)]

@@ -100,7 +100,7 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
             if not used & follow.bits[name]:
                 left_out.setdefault(name, "no output that a task uses depends on it")
     for name, other in _tied(model, [name for name in reads if name not in heads]).items():
-        left_out.setdefault(name, f"its weight is that of {other} too, which merging would change")
+        left_out.setdefault(name, f"its weight is tied to {other}, which merging would change")
     return _graph(follow, layers, reads, heads, left_out)
 
 
