@@ -71,7 +71,7 @@ def test_an_adapter_in_a_folder_of_its_name(tmp_path):
     hotswap(first, tmp_path, subfolder="third", revision="main")
     second.set_adapter("third")
     assert torch.equal(first(image()).logits, second(image()).logits)
-    check_refused(first, r"other differs from 'default' in shift", tmp_path, subfolder="other")
+    check_refused(first, "other.*default.*shift", tmp_path, subfolder="other")
     check_refused(first, "Can't find 'adapter_config.json'", tmp_path, subfolder="nowhere", error=ValueError)
     hotswap(second, tmp_path, "third")
     second.set_adapter("default")
@@ -135,7 +135,7 @@ def test_hosts_that_differ_are_named_by_their_fields(tmp_path):
 def test_other_mistakes(tmp_path):
     first = adapted()
     first.save_pretrained(tmp_path)
-    check_refused(first, "Adapter nobody does not exist; there are default", tmp_path, "nobody")
+    check_refused(first, "nobody.*default", tmp_path, "nobody")
     first.merge_adapter()
     check_refused(first, "merged", str(tmp_path))
     first.unmerge_adapter()

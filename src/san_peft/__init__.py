@@ -1,4 +1,4 @@
-"""SAN, Synapse And Neuron: fine-tuning with small scales that are propagated to the layers they feed.
+"""SAN (Synapse and Neuron): parameter-efficient fine-tuning with propagated per-channel scales.
 
 Importing this package registers the method with PEFT.
 """

@@ -1,8 +1,8 @@
-r"""Taking a scale per output channel out of a change of a weight: the equations, as functions of tensors.
+r"""Decomposes a per-channel scale from a weight update: the equations, as functions of tensors.
 
-An adapter turns the frozen weight $W_0$ into $W_0 + \Delta$. The part of $\Delta$ that scales row $j$ is what SAN
-propagates. `low_rank_scale` finds it for $\Delta = c\,B A$ without forming $B A$, `dense_scale` for any $\Delta$.
-Source: arXiv 2409.06706 for the idea; the equations are this library's reading of it, see the guide to the method.
+An adapter turns the frozen weight $W_0$ into $W_0 + \Delta$. SAN propagates the part of $\Delta$ that scales row $j$.
+`low_rank_scale` computes it for $\Delta = c\,B A$ without forming $B A$, `dense_scale` for any $\Delta$.
+Source: arXiv 2409.06706 for the idea; the equations are our interpretation, see the guide to the method.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from san_peft.scaling import plain_operations, replayed
 DECOMPOSITIONS = ("norm", "projection")
 
 FLOOR = 0.1
-"""The smallest row norm that a change is measured against, as a share of the median row norm of the layer."""
+"""Smallest row norm that an update is divided by, as a fraction of the median row norm of the layer."""
 
 
 def floored(norm: Float[Tensor, "*layers out"]) -> Float[Tensor, "*layers out"]:
-    """Raises the norms of nearly dead rows to `FLOOR` times the median of the layer.
+    """Clamps the norms of nearly dead rows to `FLOOR` times the median of the layer.
 
-    What an adapter gives such a row would be a factor of thousands of its own norm.
+    Otherwise the update of such a row could be thousands of times its norm, and so could its scale.
 
     Args:
-        norm: Norms of the rows, of one layer along the last axis.
+        norm: Row norms, those of one layer along the last axis.
 
     Returns:
-        The norms to divide by; zeros where half of the rows or more are zero.
+        The norms to divide by; zero where at least half of the rows are zero.
 
     Example:
         >>> [round(n, 4) for n in floored(torch.tensor([1.0, 2.0, 1e-9])).tolist()]
@@ -51,30 +51,30 @@ def low_rank_scale(
     decomposition: str = "norm",
     reference: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, " out"]:
-    r"""Decomposes the scale out of a low-rank adapter, without forming $B A$.
+    r"""Decomposes the scale of a low-rank adapter without forming $B A$.
 
     With $M = W_0 A^\top$ (`weight_product`), $G = A A^\top$, $n_j = \lVert w_j \rVert^2$ and $c$ the adapter's scaling,
 
     $$ g_j = \sqrt{1 + \frac{2c \langle B, M \rangle_j + c^2 \langle B G, B \rangle_j}{n_j}} \;\text{(norm)},
        \qquad g_j = 1 + \frac{c \langle B, M \rangle_j}{n_j} \;\text{(projection)} $$
 
-    The first is the ratio of the norms of the adapted and the frozen row, DoRA's magnitude over its start; the second
-    is the least-squares scale of the adapted row on the frozen one, with a sign. Both are exactly one for
-    $B = 0$, and have a gradient there. For a row with less than a tenth of the median norm, $n_j$ in the denominators
-    is the square of that tenth (`floored`).
+    `norm` is the ratio of the row norms of the adapted and the frozen weight, which is DoRA's magnitude relative to its
+    initial value. `projection` is the signed least-squares scale of the adapted row onto the frozen one. Both are
+    exactly one at $B = 0$ and have a gradient there. Row norms below a tenth of the median are clamped to it in the
+    denominators (`floored`).
 
     Args:
-        product: $M$, the frozen weight times the rows of $A$.
+        product: The product $M$.
         lora_A: Down-projection.
         lora_B: Up-projection.
-        norm: Norms of the rows of the frozen weight, $\sqrt{n_j}$.
-        scaling: The factor $c$ on $B A$.
+        norm: Row norms of the frozen weight, $\sqrt{n_j}$.
+        scaling: Scaling $c$ of the adapter.
         decomposition: `norm` or `projection`.
-        reference: Norms that count as one, where an initialisation has moved a part of the weight into the adapter
-            (PiSSA, OLoRA); `None` is `norm`. For `norm` only.
+        reference: Row norms that correspond to a scale of one, where the initialisation moves a part of the weight into
+            the adapter (PiSSA, OLoRA); `None` is `norm`. Only for `decomposition="norm"`.
 
     Returns:
-        The scale of every output channel, in float32 at least.
+        The scale of each output channel, in at least float32.
 
     Raises:
         SanError: For an unknown decomposition, or a reference with `projection`.
@@ -89,7 +89,7 @@ def low_rank_scale(
     rows, columns, norm = lora_A.to(wide), lora_B.to(wide), norm.to(wide)
     if decomposition == "projection":
         if reference is not None:
-            raise SanError("A reference norm goes with decomposition='norm'.")
+            raise SanError("A reference norm needs decomposition='norm', got 'projection'.")
         return 1 + _ratio(scaling * (columns * product).sum(1), floored(norm).square())
     gain = _gain(product, rows, columns, scaling)
     if reference is None:
@@ -105,12 +105,12 @@ def low_rank_norm(
     norm: Float[Tensor, " out"],
     scaling: float = 1.0,
 ) -> Float[Tensor, " out"]:
-    r"""Norms of the rows of an adapted weight, without forming $B A$: $\lVert w_j + c\, b_j A \rVert$.
+    r"""Computes the row norms of an adapted weight without forming $B A$: $\lVert w_j + c\, b_j A \rVert$.
 
-    The arguments are those of `low_rank_scale`. DoRA divides its magnitude by these.
+    DoRA divides its magnitude by these norms. See `low_rank_scale` for the arguments.
 
     Returns:
-        The norms, in float32 at least.
+        The row norms, in at least float32.
 
     Example:
         >>> weight, a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0]])
@@ -123,13 +123,13 @@ def low_rank_norm(
 
 
 def _gain(product: Tensor, rows: Tensor, columns: Tensor, scaling: float) -> Tensor:
-    """What an adapter adds to the squared norm of every row."""
+    """Returns the increase of the squared row norms due to the adapter."""
     cross, square = (columns * product).sum(1), (columns @ (rows @ rows.t()) * columns).sum(1)
     return 2 * scaling * cross + scaling**2 * square
 
 
 Unpack = Callable[[], Tensor]
-"""Gives a frozen weight as a matrix with one row for each output channel; a packed weight is unpacked anew."""
+"""Returns a frozen weight as a matrix with one row per output channel; unpacks a quantized weight at each call."""
 
 
 def low_rank_scales(
@@ -141,9 +141,10 @@ def low_rank_scales(
     lora_A: Sequence[Float[Tensor, "r in"]],
     lora_B: Sequence[Float[Tensor, "out r"]],
 ) -> Float[Tensor, "layers out"]:
-    r"""Decomposes the scales of several layers of one shape together: `low_rank_scale`, stacked.
+    r"""Decomposes the scales of several layers of the same shape at once: a batched `low_rank_scale`.
 
-    One autograd node with its backward pass written out. With $N = M + c\,B G$ and $u = c\,\dot g / (n g)$ (`norm`),
+    Runs as one autograd node with a hand-written backward pass. With $N = M + c\,B G$ and $u = c\,\dot g / (n g)$
+    (`norm`),
 
     $$ \frac{\partial L}{\partial B} = \operatorname{diag}(u)\, N, \qquad
        \frac{\partial L}{\partial A} = (\operatorname{diag}(u) B)^\top W + c\,(B^\top \operatorname{diag}(u) B)\, A, $$
@@ -152,12 +153,12 @@ def low_rank_scales(
 
     Args:
         weights: The frozen weights.
-        inverse: One over the squared row norms to divide by (`floored`), $1 / n$; zero for none.
-        scaling: The factor $c$.
+        inverse: Inverse of the squared, `floored` row norms, $1 / n$; zero where the norm is zero.
+        scaling: Scaling $c$ of the adapters.
         decomposition: `norm` or `projection`.
-        start: What stands for the one under the root, where the norms that count as one are others than those of the
-            frozen weights (see `reference` of `low_rank_scale`); `None` is one.
-        lora_A: Down-projections, in float32 at least.
+        start: Replaces the one under the root where the reference norms are not those of the frozen weights (see
+            `reference` of `low_rank_scale`); `None` is one.
+        lora_A: Down-projections, in at least float32.
         lora_B: Up-projections.
 
     Returns:
@@ -192,7 +193,7 @@ def _plain_scales(
 
 
 class _LowRankScales(torch.autograd.Function):
-    """The scales of layers of one shape, stacked; what is kept is of the size of the adapters."""
+    """Computes stacked scales; saves only tensors of the size of the adapters for backward."""
 
     @staticmethod
     def forward(
@@ -225,7 +226,7 @@ class _LowRankScales(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, columns, total, scale, inverse, start, *adapters = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated once more
+        if torch.is_grad_enabled():  # double backward: use differentiable operations
             count, decomposition = len(ctx.weights), "norm" if ctx.norm else "projection"
 
             def plain(*given: Any) -> Tensor:
@@ -252,20 +253,20 @@ class _LowRankScales(torch.autograd.Function):
 def dense_scale(
     change: Float[Tensor, "out in"], weight: Float[Tensor, "out in"], decomposition: str = "norm"
 ) -> Float[Tensor, " out"]:
-    r"""Decomposes the scale out of any change of a weight, given as a matrix.
+    r"""Decomposes the scale of any weight update, given as a matrix.
 
     $$ g_j = \lVert w_j + \delta_j \rVert / \lVert w_j \rVert \;\text{(norm)}, \qquad
        g_j = 1 + \langle \delta_j, w_j \rangle / \lVert w_j \rVert^2 \;\text{(projection)} $$
 
-    For nearly dead rows the change is divided by the floor of `floored`, as in `low_rank_scale`.
+    The norms of nearly dead rows are clamped by `floored`, as in `low_rank_scale`.
 
     Args:
-        change: The change $\delta$ of the weight.
-        weight: The frozen weight.
+        change: Weight update $\delta$.
+        weight: Frozen weight.
         decomposition: `norm` or `projection`.
 
     Returns:
-        The scale of every output channel, in float32 at least.
+        The scale of each output channel, in at least float32.
 
     Raises:
         SanError: For an unknown decomposition.
@@ -290,11 +291,11 @@ def _check_decomposition(decomposition: str) -> None:
 
 
 def _ratio(value: Tensor, total: Tensor) -> Tensor:
-    """`value / total`, and zero without a gradient where the total is zero."""
+    """Returns `value / total`, or zero without a gradient where the total is zero."""
     empty = total <= 0
     return torch.where(empty, torch.zeros_like(value), value / torch.where(empty, torch.ones_like(total), total))
 
 
 def _root(gain: Tensor) -> Tensor:
-    """`sqrt(1 + gain)`; rounding may not take the radicand below zero."""
+    """Returns `sqrt(1 + gain)`, clamped so that rounding cannot make the radicand negative."""
     return torch.sqrt((1 + gain).clamp_min(torch.finfo(gain.dtype).tiny))

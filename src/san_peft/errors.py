@@ -1,16 +1,16 @@
-"""The errors that SAN raises on purpose; each message names the thing, the numbers and the way out."""
+"""Exceptions of this library. Each message names what failed, the numbers involved, and how to fix it."""
 
 
 class SanError(ValueError):
-    """Base class of every error that SAN raises on purpose."""
+    """Base class of all exceptions of this library."""
 
 
 class TargetError(SanError):
-    """A target module is missing, matches nothing, or is of a kind that SAN cannot adapt."""
+    """A target module is missing, matches no layer, or has an unsupported type."""
 
 
 class GraphError(SanError):
-    """A propagation graph, an edge or a channel map does not fit itself or the model."""
+    """A propagation graph, an edge or a channel map is inconsistent or does not match the model."""
 
 
 class TraceError(SanError):
@@ -18,8 +18,8 @@ class TraceError(SanError):
 
 
 class AdapterError(SanError):
-    """An adapter file, its configuration or its values cannot be used on this model."""
+    """An adapter checkpoint, its configuration or its values are incompatible with this model."""
 
 
 class MergeError(SanError):
-    """Scales could not be merged into the weights, or merging changed the outputs too much."""
+    """Merging scales into the weights failed, or changed the outputs by more than the tolerance."""

@@ -1,4 +1,4 @@
-"""Merging with proof, and dense layers in the place of quantised ones."""
+"""Merges adapters and verifies the result; dequantizes models so that they can be merged."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from san_peft.tuner.quantized import forget_quantization, is_quantized, make_den
 from san_peft.tuner.verify import FEW, jittered, judge, reached
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest accepted difference of two outputs of which nothing else is known, relative to the largest output (1 at
-least), by their type. `merge_and_verify` knows more and is stricter."""
+"""Default tolerance for comparing two outputs, relative to the largest output (at least 1), by dtype.
+`merge_and_verify` uses a stricter criterion, because it also measures the effect of the adapter."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging changed in the outputs.
+    """Reports how much merging changed the outputs.
 
     Attributes:
-        max_abs_difference: Largest difference between the outputs before and after.
+        max_abs_difference: Largest absolute difference between the outputs before and after merging.
         where: Name and index of the output with the largest difference.
-        tolerance: Largest difference that was accepted there.
-        layers: How many layers were folded.
-        made_biases: Layers that got a bias because a shift had none to go into.
+        tolerance: Tolerance at this output.
+        layers: Number of merged layers.
+        made_biases: Layers that got a bias to hold the shift.
         model: The merged model, without SAN or PEFT.
-        effect: Largest difference that the adapter makes to the outputs.
-        relative: Root mean square of the difference over that of the effect, over all outputs.
-        unreached: Layers that the probe did not run, such as experts without tokens. They were compared on inputs of
-            their own alone.
-        unchecked: Layers that could not be compared on inputs of their own, and were compared by the outputs alone.
+        effect: Largest absolute difference that the adapter makes to the outputs.
+        relative: RMS of the difference divided by the RMS of the effect, over all outputs.
+        unreached: Layers that did not run on the probe, such as experts without tokens. They were only compared layer
+            by layer.
+        unchecked: Layers that could not be compared layer by layer. They were only compared by the model's outputs.
     """
 
     max_abs_difference: float
@@ -56,40 +56,40 @@ class MergeReport:
 
 
 def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | None = None) -> MergeReport:
-    """Merges the active adapters, compares the outputs before and after, and returns the plain model with the proof.
+    """Merges the active adapters, verifies that the outputs did not change, and returns the merged model with a report.
 
-    Folding is computed in float32 at least and rounded to the weight's type last.
+    Folding is computed in at least float32 and rounded once to the dtype of the weight.
 
-    The proof has two parts. *Layer by layer*, every merged layer is compared with what it computes unmerged, on inputs
-    of its own and in float64: no layer is hidden by what the probe reaches, or by a small influence on the outputs.
-    *By the outputs*, merging is held against what the adapter does: the outputs with it minus those of the frozen
-    layers (`effect`), so that an adapter with a small effect may lose no more of it than one with a large effect. What
-    rounding does is measured, by passes in which the output of every adapted layer is off by a rounding error. A
-    difference is accepted if it is a ten-thousandth of the effect at most (half a percent in bfloat16), or of the size
-    of that measured rounding. In half precision, where rounding may be as large as the effect, the effect must also be
-    kept on average. The model runs five times on the probe.
+    Verification has two parts. *Layer by layer*, every merged layer is compared with its unmerged version on random
+    inputs in float64. This also covers layers that the probe does not reach or that hardly influence the outputs. *By
+    the outputs*, the change due to merging is compared with the effect of the adapter: the outputs with the adapter
+    minus those without (`effect`). An adapter with a small effect is thus held to a small tolerance. The effect of
+    rounding is measured by extra passes that perturb the output of every adapted layer by a rounding error. A
+    difference is accepted if it is at most 1e-4 of the effect (0.5 % in bfloat16), or as small as the measured
+    rounding. In half precision, where rounding may be as large as the effect, the effect must also be preserved on
+    average. The model runs five times on the probe.
 
     Args:
         model: A `PeftModel` with SAN adapters.
         probe: Inputs to compare on: a dict of keyword arguments, a tuple of arguments, or a tensor. `None` derives
             them from the model's configuration.
-        tolerance: Largest accepted difference of the outputs, in place of all that.
+        tolerance: Largest accepted difference of the outputs, instead of the criterion above.
 
     Returns:
         The report, which holds the merged model.
 
     Raises:
-        MergeError: If a layer or the outputs differ by more, or are not finite. The model is then as it was, bit for
-            bit.
+        MergeError: If the outputs or a layer's outputs differ by more, or are not finite. The model is then restored
+            bit for bit.
         TraceError: If no probe is given and none can be derived.
     """
     tuner: Any = model.base_model
     tuner.wire_on(probe)
     layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
     if not layers:
-        raise MergeError("The model has no SAN layer to merge.")
+        raise MergeError("The model has no SAN layers to merge.")
     if any(layer.merged for layer in layers.values()):
-        raise MergeError("The model is merged already; unmerge it first, so that there is something to compare with.")
+        raise MergeError("The model is already merged. Call unmerge_adapter() first, to have outputs to compare with.")
     for layer in layers.values():
         layer.check_dense()
     if probe is None:
@@ -109,7 +109,7 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         if tolerance is None:
             rounded = []
             few = min((x.numel() for x in before.values() if x.numel()), default=FEW) < FEW
-            for seed in range(4 if few else 1):  # a handful of numbers says little about the size of rounding errors
+            for seed in range(4 if few else 1):  # few numbers estimate rounding errors poorly
                 with jittered(layers.values(), seed * 1_000_003):
                     again = _outputs(model, probe)
                     with tuner.set_mode("off"):
@@ -121,15 +121,15 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
         verdict = judge(before, _outputs(model, probe), frozen, rounded, tolerance)
         if verdict.fault:
             raise MergeError(
-                f"{verdict.fault}. The model was left as it was. Three ways out: pass inputs that the model was made "
-                "for as probe=..., merge a float32 copy, or pass a larger tolerance if you accept this."
+                f"{verdict.fault}. The model is unchanged. Three ways out: pass real inputs as probe=..., merge a "
+                "float32 copy, or pass a larger tolerance to accept this difference."
             )
     except BaseException as error:
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
         if isinstance(error, ValueError) and not isinstance(error, MergeError) and "NaN" in str(error):
-            raise MergeError(f"{error}. The model was left as it was.") from error
+            raise MergeError(f"{error}. The model is unchanged.") from error
         raise
     finally:
         for module, state in training.items():
@@ -141,7 +141,7 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
-        plain = tuner.merge_and_unload()  # merges nothing more: unwraps, and keeps the trained heads and norms
+        plain = tuner.merge_and_unload()  # already merged: only unwraps, and keeps trained modules_to_save
     return MergeReport(
         max_abs_difference=verdict.difference,
         where=verdict.where,
@@ -157,33 +157,33 @@ def merge_and_verify(model: PeftModel, probe: Any = None, tolerance: float | Non
 
 
 def _check_layers(layers: Mapping[str, SanLayer], records: Mapping[str, layerwise.Record | None]) -> None:
-    """Raises `MergeError` where a layer, merged, does not compute what was recorded of it before."""
+    """Raises `MergeError` if a merged layer does not reproduce its recorded outputs."""
     faults = [layerwise.fault(name, layers[name], one) for name, one in records.items() if one is not None]
     found = [fault for fault in faults if fault]
     if found:
-        others = f" {len(found) - 1} other layers are off as well." if len(found) > 1 else ""
+        others = f" {len(found) - 1} other layers differ as well." if len(found) > 1 else ""
         raise MergeError(
-            f"{found[0]}.{others} The model was left as it was. The layer does not compute what its weight says, or it "
-            "was merged wrongly: report it, or leave it out of target_modules."
+            f"{found[0]}.{others} The model is unchanged. The layer does more than multiply with its weight, or "
+            "this is a bug: leave it out of target_modules, or report it."
         )
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Puts dense layers in the place of all quantised ones, so that SAN can be merged, and forgets the quantisation.
+    """Replaces all quantized layers by dense ones, so that SAN can be merged, and removes the quantization config.
 
-    The dense weights are the quantised ones, unpacked: what the model computes stays the same up to rounding, and the
-    rounding of quantisation is in them. Merge, verify, and quantise the merged model again if you want it small.
+    The dense weights are the dequantized ones: the outputs stay the same up to rounding, and the quantization error
+    remains. To get a small model, merge, verify, and quantize the merged model again.
 
     Args:
-        model: A model with or without SAN, not merged. What quantised it is bitsandbytes, torchao or quanto. A GGUF
-            file that transformers has unpacked is dense already; then its mark alone is taken off.
-        dtype: Type of the dense weights; `None` is that of the model's other weights.
+        model: A model with or without SAN, not merged, quantized by bitsandbytes, torchao or quanto. A model that
+            transformers loaded from a GGUF file is dense already; only its quantization config is removed.
+        dtype: Dtype of the dense weights; `None` is the dtype of the model's other weights.
 
     Returns:
-        How many layers were replaced.
+        The number of replaced layers.
 
     Raises:
-        MergeError: If a weight cannot be unpacked. The model is then as it was.
+        MergeError: If a weight cannot be dequantized. The model is then unchanged.
     """
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(m)]
     dtype = dtype or _dtype_beside(model)
@@ -200,7 +200,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def _dtype_beside(model: nn.Module) -> torch.dtype | None:
-    """Type of the first weight that is neither an adapter's nor quantised, or `None`: activations start in it."""
+    """Returns the dtype of the first frozen, unquantized weight, or `None`: the dtype of the first activations."""
     for module in model.modules():
         inside = isinstance(module, nn.Linear) and is_quantized(module)
         for name, parameter in () if inside else module.named_parameters(recurse=False):

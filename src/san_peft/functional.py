@@ -1,13 +1,13 @@
-r"""The equations of SAN, as functions of tensors: no modules, no configuration, no PEFT.
+r"""Computes the equations of SAN as pure functions of tensors, without modules, configuration or PEFT.
 
-A layer with frozen weight $W$ and bias $b$, own scale $g$, shift $t$ and input scale $s$ computes
+A layer with frozen weight $W$ and bias $b$, scale $g$, shift $t$ and input scale $s$ computes
 
 $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k, $$
 
 where edge $e$ carries the scale $g_e$ of an anterior layer through its channel map $P_e$. `scale_input` and
-`scale_output` are the two halves of that equation, `propagate` is one factor of $s$, and `fold` writes all of it into
-the weight. Over another adapter, such as LoRA, $g$ is no parameter but comes out of that adapter: see `decomposition`.
-Source: arXiv 2409.06706; the equations are this library's reading of it, see the guide to the method.
+`scale_output` are the two halves of the equation, `propagate` computes one factor of $s$, and `fold` folds everything
+into the weight. On top of another adapter, such as LoRA, $g$ is not a parameter but is decomposed from that adapter:
+see `decomposition`. Source: arXiv 2409.06706; the equations are our interpretation, see the guide to the method.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from san_peft.rounding import HALF
 from san_peft.scaling import SALT, Factor, along, near_zero, scale_channels
 
 SMALLEST = 1e-4
-"""Size of a scale below which a fractional or negative power of it is not its own, but goes to zero."""
+"""Magnitude of a scale below which fractional and negative powers are replaced by a ramp to zero."""
 AT_ONCE = {"cpu": (2**12, 2**20), "cuda": (2**22, 2**24)}
-"""How many entries of a half-precision weight are folded at a time, in float32, at least and at most."""
+"""Minimum and maximum number of half-precision weight entries that are cast to float32 and folded at a time."""
 
 
 def propagate(
@@ -33,21 +33,21 @@ def propagate(
     exponent: float = 1.0,
     bound: float | None = None,
 ) -> Float[Tensor, " size"]:
-    r"""Carries a scale to the input channels of a posterior layer.
+    r"""Propagates a scale to the input channels of a posterior layer.
 
     $$ s_j = g_{P[j]}^{\,k}, \qquad s_j = 1 \text{ where } P[j] = -1 $$
 
     Args:
         scale: Scale $g$ of the anterior layer.
-        index: Source channel $P[j]$ of every input channel, -1 where there is none; `None` is the identity.
-        exponent: The exponent $k$. A fraction keeps the sign of a negative scale: $\operatorname{sign}(g)|g|^k$. With a
-            fraction or a negative exponent, whose power or slope would be infinite at zero, the factor of a scale below
-            `SMALLEST` goes to zero in a straight line, or as a square if the exponent is even.
-        bound: Largest distance $b$ of the factor from one, reached smoothly: $1 + b \tanh((g^k - 1) / b)$. Near one it
-            changes nothing. `None` is no bound.
+        index: Source channel $P[j]$ of each input channel, -1 for none; `None` is the identity.
+        exponent: Exponent $k$. A fractional exponent keeps the sign of the scale: $\operatorname{sign}(g)|g|^k$. For
+            fractional and negative exponents, whose value or gradient is infinite at zero, the factor of a scale below
+            `SMALLEST` goes to zero linearly, or quadratically for an even exponent.
+        bound: Largest distance $b$ of the factor from one, as a smooth clamp: $1 + b \tanh((g^k - 1) / b)$, which is
+            the identity near one. `None` disables it.
 
     Returns:
-        The factor that this edge multiplies onto the input scale.
+        The factor that this edge contributes to the input scale.
 
     Example:
         >>> propagate(torch.tensor([2.0, 3.0]), torch.tensor([1, 1, -1, 0]), exponent=2.0).tolist()
@@ -65,14 +65,14 @@ def propagate(
 
 
 def strengthen(scale: Float[Tensor, " channels"], strength: float | Float[Tensor, " channels"]) -> Tensor:
-    r"""Raises a scale to the power of a strength, with the sign it has: $\operatorname{sign}(g)|g|^s$.
+    r"""Raises a scale to the power of a strength and keeps its sign: $\operatorname{sign}(g)|g|^s$.
 
     Args:
         scale: Scale $g$.
-        strength: Strength $s$, not negative; one number, or one for each channel. Zero gives one.
+        strength: Non-negative strength $s$, one number or one per channel. Strength zero gives a scale of one.
 
     Returns:
-        The scale at that strength. Strengths multiply: $(g^s)^r = g^{sr}$.
+        The scale at this strength. Strengths compose by multiplication: $(g^s)^r = g^{sr}$.
 
     Example:
         >>> strengthen(torch.tensor([4.0, -4.0, 0.0]), 0.5).tolist()
@@ -85,7 +85,7 @@ def strengthen(scale: Float[Tensor, " channels"], strength: float | Float[Tensor
 
 
 def _power(scale: Tensor, exponent: float) -> Tensor:
-    """Returns a scale to a power, finite and with a finite gradient also where the scale is zero."""
+    """Raises a scale to a power, with a finite value and gradient at zero."""
     whole = float(exponent).is_integer()
     if whole and exponent >= 0:
         return scale.pow(int(exponent))
@@ -102,20 +102,20 @@ def scale_input(
     *,
     keep: str = "input",
 ) -> Float[Tensor, "*shape"]:
-    r"""Scales the input channels of a layer: $s \odot x$, which equals scaling the columns of its weight.
+    r"""Scales the input channels of a layer: $s \odot x$, equivalent to scaling the columns of its weight.
 
     Args:
         x: Input of the layer.
         scale: Input scale $s$.
-        channel_dim: Axis of the channels in `x`.
-        keep: Which tensor the backward pass keeps, see `scale_output`. `"output"` costs nothing where the layer keeps
+        channel_dim: Channel axis of `x`.
+        keep: Which tensor to save for the backward pass, see `scale_output`. `"output"` is free where the layer saves
             its input anyway, as a LoRA adapter does.
 
     Returns:
-        The scaled input, of the dtype of `x`; in half precision rounded as `san_peft.rounding.multiply` does.
+        The scaled input, in the dtype of `x`; half precision is rounded by `san_peft.rounding.multiply`.
 
     Raises:
-        SanError: If the length of `scale` is not the size of that axis.
+        SanError: If the length of `scale` differs from the size of the channel axis.
 
     Example:
         >>> scale_input(torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0])).tolist()
@@ -140,27 +140,27 @@ def scale_output(
     $$ y = g \odot z + t, \qquad
        \frac{\partial L}{\partial g_j} = \sum_n \dot y_{nj} z_{nj} = \frac{1}{g_j} \sum_n \dot y_{nj} (y_{nj} - t_j) $$
 
-    The second form of the gradient needs the output $y$, which the operation that follows usually keeps anyway, in
-    place of $z$, which nobody else keeps: no activation of its own is saved there. The first form is taken where a
-    scale is nearer to zero than `NEAR_ZERO` (looked at on the CPU; on other devices a channel of exactly zero gets the
-    gradient zero), in compiled code, and with a shift in half precision, where $y - t$ would cancel.
+    The second form of the gradient reuses the output $y$, which the next operation usually saves anyway, instead of
+    saving $z$: no extra activation memory. The first form is used where a scale is closer to zero than `NEAR_ZERO`
+    (checked on the CPU only; on other devices a channel scaled by exactly zero gets gradient zero), in compiled code,
+    and with a shift in half precision, where $y - t$ would cancel.
 
     Args:
         z: Output of the frozen layer.
         scale: Scale $g$; `None` is one.
         shift: Shift $t$; `None` is zero.
-        channel_dim: Axis of the channels in `z`.
-        inplace: Whether `z` may be overwritten. Only for a tensor nobody else reads, fresh from a layer that does not
-            keep its own output.
-        keep: `"output"` or `"input"`: which tensor is kept for the backward pass. An output that a later operation
-            overwrites, as `ReLU(inplace=True)` does, must not be kept.
+        channel_dim: Channel axis of `z`.
+        inplace: Whether `z` may be overwritten. Safe only if nothing else reads `z` and the layer that computed it
+            does not save its output for backward.
+        keep: Which tensor to save for the backward pass, `"output"` or `"input"`. Use `"input"` if a later operation,
+            such as `ReLU(inplace=True)`, overwrites the output.
 
     Returns:
-        The scaled and shifted output, of the dtype of `z`; in half precision rounded as
-        `san_peft.rounding.multiply` does, so that a scale near one is not lost.
+        The scaled and shifted output, in the dtype of `z`; half precision is rounded by
+        `san_peft.rounding.multiply`, so that a scale near one is not lost.
 
     Raises:
-        SanError: If the length of a vector is not the size of that axis.
+        SanError: If the length of a vector differs from the size of the channel axis.
 
     Example:
         >>> y = scale_output(torch.ones(2, 2), torch.tensor([2.0, 3.0]), shift=torch.tensor([0.0, 1.0]))
@@ -186,35 +186,34 @@ def fold(
     transposed: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*weight"], Float[Tensor, " out"] | None]:
-    r"""Folds a scale, a shift and the scale propagated to the input into a dense or convolutional layer.
+    r"""Folds a scale, a shift and an input scale into the weight and bias of a dense or convolutional layer.
 
     $$ W' = \operatorname{diag}(g)\, W \,\operatorname{diag}(s), \qquad b' = g \odot b + t $$
 
-    Exact for every stride, dilation and zero padding, because the shift goes into the layer's own bias, which is added
-    after the padding.
+    Exact for every stride, dilation and zero padding, because the shift goes into the bias, which is added after the
+    padding.
 
-    Rounding: computed in float32 at least and rounded once, at the end. To float16 and bfloat16 by dithering
-    (`rounding.round_to`): rounded to the nearest, a weight would not move before a scale is about half a percent away
-    from one. So single entries are up to one step of the type off, twice what the nearest would be, and sums over many
-    are what float32 gives. An entry whose factors are one comes back bit for bit. The gradient of dithering is that of
-    the identity.
+    The product is computed in at least float32 and rounded once. Rounding to float16 and bfloat16 is dithered
+    (`rounding.round_to`): with round-to-nearest, no weight changes until its scale is about half a percent away from
+    one. The error of one entry is up to one ulp, twice that of round-to-nearest, while sums over many entries match
+    float32. Entries whose factors are one are returned bit for bit. The gradient is that of unrounded folding.
 
     Args:
         weight: Frozen weight: (out, in) dense; (out, in/groups, *kernel) convolution; with `transposed`, (in, out) as
             in GPT-2's `Conv1D` or (in, out/groups, *kernel) as in a transposed convolution.
         bias: Frozen bias, or `None`.
-        scale: The layer's own scale $g$; `None` is one.
+        scale: Scale $g$ of the layer; `None` is one.
         input_scale: Scale $s$ propagated from anterior layers; `None` where nothing propagates.
-        shift: Shift $t$; `None` is zero. Without a bias it becomes one.
+        shift: Shift $t$; `None` is zero. It becomes the bias of a layer without one.
         groups: Number of groups of the convolution.
         transposed: Whether the input axis of the weight comes first.
-        dtype: Type of the folded weight, and of a bias that a shift has made; `None` is that of the weight.
+        dtype: Dtype of the folded weight, and of a bias created for a shift; `None` is the dtype of the weight.
 
     Returns:
-        The folded weight and bias, as new tensors; the bias is `None` where there is neither bias nor shift.
+        The folded weight and bias, as new tensors; the bias is `None` if there is neither a bias nor a shift.
 
     Raises:
-        SanError: If a vector's length differs from the axis it acts on, or the groups do not divide an axis.
+        SanError: If the length of a vector differs from its axis, or `groups` does not divide the channels.
 
     Example:
         >>> weight, bias = fold(torch.ones(2, 3), torch.ones(2), torch.tensor([2.0, 0.5]))
@@ -240,7 +239,7 @@ def fold(
 
 
 def _multiplied(weight: Tensor, factors: list[Tensor], groups: int, dtype: torch.dtype) -> Tensor:
-    """Returns a weight times factors that broadcast over its grouped shape, half precision by parts."""
+    """Multiplies a weight with factors that broadcast over its grouped shape; half precision in chunks."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     shape = _grouped_shape(weight, groups)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *factors)):
@@ -256,7 +255,7 @@ def _multiplied(weight: Tensor, factors: list[Tensor], groups: int, dtype: torch
     folded = torch.empty_like(weight, dtype=dtype, requires_grad=False)
     source, result = weight.detach().view(shape), folded.view(shape)
     least, most = AT_ONCE.get(weight.device.type, AT_ONCE["cuda"])
-    entries = max(least, min(most, weight.numel() // 40))  # 20 bytes an entry stand beside the whole weight's two
+    entries = max(least, min(most, weight.numel() // 40))  # temporaries of 20 bytes per entry, next to a weight of 2
     count = max(1, entries * shape[1] // max(1, weight.numel()))
     for start in range(0, shape[1], count):
         part = source[:, start : start + count].to(wide, copy=True)
@@ -267,7 +266,7 @@ def _multiplied(weight: Tensor, factors: list[Tensor], groups: int, dtype: torch
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds by dithering, with the gradient of the identity."""
+    """Rounds by dithering, with a straight-through gradient."""
     if not (torch.is_grad_enabled() and value.requires_grad):
         return rounding.round_to(value, dtype)
     nearest = value.to(dtype)
@@ -287,10 +286,10 @@ def _grouped_shape(weight: Tensor, groups: int) -> list[int]:
 
 
 def channels_of(weight: Float[Tensor, "*weight"], groups: int = 1, transposed: bool = False) -> tuple[int, int]:
-    """Returns how many output and input channels a weight has, in one of the layouts of `fold`.
+    """Returns the number of output and input channels of a weight in one of the layouts of `fold`.
 
     Raises:
-        SanError: If the groups do not divide the leading axis, or the weight has no two axes.
+        SanError: If `groups` does not divide the leading axis, or the weight has fewer than two axes.
     """
     if weight.dim() < 2 or groups < 1 or weight.shape[0] % groups:
         raise SanError(f"A weight of shape {tuple(weight.shape)} cannot be split into {groups} groups.")
@@ -301,7 +300,7 @@ def channels_of(weight: Float[Tensor, "*weight"], groups: int = 1, transposed: b
 def _weight_factors(
     weight: Tensor, scale: Tensor | None, input_scale: Tensor | None, dtype: torch.dtype, groups: int, transposed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Views both vectors so that they broadcast over the weight seen as (groups, first/groups, second, *kernel)."""
+    """Reshapes both vectors to broadcast over the weight viewed as (groups, first/groups, second, *kernel)."""
     out, size = channels_of(weight, groups, transposed)
     tail = [1] * (weight.dim() - 2)
     views = []

@@ -1,4 +1,4 @@
-"""Matrix products with a frozen weight and a low-rank adapter, which copy neither the weight nor an activation."""
+"""Multiplies with a frozen weight and a low-rank adapter without copying the weight or an activation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.nn.functional import linear
 from san_peft.scaling import plain_operations
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
-"""Entries of a half-precision weight that are cast to float32 at a time, by type of device: 1 MiB stays in the cache of
-a processor, and 64 MiB keep a GPU busy, which with small parts would wait for the launches of their kernels."""
+"""Entries of a half-precision weight that are cast to float32 at a time, by device type. 1 MiB fits into a CPU cache;
+64 MiB keep a GPU busy, where small chunks would be bound by kernel launches."""
 
 
 def weight_product(weight: Float[Tensor, "out in"], rows: Float[Tensor, "r in"]) -> Float[Tensor, "out r"]:
-    r"""Multiplies a frozen weight with a few rows: $M = W A^\top$, in float32 at least.
+    r"""Multiplies a frozen weight with a few rows: $M = W A^\top$, in at least float32.
 
-    A weight in half precision is read once, as it is. On a GPU a weight in bfloat16 is multiplied with the rows split
-    into a high and a low half, both in bfloat16, and summed in float32; elsewhere it is cast `CHUNK` entries at a time.
-    No larger copy is made, in neither pass.
+    A half-precision weight is read once. On a GPU, a bfloat16 weight is multiplied with the high and the low bfloat16
+    half of the rows, accumulated in float32; otherwise the weight is cast `CHUNK` entries at a time. Neither pass makes
+    a larger copy.
 
     Args:
         weight: Frozen weight $W$; no gradient flows to it.
-        rows: The rows $A$, of the same type as the weight or wider.
+        rows: Rows $A$, in the dtype of the weight or a wider one.
 
     Returns:
         The product, in float32 or float64.
@@ -46,7 +46,7 @@ def weight_product(weight: Float[Tensor, "out in"], rows: Float[Tensor, "r in"])
 
 
 class _WeightProduct(torch.autograd.Function):
-    """`weight @ rows.T` for a weight in half precision."""
+    """Computes `weight @ rows.T` for a half-precision weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class _WeightProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (weight,) = ctx.saved_tensors
         with full_types(weight):
-            if torch.is_grad_enabled():  # the gradient is to be differentiated once more
+            if torch.is_grad_enabled():  # double backward
                 return None, torch.mm(grads[0].t(), weight.to(grads[0].dtype))
             return None, times_columns(weight, grads[0])
 
 
 def times_rows(weight: Tensor, rows: Tensor) -> Tensor:
-    """Returns `weight @ rows.T` in the type of the rows, float32 at least, without a gradient."""
+    """Returns `weight @ rows.T` in the dtype of the rows, at least float32, without a gradient."""
     if weight.dtype == rows.dtype:
         return torch.mm(weight, rows.t())
     if _splits(weight, rows):
@@ -75,7 +75,7 @@ def times_rows(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def times_columns(weight: Tensor, columns: Tensor) -> Tensor:
-    """Returns `columns.T @ weight` in the type of the columns, float32 at least, without a gradient."""
+    """Returns `columns.T @ weight` in the dtype of the columns, at least float32, without a gradient."""
     if weight.dtype == columns.dtype:
         return torch.mm(columns.t(), weight)
     if _splits(weight, columns):
@@ -91,23 +91,23 @@ def times_columns(weight: Tensor, columns: Tensor) -> Tensor:
 
 
 def multiply_wide(a: Tensor, b: Tensor) -> Tensor:
-    """Multiplies two matrices in bfloat16 on a GPU, with the result in float32."""
+    """Multiplies two bfloat16 matrices on a GPU with a float32 result."""
     return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
 
 
 def _splits(weight: Tensor, other: Tensor) -> bool:
-    # float16 is left out: the low halves of small gradients would leave its range
+    # not for float16: the low halves of small gradients would underflow
     return weight.is_cuda and weight.dtype == torch.bfloat16 and other.dtype == torch.float32
 
 
 def _halves(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Splits rows into what a type can hold of them and what is left, one below the other."""
+    """Splits rows into their rounded values and the remainders, both in a dtype, stacked vertically."""
     high = rows.to(dtype)
     return torch.cat([high, (rows - high).to(dtype)])
 
 
 def rows_at_once(weight: Float[Tensor, "out in"]) -> int:
-    """Returns how many rows of a half-precision weight are cast at a time."""
+    """Returns the number of rows of a half-precision weight that are cast at a time."""
     return max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // max(1, weight.shape[1]))
 
 
@@ -120,21 +120,21 @@ def adapted_linear(
     scaling: float = 1.0,
     dropped: Float[Tensor, "*batch in"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
-    r"""A frozen dense layer with LoRA, in one pass.
+    r"""Applies a frozen dense layer with LoRA in one pass.
 
     $$ y = W x + c\,B A\,x + b $$
 
-    Both passes write into one tensor of the size of the output, or of the input, where autograd makes one for each
-    term. For the backward pass it keeps $x$ and $A x$.
+    Each pass accumulates into one tensor of the size of the output or the input, where autograd allocates one per term.
+    Saves $x$ and $A x$ for the backward pass.
 
     Args:
-        x: Input of the layer. All tensors have one dtype.
-        weight: Frozen weight $W$; it gets no gradient, and neither does the bias.
+        x: Input of the layer. All tensors have the same dtype.
+        weight: Frozen weight $W$; neither it nor the bias gets a gradient.
         bias: Frozen bias, or `None`.
         lora_A: Down-projection.
         lora_B: Up-projection.
-        scaling: The factor $c$.
-        dropped: What the adapter reads in place of `x`, after dropout.
+        scaling: Scaling $c$ of the adapter.
+        dropped: Input of the adapter, if it is not `x`: `x` after dropout.
 
     Returns:
         The output of the layer.
@@ -154,7 +154,7 @@ def adapted_linear(
 
 @contextmanager
 def full_types(x: Tensor) -> Iterator[None]:
-    """Switches autocast off where it is on: the tensors have the type in which they are to be multiplied."""
+    """Disables autocast, because the tensors already have the dtype to multiply in."""
     if not torch.is_autocast_enabled(x.device.type):
         yield
         return
@@ -163,7 +163,7 @@ def full_types(x: Tensor) -> Iterator[None]:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Matrix products that accumulate in place, forward and backward."""
+    """Accumulates matrix products in place, forward and backward."""
 
     @staticmethod
     def forward(
@@ -178,7 +178,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = _rows(x)
         hidden = _scaled_product(flat if dropped is None else _rows(dropped), lora_A.t(), scaling)
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # in its final shape, so that it may be overwritten
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # final shape: a view could not be overwritten
         out = _rows(y)
         if bias is None:
             torch.mm(flat, weight.t(), out=out)
@@ -213,7 +213,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _adapted_gradients(ctx: Any, grad: Tensor, read: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Any:
-    """The gradients of `_AdaptedLinear`, in operations that can be differentiated once more."""
+    """Returns the gradients of `_AdaptedLinear` from differentiable operations, for double backward."""
     flat, rows, c = _rows(grad), _rows(read), ctx.scaling
     frozen, low = grad @ weight, c * ((grad @ lora_B) @ lora_A)
     grad_a, grad_b = c * (flat @ lora_B).t() @ rows, c * flat.t() @ (rows @ lora_A.t())
@@ -222,10 +222,10 @@ def _adapted_gradients(ctx: Any, grad: Tensor, read: Tensor, weight: Tensor, lor
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Views a tensor as a matrix with all axes but the last as rows; a copy where its strides do not allow it."""
+    """Reshapes a tensor to a matrix with all axes but the last as rows; copies only if the strides require it."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Returns `scaling * a @ b` by one product."""
+    """Returns `scaling * a @ b` from a single call."""
     return torch.mm(a, b) if scaling == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)

@@ -1,9 +1,9 @@
-r"""Rounding to half precision that keeps a small scale: dithering, without a random number.
+r"""Rounds to half precision by deterministic dithering, so that scales near one take effect.
 
-A value in bfloat16 has eight significant bits, so $x \cdot 1.001$, rounded to the nearest, is $x$ again: a scale near
-one would do nothing. Here a product is rounded up or down with the share that its remainder asks for, decided by a
-hash of the value and its channel. The mean over many entries is the exact product, the result is the same at every
-call, and a value that needs no rounding (a scale of one) comes back bit for bit.
+bfloat16 has eight significant bits, so $x \cdot 1.001$ rounds to $x$: with round-to-nearest, a scale near one has no
+effect. This module rounds up or down with a frequency proportional to the remainder, like stochastic rounding, but
+decided by a hash of the value and its channel instead of a random number. The mean over many entries is the exact
+product, results are reproducible, and values that need no rounding (a scale of one) are returned bit for bit.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-"""The types in which a factor near one would be rounded away."""
+"""Dtypes that are rounded by dithering."""
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
-"""How many low bits of a float32 each type lacks."""
+"""Number of low bits of a float32 mantissa that each dtype drops."""
 _GOLDEN = 0x9E3779B1
-"""2^32 over the golden ratio, odd: its multiples spread evenly over 32 bits."""
+"""2^32 divided by the golden ratio, made odd: its multiples spread evenly over 32 bits (Fibonacci hashing)."""
 
 
 def _hashed(size: int, device: torch.device, salt: int = 0) -> Tensor:
-    """One odd 16-bit multiplier for each channel."""
+    """Returns an odd 16-bit multiplier per channel."""
     hashed = (torch.arange(salt + 1, salt + size + 1, dtype=torch.int64, device=device) * _GOLDEN >> 13) & 0xFFFF
     return (hashed | 1).to(torch.int32).to(torch.int16)
 
@@ -40,18 +40,18 @@ def multiply(
     shift: Float[Tensor, "*shape"] | None = None,
     salt: int = 0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Multiplies a tensor with one factor for each channel, rounding a half-precision result by dithering.
+    r"""Multiplies a tensor with one factor per channel and rounds half precision by dithering.
 
     Args:
-        x: Features, of any floating type.
-        factor: Factors in float32, of a shape that broadcasts to that of `x`, with all channels along `dim`.
-        dim: Axis of the channels.
-        shift: What is added to the product before it is rounded, of the shape of `factor`.
-        salt: Chooses the hash. Factors that may multiply one value, one after the other, need different ones: a value
-            that the first has left as it was would be left by the second as well.
+        x: Features, of any floating-point dtype.
+        factor: Factors in float32 that broadcast to the shape of `x`, with all channels along `dim`.
+        dim: Channel axis.
+        shift: Added to the product before rounding, in the shape of `factor`.
+        salt: Salt of the hash. Factors that are applied to the same value one after the other need different salts:
+            with the same one, a value that the first leaves unchanged would also be left unchanged by the second.
 
     Returns:
-        $x \cdot f + t$ in the type of `x`.
+        $x \cdot f + t$ in the dtype of `x`.
 
     Example:
         >>> x = torch.linspace(1, 2, 256).to(torch.bfloat16)
@@ -77,9 +77,9 @@ def multiply(
     wide = x * factor.to(torch.float32)
     if shift is not None:
         wide += shift
-    if x.device.type != "cpu":  # a GPU's NaN has all bits set, and noise would make it a number
+    if x.device.type != "cpu":  # a GPU's NaN has all bits set; adding noise would overflow to a number
         noise = noise.masked_fill(wide.isnan(), -(1 << (dropped - 1)))
-    # noise of a whole step of the type, then cut off: zeros, infinities and NaN stay what they are
+    # add noise of up to one ulp, then truncate: zeros, infinities and NaN are unchanged
     bits = wide.view(torch.int32).add_(noise).add_(1 << (dropped - 1))
     if dropped == 16 and wide.is_contiguous() and sys.byteorder == "little":
         return wide.view(torch.bfloat16).unflatten(-1, (-1, 2)).select(-1, 1).contiguous()
@@ -88,17 +88,17 @@ def multiply(
 
 
 def round_to(value: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """Rounds a tensor to a type, to half precision by dithering with a hash of every entry's position.
+    """Rounds a tensor to a dtype; to half precision by dithering with a hash of the position of each entry.
 
-    For weights, which are rounded once: a merged weight keeps what a scale near one has changed, on average over its
-    entries. What the type can represent stays as it is.
+    Used for weights, which are rounded once: on average over its entries, a merged weight keeps the effect of a scale
+    near one. Values that the dtype represents exactly are unchanged.
 
     Args:
         value: Values in float32 or float64.
-        dtype: Type of the result.
+        dtype: Dtype of the result.
 
     Returns:
-        The rounded values, as a new tensor unless nothing is to be done.
+        The rounded values; `value` itself if it already has the dtype.
 
     Example:
         >>> value = torch.full((1000,), 1.001)
@@ -112,13 +112,13 @@ def round_to(value: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor
     bits = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(torch.int32)
     dropped = _DROPPED[dtype]
     flat = bits.view(-1)
-    count = 1 << 22  # positions at a time, which are 64-bit numbers
+    count = 1 << 22  # chunked, because positions are int64
     for start in range(0, flat.numel(), count):
         part = flat[start : start + count]
         place = torch.arange(start + 1, start + 1 + part.numel(), device=part.device, dtype=torch.int64)
         noise = place.mul_(_GOLDEN).bitwise_right_shift_(8).bitwise_and_((1 << dropped) - 1)
         noise = noise.to(torch.int32)
-        if part.device.type != "cpu":  # a GPU's NaN has all bits set, and noise would make it a number
+        if part.device.type != "cpu":  # a GPU's NaN has all bits set; adding noise would overflow to a number
             noise = noise.masked_fill(part.view(torch.float32).isnan(), 0)
         part.add_(noise).bitwise_and_(-(1 << dropped))
     return bits.view(torch.float32).to(dtype)

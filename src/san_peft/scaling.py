@@ -1,4 +1,4 @@
-"""Scaling the channels of an activation as training needs it: what is kept for the backward pass, how it rounds."""
+"""Scales the channels of an activation, with low memory use in the backward pass and dithered rounding."""
 
 from __future__ import annotations
 
@@ -14,25 +14,23 @@ from san_peft import kernels, rounding
 from san_peft.rounding import HALF
 
 NEAR_ZERO = 1e-2
-"""Below this magnitude of a scale its gradient is taken from a kept copy of the channel, not from a division."""
-
+"""Magnitude of a scale below which its gradient is computed from the saved input, not by a division."""
 
 SALT = {"scale": 0, "magnitude": 7919, "input_scale": 104729}
-"""By what a factor is, the hash by which half precision is rounded: where several multiply one value in turn, each has
-its own (see `rounding.multiply`)."""
+"""Salts of the hash that rounds half precision, by kind of factor. Factors that are applied to the same value one after
+the other need different salts, see `rounding.multiply`."""
 
 
 class Factor(NamedTuple):
-    """A scale as a layer applies it.
+    """A scale in the form in which a layer applies it.
 
     Attributes:
-        wide: The scale in float32 at least; gradients flow to it.
-        low: The same in the dtype of the activation, for the gradient of the activation; `None` where that is to be
-            made on the spot.
-        divisible: Whether no entry is too near to zero for the second form of the gradient (see `scale_output`).
-        deferred: Whether the division of that form is left to whoever made the scale, for many layers at once: the
-            gradient is then returned times the scale.
-        salt: Chooses the hash of the rounding, one of `SALT`.
+        wide: The scale in at least float32; gradients flow to it.
+        low: The scale in the dtype of the activation, used for the activation's gradient; `None` to cast on demand.
+        divisible: Whether all entries are far enough from zero for the second form of the gradient, see `scale_output`.
+        deferred: Whether the division in that form is deferred to the code that computed the scale, which does it for
+            many layers at once. The returned gradient is then multiplied by the scale.
+        salt: Salt of the rounding hash, one of `SALT`.
     """
 
     wide: Tensor
@@ -43,26 +41,26 @@ class Factor(NamedTuple):
 
 
 def near_zero(scale: Float[Tensor, "*shape"]) -> bool:
-    """Whether an entry on the CPU lies nearer to zero than `NEAR_ZERO`; `False` on other devices, without a look."""
+    """Returns whether an entry is closer to zero than `NEAR_ZERO`; always `False` off the CPU, to avoid a sync."""
     if scale.device.type != "cpu" or plain_operations():
         return False
     return bool(scale.numel()) and float(np.abs(scale.detach().numpy()).min()) < NEAR_ZERO
 
 
 def spread(factor: Factor) -> Tensor:
-    """Returns a factor in float32 at least, for operations of autograd; see `Factor.deferred`."""
+    """Returns a factor in at least float32 for use in autograd operations; handles `Factor.deferred`."""
     return _TimesScale.apply(factor.wide) if factor.deferred and torch.is_grad_enabled() else factor.wide
 
 
 def plain_operations() -> bool:
-    """Whether autograd functions of our own have to stand back: in compiled and traced code and under `torch.func`."""
+    """Returns whether to avoid custom autograd functions: in compiled or traced code and under `torch.func`."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
 
 
 def is_dispatched() -> bool:
-    """Whether a mode sees every operation, as that of selective checkpointing, which may keep the results."""
+    """Returns whether a dispatch mode is active, such as selective checkpointing, which may save any result."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -75,7 +73,7 @@ def scale_channels(
     inplace: bool = False,
     keep: str = "output",
 ) -> Tensor:
-    """Scales and shifts channels, as `scale_output` without its checks."""
+    """Scales and shifts channels like `scale_output`, without checks."""
     if factor.wide.device != x.device:
         factor = factor._replace(wide=factor.wide.to(x.device), low=None)
         shift = None if shift is None else shift.to(x.device)
@@ -103,7 +101,7 @@ def _multiply(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int, salt: int
 
 
 def _plain_scale(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int, salt: int) -> Tensor:
-    """Operations that can be compiled and transformed; the rounding of half precision has the gradient of identity."""
+    """Scales with operations that can be compiled and transformed; rounding has a straight-through gradient."""
     y = x * along(wide, x, dim)
     if shift is not None:
         y = y + along(shift, x, dim)
@@ -118,7 +116,7 @@ def _plain_scale(x: Tensor, wide: Tensor, shift: Tensor | None, dim: int, salt: 
 
 
 class _ScaleChannels(torch.autograd.Function):
-    """`x * factor + shift` that keeps either its input or its output for the backward pass."""
+    """Computes `x * factor + shift` and saves either its input or its output for the backward pass."""
 
     @staticmethod
     def forward(
@@ -148,7 +146,7 @@ class _ScaleChannels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        again = torch.is_grad_enabled()  # the gradient is to be differentiated once more
+        again = torch.is_grad_enabled()  # double backward
         saved, wide, low, shift = ctx.saved_tensors
         grad_scale: Any
         need_x, need_scale, need_shift = (ctx.needs_input_grad[i] for i in (0, 1, 3))
@@ -185,7 +183,7 @@ class _ScaleChannels(torch.autograd.Function):
 
 
 def undo_scale(total: Tensor, scale: Tensor) -> Tensor:
-    """Divides sums over a scaled tensor by the scale; zero where that is zero."""
+    """Divides sums over a scaled tensor by the scale; returns zero where the scale is zero."""
     zero = scale == 0
     if torch.is_grad_enabled():
         scale = scale.masked_fill(zero, 1)
@@ -193,11 +191,11 @@ def undo_scale(total: Tensor, scale: Tensor) -> Tensor:
 
 
 def replayed(operation: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
-    """Returns the gradients of an operation by autograd, where they are to be differentiated once more.
+    """Recomputes an operation and returns its gradients as differentiable tensors, for double backward.
 
     Args:
-        operation: The operation, in operations of autograd.
-        inputs: What it was given.
+        operation: The operation, written in differentiable operations.
+        inputs: Its inputs.
         grad: Gradient of its output.
     """
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
@@ -206,21 +204,21 @@ def replayed(operation: Callable[..., Tensor], inputs: Sequence[Tensor | None], 
 
 
 def _sum_but(x: Tensor, dim: int) -> Tensor:
-    """Sums over all axes but one, in float32 at least."""
+    """Sums over all axes but one, in at least float32."""
     dims = [d for d in range(x.dim()) if d != dim]
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.sum(dims, dtype=wide) if dims else x.to(wide)
 
 
 def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Views a vector so that it broadcasts along one axis of `x`, on the device of `x`."""
+    """Views a vector to broadcast along one axis of `x`, on the device of `x`."""
     if vector.device != x.device:
         vector = vector.to(x.device)
     return vector.view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
 
 
 class _TimesScale(torch.autograd.Function):
-    """The identity, whose gradient is multiplied with the scale, by which `Factor.deferred` will divide it."""
+    """Identity whose gradient is multiplied by the scale, to cancel the division of `Factor.deferred`."""
 
     @staticmethod
     def forward(ctx: Any, wide: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Swapping one trained adapter for another in place, and turning one into LoRA."""
+"""Hotswaps adapters in place, and exports an adapter as LoRA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPARED = (
     "own_scale",
     "trainable_token_indices",
 )
-"""Fields of the configuration on which it depends what the tensors of an adapter mean."""
+"""Config fields that must be equal for two adapters to be interchangeable."""
 
 
 def hotswap(
@@ -45,28 +45,28 @@ def hotswap(
     device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replaces a loaded adapter by a saved one, in place: nothing is rebuilt, compiled code stays.
+    """Replaces a loaded adapter by a saved one in place, without recompiling the model.
 
-    Scales, hosts, and modules that are trained as a whole with their buffers are all replaced. PEFT's own
-    `hotswap_adapter` takes LoRA alone, and says so of a SAN adapter.
+    Replaces scales, inner adapters, and `modules_to_save` with their buffers. PEFT's `hotswap_adapter` supports LoRA
+    only and raises for a SAN adapter.
 
     Args:
-        model: The model with the adapter to replace; a compiled one is taken as well.
-        path: Folder or hub name of the saved adapter; it must have the same targets, edges and exponent.
+        model: The model with the adapter to replace; may be compiled.
+        path: Folder or Hub name of the saved adapter, which must have the same targets, edges and exponent.
         adapter_name: Name of the adapter to replace.
-        subfolder: Folder inside `path`. PEFT saves every adapter that is not named `default` in one of its name.
-        revision: Revision of the hub repository.
-        device: Device to load the tensors to; `None` is PEFT's choice.
-        kwargs: More options of a download from the hub, such as `token` and `cache_dir`.
+        subfolder: Folder inside `path`. PEFT saves an adapter that is not named `default` in a subfolder of its name.
+        revision: Revision of the Hub repository.
+        device: Device to load the tensors to; `None` is PEFT's default.
+        kwargs: Further download options, such as `token` and `cache_dir`.
 
     Raises:
-        AdapterError: If there is no such adapter here, or the saved one does not fit; nothing was changed then.
+        AdapterError: If the model has no such adapter, or the saved one is incompatible. The model is then unchanged.
     """
     model = getattr(model, "_orig_mod", model)
     if adapter_name not in model.peft_config:
-        raise AdapterError(f"Adapter {adapter_name} does not exist; there are {', '.join(model.peft_config)}.")
+        raise AdapterError(f"Adapter {adapter_name!r} does not exist; the model has {', '.join(model.peft_config)}.")
     if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
-        raise AdapterError("The model is merged; unmerge it before swapping its adapter.")
+        raise AdapterError("The model is merged. Call unmerge_adapter() before swapping its adapter.")
     place: Any = kwargs | {name: v for name, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
     where = os.fspath(path) if subfolder is None else f"{os.fspath(path)}/{subfolder}"
     here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(os.fspath(path), **place)
@@ -74,7 +74,8 @@ def hotswap(
         ours, theirs = getattr(here, name, None), getattr(there, name, None)
         if ours != theirs:
             raise AdapterError(
-                f"The adapter in {where} differs from {adapter_name!r} in {name}{_what(ours, theirs)}; load it instead."
+                f"The adapter in {where} differs from {adapter_name!r} in {name}{_what(ours, theirs)}. "
+                "Load it with load_adapter instead."
             )
     old = get_peft_model_state_dict(model, adapter_name=adapter_name)
     new = load_peft_weights(os.fspath(path), device=None if device is None else str(device), **place)
@@ -88,16 +89,16 @@ def hotswap(
         if value.shape != target.shape:
             raise AdapterError(f"{name} has shape {tuple(value.shape)} in {where}, {tuple(target.shape)} here.")
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise AdapterError(f"{where}: {name} is not finite. Download or save the adapter again.")
+            raise AdapterError(f"{where}: {name} is not finite. Save or download the adapter again.")
         if target.is_meta or is_sharded(target):
-            raise AdapterError(f"{name} is offloaded or in shards here, so it cannot be replaced in place.")
+            raise AdapterError(f"{name} is offloaded or sharded, so it cannot be replaced in place.")
     with torch.no_grad():
         for name, value in new.items():
             old[name].copy_(value)
 
 
 def _what(ours: Any, theirs: Any) -> str:
-    """Says in which fields two configurations of hosts differ."""
+    """Describes the fields in which the configs of two inner adapters differ."""
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return ""
     odd = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
@@ -106,14 +107,14 @@ def _what(ours: Any, theirs: Any) -> str:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What turning an adapter into LoRA has lost.
+    """Reports the approximation error of an adapter exported as LoRA.
 
     Attributes:
-        error: Size of what was lost over the size of the change, both as Frobenius norms over all layers.
-        worst: The same of the worst layer.
+        error: Frobenius norm of the approximation error over that of the weight update, over all layers.
+        worst: The largest such relative error of a single layer.
         where: Name of that layer.
-        rank: The rank of every layer.
-        layers: How many layers were converted.
+        rank: Rank of every layer.
+        layers: Number of converted layers.
         config: The `LoraConfig` of the result.
     """
 
@@ -127,28 +128,28 @@ class LoraReport:
 
 @torch.no_grad()
 def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_name: str = "default") -> LoraReport:
-    r"""Writes the closest LoRA adapter of a rank, for tools that load nothing else, and reports what is lost.
+    r"""Exports the closest LoRA adapter of a given rank, for tools that only load LoRA, and reports the error.
 
     A scale changes a weight by $\operatorname{diag}(g) W \operatorname{diag}(s) - W$, which has full rank, so this is
-    an approximation: the truncated singular value decomposition of each layer's change, the best there is of that rank.
-    Where biases change, the result has `lora_bias=True`. Saved modules are written with it.
+    an approximation: the truncated singular value decomposition of each weight update, optimal for its rank. If biases
+    change, the result has `lora_bias=True`. `modules_to_save` are exported too.
 
     Args:
         model: A `PeftModel` with a SAN adapter, not merged.
-        path: Folder to write, which `PeftModel.from_pretrained` loads without `san_peft`.
+        path: Output folder, which `PeftModel.from_pretrained` loads without `san_peft`.
         rank: Rank of the result.
-        adapter_name: Which adapter.
+        adapter_name: Name of the adapter to export.
 
     Returns:
         The report.
 
     Raises:
-        MergeError: If a layer is quantised, merged, or a convolution in groups, which LoRA cannot change.
-        AdapterError: If there is no such adapter, or the rank is not positive.
+        MergeError: If a layer is quantized, merged, or a grouped convolution, which LoRA does not support.
+        AdapterError: If the model has no such adapter, or the rank is not positive.
     """
     tuner: Any = model.base_model
     if adapter_name not in model.peft_config:
-        raise AdapterError(f"Adapter {adapter_name} does not exist; there are {', '.join(model.peft_config)}.")
+        raise AdapterError(f"Adapter {adapter_name!r} does not exist; the model has {', '.join(model.peft_config)}.")
     if rank < 1:
         raise AdapterError(f"The rank must be at least 1, got {rank}.")
     tensors, losses = {}, {}
@@ -156,13 +157,15 @@ def save_as_lora(model: PeftModel, path: str | os.PathLike, rank: int, adapter_n
     layers = {name: m for name, m in tuner.model.named_modules() if isinstance(m, SanLayer)}
     for name, layer in layers.items():
         if layer.groups > 1:
-            raise MergeError(f"{name} is a convolution in {layer.groups} groups, whose change LoRA cannot make.")
+            raise MergeError(
+                f"{name} is a convolution in {layer.groups} groups, which LoRA does not support. Save the merged model."
+            )
         if reason := unfit("LORA", layer.get_base_layer()):
-            raise MergeError(f"{name} is {reason}, so no LoRA can hold its change: save the merged model.")
+            raise MergeError(f"{name} is {reason}, so it cannot be exported as LoRA. Save the merged model.")
         delta, bias = layer.get_delta(adapter_name)
         rows = delta.t() if layer.transposed else delta.flatten(1)
         left, values, right = torch.linalg.svd(rows, full_matrices=False)
-        kept = min(rank, values.numel())  # the others are zeros: servers take every layer to have the same rank
+        kept = min(rank, values.numel())  # the rest is zero: inference servers expect one rank for all layers
         total, lost = values.square().sum().item(), values[kept:].square().sum().item()
         losses[name] = (lost, total)
         down, up = rows.new_zeros(rank, rows.shape[1]), rows.new_zeros(rows.shape[0], rank)

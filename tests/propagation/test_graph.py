@@ -99,11 +99,11 @@ def test_malformed_json_is_named(change):
 
 def test_lengths_and_names_are_checked():
     edge = Edge("a", "b", ChannelMap.identity(2))
-    with pytest.raises(GraphError, match="writes 3"):
+    with pytest.raises(GraphError, match="has 3"):
         PropagationGraph([edge], layers=[Layer("a", "Linear", 1, 3), Layer("b", "Linear", 2, 1)])
-    with pytest.raises(GraphError, match="not traced"):
+    with pytest.raises(GraphError, match="names b"):
         PropagationGraph([edge], layers=[Layer("a", "Linear", 1, 2)])
-    with pytest.raises(GraphError, match="twice"):
+    with pytest.raises(GraphError, match="a -> b"):
         PropagationGraph([edge, edge])
 
 
@@ -111,7 +111,7 @@ def test_schemes():
     graph = vit()
     sizes = {scheme: len(graph.select(scheme)) for scheme in SCHEMES}
     assert sizes == {"all": 12, "exact": 3, "feedforward": 3, "reference": 9, "none": 0}
-    with pytest.raises(GraphError, match="unknown scheme"):
+    with pytest.raises(GraphError, match="everything"):
         graph.select("everything")
 
 
@@ -143,7 +143,7 @@ def test_ablations_fit_and_are_deterministic(kind):
     assert len(broken)
     assert broken != graph
     assert broken == ablate(graph, kind, seed=1)
-    with pytest.raises(GraphError, match="unknown ablation"):
+    with pytest.raises(GraphError, match="sideways"):
         ablate(graph, "sideways")
 
 

@@ -167,5 +167,5 @@ def test_a_layer_whose_weight_another_module_holds():
     layers["b"].weight = layers["a"].weight
     found = left_out(graph_of(lambda n, x: n.head(n.b(n.a(x).relu())), **layers))
     assert set(found) == {"a", "b"}
-    assert "that of b" in found["a"]
-    assert "that of a" in found["b"]
+    assert "tied to b" in found["a"]
+    assert "tied to a" in found["b"]

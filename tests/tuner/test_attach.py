@@ -200,7 +200,7 @@ def test_what_cannot_become_lora(tmp_path):
     model = trained("dense", "lora")
     with pytest.raises(AdapterError, match="rank must be at least 1, got 0"):
         save_as_lora(model, tmp_path / "out", 0)
-    with pytest.raises(AdapterError, match="Adapter x does not exist; there are default"):
+    with pytest.raises(AdapterError, match=r"x.*default"):
         save_as_lora(model, tmp_path / "out", 1, "x")
     model.merge_adapter()
     with pytest.raises(MergeError, match="Unmerge"):

@@ -102,7 +102,7 @@ def test_a_black_image_hides_no_convolution():
     before = model(**probe).logits
     with (
         off_by(first, "row", 3, 3.0),
-        pytest.raises(MergeError, match=r"channel 3 of vit\.embed.*as it was"),
+        pytest.raises(MergeError, match=r"channel 3 of vit\.embed"),
     ):
         merge_and_verify(model, probe)
     assert torch.equal(model(**probe).logits, before)

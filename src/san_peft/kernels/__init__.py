@@ -1,10 +1,10 @@
-"""Triton kernels: a factor for each channel, alone or inside a norm, in one pass over memory.
+"""Launches Triton kernels that scale channels, alone or fused into a norm, in one pass over memory.
 
-What these functions do is bound by memory on a GPU, so every one of them reads its tensors once and writes its result
-once. `rounding.multiply` is the reference of `scale_forward`, bit for bit. Gradients are returned, not recorded: the
-functions belong inside a `torch.autograd.Function`. Sums over rows are taken in a fixed order, without atomics.
+These operations are memory-bound on a GPU, so each kernel reads its inputs once and writes its result once.
+`scale_forward` matches its reference `rounding.multiply` bit for bit. The functions do not record gradients: call them
+from a `torch.autograd.Function`. Sums over rows are deterministic: fixed order, no atomics.
 
-Triton is imported at the first launch. Whether a tensor can go through a kernel is what `available` says.
+Triton is imported at the first launch. `available` returns whether the kernels support a tensor.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 from san_peft.kernels import programs
 
 MAX_HIDDEN = 16384
-"""The longest row that the kernels of a norm hold at once."""
+"""Longest row that the norm kernels can hold at once."""
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-"""How many low bits of a float32 each type lacks."""
+"""Number of low bits of a float32 mantissa that each dtype drops."""
 _TILE = 4096
-"""Entries that a program of a scale holds at once."""
+"""Entries that a program of a scale kernel processes at once."""
 _PROCESSORS = 132
-"""Multiprocessors of an H100 or H200. A constant, so that sums come in the same order on every device."""
+"""Multiprocessors of an H100 or H200. A constant, so that sums have the same order on every device."""
 
 
 @lru_cache(maxsize=1)
@@ -43,15 +43,15 @@ def _capable(index: int | None) -> bool:
 
 
 def available(x: Tensor) -> bool:
-    """Whether the kernels can be launched for a tensor.
+    """Returns whether the kernels support a tensor.
 
     Args:
-        x: A tensor. Only its device and types are looked at; that it is contiguous is asked for at the launch.
+        x: A tensor. Only its device, type and dtype are checked; the launch checks that it is contiguous.
 
     Returns:
-        True for a plain tensor of half or single precision on a CUDA device (compute capability 8.0 or above), where
-        Triton is installed. With `TRITON_INTERPRET=1` in the environment since before Triton was imported, also on the
-        CPU. Never while `torch.compile` or `torch.export` traces.
+        `True` for a plain tensor in half or single precision on a CUDA device of compute capability 8.0 or above, if
+        Triton is installed. Also on the CPU if `TRITON_INTERPRET=1` was set before Triton was imported. Always `False`
+        while `torch.compile` or `torch.export` traces.
 
     Example:
         >>> available(torch.ones(2, dtype=torch.float64))
@@ -71,7 +71,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any
 
 
 def _power(n: int) -> int:
-    """The smallest power of two that is no less."""
+    """Returns the smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -85,9 +85,9 @@ def _check(like: Tensor, shape: tuple[int, ...], *types: torch.dtype, **tensors:
             continue
         if tensor.device != like.device or tensor.dtype not in (types or _DROPPED):
             wanted = " or ".join(str(t) for t in types or _DROPPED)
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted: {wanted}, on {like.device}.")
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected {wanted} on {like.device}.")
         if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted: {tuple(shape)}.")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() on it first.")
 
@@ -97,7 +97,7 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _layout(x: Tensor, dim: int) -> tuple[int, int, int]:
-    """A contiguous tensor as (outer, channels, inner)."""
+    """Returns the shape of a contiguous tensor viewed as (outer, channels, inner)."""
     dim %= x.dim()
     channels = x.shape[dim]
     inner = x.shape[dim + 1 :].numel()
@@ -111,17 +111,24 @@ def scale_forward(
     dim: int = -1,
     salt: int = 0,
 ) -> Float[Tensor, "*shape"]:
-    r"""Multiplies with one factor for each channel, as `rounding.multiply` does, and adds a shift before rounding.
+    r"""Multiplies with one factor per channel and adds a shift before rounding, like `rounding.multiply`.
 
     Args:
         x: Features, contiguous, in half or single precision.
+<<<<<<< HEAD
         factor: Factor $f$ of every channel, in float32.
         shift: Shift $t$ of every channel, in float32.
         dim: Axis of the channels.
         salt: Chooses the hash of the dithering.
+=======
+        factor: Factor $f$ of each channel, in float32.
+        shift: Shift $t$ of each channel, in float32.
+        dim: Channel axis.
+        salt: Salt of the dithering hash.
+>>>>>>> h/prop
 
     Returns:
-        $f \odot x + t$ in the type of `x`: computed in float32, half precision rounded by dithering.
+        $f \odot x + t$ in the dtype of `x`, computed in float32; half precision is rounded by dithering.
     """
     outer, channels, inner = _layout(x, dim)
     out = _empty(x)
@@ -134,7 +141,7 @@ def scale_forward(
         tile = _TILE // columns
         grid = (_ceil(rows, tile) * _ceil(size, columns),)
         shapes = {"LAST": last, "DROPPED": _DROPPED[x.dtype], "ROWS": tile, "COLUMNS": columns}
-        # fused, product and shift would be rounded once, which the reference does twice
+        # an FMA would round product and shift once, where the reference rounds twice
         options = {"num_warps": 4, "enable_fp_fusion": False}
         _launch(programs.scale, grid, x.device, x, factor, shift, out, rows, channels, size, salt, **shapes, **options)
     return out
@@ -148,19 +155,19 @@ def scale_backward(
     need_x: bool = True,
     need_shift: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    r"""Gradients of $f \odot x + t$.
+    r"""Computes the gradients of $f \odot x + t$.
 
     Args:
         grad: Gradient of the result, contiguous.
-        saved: What to sum against, contiguous: $x$ for the gradient of the factor. It may be of another type.
-        factor: Factor $f$ of every channel, in float32.
-        dim: Axis of the channels.
+        saved: Tensor to multiply and sum with, contiguous: $x$ for the gradient of the factor. Its dtype may differ.
+        factor: Factor $f$ of each channel, in float32.
+        dim: Channel axis.
         need_x: Whether to compute the gradient of $x$.
         need_shift: Whether to compute the gradient of the shift.
 
     Returns:
-        $f \odot \mathrm{grad}$ rounded to the nearest in the type of `grad`, or `None`; the sum of
-        $\mathrm{grad} \odot \mathrm{saved}$ for each channel in float32; and that of `grad`, or `None`.
+        $f \odot \mathrm{grad}$ rounded to nearest in the dtype of `grad`, or `None`; the per-channel sum of
+        $\mathrm{grad} \odot \mathrm{saved}$ in float32; and the per-channel sum of `grad`, or `None`.
     """
     outer, channels, inner = _layout(grad, dim)
     _check(grad, grad.shape, grad=grad, saved=saved)
@@ -184,9 +191,9 @@ def scale_backward(
 
 
 def _norm_tiles(size: int, rows: int) -> tuple[dict[str, int], int]:
-    """Shapes of a tile of whole rows, and how many tiles there are."""
+    """Returns the launch options of a tile of whole rows, and the number of tiles."""
     if not 0 < size <= MAX_HIDDEN:
-        raise ValueError(f"A row has {size} entries: the kernels of a norm hold from 1 to {MAX_HIDDEN}.")
+        raise ValueError(f"A row has {size} entries: the norm kernels support 1 to {MAX_HIDDEN}.")
     columns = _power(size)
     tile = max(1024 // columns, 1)
     warps = min(max(columns // 512, 4), 16)
@@ -260,20 +267,20 @@ def rms_forward(
     weight_after_cast: bool = False,
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""RMS norm with a scale inside, before the only rounding that a plain norm has.
+    r"""Applies an RMS norm and a scale with a single rounding, like a norm without a scale.
 
     Args:
         x: Features, contiguous, of at most `MAX_HIDDEN` channels in the last axis.
         weight: Weight $w$ of the norm; `None` is one.
-        scale: Scale $s$ of every channel, in float32; `None` is one.
-        eps: What is added to the mean square.
-        weight_after_cast: Whether the weight is multiplied after the cast to the type of `x` (as LLaMA, T5 and Qwen
-            do) or before it (as Gemma and `nn.RMSNorm` do).
-        offset: What is added to the weight, one for Gemma. Without effect with `weight_after_cast`.
+        scale: Scale $s$ of each channel, in float32; `None` is one.
+        eps: Added to the mean square.
+        weight_after_cast: Whether to multiply by the weight after the cast to the dtype of `x` (LLaMA, T5, Qwen) or
+            before it (Gemma, `nn.RMSNorm`).
+        offset: Added to the weight; one for Gemma. Ignored with `weight_after_cast`.
 
     Returns:
-        $w \odot \operatorname{cast}(s \odot h)$ or $\operatorname{cast}(s \odot (o + w) \odot h)$ in the type of `x`,
-        with $h = x / \sqrt{\operatorname{mean}(x^2) + \epsilon}$ in float32; and $1 / \sqrt{\cdot}$ of every row.
+        $w \odot \operatorname{cast}(s \odot h)$ or $\operatorname{cast}(s \odot (o + w) \odot h)$ in the dtype of `x`,
+        with $h = x / \sqrt{\operatorname{mean}(x^2) + \epsilon}$ in float32; and $1 / \sqrt{\cdot}$ of each row.
     """
     y, _, rstd = _norm(x, weight, None, scale, eps, offset=offset, cast=weight_after_cast)
     return y, rstd
@@ -289,11 +296,11 @@ def rms_backward(
     offset: float = 0.0,
     need_weight: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `rms_forward`, from the gradient of its result, its arguments and the `rstd` that it returned.
+    """Computes the gradients of `rms_forward` from its arguments and the `rstd` that it returned.
 
     Returns:
-        Gradients of `x` in its type, of the scale and of the weight in float32; `None` for what is not there or not
-        asked for.
+        Gradients of `x` in its dtype, and of the scale and the weight in float32; `None` for those that are absent or
+        not requested.
     """
     offset = 0.0 if weight_after_cast else offset
     grads = _norm_backward(grad, x, weight, None, scale, None, rstd, offset, need_weight, False)
@@ -307,18 +314,18 @@ def layer_forward(
     scale: Float[Tensor, " size"] | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Layer norm with a scale inside, before the rounding.
+    r"""Applies a layer norm and a scale with a single rounding.
 
     Args:
         x: Features, contiguous, of at most `MAX_HIDDEN` channels in the last axis.
         weight: Weight $w$ of the norm; `None` is one.
         bias: Bias $b$ of the norm; `None` is zero.
-        scale: Scale $s$ of every channel, in float32; `None` is one.
-        eps: What is added to the variance.
+        scale: Scale $s$ of each channel, in float32; `None` is one.
+        eps: Added to the variance.
 
     Returns:
-        $s \odot (w \odot h + b)$ in the type of `x`, with $h$ the normalised row in float32; and the mean and the
-        inverse standard deviation of every row.
+        $s \odot (w \odot h + b)$ in the dtype of `x`, with $h$ the normalised row in float32; and the mean and the
+        inverse standard deviation of each row.
     """
     y, mean, rstd = _norm(x, weight, bias, scale, eps, center=True)
     assert mean is not None
@@ -336,10 +343,10 @@ def layer_backward(
     need_weight: bool = False,
     need_bias: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `layer_forward`, from the gradient of its result, its arguments and what it returned besides.
+    """Computes the gradients of `layer_forward` from its arguments and the statistics that it returned.
 
     Returns:
-        Gradients of `x` in its type, of the scale, of the weight and of the bias in float32; `None` for what is not
-        there or not asked for.
+        Gradients of `x` in its dtype, and of the scale, the weight and the bias in float32; `None` for those that are
+        absent or not requested.
     """
     return _norm_backward(grad, x, weight, bias, scale, mean, rstd, 0.0, need_weight, need_bias)

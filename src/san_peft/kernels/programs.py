@@ -1,4 +1,4 @@
-"""The programs in Triton that `san_peft.kernels` launches."""
+"""Defines the Triton programs that `san_peft.kernels` launches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Plain functions until their first launch, when `compiled` brings in `tl` and hands them to `triton.jit`. Pointers that
-# are None are known at compile time. Offsets are int64 from the row on.
+# Plain functions until the first launch, when `compiled` imports `tl` and passes them to `triton.jit`: importing this
+# module does not import Triton. None pointers are compile-time constants. Row offsets are int64: tensors may have
+# more than 2^31 entries.
 
 
 def scale(
@@ -26,7 +27,7 @@ def scale(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of a matrix whose columns (LAST) or rows (modulo their number) are the channels."""
+    """Scales a tile of a matrix whose columns (LAST) or rows (modulo the number of channels) are the channels."""
     across = tl.cdiv(size, COLUMNS)
     program = tl.program_id(0)
     row = ((program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -43,12 +44,12 @@ def scale(
     if shift is not None:
         wide = wide + tl.load(shift + channel, mask=inside, other=0)
     if DROPPED > 0:
-        # the 16-bit multiplier of `rounding`, in the upper half of a word: so is its product with the bits of x, and
-        # flipping the sign bit there adds half of all steps to what is then shifted down without a sign
+        # the 16-bit multiplier of `rounding` in the upper half of a word, and so its product with the bits of x;
+        # flipping the sign bit makes the signed noise of `rounding`, plus half a step, unsigned
         hashed = ((((channel + 1 + salt).to(tl.uint32) * 0x9E3779B1) >> 13) | 1) << 16
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
         noise = (bits * hashed + 0x80000000) >> (32 - DROPPED)
-        # a NaN of a GPU has all bits set: whatever is added to it would become a zero
+        # a GPU's NaN has all bits set: adding noise would overflow to a number
         rounded = wide.to(tl.uint32, bitcast=True) + tl.where(wide == wide, noise, 0)
         wide = ((rounded >> DROPPED) << DROPPED).to(tl.float32, bitcast=True)
     tl.store(out + offsets, wide.to(out.dtype.element_ty), mask=mask)
@@ -69,7 +70,7 @@ def scale_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """`per` tiles of some channels, one after the other, and their sums."""
+    """Processes `per` tiles of a block of channels in sequence and sums over them."""
     block = tl.program_id(1)
     if LAST:
         channel = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -120,7 +121,7 @@ def norm(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Whole rows: a layer norm where there is a place for means, an RMS norm otherwise."""
+    """Normalises whole rows: a layer norm if `means` is given, an RMS norm otherwise."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     valid = row < rows
@@ -170,7 +171,7 @@ def norm_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """`per` tiles of whole rows, one after the other, and their sums."""
+    """Processes `per` tiles of whole rows in sequence and sums over them."""
     program = tl.program_id(0)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < size
@@ -197,7 +198,7 @@ def norm_backward(
         total += g * h
         if bias is not None:
             plain += g
-        g = g * factor  # zero beyond the row, whatever h is there
+        g = g * factor  # zero beyond the row, where h is undefined
         inner = g - h * (tl.sum(g * h, 1, keep_dims=True) / size)
         if means is not None:
             inner = inner - tl.sum(g, 1, keep_dims=True) / size
@@ -218,10 +219,10 @@ def norm_backward(
 
 @lru_cache(maxsize=8)
 def compiled(kernel: Any) -> Any:
-    """The launcher of a kernel, which imports Triton on the first call."""
+    """Returns the compiled kernel; imports Triton on the first call."""
     global tl
     import triton
     import triton.language as tl
 
-    # a batch of another size is no reason to compile anew
+    # do not recompile for another batch size
     return triton.jit(do_not_specialize=["rows", "outer", "per"])(kernel)

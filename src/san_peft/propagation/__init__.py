@@ -1,4 +1,4 @@
-"""The propagation graph: which layer's output channels are which other layer's input channels."""
+"""Traces which output channels of one layer become which input channels of another; see README.md in this folder."""
 
 from san_peft.propagation.channels import ChannelMap
 from san_peft.propagation.graph import Barrier, Edge, Layer, Norm, PropagationGraph

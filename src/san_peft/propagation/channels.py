@@ -1,4 +1,4 @@
-"""Channel maps: which output channel of one layer is which input channel of another, stored compactly."""
+"""Maps the output channels of one layer to the input channels of another, in a compact form."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class ChannelMap:
-    """Index vector from a posterior's input channels to an anterior's output channels, in its shortest form.
+    """A compact index vector from a posterior's input channels to an anterior's output channels.
 
     | kind | `index` |
     |---|---|
     | identity | `0, 1, ..., size-1` |
     | slice | `start, ..., start+size-1` |
-    | repeat | every block of `block` source channels `times` times in a row (grouped heads, flattened pixels) |
-    | tile | all source channels, `times` times over (patch merging) |
+    | repeat | each block of `block` source channels, `times` times in a row (grouped heads, flattened pixels) |
+    | tile | all source channels, repeated `times` times (patch merging) |
     | explicit | `runs` of `(first source channel, length)`; a run that starts at -1 has no source |
 
-    Two maps with the same index vector are equal if both come from `from_index`, which always picks the shortest form.
+    `from_index` always picks the shortest form, so maps that it creates from equal index vectors are equal.
 
     Args:
         kind: One of the five kinds above.
         size: Number of input channels of the posterior.
         source_size: Number of output channels of the anterior.
         start: First source channel of a slice.
-        block: Source channels per repeated block.
-        times: How often a block, or everything, is repeated.
-        runs: The runs of an explicit map.
+        block: Number of source channels per repeated block.
+        times: Number of repetitions of each block, or of all channels.
+        runs: Runs of an explicit map.
 
     Raises:
-        GraphError: If the numbers do not fit each other.
+        GraphError: If the numbers are inconsistent.
 
     Example:
         >>> ChannelMap.from_index([0, 1, 0, 1, 2, 3, 2, 3], source_size=4)
@@ -71,7 +71,7 @@ class ChannelMap:
         for name in ("size", "source_size", "start", "block", "times"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise GraphError(f"channel map: {name} must be a count, got {value!r}.")
+                raise GraphError(f"channel map: {name} must be a non-negative integer, got {value!r}.")
         if self.size < 1 or self.source_size < 1:
             raise GraphError(f"channel map: sizes must be positive, got {self.size} and {self.source_size}.")
         self._check_numbers()
@@ -81,7 +81,7 @@ class ChannelMap:
         if self.kind == "identity" and self.size != self.source_size:
             raise GraphError(f"{what}: an identity needs equal sizes; use a slice or an explicit map.")
         if self.kind == "slice" and self.start + self.size > self.source_size:
-            raise GraphError(f"{what}: channels {self.start}:{self.start + self.size} leave the source.")
+            raise GraphError(f"{what}: channels {self.start}:{self.start + self.size} are out of range.")
         if self.kind == "tile" and self.times * self.source_size != self.size:
             raise GraphError(f"{what}: {self.times} times {self.source_size} is not {self.size}.")
         if self.kind == "repeat":
@@ -90,31 +90,31 @@ class ChannelMap:
         if self.kind == "explicit":
             for run in self.runs:
                 if len(run) != 2 or not all(isinstance(n, int) for n in run) or run[0] < -1 or run[1] < 1:
-                    raise GraphError(f"{what}: a run is (first source channel or -1, length), got {run!r}.")
+                    raise GraphError(f"{what}: a run must be (first source channel or -1, length), got {run!r}.")
                 if run[0] >= 0 and run[0] + run[1] > self.source_size:
-                    raise GraphError(f"{what}: channels {run[0]}:{run[0] + run[1]} leave the source.")
+                    raise GraphError(f"{what}: channels {run[0]}:{run[0] + run[1]} are out of range.")
             if sum(length for _, length in self.runs) != self.size:
                 total = sum(length for _, length in self.runs)
                 raise GraphError(f"{what}: the runs cover {total} channels instead of {self.size}.")
 
     @classmethod
     def identity(cls, size: int) -> ChannelMap:
-        """Returns the map of every channel onto itself."""
+        """Creates the map of each channel to itself."""
         return cls("identity", size, size)
 
     @classmethod
     def from_index(cls, index: Iterable[int] | Int[Tensor, " size"], source_size: int) -> ChannelMap:
-        """Returns the shortest map with the given index vector.
+        """Creates the shortest map with the given index vector.
 
         Args:
-            index: For every input channel of the posterior the output channel of the anterior, or -1.
+            index: Source channel of each input channel of the posterior, or -1 for none.
             source_size: Number of output channels of the anterior.
 
         Returns:
             The map.
 
         Raises:
-            GraphError: If the vector is empty or an entry lies outside `-1 .. source_size-1`.
+            GraphError: If the vector is empty or an entry is outside `-1 .. source_size-1`.
         """
         vector = torch.as_tensor(index if isinstance(index, Tensor) else list(index), dtype=torch.int64).flatten().cpu()
         size = vector.numel()
@@ -122,7 +122,7 @@ class ChannelMap:
             raise GraphError("channel map: the index vector is empty.")
         low, high = int(vector.min()), int(vector.max())
         if low < -1 or high >= source_size:
-            raise GraphError(f"channel map: entries {low}..{high} lie outside -1..{source_size - 1}.")
+            raise GraphError(f"channel map: entries {low}..{high} are outside -1..{source_size - 1}.")
         if low >= 0:
             first = int(vector[0])
             if torch.equal(vector, torch.arange(first, first + size)):
@@ -140,7 +140,7 @@ class ChannelMap:
 
     @property
     def index(self) -> Int[Tensor, " size"]:
-        """Source channel of every input channel of the posterior; -1 where there is none."""
+        """Source channel of each input channel of the posterior; -1 for none."""
         if self.kind in ("identity", "slice"):
             return torch.arange(self.start, self.start + self.size)
         every = torch.arange(self.source_size)
@@ -155,7 +155,7 @@ class ChannelMap:
         return torch.cat(pieces)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the map as plain data, with only the fields that its kind needs."""
+        """Returns the map as a JSON-compatible dict with the fields of its kind."""
         data: dict[str, Any] = {"kind": self.kind, "size": self.size, "source_size": self.source_size}
         for name in _FIELDS[self.kind]:
             value = getattr(self, name)
@@ -164,13 +164,13 @@ class ChannelMap:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ChannelMap:
-        """Returns the map that `to_json` wrote.
+        """Creates a map from the output of `to_json`.
 
         Raises:
-            GraphError: If a field is missing, unknown or does not fit.
+            GraphError: If a field is missing, unknown or invalid.
         """
         if not isinstance(data, Mapping):
-            raise GraphError(f"a channel map is an object with kind, size and source_size, got {data!r}.")
+            raise GraphError(f"a channel map must be a JSON object with kind, size and source_size, got {data!r}.")
         kind = data.get("kind")
         if kind not in _FIELDS:
             raise GraphError(f"unknown kind of channel map {kind!r}; known are {', '.join(CHANNEL_MAP_KINDS)}.")
@@ -182,7 +182,7 @@ class ChannelMap:
         if kind == "explicit":
             runs = fields["runs"]
             if not isinstance(runs, list | tuple) or not all(isinstance(run, list | tuple) for run in runs):
-                raise GraphError(f"channel map explicit: runs is a list of pairs, got {runs!r}.")
+                raise GraphError(f"channel map explicit: runs must be a list of pairs, got {runs!r}.")
             fields["runs"] = tuple(tuple(run) for run in runs)
         return cls(**fields)
 

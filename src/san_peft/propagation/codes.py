@@ -1,4 +1,4 @@
-"""Codes of a tensor's entries, which say whose channel each one is, and how operations move them."""
+"""Encodes the origin of each entry of a tensor, and moves the codes like the operations move the entries."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from san_peft.propagation import rules
 from san_peft.propagation.schema import schema_of
 
 STRIDE = 1 << 32
-"""Codes of one writer: code = writer * STRIDE + channel."""
+"""Number of codes per writer: code = writer * STRIDE + channel."""
 
 NONE = -1
-"""Code of an entry that no layer wrote: a constant."""
+"""Code of a constant, which no layer wrote."""
 
 ZERO = -2
-"""Code of an entry that is zero, as padding is: no writer either, and no scale changes it."""
+"""Code of a zero, such as padding: a constant that no scale changes."""
 
 
 @dataclass
 class State:
-    """Where a tensor's entries come from.
+    """Origin of the entries of a tensor.
 
     Attributes:
-        codes: For every entry the code of its writer's channel, of the tensor's shape.
-        via: For every writer in `codes` the operations passed since.
-        statistic: Whether it was contracted over channels, as the denominator of a norm or attention scores are.
+        codes: Code of each entry, in the shape of the tensor.
+        via: Path of operations since each writer in `codes`.
+        statistic: Whether the channels were contracted, as in the denominator of a norm or in attention scores.
     """
 
     codes: Int64[Tensor, "*shape"]
@@ -40,11 +40,11 @@ class State:
 
     @property
     def tracked(self) -> bool:
-        """Whether it holds channels that a layer wrote, or lost ones."""
+        """Whether it holds channels of a layer, or lost ones."""
         return not self.statistic and bool((self.codes >= 0).any())
 
     def passed(self, *names: str) -> dict[int, tuple[str, ...]]:
-        """Returns the paths with further operations at their end."""
+        """Returns the paths with operations appended."""
         return {writer: rules.join(path, *names) for writer, path in self.via.items()}
 
     def present(self) -> set[int]:
@@ -53,32 +53,32 @@ class State:
 
 
 class Lost(Exception):
-    """The channel axis ends in an operation; the message says why."""
+    """Raised if channels cannot be followed through an operation; the message is the reason of the barrier."""
 
 
 def constant(value: Any) -> State:
-    """Returns the state of a number, or of a tensor that no layer wrote."""
+    """Returns the state of a number or a constant tensor."""
     number = value.item() if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta else value
     code = ZERO if not isinstance(number, Tensor) and number == 0 else NONE
     return State(torch.full((), code).expand(value.shape if isinstance(value, Tensor) else ()))
 
 
-_AS_FLOATS = ("im2col", "reflection_pad", "replication_pad")  # they take floating point alone
-_WITH_ZEROS = ("im2col", "tril", "triu")  # they fill with zeros of their own
+_AS_FLOATS = ("im2col", "reflection_pad", "replication_pad")  # support floating point only
+_WITH_ZEROS = ("im2col", "tril", "triu")  # fill with zeros
 
 
 def move(name: str, func: Any, args: Any, kwargs: Any, find: Callable[[Tensor], State | None]) -> list[State]:
-    """Runs an operation that moves channels on the codes themselves.
+    """Runs an operation that moves entries on the codes instead.
 
     Args:
-        name: The operation's name.
+        name: Name of the operation.
         func: The operation.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        find: Gives the state of a tensor, `None` where there is none.
+        find: Returns the state of a tensor, or `None` for a constant.
 
     Raises:
-        Lost: If it needs an index whose numbers are not there, or does not take codes.
+        Lost: If it needs the values of an index on the meta device, or does not run on codes.
     """
     via: dict[int, tuple[str, ...]] = {}
     statistics: list[bool] = []
@@ -97,7 +97,7 @@ def move(name: str, func: Any, args: Any, kwargs: Any, find: Callable[[Tensor], 
                 via[writer] = rules.join(via.get(writer, ()), *path)
             statistics.extend([state.statistic] if state.via else [])
         moved = state.codes - shift if shift else state.codes
-        return moved.double() if name.startswith(_AS_FLOATS) else moved  # exact up to 2^53: two million writers
+        return moved.double() if name.startswith(_AS_FLOATS) else moved  # exact below 2^53: two million writers
 
     args, kwargs = tree_map_only(Tensor, codes, (args, kwargs))
     for key in ("dtype", "layout", "device", "memory_format", "pin_memory"):
@@ -107,23 +107,23 @@ def move(name: str, func: Any, args: Any, kwargs: Any, find: Callable[[Tensor], 
     if name == "scatter" and len(args) > 3 and not isinstance(args[3], Tensor):
         args = (*args[:3], ZERO if args[3] == 0 else NONE, *args[4:])
     try:
-        if schema_of(func).writes:  # into codes of its own, every one with a place
+        if schema_of(func).writes:  # write into a copy, without expanded axes
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         moved = args[0].reshape(args[1]) if name in ("view", "_unsafe_view") else func(*args, **kwargs)
     except (RuntimeError, IndexError, TypeError) as error:
-        raise Lost(f"{name} cannot be run on the numbers of channels ({type(error).__name__})") from error
+        raise Lost(f"{name} cannot run on channel codes ({type(error).__name__})") from error
     moved = moved if isinstance(moved, list | tuple) else [moved]
     statistic = bool(statistics) and all(statistics)
     return [State(m.long() + shift if m.is_floating_point() or shift else m, via, statistic) for m in moved]
 
 
 def carries(tensor: Tensor) -> bool:
-    """Whether a tensor can hold features; indices and masks cannot."""
+    """Returns whether a tensor can hold features, unlike indices and masks."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def thin(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Keeps one entry of every axis along which all tensors of one shape repeat themselves."""
+    """Keeps one entry of each axis along which all tensors, of equal shapes, are expanded."""
     for dim in range(tensors[0].dim()):
         if all(t.stride(dim) == 0 for t in tensors):
             tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
@@ -131,12 +131,12 @@ def thin(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def highest(codes: Tensor, dims: Iterable[int]) -> tuple[Tensor, bool]:
-    """Returns the most recent code along some axes, which stay with size one, and whether it is the only one there.
+    """Returns the highest code along some axes, kept with size one, and whether it is the only one there.
 
-    Constants and zeros do not count.
+    The highest code belongs to the most recent writer. Constants and zeros are ignored.
 
     Raises:
-        Lost: If there are no entries.
+        Lost: If the tensor is empty.
     """
     if not codes.numel():
         raise Lost("the tensor is empty")
@@ -150,24 +150,24 @@ def highest(codes: Tensor, dims: Iterable[int]) -> tuple[Tensor, bool]:
 
 
 def varies(codes: Tensor, dim: int) -> bool:
-    """Whether codes differ along an axis."""
+    """Returns whether codes differ along an axis."""
     small = thin(codes)[0]
     return small.shape[dim] > 1 and bool((small.narrow(dim, 0, 1) != small).any())
 
 
 def pile(codes: Tensor, place: Tensor, size: int) -> tuple[Tensor, bool]:
-    """Adds entries up where they fall on the same place.
+    """Combines the codes of entries that are summed at the same position.
 
     Args:
-        codes: One code for each entry, flat.
-        place: Where each entry goes, flat.
-        size: How many places there are.
+        codes: Code of each entry, flat.
+        place: Target position of each entry, flat.
+        size: Number of positions.
 
     Returns:
-        The most recent code of every place, zero where nothing falls, and whether streams of several writers met.
+        The highest code of each position, `ZERO` for empty ones, and whether entries of several writers met.
 
     Raises:
-        Lost: If different channels of one layer meet.
+        Lost: If different channels of one writer meet.
     """
     high = torch.full((size,), ZERO).scatter_reduce(0, place, codes, "amax")
     there = high[place]

@@ -1,4 +1,4 @@
-"""What operations do to channels: sums of streams, matrix products, attention, convolutions, pooling, transforms."""
+"""Applies rules of operations that combine entries: sums, matrix products, attention, convolutions, pooling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from san_peft.propagation.schema import argument
 
 
 class Contractions:
-    """Rules of operations that bring several entries together.
+    """Implements the rules of operations that combine several entries.
 
     Args:
-        ledger: Where writers and readers of channels are noted.
-        find: Gives the state of a tensor, `None` where there is none.
-        follows_layers: Whether the values of a tensor of integers or truth values depend on a layer.
-        parameter: Gives the name of the parameter whose memory a tensor shares.
+        ledger: Records writers and readers of channels.
+        find: Returns the state of a tensor, or `None` for a constant.
+        follows_layers: Returns whether a tensor of integers or booleans depends on a layer.
+        parameter: Returns the name of the parameter whose memory a tensor shares, or `None`.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Contractions:
         self.follows_layers, self.parameter = follows_layers, parameter
 
     def state(self, value: Any) -> State:
-        """Returns the state of a tensor or number, or the state itself."""
+        """Returns the state of a tensor or number; returns a state unchanged."""
         if isinstance(value, State):
             return value
         state = self.find(value) if isinstance(value, Tensor) else None
         return constant(value) if state is None else state
 
     def contract(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
-        """Returns the states of an operation's results, as `Operations.apply`."""
+        """Returns the states of the results of an operation, like `Operations.apply`."""
         whole = out if isinstance(out, Tensor) else out[0]
         if name.startswith("_scaled_dot_product") or name == "flex_attention":
             return [self._attention(args, whole)]
@@ -73,7 +73,7 @@ class Contractions:
     # ---------------------------------------------------------------- sums
 
     def sum(self, a: Any, b: Any) -> State:
-        """Returns the state of a sum: of two streams the more recent writer stays."""
+        """Returns the state of a sum. Where two streams meet, the more recent writer is kept."""
         left, right = self.state(a), self.state(b)
         if left.statistic or right.statistic:
             return self._beside(left, right)
@@ -105,7 +105,7 @@ class Contractions:
         return State(codes.expand(shape), via)
 
     def _beside(self, left: State, right: State) -> State:
-        """A sum in which one has no channels of its own: what a norm subtracts, or attention scores."""
+        """Returns the state of a sum with a statistic, such as the mean in a norm or attention scores."""
         shape = torch.broadcast_shapes(left.codes.shape, right.codes.shape)
         kept, other = (right, left) if left.statistic else (left, right)
         if kept.statistic or not kept.tracked:
@@ -116,11 +116,11 @@ class Contractions:
         shared = [dim for dim in range(len(shape)) if dim < missing or other.codes.shape[dim - missing] == 1]
         axes = [dim for dim in range(len(shape)) if varies(wide, dim)]
         if axes and not set(axes) & set(shared):
-            raise Lost("it adds something of which channels were contracted")
+            raise Lost("it adds a tensor whose channels were contracted")
         return State(wide, kept.passed("norm"))
 
     def alike(self, state: State, high: Tensor, *names: str) -> dict[int, tuple[str, ...]]:
-        """Returns the paths after entries that are alike became one; constants among them are an offset."""
+        """Returns the paths after equal entries were combined into one; constants among them count as an offset."""
         beside = (state.codes == NONE) & (high >= 0)
         if not state.statistic and bool(beside.any()):
             self.ledger.consume(high.expand_as(state.codes)[beside])
@@ -128,7 +128,7 @@ class Contractions:
         return state.passed(*names)
 
     def _collapse(self, state: State, dims: Iterable[int]) -> Tensor | None:
-        """Reduces axes along which all entries have one writer's channel, constants aside; `None` where two differ."""
+        """Reduces axes along which all entries but constants have the same code; returns `None` if they differ."""
         high, only = highest(state.codes, dims)
         return high if only else None
 
@@ -170,10 +170,10 @@ class Contractions:
         label = rules.ATTENTION if scores else rules.MIX
         found = [self._along_axis(*side, label) for side, one in zip(sides, tracked, strict=True) if one]
         carried = [(high, via) for high, via in found if via is not None]
-        if len(carried) == 2:  # lost streams are alike everywhere
+        if len(carried) == 2:  # a lost stream has one code everywhere
             carried = [one for one, (state, _) in zip(carried, sides, strict=True) if not self._lost(state)]
             if len(carried) != 1:
-                lost = "it multiplies two streams whose channels were lost before"
+                lost = "it multiplies two streams whose channels are already lost"
                 raise Lost("both factors could carry the channels" if carried else lost)
         if not carried and all(tracked):
             return self.ledger.lose(shape, name, "it contracts the channels of two streams", statistic=True)
@@ -183,16 +183,16 @@ class Contractions:
         return State(high.expand(shape), via)
 
     def _along_axis(self, state: State, dim: int, label: str) -> tuple[Tensor, dict[int, tuple[str, ...]] | None]:
-        """Contracts an axis: over tokens or streams, as a weighted sum of them. The path is `None` for channels."""
+        """Contracts an axis as a weighted sum over tokens or streams; the path is `None` if it contracts channels."""
         try:
             return self.combine(state, [dim], (label,), (label,))
         except Lost:
             return state.codes, None
 
     def _ended(self, name: str, parameter: str | None) -> Lost:
-        """Returns the reason why channels end in a product, and notes the parameter that they meet."""
+        """Returns the reason why a product loses the channels, and records the parameter that it multiplies with."""
         if parameter is None:
-            return Lost("it contracts the channel axis with a tensor that is no adaptable layer's weight")
+            return Lost("it contracts the channel axis with a tensor that is not the weight of an adaptable layer")
         self.ledger.beside.setdefault(parameter, name)
         return Lost(f"it multiplies channels with the parameter {_short(parameter)} outside of a layer")
 
@@ -202,7 +202,7 @@ class Contractions:
     def _convolution(self, args: Any, out: Tensor) -> State:
         state, weight, bias, transposed, groups = self.state(args[0]), args[1], args[2], args[6], args[8]
         if self.state(weight).via:
-            raise Lost("its kernel was computed from what a layer wrote")
+            raise Lost("its kernel is computed from the output of a layer")
         channels = weight.dim() - 2
         if transposed or groups != state.codes.shape[-1 - channels]:
             raise self._ended("convolution", self.parameter(weight))
@@ -215,7 +215,7 @@ class Contractions:
     # ---------------------------------------------------------------- along axes that hold no channels
 
     def _pool(self, state: State, out: Tensor, axes: list[int], label: str, times: int = 1) -> State:
-        """Mixes along some axes, and repeats the channels before them."""
+        """Combines entries along some axes, and repeats each channel along the axis before them."""
         high = self._collapse(state, axes)
         if high is None:
             raise Lost("pixels of one channel come from different channels")
@@ -239,19 +239,19 @@ class Contractions:
     def combine(
         self, state: State, dims: list[int], alone: tuple[str, ...], summed: tuple[str, ...] | None
     ) -> tuple[Tensor, dict[int, tuple[str, ...]] | None]:
-        """Reduces axes: to the one code along them, or as a sum of streams.
+        """Reduces axes: to their common code, or as a sum of streams.
 
         Args:
-            state: What is reduced.
-            dims: The axes, which stay with size one.
-            alone: What goes on the path where all entries along them are one layer's channel.
-            summed: What goes on the path beside `residual` where they are streams; `None` if these cannot be combined.
+            state: The state to reduce.
+            dims: The axes, which are kept with size one.
+            alone: Names to add to the path if all entries along the axes have the same code.
+            summed: Names to add besides `residual` if they belong to several streams; `None` to reject this case.
 
         Returns:
-            The codes and the path, which is `None` where channels are reduced.
+            The codes and the path. The path is `None` if channels are reduced.
 
         Raises:
-            Lost: If it is neither.
+            Lost: If several streams cannot be combined.
         """
         high, only = highest(state.codes, dims)
         if only or state.statistic:
@@ -259,7 +259,7 @@ class Contractions:
         small = thin(state.codes)[0]
         writers, mixed, found = small >> 32, [], state.present()
         if bool(((writers == writers.amax(dims, keepdim=True)) | (small < 0)).all()):
-            return high, None  # channels of one writer at every place
+            return high, None  # different channels of one writer
         for writer in found:
             own = torch.where(writers == writer, small, NONE)
             mixed.append(bool(((own != own.amax(dims, keepdim=True)) & (own >= 0)).any()))
@@ -275,5 +275,5 @@ class Contractions:
 
 
 def _short(parameter: str) -> str:
-    """Returns the end of a parameter's name, so that equal blocks have equal reasons."""
+    """Returns the last two parts of a parameter name, so that all blocks of a model share one barrier reason."""
     return ".".join(parameter.split(".")[-2:])

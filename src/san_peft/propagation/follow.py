@@ -1,4 +1,4 @@
-"""Follows channels through the operations that really run: a dispatch mode that carries their origin beside tensors."""
+"""Follows channels through a forward pass: a dispatch mode that stores the origin of each entry of each tensor."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from san_peft.propagation.schema import schema_of, tensors, written
 
 
 class Follow(TorchDispatchMode):
-    """Carries `State` beside every tensor while a model runs.
+    """Keeps a `State` for each tensor while a model runs.
 
     Args:
-        model: The model, whose parameters and buffers are there before it runs.
-        norms: Where the outputs of norms go, followed beside the channels.
+        model: The model. Its parameters and buffers are registered as known memory.
+        norms: Follows the outputs of norms in the same pass.
         layers: The layers to follow, by name.
 
     Attributes:
-        ledger: Who wrote channels, and who else than layers read them.
-        memory: What is known of the memory behind tensors.
-        numbers: The numbers of layers, by name.
-        bits: The bit of each layer in what reaches a tensor.
-        calls: How often each layer ran.
-        overwritten: Layers whose output was written into in place.
-        paused: Above zero while a layer, whose inside is not followed, runs.
+        ledger: Writers of channels and their readers.
+        memory: State of the storages behind tensors.
+        numbers: Number of each layer, by name.
+        bits: Bit of each layer in a reach.
+        calls: Number of calls of each layer.
+        overwritten: Layers whose output was overwritten in place.
+        paused: Nesting depth of running layers. Operations inside a layer are not followed.
     """
 
     supports_higher_order_operators = True
@@ -64,7 +64,7 @@ class Follow(TorchDispatchMode):
     # ---------------------------------------------------------------- layers
 
     def write(self, tensor: Tensor, layer: str, dim: int, first: int = 0, size: int | None = None) -> None:
-        """Marks a tensor as freshly written by a layer, channels along `dim`: from number `first`, of `size` in all."""
+        """Marks a tensor as a layer's output, channels along `dim` numbered from `first` out of `size` in total."""
         writer, shape = self.ledger.write(layer, size or tensor.shape[dim]), [1] * tensor.dim()
         shape[dim] = tensor.shape[dim]
         codes = writer * STRIDE + first + torch.arange(tensor.shape[dim]).view(shape)
@@ -74,34 +74,34 @@ class Follow(TorchDispatchMode):
             block.layer = layer
 
     def lose(self, tensor: Tensor, operation: str, reason: str) -> None:
-        """Marks a tensor as one whose channels cannot be followed."""
+        """Marks the channels of a tensor as lost."""
         self._set(tensor, self.ledger.lose(tensor.shape, operation, reason))
 
     def enter(self, layer: str, given: Iterable[Tensor]) -> int:
-        """Pauses while a layer runs on some tensors; returns what has an influence on its results."""
+        """Pauses following while a layer runs; returns the reach of its results."""
         self.calls[layer] += 1
         self.paused += 1
         return 0 if self.paused > 1 else self.memory.reach(given) | self.bits[layer] | DATA
 
     def overwrite(self, tensors: Iterable[Tensor]) -> None:
-        """Notes the layers whose outputs these tensors are, or share memory with, as overwritten."""
+        """Records that the outputs of layers that share memory with these tensors are overwritten."""
         for tensor in tensors:
             block = self.memory.block(tensor)
             if block is not None and block.layer is not None:
                 self.overwritten.add(block.layer)
 
     def release(self, tensors: Iterable[Tensor]) -> None:
-        """Notes that something that is not followed gets these tensors, as whoever called the model does."""
+        """Records that these tensors are read by something that is not followed, such as the caller of the model."""
         for tensor in tensors:
             state = None if self.memory.block(tensor) is None else self.find(tensor)
             if state is not None:
                 self.ledger.consume(state.codes)
             self.norms.open(tensor)
 
-    # ---------------------------------------------------------------- what is known of a tensor
+    # ---------------------------------------------------------------- states of tensors
 
     def find(self, tensor: Tensor) -> State | None:
-        """Returns the state of a tensor; `None` for a constant."""
+        """Returns the state of a tensor, or `None` for a constant."""
         block = self.memory.block(tensor)
         if block is None:
             return self._outside(tensor)
@@ -118,7 +118,7 @@ class Follow(TorchDispatchMode):
         return state
 
     def follows_layers(self, value: Any) -> bool:
-        """Whether integers or truth values depend on a layer."""
+        """Returns whether a tensor of integers or booleans depends on a layer."""
         return isinstance(value, Tensor) and not carries(value) and bool(self.memory.reach([value]))
 
     def parameter(self, tensor: Tensor) -> str | None:
@@ -127,16 +127,16 @@ class Follow(TorchDispatchMode):
         return None if block is None else block.parameter
 
     def _outside(self, tensor: Tensor) -> State | None:
-        """Takes note of a tensor that no operation made: a constant before any layer ran, unknown afterwards."""
+        """Registers a tensor that no operation returned: a constant before the first layer ran, lost afterwards."""
         block = self.memory.block(tensor, new=True)
         if self.ledger.writers and carries(tensor) and tensor.numel() > 1 and block is not None:
             self.ledger.consume_all()
             block.reach = DATA
-            self.lose(tensor, "input", "its values come from outside of torch, as from a list or from numpy")
+            self.lose(tensor, "input", "its values come from outside of torch, such as a list or numpy")
         return self.states.get(tensor)
 
     def _unwritten(self, tensor: Tensor, block: Block) -> State | None:
-        """Returns the state of memory that no operation was seen to write; it is no source before a layer ran."""
+        """Returns the state of memory that no operation was seen to write: a constant before the first layer ran."""
         if not self.ledger.writers:
             return None
         if block.unwritten is None:
@@ -145,7 +145,7 @@ class Follow(TorchDispatchMode):
         return State(block.unwritten.codes.expand(tensor.shape), block.unwritten.via)
 
     def _set(self, tensor: Tensor, state: State) -> None:
-        """Notes the state of a result."""
+        """Sets the state of a result."""
         block = self.memory.block(tensor, new=True)
         if block is not None and block.parts is not None:
             return
@@ -154,7 +154,7 @@ class Follow(TorchDispatchMode):
             block.views.append(WeakIdRef(tensor))
 
     def _overwrite(self, tensor: Tensor, state: State) -> None:
-        """Notes the state of a tensor that was written into, which changes the other views of its memory."""
+        """Sets the state of a tensor that was written into, and updates the other views of its memory."""
         block = self.memory.block(tensor, new=True)
         if block is None:
             self.states[tensor] = state
@@ -197,12 +197,12 @@ class Follow(TorchDispatchMode):
         return out
 
     def _derive(self, name: str, given: list[Tensor], states: list[State | None], outs: list[Tensor]) -> None:
-        """Tells results that layers reach, although no argument has channels: constants of a stack, or lost."""
+        """Sets the states of results that depend on layers, but have no channels: constant or lost."""
         lost = self.memory.reach(tensor for tensor, state in zip(given, states, strict=True) if state is None)
-        weight = self.parameter(given[0]) if name in rules.MOVES else None  # of the experts that a router chose
+        weight = self.parameter(given[0]) if name in rules.MOVES else None  # expert weights chosen by a router
         for tensor in filter(carries, outs):
             if lost:
-                self.lose(tensor, name, "its values come from layers by way of integers")
+                self.lose(tensor, name, "its values depend on layers through integers")
             else:
                 self._set(tensor, State(torch.full((), NONE).expand(tensor.shape)))
             block = self.memory.block(tensor)
@@ -212,17 +212,17 @@ class Follow(TorchDispatchMode):
     def _follow(
         self, name: str, func: Any, args: Any, kwargs: Any, out: Any, targets: list[Tensor], known: list[State]
     ) -> None:
-        """Gives the results of an operation, and what it wrote into, their states."""
+        """Sets the states of the results of an operation and of the tensors that it wrote into."""
         outs = tensors(out)
         reason: str = ""
         states: list[State] = []
         try:
             if not any(map(carries, outs)):
-                raise Lost("what it gives carries no channel")
+                raise Lost("its result carries no channels")
             states = self.operations.apply(name, func, args, kwargs, out)
         except Lost as lost:
             reason = str(lost)
-        except Exception as error:  # a rule that does not fit must not stop a model that runs
+        except Exception as error:  # a bug in a rule must not break a model that runs
             reason = f"its rule raised {type(error).__name__}; please report this"
         if reason or targets or name not in rules.MOVES | rules.KEEPS:
             self.ledger.spend(known, [] if reason or targets else states)
@@ -233,7 +233,7 @@ class Follow(TorchDispatchMode):
                 continue
             if state is not None and state.codes.shape != tensor.shape:
                 self.ledger.spend(known, [])
-                state, reason = None, "its rule gave another shape; please report this"
+                state, reason = None, "its rule returned another shape; please report this"
             if state is None:
                 if not reason and not written_to:
                     continue
@@ -242,10 +242,10 @@ class Follow(TorchDispatchMode):
 
 
 def _on_one_device(func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Lets a model with weights on the meta device compute real positions and masks, which decide where it goes.
+    """Lets a model with weights on the meta device compute real positions and masks, which control flow may need.
 
-    What the model makes out of nothing on the meta device is made on the CPU instead, and moves to meta where
-    it meets weights. Masks that select entries become their positions first, since these give a shape.
+    Creates factory tensors on the CPU instead of meta, and moves them to meta where they meet weights. Converts boolean
+    indices to positions, because the shape of the result depends on their values.
     """
     on_meta = [tensor.is_meta for tensor in given]
     if kwargs.get("device") is not None and (any(on_meta) or torch.device(kwargs["device"]).type == "meta"):

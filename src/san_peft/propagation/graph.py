@@ -1,6 +1,6 @@
-"""The propagation graph as a value: layers, edges and barriers; frozen, printable, JSON both ways.
+"""Defines the propagation graph: layers, norms, edges and barriers, as frozen dataclasses with JSON serialization.
 
-Nothing here holds a module or a tensor, so a graph can be compared, stored in a configuration and sent by mail.
+The classes hold no module or tensor, so graphs can be compared, hashed and stored in a configuration.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from san_peft.propagation.rules import ATTENTION, kind_of
 __all__ = ["Barrier", "ChannelMap", "Edge", "Layer", "Norm", "PropagationGraph"]
 
 FORMAT = 2
+"""Version of the JSON format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A traced layer that SAN could adapt.
+    """A traced layer that SAN can adapt.
 
     Args:
-        fqn: Its name.
-        type: Its class.
-        in_channels: Size of its input's channel axis.
-        out_channels: Size of its output's channel axis.
-        overwritten: Whether an operation in place was seen to write into its output, which is then not there any more
-            in the backward pass.
-        left_out: Why default targets leave it out; empty where they do not.
+        fqn: Dotted name of the module.
+        type: Name of its class.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        overwritten: Whether an in-place operation overwrites its output, which the backward pass then cannot use.
+        left_out: Why the default `target_modules` exclude it; empty if they do not.
     """
 
     fqn: str
@@ -42,14 +42,14 @@ class Layer:
     left_out: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the layer as plain data."""
+        """Returns the layer as a JSON-compatible dict."""
         data = {"fqn": self.fqn, "type": self.type, "in": self.in_channels, "out": self.out_channels}
         optional = {"overwritten": self.overwritten, "left_out": self.left_out}
         return {**data, **{name: value for name, value in optional.items() if value}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layer:
-        """Returns the layer that `to_json` wrote; raises `GraphError` where it is malformed."""
+        """Creates a layer from the output of `to_json`; raises `GraphError` if it is malformed."""
         needed = {"fqn": str, "type": str, "in": int, "out": int}
         fields = _fields(data, "layer", needed, {"overwritten": bool, "left_out": str})
         return cls(
@@ -67,13 +67,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A normalisation module whose output only layers read, its channel j as their input channel j.
+    """A normalisation module whose output is read only by layers, its channel j as their input channel j.
 
-    Whatever multiplies its output, or its affine weight and bias, multiplies these layers' inputs and nothing else.
+    A factor on its output, or on its weight and bias, therefore scales the inputs of these layers and nothing else.
 
     Args:
-        fqn: Its name.
-        readers: Names of the layers that read its output, in the order in which they ran.
+        fqn: Dotted name of the module.
+        readers: Names of the layers that read its output, in execution order.
     """
 
     fqn: str
@@ -81,16 +81,16 @@ class Norm:
 
     def __post_init__(self) -> None:
         if isinstance(self.readers, str) or not all(isinstance(name, str) for name in self.readers):
-            raise GraphError(f"norm {self.fqn}: readers is a tuple of layer names.")
+            raise GraphError(f"norm {self.fqn}: readers must be a tuple of layer names, got {self.readers!r:.100}.")
         object.__setattr__(self, "readers", tuple(self.readers))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the norm as plain data."""
+        """Returns the norm as a JSON-compatible dict."""
         return {"fqn": self.fqn, "readers": list(self.readers)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Norm:
-        """Returns the norm that `to_json` wrote; raises `GraphError` where it is malformed."""
+        """Creates a norm from the output of `to_json`; raises `GraphError` if it is malformed."""
         return cls(**_fields(data, "norm", {"fqn": str, "readers": list | tuple}))
 
     def __str__(self) -> str:
@@ -99,18 +99,18 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """Scale carried from the outputs of one layer to the inputs of another.
+    """A propagation of the scale of one layer's outputs to the inputs of another layer.
 
     Args:
         anterior: Name of the layer whose scale is propagated.
         posterior: Name of the layer whose input channels are scaled.
-        channels: Where each input channel of the posterior comes from.
-        via: The operations on the way that are more than a movement of channels, in order, each named once.
-        closed: Whether the edge is exact and nothing but the posterior reads these channels of the anterior, as far as
-            a trace could see: scaling them where they are written is then the same as where they are read.
+        channels: Source channel of each input channel of the posterior.
+        via: Operations between the two layers that do more than move channels, in order, without duplicates.
+        closed: Whether the edge is exact and, as far as the trace could see, only the posterior reads these channels:
+            scaling them at the anterior's output is then the same as at the posterior's input.
 
     Raises:
-        GraphError: If a name is empty, or the two ends are the same layer with no attention between them.
+        GraphError: If a name is empty, or both ends are the same layer without an attention in between.
 
     Example:
         >>> edge = Edge("fc1", "fc2", ChannelMap.identity(64), via=("gelu",))
@@ -127,22 +127,22 @@ class Edge:
     def __post_init__(self) -> None:
         for name in (self.anterior, self.posterior):
             if not isinstance(name, str) or not name:
-                raise GraphError(f"an edge needs the names of two layers, got {self.anterior!r} -> {self.posterior!r}.")
+                raise GraphError(f"an edge needs two layer names, got {self.anterior!r} -> {self.posterior!r}.")
         if self.anterior == self.posterior and ATTENTION not in self.via:
-            raise GraphError(f"{self.anterior} -> {self.posterior}: a layer cannot feed its own input scale.")
+            raise GraphError(f"{self.anterior} -> {self.posterior}: a layer cannot propagate its scale to itself.")
         if not isinstance(self.channels, ChannelMap):
             raise GraphError(f"{self.anterior} -> {self.posterior}: channels must be a ChannelMap.")
         if isinstance(self.via, str) or not all(isinstance(name, str) for name in self.via):
-            raise GraphError(f"{self.anterior} -> {self.posterior}: via is a tuple of operation names.")
+            raise GraphError(f"{self.anterior} -> {self.posterior}: via must be a tuple of operation names.")
         object.__setattr__(self, "via", tuple(self.via))
 
     @property
     def kind(self) -> str:
-        """How the scale passes: `exact` (commutes), `activation`, `norm` or `residual`, the strongest on the way."""
+        """Strongest kind of operation on the edge: `exact` (the scale commutes), `activation`, `norm`, `residual`."""
         return kind_of(self.via)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the edge as plain data."""
+        """Returns the edge as a JSON-compatible dict."""
         data = {
             "anterior": self.anterior,
             "posterior": self.posterior,
@@ -153,7 +153,7 @@ class Edge:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Edge:
-        """Returns the edge that `to_json` wrote; raises `GraphError` where it is malformed."""
+        """Creates an edge from the output of `to_json`; raises `GraphError` if it is malformed."""
         needed = {"anterior": str, "posterior": str, "channels": Mapping}
         fields = _fields(data, "edge", needed, {"via": list | tuple, "closed": bool})
         name = f"edge {fields['anterior']} -> {fields['posterior']}"
@@ -171,19 +171,19 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """A place where a channel axis was lost: the operation, the layer concerned, and why."""
+    """An operation at which the trace lost the channels that a layer reads, with the reason."""
 
     operation: str
     layer: str
     reason: str
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the barrier as plain data."""
+        """Returns the barrier as a JSON-compatible dict."""
         return {"operation": self.operation, "layer": self.layer, "reason": self.reason}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Barrier:
-        """Returns the barrier that `to_json` wrote; raises `GraphError` where it is malformed."""
+        """Creates a barrier from the output of `to_json`; raises `GraphError` if it is malformed."""
         return cls(**_fields(data, "barrier", {"operation": str, "layer": str, "reason": str}))
 
     def __str__(self) -> str:
@@ -192,18 +192,18 @@ class Barrier:
 
 @dataclass(frozen=True, slots=True)
 class PropagationGraph:
-    """Which layer's scale is propagated to which layer's inputs.
+    """A graph of which layer's scale is propagated to which layer's inputs.
 
     Args:
-        edges: The edges; a pair of layers may appear once.
-        barriers: Where a channel axis was lost.
-        layers: All layers that were traced, in the order in which they first ran.
-        heads: Layers that write the model's output directly. `select("all")` leaves out the edges into them.
-        norms: The norms whose output nothing but layers reads.
+        edges: The edges, at most one per pair of layers.
+        barriers: Operations at which channels were lost.
+        layers: All traced layers, in the order of their first call.
+        heads: Layers that compute the model's output. `select("all")` excludes the edges into them.
+        norms: Norms whose output is read only by layers.
 
     Raises:
-        GraphError: If an edge appears twice, an edge or a norm names a layer that was not traced, or lengths do not
-            fit.
+        GraphError: If an edge appears twice, an edge or a norm names a layer that was not traced, or numbers of
+            channels do not match.
 
     Example:
         >>> graph = PropagationGraph([Edge("fc1", "fc2", ChannelMap.identity(64), via=("gelu",))])
@@ -245,14 +245,14 @@ class PropagationGraph:
             out = out_channels.setdefault(edge.anterior, edge.channels.source_size)
             if out != edge.channels.source_size:
                 raise GraphError(
-                    f"edge {edge}: the map reads {edge.channels.source_size} source channels, "
-                    f"but {edge.anterior} writes {out}."
+                    f"edge {edge}: the channel map has {edge.channels.source_size} source channels, "
+                    f"but {edge.anterior} has {out} output channels."
                 )
             size = in_channels.setdefault(edge.posterior, edge.channels.size)
             if size != edge.channels.size:
                 raise GraphError(
-                    f"edge {edge}: the map covers {edge.channels.size} input channels, "
-                    f"but {edge.posterior} reads {size}."
+                    f"edge {edge}: the channel map has {edge.channels.size} input channels, "
+                    f"but {edge.posterior} has {size}."
                 )
 
     def __len__(self) -> int:
@@ -265,34 +265,34 @@ class PropagationGraph:
         return iter(self.edges)
 
     def incoming(self, fqn: str) -> tuple[Edge, ...]:
-        """Returns the edges that scale the inputs of `fqn`; empty for a layer without any."""
+        """Returns the edges whose posterior is `fqn`."""
         return tuple(edge for edge in self.edges if edge.posterior == fqn)
 
     def outgoing(self, fqn: str) -> tuple[Edge, ...]:
-        """Returns the edges that carry the scale of `fqn`; empty for a layer without any."""
+        """Returns the edges whose anterior is `fqn`."""
         return tuple(edge for edge in self.edges if edge.anterior == fqn)
 
     def names(self) -> tuple[str, ...]:
-        """Returns every layer named in the graph: traced layers first, then those only edges name."""
+        """Returns the names of all layers: traced layers first, then layers that only edges name."""
         ends = (fqn for edge in self.edges for fqn in (edge.anterior, edge.posterior))
         return tuple(dict.fromkeys((*(layer.fqn for layer in self.layers), *ends)))
 
     def with_edges(self, edges: Iterable[Edge]) -> PropagationGraph:
-        """Returns the graph with other edges and everything else as it is."""
+        """Returns a copy of the graph with other edges."""
         return replace(self, edges=tuple(edges))
 
     def select(self, scheme: str) -> PropagationGraph:
-        """Returns the graph that a scheme keeps: `all`, `exact`, `feedforward`, `reference` or `none`.
+        """Returns the graph with the edges of a scheme: `all`, `exact`, `feedforward`, `reference` or `none`.
 
         Raises:
-            GraphError: For an unknown scheme, or `reference` where no patch embedding starts the stream.
+            GraphError: For an unknown scheme, or `reference` on a model that is not a vision transformer.
         """
         from san_peft.propagation.schemes import select
 
         return select(self, scheme)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the graph as plain data."""
+        """Returns the graph as a JSON-compatible dict."""
         return {
             "format": FORMAT,
             "edges": [edge.to_json() for edge in self.edges],
@@ -303,15 +303,15 @@ class PropagationGraph:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """Returns the graph as a JSON text."""
+        """Returns the graph as a JSON string."""
         return json.dumps(self.to_dict(), indent=indent)
 
     @classmethod
     def from_json(cls, data: str | Mapping[str, Any]) -> PropagationGraph:
-        """Returns the graph from a JSON text or from the plain data of `to_dict`.
+        """Creates a graph from a JSON string or from the output of `to_dict`.
 
         Raises:
-            GraphError: If the text is not JSON, or a part of it is malformed; the message names the part.
+            GraphError: If the string is not JSON or a part is malformed; the message names the part.
         """
         if isinstance(data, str):
             try:
@@ -321,10 +321,13 @@ class PropagationGraph:
         optional = {"barriers": list, "layers": list, "heads": list, "norms": list, "format": int}
         fields = _fields(data, "propagation graph", {"edges": list}, optional)
         if fields.get("format", FORMAT) > FORMAT:
-            raise GraphError(f"the propagation graph has format {fields['format']}; this version reads up to {FORMAT}.")
+            raise GraphError(
+                f"the propagation graph has format {fields['format']}, but this version reads up to {FORMAT}. "
+                "Upgrade san-peft."
+            )
         heads = fields.get("heads", [])
         if not all(isinstance(head, str) for head in heads):
-            raise GraphError(f"propagation graph: heads is a list of layer names, got {heads!r}.")
+            raise GraphError(f"propagation graph: heads must be a list of layer names, got {heads!r}.")
         return cls(
             tuple(Edge.from_json(item) for item in fields["edges"]),
             tuple(Barrier.from_json(item) for item in fields.get("barriers", [])),
@@ -355,7 +358,7 @@ def _fields(
     data: Any, what: str, needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     if not isinstance(data, Mapping):
-        raise GraphError(f"a {what} is a JSON object, got {data!r}.")
+        raise GraphError(f"a {what} must be a JSON object, got {data!r}.")
     types = {**needed, **(optional or {})}
     for name in needed:
         if name not in data:

@@ -1,4 +1,4 @@
-"""Who wrote channels, and who else than layers read them."""
+"""Keeps a ledger of the writers of channels, and of what reads them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from san_peft.propagation.codes import STRIDE, State, thin
 
 
 class Ledger:
-    """Numbers the writers of channels in the order in which they wrote, and notes what becomes of their channels.
+    """Numbers the writers of channels in order, and records the readers of their channels.
 
     Attributes:
-        writers: By number, the layer that wrote, or (operation, reason) where an axis was lost.
-        sizes: By number, how many channels it wrote; none where an axis was lost.
-        consumed: By number, which channels which layer read; under "" those that anything else did more with than to
-            move them or to scale them, and those that the model returns.
-        joined: Pairs of writers whose outputs were added to each other with nothing in between, as two heads are.
-        unwritten: The numbers that stand for memory that no operation was seen to write.
-        beside: Parameters that operations outside of layers multiplied channels with, and the operation.
+        writers: The layer behind each writer, or (operation, reason) if channels were lost there.
+        sizes: Number of channels of each writer; zero if they were lost.
+        consumed: For each writer, masks of the channels that each layer read. The key "" holds the channels that
+            anything else used for more than moving or scaling, and those that the model returns.
+        joined: Pairs of writers whose outputs were added directly, such as two heads.
+        unwritten: Writers that stand for memory that no operation was seen to write.
+        beside: Parameters that were multiplied with channels outside of layers, with the operation.
     """
 
     def __init__(self) -> None:
@@ -33,19 +33,19 @@ class Ledger:
         self.unwritten: set[int] = set()
 
     def write(self, writer: str | tuple[str, str], size: int) -> int:
-        """Returns the number of something that now writes so many channels."""
+        """Adds a writer of `size` channels and returns its number."""
         self.writers.append(writer)
         self.sizes.append(size)
         self.consumed.append({})
         return len(self.writers) - 1
 
     def lose(self, shape: Any, operation: str, reason: str, statistic: bool = False) -> State:
-        """Returns the state of a tensor whose channels cannot be followed."""
+        """Adds a writer for lost channels and returns the state of a tensor that holds them."""
         writer = self.write((operation, reason), 0)
         return State(torch.full((), writer * STRIDE).expand(shape), {writer: ()}, statistic)
 
     def consume(self, codes: Tensor, reader: str = "") -> None:
-        """Notes that a layer read the channels of these codes, or, without a name, that something else did."""
+        """Records that a layer, or with an empty name anything else, read the channels of these codes."""
         codes = thin(codes)[0]
         codes = codes[codes >= 0]
         for writer in (codes >> 32).unique().tolist():
@@ -54,12 +54,12 @@ class Ledger:
                 mask[codes[codes >> 32 == writer] % STRIDE] = True
 
     def consume_all(self) -> None:
-        """Notes that something that cannot be seen may have read all that has been written so far."""
+        """Records that all channels so far may have been read by something that the trace cannot see."""
         for writer in range(len(self.writers)):
             self._read_by(writer, "")[:] = True
 
     def spend(self, before: list[State], after: list[State]) -> None:
-        """Notes the channels that an operation read and does not carry on, scaled at most."""
+        """Records the channels that an operation reads and does not pass on exactly."""
         exact = [s.codes for s in after if all(rules.kind_of(path) == "exact" for path in s.via.values())]
         kept = [thin(codes)[0].flatten() for codes in exact]
         for state in before:

@@ -1,4 +1,4 @@
-"""What is known of the memory behind tensors: which layers reach it, and what was written into parts of it."""
+"""Tracks the storages behind tensors: which layers influence them, and what was written into parts of them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from san_peft.propagation import rules
 from san_peft.propagation.codes import Lost, State, carries
 
 DATA = 1
-"""Bit of a reach: the values depend on a layer, perhaps by way of integers, through which no gradient passes."""
+"""Bit of a reach: the values depend on a layer, possibly through integers, which pass no gradient."""
 
 
 @dataclass(slots=True)
 class Block:
-    """One storage.
+    """State of one storage.
 
     Attributes:
-        storage: Keeps its number from being given to another.
-        reach: The layers that have an influence on it that a gradient can follow, as bits from the second on, and
-            `DATA`.
+        storage: Weak reference, which prevents the reuse of the storage's id.
+        reach: Bitmask of the layers that influence it differentiably, from the second bit on, and `DATA`.
         layer: The layer whose output it holds.
-        parameter: The parameter that it holds, if that has more than one axis.
-        zeros: Whether it holds nothing but zeros.
-        empty: Whether no operation was seen to write into it: what is there came from elsewhere, or is arbitrary.
-        parts: `State` of every place of the storage, since parts of it were written; `None` before.
-        unwritten: State of what no operation was seen to write, a single code.
+        parameter: The parameter that it holds, if it has more than one axis.
+        zeros: Whether it holds only zeros.
+        empty: Whether no operation was seen to write into it, so that its values are external or uninitialised.
+        parts: State of each entry of the storage, once a part of it was written; `None` before.
+        unwritten: State of entries that no operation was seen to write, a single code.
         unit: Size of an entry of `parts` in bytes.
-        views: The tensors with a state of their own that share it.
+        views: Tensors that share the storage and have their own state.
     """
 
     storage: StorageWeakRef
@@ -48,17 +47,17 @@ class Block:
 
 
 class Memory:
-    """The storages that were seen, by number."""
+    """All known storages, by id."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, Block] = {}
 
     def block(self, tensor: Tensor, new: bool = False) -> Block | None:
-        """Returns what is known of a tensor's memory: `None` if it was never seen, or has none (a sparse tensor).
+        """Returns the block of a tensor; `None` if its storage is unknown or it has none (a sparse tensor).
 
         Args:
             tensor: The tensor.
-            new: Take note of memory that was never seen.
+            new: Whether to add a block for an unknown storage.
         """
         try:
             storage = tensor.untyped_storage()
@@ -70,12 +69,12 @@ class Memory:
         return block
 
     def see(self, tensors: Iterable[Tensor]) -> None:
-        """Takes note of tensors that are there before the model runs."""
+        """Adds the storages of tensors that exist before the model runs."""
         for tensor in tensors:
             self.block(tensor, new=True)
 
     def reach(self, tensors: Iterable[Tensor]) -> int:
-        """Returns the layers that have an influence on any of these tensors."""
+        """Returns the combined reach of some tensors."""
         reach = 0
         for tensor in tensors:
             block = self.block(tensor)
@@ -84,14 +83,14 @@ class Memory:
         return reach
 
     def made(self, name: str, given: list[Tensor], outs: list[Tensor], reach: int, writes: bool) -> None:
-        """Notes the results of an operation.
+        """Records the results of an operation.
 
         Args:
-            name: Its name.
-            given: Its arguments.
-            outs: Its results, and what it wrote into.
-            reach: The layers that have an influence on its arguments.
-            writes: Whether it wrote into any of them.
+            name: Name of the operation.
+            given: Its tensor arguments.
+            outs: Its results and the tensors that it wrote into.
+            reach: Combined reach of its arguments.
+            writes: Whether it wrote into an argument.
         """
         blocks = [self.block(tensor) for tensor in given] if not writes and name not in rules.BLIND else []
         empty = name in rules.EMPTY or any(block is not None and block.empty for block in blocks)
@@ -107,17 +106,20 @@ class Memory:
                 block.reach |= reach if carries(tensor) else reach and DATA
 
     def write(self, tensor: Tensor, state: State, states: Any, untouched: State) -> None:
-        """Notes that a part of a storage was written.
+        """Records a write into a part of a storage.
 
         Args:
             tensor: The view that was written into.
-            state: What it holds now.
-            states: The states of the views that have one.
-            untouched: State of what nothing was written into, a single code.
+            state: Its new state.
+            states: States of all tensors that have one.
+            untouched: State of entries that were not written, a single code.
+
+        Raises:
+            Lost: If the tensor has no storage, or the storage is viewed with another entry size.
         """
         block = self.block(tensor, new=True)
         if block is None:
-            raise Lost("it writes into a tensor without memory of its own")
+            raise Lost("it writes into a tensor without storage")
         unit = tensor.element_size()
         if block.parts is None:
             size = tensor.untyped_storage().nbytes() // unit
@@ -130,7 +132,7 @@ class Memory:
         codes, via = parts.codes.clone(), dict(parts.via)
         for view, there in (*written, (tensor, state)):
             if view.element_size() != block.unit:
-                raise Lost("it writes into memory that is read as numbers of another size")
+                raise Lost("it writes into memory that is viewed with another entry size")
             codes.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(there.codes)
             for writer, path in there.via.items():
                 via[writer] = rules.join(via.get(writer, ()), *path)
@@ -138,7 +140,7 @@ class Memory:
         block.views.clear()
 
     def forget(self, tensor: Tensor, lost: State) -> None:
-        """Notes that nothing is known any more of a storage, whose every place has one code from now on."""
+        """Marks all entries of a storage as lost."""
         block = self.block(tensor, new=True)
         assert block is not None
         block.unit = block.unit or tensor.element_size()
@@ -147,15 +149,15 @@ class Memory:
         block.views.clear()
 
     def covers(self, tensor: Tensor) -> bool:
-        """Whether a tensor is all of its storage."""
+        """Returns whether a tensor covers its whole storage."""
         return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
     def part(self, tensor: Tensor, block: Block) -> State:
-        """Returns the state of a view of a storage into whose parts something was written."""
+        """Returns the state of a view of a storage with `parts`; raises `Lost` for another entry size."""
         parts = block.parts
         assert parts is not None
         if tensor.element_size() != block.unit:
-            raise Lost("it reads memory as numbers of another size")
+            raise Lost("it views memory with another entry size")
         codes = parts.codes.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         state = State(codes, parts.via, parts.statistic)
         if len(parts.via) > 1:

@@ -1,4 +1,4 @@
-"""Follows the outputs of normalisation modules: which layers read them, and whether anything else does."""
+"""Follows the outputs of norms: which layers read them, and whether anything else does."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from san_peft.propagation.graph import Norm
 
 
 class Norms:
-    """The norms of a model, each with the layers that read its output channel for channel.
+    """Finds the norms of a model, and the layers that read the output of each channel by channel.
 
-    Marks every tensor that comes from a norm with codes, as `Follow` does for layers: norm * STRIDE + channel. A norm's
-    weight and bias are marked before the model runs, so that inside of the norm the operations themselves tell which
-    axis of the output is its channels'. Outside, a norm is *open* as soon as anything but a move or a layer meets its
-    output.
+    Marks each tensor that comes from a norm with codes, like `Follow` does for layers: norm * STRIDE + channel. The
+    weight and bias of a norm are marked before the model runs, so that the operations inside the norm reveal its
+    channel axis. A norm is *open* once anything but a layer or a movement of entries uses its output.
 
     Args:
-        model: The model; its norms are found by their parameters.
-        layers: Names of adaptable layers, which are no norms.
+        model: The model; its norms are identified by their parameters.
+        layers: Names of adaptable layers, which are not norms.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
@@ -41,19 +40,19 @@ class Norms:
         self.ran_norm = False
         for number, module in enumerate(self.modules.values()):
             for parameter in module.parameters():
-                if parameter in self.marks:  # two norms share it
+                if parameter in self.marks:  # shared by two norms
                     self.opened |= {number, *self.marks[parameter].via}
                 self.marks[parameter] = State(number * STRIDE + torch.arange(self.sizes[number]), {number: ()})
 
     def enter(self, number: int, paused: bool) -> None:
-        """Notes that a norm starts to run; inside of a layer nothing of it can be seen."""
+        """Records that a norm starts to run. A norm inside a layer is open, because it cannot be followed there."""
         self.calls[number] += 1
         self.inside, self.ran_norm = number, False
         if paused or self.calls[number] > 1:
             self.opened.add(number)
 
     def leave(self, number: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        """Notes that a norm has run: on one tensor, to another of its shape that holds all its channels."""
+        """Checks that a norm mapped one tensor to a new one of the same shape that holds all its channels."""
         self.inside = None
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         state = self.marks.get(out) if isinstance(out, Tensor) else None
@@ -70,12 +69,12 @@ class Norms:
             self.opened.add(number)
 
     def open(self, value: Any) -> None:
-        """Notes that something else than an adaptable layer meets a tensor."""
+        """Records that something other than an adaptable layer uses a tensor."""
         if isinstance(value, Tensor) and value in self.marks:
             self.opened |= set(self.marks[value].via)
 
     def read(self, layer: str, x: Tensor, dim: int) -> None:
-        """Notes what a layer reads in one call, its channels along `dim`."""
+        """Records the input of a layer in one call, with channels along `dim`."""
         state, number = self.marks.get(x), None
         if state is not None:
             number, size = next(iter(state.via)), x.shape[dim]
@@ -86,16 +85,16 @@ class Norms:
         self.reads.setdefault(layer, []).append(number)
 
     def see(self, name: str, func: Any, args: Any, kwargs: Any, given: list[Tensor], outs: list[Tensor], writes: bool):
-        """Carries the marks through one operation outside of layers.
+        """Carries the marks through an operation outside of layers.
 
         Args:
-            name: The operation's name, without the underscore of one in place.
+            name: Name of the operation, without the underscore of in-place operations.
             func: The operation.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            given: All tensors among them.
-            outs: The tensors it gave.
-            writes: Whether it wrote into one of its arguments.
+            given: The tensors among them.
+            outs: The tensors that it returned.
+            writes: Whether it wrote into an argument.
         """
         self.ran_norm = self.ran_norm or any(norm in name for norm in rules.NORM_OPS)
         marked = [tensor for tensor in given if tensor in self.marks]
@@ -106,7 +105,7 @@ class Norms:
             try:
                 moved = move(name, func, args, kwargs, self.marks.get)
             except Lost:
-                moved = []  # an index whose numbers are not there: whatever is read then is open
+                moved = []  # an index on the meta device: the norm becomes open
         elif not writes and name in rules.KEEPS:
             moved = [self.marks[marked[0]]]
         elif not writes and self.inside is not None:
@@ -123,7 +122,7 @@ class Norms:
                 self.opened |= set(state.via)
 
     def norms(self, order: Iterable[str]) -> tuple[Norm, ...]:
-        """Returns the norms whose output nothing but layers reads, with those layers in the given order."""
+        """Returns the norms whose output only layers read, with these layers in the given order."""
         order, found = list(order), []
         for number, name in enumerate(self.modules):
             calls = {layer: set(self.reads.get(layer, ())) for layer in order}
@@ -133,7 +132,7 @@ class Norms:
         return tuple(found)
 
     def _affine(self, name: str, given: list[Tensor], outs: list[Tensor]) -> list[State]:
-        """Inside of a norm: carries the marks of its weight and bias to what they multiply and are added to."""
+        """Carries the marks of a norm's weight and bias to the tensors that they are combined with, inside the norm."""
         own = [self.marks[x].codes for x in given if x in self.marks and set(self.marks[x].via) == {self.inside}]
         if not own or not outs or self.inside is None:
             return []
@@ -143,7 +142,7 @@ class Norms:
             codes = own[0].reshape(-1, *[1] * after)
             return [State(codes.expand(shape), via)] if len(codes) == shape[-1 - after] else []
         if name in ("add", "sub") and len(own) < sum(x.dim() > 0 for x in given):
-            return []  # as in a global response norm, which adds its input
+            return []  # such as a global response norm, which adds its input
         if name not in ("mul", "add", "sub", "div", "addcmul"):
             return []
         while len(own) > 1:

@@ -1,4 +1,4 @@
-"""What operations do to channels: sums, products, reductions, choices, and where entries are written or added up."""
+"""Applies the rules of operations to codes: products, reductions, selections, and indexed writes and sums."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from san_peft.propagation.codes import NONE, ZERO, Lost, State, constant, move, 
 from san_peft.propagation.contractions import Contractions
 from san_peft.propagation.schema import argument, tensors
 
-DECIDED = "values that layers wrote decide which layer's entries are where"
+DECIDED = "the values of layer outputs decide which layer's entries are at which position"
 
 
 class Operations(Contractions):
-    """The rules, by the name of an operation; `rules` holds those that a table can say."""
+    """Dispatches to the rule of an operation by its name; the tables are in `rules`."""
 
     def apply(self, name: str, func: Any, args: Any, kwargs: Any, out: Any) -> list[State]:
-        """Returns the states of an operation's results, as many as there are or fewer.
+        """Returns the states of the results of an operation; trailing results without channels may be omitted.
 
         Args:
-            name: Its name, without the underscore of one in place.
+            name: Name of the operation, without the underscore of in-place operations.
             func: The operation.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            out: What it gave.
+            out: Its result.
 
         Raises:
             Lost: If channels cannot be followed through it.
@@ -136,10 +136,10 @@ class Operations(Contractions):
         reason = "it compares channels" if varies(state.codes, dim) else "it compares positions"
         return self.ledger.lose(state.codes.shape, "softmax", reason, statistic=True)
 
-    # ---------------------------------------------------------------- entries taken, written, chosen and added up
+    # ---------------------------------------------------------------- indexing, writes, selections, indexed sums
 
     def _check_taken(self, name: str, func: Any, args: Any, kwargs: Any, state: State) -> None:
-        """Raises where values of layers decide which of several sources something is taken from."""
+        """Raises `Lost` if layer outputs decide which of several sources an operation reads."""
         if name not in rules.TAKES or not any(map(self.follows_layers, tensors((args[1:], kwargs)))):
             return
         dims = range(state.codes.dim())
@@ -153,7 +153,7 @@ class Operations(Contractions):
             raise Lost(DECIDED)
 
     def _check_written(self, target: State, codes: Tensor, args: Any) -> None:
-        """Raises where values of layers decide which places are written, and not all of them get the same."""
+        """Raises `Lost` if layer outputs decide which positions are written, and the positions differ."""
         if any(map(self.follows_layers, tensors(args[1:]))):
             rest = [dim for dim in range(codes.dim() - 1) if varies(codes, dim)]
             if not set(target.via) <= self.ledger.unwritten or rest or bool((codes < 0).any()):
@@ -161,7 +161,7 @@ class Operations(Contractions):
 
     def _write(self, name: str, func: Any, args: Any, kwargs: Any) -> list[State]:
         if kwargs.get("reduce") or (len(args) > 4 and isinstance(args[4], str)):
-            raise Lost("it multiplies or adds while it writes")
+            raise Lost("it multiplies or adds when it writes")
         (moved,) = move(name, func, args, kwargs, self.find)
         if not moved.statistic:
             self._check_written(self.state(args[0]), moved.codes, args)
@@ -170,9 +170,9 @@ class Operations(Contractions):
         return [moved]
 
     def _pile(self, name: str, func: Any, args: Any, kwargs: Any) -> State:
-        """Adds entries up where they fall on one place, and on what is there already."""
+        """Sums entries that are written to the same position, and adds them to the target."""
         if argument(func, args, kwargs, "reduce", "sum") not in ("sum", "mean"):
-            raise Lost("it chooses the largest, or multiplies")
+            raise Lost("it reduces by a maximum, a minimum or a product")
         if name == "col2im":
             target, source, place = self._folded(args)
         else:
@@ -210,7 +210,7 @@ class Operations(Contractions):
         channels = rows // (kernel[0] * kernel[1])
         size = channels * height * width * (batch[0] if batch else 1)
         numbers = torch.arange(1.0, size + 1, dtype=torch.float64).view(*batch, channels, height, width)
-        place = torch.ops.aten.im2col(numbers, kernel, *rest).long()  # zero where padding falls
+        place = torch.ops.aten.im2col(numbers, kernel, *rest).long()  # zero at padding
         codes = torch.full((*batch, channels, height, width), ZERO)
         inside = place > 0
         return State(codes), State(state.codes[inside], state.via, state.statistic), place[inside] - 1
@@ -241,7 +241,7 @@ class Operations(Contractions):
         via = {**left.passed(*labels), **right.passed(*labels)}
         return State(torch.maximum(x, y), via, statistic)
 
-    # ---------------------------------------------------------------- memory seen in another way
+    # ---------------------------------------------------------------- reinterpreted memory
 
     def _strided(self, args: Any, state: State) -> State:
         tensor, size, stride = args[:3]
@@ -251,7 +251,7 @@ class Operations(Contractions):
         if tuple(size) == tuple(state.codes.shape) and tuple(stride) == tensor.stride() and not start:
             return state
         if not tensor.is_contiguous() or start < 0:
-            raise Lost("it reads memory in an order of its own")
+            raise Lost("it views memory with other strides")
         return State(state.codes.contiguous().as_strided(size, stride, start), state.via, state.statistic)
 
     def _complex(self, state: State) -> State:
@@ -267,7 +267,7 @@ def _broadcast(left: State, right: State) -> tuple[Tensor, Tensor]:
 
 
 def _is_factor(one: State, other: State) -> bool:
-    """Whether the first has one value for all channels of the second, as a gate for each token has."""
+    """Returns whether the first has a single value for all channels of the second, such as a gate per token."""
     missing = other.codes.dim() - one.codes.dim()
     if one.codes.shape == other.codes.shape:
         return False

@@ -1,4 +1,4 @@
-"""Where the scale of an edge may act: in a norm, at the anterior's output, or at the posterior's input."""
+"""Decides where to apply the scale of an edge: in a norm, at the anterior's output, or at the posterior's input."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ INPUT = "input"
 
 
 def place(graph: PropagationGraph) -> dict[tuple[str, str], str]:
-    """Returns for every edge where its scale may act; all three places give the same function up to rounding.
+    """Decides where to apply the scale of each edge. All places compute the same function up to rounding.
 
-    | place | when | what acts there |
+    | place | condition | what the scale multiplies |
     |---|---|---|
-    | `norm:<fqn>` | only layers read this norm, and all of them get the same scale | the scale, on the norm's output |
-    | `output` | every edge into the posterior is closed | the scale, on the anterior's output channels in the map |
-    | `input` | otherwise | the scale, on the posterior's input |
+    | `norm:<fqn>` | only layers read this norm, and all of them get the same scale | the output of the norm |
+    | `output` | all edges into the posterior are closed | the output channels of the anterior that are in the map |
+    | `input` | otherwise | the input of the posterior |
 
-    All edges into one posterior have one place, the first of these that fits.
+    All edges into a posterior share the first place that fits.
 
     Args:
-        graph: A traced graph, or one selected from it. A graph that was built by hand has no norms and no closed edges,
-            so all its scales act at inputs.
+        graph: A traced graph, or a selection of it. A graph built by hand has no norms and no closed edges, so that
+            all its scales are applied at inputs.
 
     Returns:
-        By (anterior, posterior), in the order of the edges: `norm:` and the norm's name, `output` or `input`.
+        The place of each (anterior, posterior), in the order of the edges: `norm:<fqn>`, `output` or `input`.
 
     Example:
         >>> from torch import nn
@@ -51,13 +51,13 @@ def place(graph: PropagationGraph) -> dict[tuple[str, str], str]:
 
 
 def describe(graph: PropagationGraph) -> str:
-    """Returns one line for every edge, which says where its scale may act.
+    """Describes each edge and where its scale is applied, one line per edge.
 
     Args:
-        graph: A traced graph, or one selected from it.
+        graph: A traced graph, or a selection of it.
 
     Returns:
-        The edges as the graph prints them, each with `@ norm <fqn>`, `@ output` or `@ input` at its end.
+        The printed edges, each followed by `@ norm <fqn>`, `@ output` or `@ input`.
 
     Example:
         >>> from torch import nn

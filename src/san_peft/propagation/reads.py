@@ -1,4 +1,4 @@
-"""What layers read: for every input channel the layer and the channel it came from, over all calls of a layer."""
+"""Collects what layers read: the source layer and channel of each input channel, over all calls of a layer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from san_peft.propagation.follow import Follow
 from san_peft.propagation.graph import Barrier, Edge
 
 MIXED = "one input channel holds different channels, or layers, at different positions"
-UNKNOWN = "it depends on layers that ran before, and could not be followed to any of them"
+UNKNOWN = "it depends on earlier layers, but could not be followed to any of them"
 
 
 @dataclass
 class Reads:
-    """What a layer read, in one call or in all of them.
+    """The sources of a layer's input channels, in one call or joined over all calls.
 
     Attributes:
         size: Number of input channels.
-        sources: For every input channel `STRIDE` * the number of a layer (see `Follow`) + its channel, `NONE` where
-            there is none; `None` before it read anything.
-        via: For every layer among them the operations on the way.
-        barriers: (operation, reason) of every place where the way was lost.
-        within: Whether channels of its own are among the sources, as an attention's values are.
+        sources: For each input channel, `STRIDE` * source layer number (see `Follow`) + source channel, or `NONE`;
+            `None` if nothing was read yet.
+        via: Operations on the path from each source layer.
+        barriers: (operation, reason) of each place at which channels were lost.
+        within: Whether the layer's own channels are among the sources, as in attention.
     """
 
     size: int
@@ -38,13 +38,13 @@ class Reads:
     within: bool = False
 
     def read(self, follow: Follow, name: str, x: Tensor, dim: int) -> None:
-        """Notes the source of every input channel of one call.
+        """Records the source of each input channel in one call.
 
         Args:
-            follow: Knows where the entries of tensors come from.
-            name: The layer that reads.
-            x: What it reads.
-            dim: The axis of its channels.
+            follow: Provides the states of tensors.
+            name: Name of this layer.
+            x: Its input.
+            dim: Channel axis of `x`.
         """
         if not x.numel():
             return
@@ -76,11 +76,11 @@ class Reads:
         for number, path in state.via.items():
             layer = follow.ledger.writers[number]
             if isinstance(layer, str):
-                offset = (rules.OFFSET,) if number in beside else ()  # positions that the layer did not write
+                offset = (rules.OFFSET,) if number in beside else ()  # some positions come from elsewhere
                 self.via[layer] = rules.join(self.via.get(layer, ()), *path, *offset)
 
     def join(self, other: Reads) -> Reads:
-        """Returns what a layer read in this call and in the calls before, of which channels keep what all agree on."""
+        """Joins the reads of another call; channels keep a source only if all calls agree on it."""
         for layer, path in other.via.items():
             self.via[layer] = rules.join(self.via.get(layer, ()), *path)
         self.barriers |= other.barriers
@@ -92,7 +92,7 @@ class Reads:
         return self
 
     def anteriors(self, follow: Follow) -> dict[str, Int64[Tensor, " size"]]:
-        """Returns the layers that it reads, each with the channel of every input channel, `NONE` where another is."""
+        """Returns the source layers, each with the source channel of each input channel, `NONE` for other sources."""
         if self.sources is None:
             return {}
         numbers = torch.where(self.sources < 0, NONE, self.sources // STRIDE)
@@ -104,9 +104,9 @@ class Reads:
         """Returns the edges into this layer, and its barriers.
 
         Args:
-            follow: Knows the layers by number.
-            name: This layer.
-            sizes: The number of output channels of every layer.
+            follow: Provides the numbers of layers.
+            name: Name of this layer.
+            sizes: Number of output channels of each layer.
         """
         edges, barriers = [], []
         for anterior, index in self.anteriors(follow).items():
@@ -116,5 +116,5 @@ class Reads:
                 channels = ChannelMap.from_index(index, sizes[anterior])
                 edges.append(Edge(anterior, name, channels, self.via.get(anterior, ())))
         if self.sources is None:
-            barriers.append(Barrier("input", name, "it was called without a single entry to read; trace larger inputs"))
+            barriers.append(Barrier("input", name, "it was called with empty inputs; trace larger inputs"))
         return edges, [*barriers, *(Barrier(operation, name, reason) for operation, reason in self.barriers)]

@@ -1,4 +1,4 @@
-"""What an operation does to a channel's scale: names of operations on a path, and the kind that follows from them."""
+"""Classifies operations by their effect on channels, and paths of operations by their effect on a scale."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "insta
 
 
 def kind_of(via: Iterable[str]) -> str:
-    """Returns the kind of an edge from the operations it passed, the strongest of them.
+    """Returns the kind of a path: the strongest kind among its operations.
 
-    `residual` (a sum with another stream, or with a constant per position) is stronger than `norm` (a normalisation, or
-    a constant per channel added outside a layer), that than `activation`.
-    A name that is neither a norm, a sum nor a linear operation counts as an activation, ReLU included: ReLU commutes
-    with a positive scale only, and a trained scale may turn negative.
+    From strong to weak: `residual` is a sum with another stream or with a constant per position, `norm` is a
+    normalisation or a per-channel constant added outside a layer, `activation` is any other operation that is not
+    linear. ReLU counts as an activation: it commutes only with positive scales, and a trained scale may be negative.
 
     Args:
         via: Names of the operations on the path.
 
     Returns:
-        One of exact, activation, norm, residual.
+        One of `KINDS`.
     """
     kind = 0
     for name in via:
@@ -43,12 +42,12 @@ def kind_of(via: Iterable[str]) -> str:
 
 
 def join(path: tuple[str, ...], *names: str) -> tuple[str, ...]:
-    """Returns a path with further operations at its end, every operation named once."""
+    """Appends operations to a path, without duplicates."""
     return tuple(dict.fromkeys((*path, *names)))
 
 
 def is_activation(path: Iterable[str]) -> bool:
-    """Whether a path passed an activation."""
+    """Returns whether a path contains an activation."""
     return any(name not in _RESIDUAL | _EXACT | _NORMS for name in path)
 
 
@@ -61,16 +60,17 @@ MOVES = frozenset(
         "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
     ).split()
 )
-"""Operations that move channels and change none: they are run on the channels' codes themselves."""
+"""Operations that move entries without changing them. They are run on the codes themselves."""
 
 TAKES = frozenset("index index_select gather take masked_select embedding repeat_interleave".split())
-"""Of these, the ones that take entries where integers or truth values say."""
+"""The operations of `MOVES` that take entries by integer or boolean indices."""
 
 WRITES = frozenset("index_put scatter index_copy masked_scatter".split())
-"""Operations that move some entries of one tensor into another: as movements, where no constant stays beside them."""
+"""Operations that write entries of one tensor into another. They are followed like `MOVES` if they leave no constants
+between the written entries."""
 
 PILES = frozenset("index_add scatter_add scatter_reduce col2im".split())
-"""Operations that add entries up where they fall on the same place."""
+"""Operations that sum the entries that are written to the same position."""
 
 KEEPS = frozenset(
     (
@@ -78,7 +78,7 @@ KEEPS = frozenset(
         "resolve_conj resolve_neg _neg_view"
     ).split()
 )
-"""Operations that leave every entry at its place and commute with a scale."""
+"""Element-wise operations that commute with a scale."""
 
 ACTIVATIONS = {
     name: name.lstrip("_")
@@ -93,19 +93,19 @@ ACTIVATIONS = {
 """Element-wise functions that do not commute with a scale."""
 
 LAST = frozenset(("tanh", "sigmoid", "clamp", "clamp_min", "clamp_max", "hardtanh", "log_sigmoid_forward", BIAS))
-"""What may follow the last layer of a model: it is a head all the same."""
+"""Operations after which the last layer of a model still counts as a head."""
 
 CHOICES = frozenset("maximum minimum fmax fmin logaddexp".split())
 """Element-wise functions of two streams that do not commute with a scale."""
 
 NORM_OPS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
-"""Normalisations, recognised in an operation's name (`native_layer_norm`, `_fused_rms_norm`, ...)."""
+"""Normalisations, matched as substrings of operation names (`native_layer_norm`, `_fused_rms_norm`, ...)."""
 
 REDUCTIONS = frozenset("mean sum var std var_mean amax amin max min linalg_vector_norm norm prod logsumexp".split())
-"""Reductions: over tokens they keep the channels, over channels they give a statistic."""
+"""Reductions. Over tokens they keep the channels; over channels they return a statistic."""
 
 SUMS = {"mean": (), "sum": (), **{name: (name,) for name in ("amax", "amin", "max", "min", "logsumexp")}}
-"""Reductions that combine streams as a sum does, and what they leave on the path beside that."""
+"""Reductions that combine streams like a sum, with the names that they add to the path besides `residual`."""
 
 POOLS = {
     "avg_pool1d": 1,
@@ -131,29 +131,29 @@ POOLS = {
     "grid_sampler_2d": 2,
     "grid_sampler_3d": 3,
 }
-"""Operations over the last axes (how many), which mix pixels and no channels."""
+"""Operations that mix pixels but not channels, with the number of trailing axes that they act on."""
 
 ALONG = {
     **dict.fromkeys(("cumsum", "_fft_r2c", "_fft_c2r", "_fft_c2c"), MIX),
     **{name: name for name in ("sort", "topk", "cummax", "cummin", "logcumsumexp")},
 }
-"""Operations along some axes, which they mix or sort, and what they leave on the path of channels on the others."""
+"""Operations that mix or sort entries along some axes, with the name that they add to the path."""
 
 COMPARISONS = frozenset(
     "eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or argmax argmin any all item "
     "_local_scalar_dense sym_size zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
     "is_nonzero equal rand_like randn_like bernoulli new_empty_strided".split()
 )
-"""Operations whose results carry no channel."""
+"""Operations whose results carry no channels."""
 
 BLIND = frozenset(
     "sym_size zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty rand_like randn_like "
     "new_empty_strided".split()
 )
-"""Of these, the ones that look at a tensor's shape and not at its entries."""
+"""The operations of `COMPARISONS` that depend on the shape of a tensor but not on its values."""
 
 ZEROS = frozenset("zeros zeros_like new_zeros zero".split())
-"""Operations that give nothing but zeros."""
+"""Operations that return only zeros."""
 
 EMPTY = frozenset("empty empty_like new_empty empty_strided new_empty_strided empty_permuted".split())
-"""Operations that give memory in which nothing has been written yet."""
+"""Operations that return uninitialised memory."""

@@ -1,4 +1,4 @@
-"""What the schema of an operation says: its name, its arguments by name, and which of them it writes into."""
+"""Reads the schema of an ATen operation: its name, its arguments by name, and those it writes into."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """An operation.
+    """Describes an operation.
 
     Attributes:
-        name: As rules name it: without the namespace if that is ATen, and without the underscore of one in place.
+        name: Name as used in rules: without the ATen namespace and without the underscore of in-place operations.
         inplace: Whether the name ends in an underscore.
-        places: The position of every argument.
-        writes: The arguments that it writes into.
+        places: Position of each argument.
+        writes: Names of the arguments that it writes into.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Schema:
 
 @cache
 def schema_of(func: Any) -> Schema:
-    """Returns what is known of an operation; one of higher order has nothing but a name."""
+    """Returns the schema of an operation; a higher-order operation has only a name."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return Schema(func.name(), False, {}, ())
@@ -41,7 +41,7 @@ def schema_of(func: Any) -> Schema:
 
 
 def argument(func: Any, args: Any, kwargs: dict[str, Any], name: str, default: Any) -> Any:
-    """Returns an argument by its name, the default where it was not given."""
+    """Returns an argument by its name, or the default if it was not passed."""
     place = schema_of(func).places.get(name)
     if place is not None and place < len(args):
         return args[place]
@@ -54,7 +54,7 @@ def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors in an operation's arguments or results: lists of them at most."""
+    """Returns the tensors in the arguments or results of an operation, including those in lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):

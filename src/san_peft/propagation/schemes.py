@@ -1,4 +1,4 @@
-"""Schemes: which edges of a traced graph are used; and the ablations of their order."""
+"""Selects the edges of a traced graph by a scheme, and ablates the order of propagation."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ABLATIONS = ("reversed", "skip-one", "permuted", "shuffled")
 
 
 def select(graph: PropagationGraph, scheme: str) -> PropagationGraph:
-    """Returns the graph with the edges that a scheme keeps.
+    """Selects the edges of a scheme.
 
     | scheme | edges |
     |---|---|
-    | all | every edge but those into a head |
-    | exact | of those, the ones that commute with the scale |
-    | feedforward | of those, the ones inside a feed-forward: an activation or a gate on the way, no sum, no attention |
-    | reference | patch embedding to every block's queries, keys and values; attention output to fc1; fc1 to fc2 |
-    | none | no edge |
+    | all | all edges except those into a head |
+    | exact | of these, the edges on which the scale commutes |
+    | feedforward | of these, the edges within a feed-forward block: an activation or a gate, no sum, no attention |
+    | reference | patch embedding to the queries, keys and values of each block; attention output to fc1; fc1 to fc2 |
+    | none | no edges |
 
     Args:
         graph: A traced graph.
-        scheme: The scheme's name.
+        scheme: Name of the scheme.
 
     Returns:
-        A graph with the same layers and barriers.
+        A graph with the same layers and barriers, and the selected edges.
 
     Raises:
-        GraphError: For an unknown scheme, or `reference` where no patch embedding starts the stream.
+        GraphError: For an unknown scheme, or `reference` on a model that is not a vision transformer.
 
     Example:
         >>> edge = Edge("fc1", "fc2", ChannelMap.identity(4), via=("gelu",))
@@ -56,24 +56,24 @@ def select(graph: PropagationGraph, scheme: str) -> PropagationGraph:
 
 
 def ablate(graph: PropagationGraph, kind: str, seed: int = 0) -> PropagationGraph:
-    """Returns the graph with the order of propagation broken in one way, for experiments.
+    """Ablates the order of propagation, for experiments.
 
     | kind | what changes |
     |---|---|
-    | reversed | the posterior's scale goes to the anterior's inputs |
-    | skip-one | a scale passes over the layer it feeds, to the layers that one feeds |
-    | permuted | the anteriors of edges with the same channel map change places |
-    | shuffled | every edge stays, the entries within its map are shuffled |
+    | reversed | the scale of the posterior is propagated to the inputs of the anterior |
+    | skip-one | a scale skips the layer that it feeds and goes to the layers which that layer feeds |
+    | permuted | the anteriors are permuted among edges with the same channel map |
+    | shuffled | all edges stay, the entries of each channel map are shuffled |
 
-    Edges that would not fit (another number of channels) are left out of `reversed` and `skip-one`.
+    `reversed` and `skip-one` drop edges between layers with different numbers of channels.
 
     Args:
-        graph: The graph to break.
+        graph: The graph to ablate.
         kind: One of the four kinds above.
-        seed: Fixes the permutation and the shuffles.
+        seed: Seed of `permuted` and `shuffled`.
 
     Returns:
-        The broken graph.
+        The ablated graph.
 
     Raises:
         GraphError: For an unknown kind.
@@ -111,7 +111,7 @@ def _reference(graph: PropagationGraph, body: list[Edge]) -> list[Edge]:
     starts = stem and not graph.incoming(stem) and stem not in values and stem not in outputs | seconds
     if not (starts and any(edge.posterior in values for edge in graph.outgoing(stem))):
         raise GraphError(
-            "the scheme 'reference' follows a vision transformer: no patch embedding starts this model's stream. "
+            "the scheme 'reference' needs a vision transformer, but this model does not start with a patch embedding. "
             "Use 'all', 'exact' or 'feedforward'."
         )
     patches = graph.outgoing(stem)[0]
@@ -130,8 +130,8 @@ def _reference(graph: PropagationGraph, body: list[Edge]) -> list[Edge]:
         size = graph.incoming(reader)[0].channels.size
         if size != width:
             raise GraphError(
-                f"the scheme 'reference' needs one width throughout: {stem} writes {width} channels, "
-                f"{reader} reads {size}. Use 'all', 'exact' or 'feedforward'."
+                f"the scheme 'reference' needs equal widths, but {stem} has {width} output channels and "
+                f"{reader} has {size} input channels. Use 'all', 'exact' or 'feedforward'."
             )
         edges.append(Edge(stem, reader, ChannelMap.identity(width), patches.via))
     edges += [edge for edge in body if edge.anterior in outputs and edge.posterior not in set(readers)]

@@ -1,4 +1,4 @@
-"""Traces the propagation graph: runs the model once and notes which layer wrote what each layer reads."""
+"""Traces the propagation graph: runs the model once and records which layer wrote what each layer reads."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 
 def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[str] = ()) -> PropagationGraph:
-    """Finds out which layer last wrote each input channel of which other layer.
+    """Traces which layer last wrote each input channel of each other layer.
 
-    The model runs once in eval mode without gradients, on whatever device it is, `meta` included. A mode below
-    autograd carries beside every tensor where its entries come from; see the guide to the propagation graph. The
-    model's modes, hooks, buffers, the random state and the number of threads are as before, also when the model raises.
+    Runs the model once in eval mode without gradients, on its device, which may be `meta`. A dispatch mode below
+    autograd stores the origin of each entry of each tensor; see the guide to the propagation graph. Training modes,
+    hooks, buffers, the random state and the number of threads are restored afterwards, even if the model raises.
 
     Args:
         model: Any model. Adaptable layers are `nn.Linear`, torch's convolutions and transposed convolutions,
-            `nn.MultiheadAttention` and transformers' `Conv1D`.
-        example_inputs: Keyword arguments as a dict, arguments as a tuple, both as `inspect.BoundArguments`, or one
-            tensor. `None` derives them for models of transformers and timm.
-        embeddings: Names of `nn.Embedding` layers that count as layers too: they write channels and read none.
+            `nn.MultiheadAttention` and the `Conv1D` of transformers.
+        example_inputs: Keyword arguments as a dict, arguments as a tuple, both as `inspect.BoundArguments`, or a single
+            tensor. `None` derives inputs for transformers and timm models.
+        embeddings: Names of `nn.Embedding` layers to trace as well. They write channels and read none.
 
     Returns:
-        The graph among all adaptable layers, with its barriers, heads and norms.
+        The graph of all adaptable layers, with its barriers, heads and norms.
 
     Raises:
-        TraceError: If inputs cannot be derived, or the model raises on them.
+        TraceError: If inputs cannot be derived, or the model raises an exception on them.
 
     Example:
         >>> from torch import nn
@@ -59,7 +59,7 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
           0 -> 2 [identity] (through gelu)
           heads: 2
     """
-    if torch.get_default_device().type == "meta":  # positions and channels are numbers, which meta has not
+    if torch.get_default_device().type == "meta":  # positions and codes need real values
         with torch.device("cpu"):
             return trace(model, example_inputs, embeddings)
     args, kwargs = arguments_of(derive_inputs(model) if example_inputs is None else example_inputs)
@@ -78,7 +78,7 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
             stack.callback(module.register_forward_pre_hook(before).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
         for module in model.modules():
-            if isinstance(module, _DropoutNd) and module.inplace:  # it writes in training only, which is not traced
+            if isinstance(module, _DropoutNd) and module.inplace:  # it overwrites only in training mode
                 stack.callback(
                     module.register_forward_pre_hook(lambda _, args: follow.overwrite(tensors_within(args))).remove
                 )
@@ -89,23 +89,23 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
             raise
         except Exception as error:
             raise TraceError(
-                f"{type(model).__name__} raised {type(error).__name__} while it was traced: {error}. Pass inputs that "
-                "it accepts: san_peft.trace(model, example_inputs)."
+                f"{type(model).__name__} raised {type(error).__name__} during tracing: {error}. Pass inputs that the "
+                "model accepts: san_peft.trace(model, example_inputs)."
             ) from error
         heads = _heads(follow, out, reads, layers)
         used = follow.memory.reach(tensors_within(_used(out)))
         follow.release(tensors_within(out, args, kwargs))
-    if used > DATA:  # else nothing that a gradient could follow leaves the model
+    if used > DATA:  # otherwise no output is differentiable in any layer
         for name in reads:
             if not used & follow.bits[name]:
                 left_out.setdefault(name, "no output that a task uses depends on it")
     for name, other in _tied(model, [name for name in reads if name not in heads]).items():
-        left_out.setdefault(name, f"its weight is that of {other} too, which merging would change")
+        left_out.setdefault(name, f"its weight is tied to {other}, which merging would change")
     return _graph(follow, layers, reads, heads, left_out)
 
 
 def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns positional and keyword arguments from a dict, a tuple, a tensor or bound arguments."""
+    """Converts a dict, a tuple, a tensor or bound arguments to positional and keyword arguments."""
     if isinstance(inputs, BoundArguments):
         return inputs.args, inputs.kwargs
     if isinstance(inputs, Mapping):
@@ -114,12 +114,12 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether SAN can adapt a module: a dense layer, a convolution, an attention of torch, or GPT-2's `Conv1D`."""
+    """Returns whether SAN can adapt a module: dense layers, convolutions, `nn.MultiheadAttention`, GPT-2's `Conv1D`."""
     return isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention) or _is_gpt2(module)
 
 
 def _layers(model: nn.Module, embeddings: Collection[str]) -> dict[str, nn.Module]:
-    """The layers by name; what an attention of torch holds is a part of it."""
+    """Returns the adaptable layers by name, without the submodules of `nn.MultiheadAttention`."""
     found: dict[str, nn.Module] = {}
     within = None
     for name, module in model.named_modules():
@@ -132,7 +132,7 @@ def _layers(model: nn.Module, embeddings: Collection[str]) -> dict[str, nn.Modul
 
 
 def _tied(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """Returns the layers whose weight another module holds as well, and the name of that module."""
+    """Returns the layers with a tied weight, and the name of another module that holds it."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in {id(p) for p in module._parameters.values() if p is not None}:
@@ -169,7 +169,7 @@ def _channel_dim(module: nn.Module) -> int:
 
 
 def attention_inputs(module: Any) -> tuple[int, int, int]:
-    """How many channels the queries, the keys and the values of an attention of torch have."""
+    """Returns the number of input channels of the queries, keys and values of an `nn.MultiheadAttention`."""
     return module.embed_dim, module.kdim or module.embed_dim, module.vdim or module.embed_dim
 
 
@@ -196,7 +196,7 @@ def _hooks(
 
     def after(_: nn.Module, __: Any, out: Any) -> None:
         reach, read = running.pop()
-        if follow.paused == 1 and out is not None:  # else it is part of another layer, or it raised
+        if follow.paused == 1 and out is not None:  # otherwise it is inside another layer, or it raised
             if read is not None:
                 reads[name] = reads[name].join(read) if name in reads else read
             if isinstance(module, nn.MultiheadAttention):
@@ -224,7 +224,7 @@ def _norm_hooks(follow: Follow, number: int) -> tuple[Any, Any]:
 
 
 def tensors_within(*values: Any) -> Iterator[Tensor]:
-    """Yields the tensors within some values, those in attributes of objects, as of caches, included."""
+    """Yields the tensors in nested values, including attributes of objects such as caches."""
     seen: dict[int, Any] = {}
     todo = list(values)
     while todo:
@@ -239,9 +239,10 @@ def tensors_within(*values: Any) -> Iterator[Tensor]:
 
 
 def _read_attention(follow: Follow, name: str, module: Any, args: Any, kwargs: Any) -> Reads:
-    """What an attention read, whose input channels are those of queries, keys, values and the attended values.
+    """Returns the reads of an `nn.MultiheadAttention`, which counts as one layer with four groups of channels.
 
-    It is one layer of four groups. The channels of the fourth group come from its own output channels of the third.
+    The input channels are the queries, the keys, the values, and the input of the output projection. The last group
+    reads the layer's own output channels of the third group.
     """
     given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
     sizes, width = attention_inputs(module), module.embed_dim
@@ -260,10 +261,10 @@ def _read_attention(follow: Follow, name: str, module: Any, args: Any, kwargs: A
 
 
 def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterable[str]) -> tuple[str, ...]:
-    """Layers that write the output directly: of outputs with names, the logits, else the first.
+    """Returns the layers that compute the model's output: the logits, or else the first output.
 
-    What only keeps an output within bounds, as the soft cap of Gemma 2's logits does, may follow, and a bias that the
-    model adds by itself, as BART does. Two layers that nothing reads and whose sum is the output are two heads.
+    Bounded functions such as the logit soft cap of Gemma 2, and a bias outside of the layer as in BART, may follow. If
+    the output is the sum of two layers that no layer reads, both are heads.
     """
     if isinstance(out, Mapping):
         named = [value for key, value in out.items() if "logits" in key]
@@ -287,7 +288,7 @@ def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterabl
 
 
 def _used(out: Any) -> Any:
-    """Returns what a task uses of a model's output: all but a `pooler_output` beside the features or logits."""
+    """Returns the outputs that a task uses: all except a `pooler_output` next to features or logits."""
     if isinstance(out, Mapping):
         beside = "last_hidden_state" in out or any("logits" in str(key) for key in out)
         return [_used(value) for key, value in out.items() if not (beside and key == "pooler_output")]
@@ -311,7 +312,7 @@ def _graph(
     edges, barriers = [], []
     for name, read in reads.items():
         found, lost = read.edges(follow, name, sizes)
-        mixed = getattr(layers[name], "bias_v", None) is not None  # an attention that adds a token of its own
+        mixed = getattr(layers[name], "bias_v", None) is not None  # an attention with an extra token
         edges += [replace(edge, closed=not mixed and _closed(follow, edge, read)) for edge in found]
         barriers += lost
     barriers += [Barrier("call", name, NEVER_CALLED) for name in layers if name not in records]
@@ -324,7 +325,7 @@ def _graph(
 
 
 def _closed(follow: Follow, edge: Edge, read: Reads) -> bool:
-    """Whether nothing but its posterior reads what an exact edge carries; see `Ledger.consumed`."""
+    """Returns whether an edge is exact and only its posterior reads its channels; see `Ledger.consumed`."""
     if (
         edge.kind != "exact"
         or follow.calls[edge.anterior] > 1

@@ -1,4 +1,4 @@
-"""Running a model without leaving a mark on it."""
+"""Runs a model without side effects."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 REPACKS = "support_avx512bf16_for_cpu"
-"""Flag of bitsandbytes' 4-bit layer: on such a CPU it packs its weight anew, for good, when it runs in eval mode."""
+"""Flag of the 4-bit layer of bitsandbytes: on CPUs with AVX512-BF16, its eval mode repacks the weight permanently."""
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and everything back at the end: modes, buffers, random state, threads."""
+    """Puts a model into eval mode and restores modes, buffers, random state and thread count at exit."""
     modules = list(model.modules())
     training = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
@@ -24,7 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     fastpath, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     with torch.random.fork_rng(sorted(devices)):
         try:
-            torch.set_num_threads(1)  # many small operations, which threads that wait for each other only slow down
+            torch.set_num_threads(1)  # threads slow down many small operations
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
                 module.training = False

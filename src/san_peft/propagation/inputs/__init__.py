@@ -1,7 +1,7 @@
-"""Example inputs for a model, derived from what it says of itself: its configuration, its forward signature, its sizes.
+"""Derives example inputs for a model from its configuration, its forward signature and the shapes of its layers.
 
-`derive.py` puts inputs together; `images.py` and `sequences.py` draft the arguments of one kind, smallest first; what a
-model takes is found out by running it, or the part of it that reads images or audio, on these drafts.
+`derive.py` assembles the inputs. `images.py` and `sequences.py` draft the arguments of one modality, smallest first.
+The model, or its image or audio encoder, runs on these drafts until it accepts one.
 """
 
 from san_peft.propagation.inputs.derive import derive_inputs

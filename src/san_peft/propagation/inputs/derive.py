@@ -1,4 +1,4 @@
-"""Puts the inputs of a model together: text, images, sounds, and what goes with them."""
+"""Assembles example inputs for a model: text, images, audio, and their companion arguments."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ FEATURES = {
     "get_image_features": ("image_token_id", "image_token_index"),
     "get_audio_features": ("audio_token_id", "audio_token_index"),
 }
-"""Methods that compute what takes the places of tokens in a text, with the names of these tokens in a configuration."""
+"""Methods that compute the features of placeholder tokens in a text, with the config names of these tokens."""
 WAYS_OUT = (
     "Two ways out: SanConfig(propagation=san_peft.trace(model, example_inputs)), or SanConfig(propagation='none')."
 )
 
 
 def derive_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...]:
-    """Returns one small example input: keyword arguments, or a tuple of arguments.
+    """Derives a small example input: keyword arguments, or a tuple of arguments.
 
-    Images and sounds are noise, the same in every call, of the smallest size that the model takes. Token ids are spread
-    over the vocabulary, without those that have a meaning of their own. Where several forms are possible the model,
-    or the part of it that reads images, runs on each, smallest first, until it takes one; nothing of it changes.
+    Images and audio are seeded noise of the smallest size that the model accepts. Token ids are spread over the
+    vocabulary, without special tokens. If several forms are possible, the model or its image encoder runs on each,
+    smallest first, until it accepts one. The model is not changed.
 
     Args:
-        model: A model of transformers or timm, or one that begins with a two-dimensional convolution and takes images.
+        model: A transformers or timm model, or an image model that begins with a two-dimensional convolution.
 
     Returns:
         Inputs on the model's device, or on the CPU for a model on the meta device, in the dtype of its parameters.
 
     Raises:
-        TraceError: If no input can be derived, or the model takes none of those that were.
+        TraceError: If no input can be derived, or the model accepts none of the derived inputs.
     """
     try:
         spec = ModelSpec(model)
@@ -53,7 +53,7 @@ def _failure(model: nn.Module, reason: str) -> TraceError:
 
 
 def _first(spec: ModelSpec, drafts: Sequence[Draft | tuple[Any, ...]]) -> Any:
-    """Returns the first draft that the model takes; one that is alone is not tried."""
+    """Returns the first draft that the model accepts; a single draft is not tried."""
     if len(drafts) == 1:
         return drafts[0]
     raised: dict[str, None] = {}
@@ -61,11 +61,11 @@ def _first(spec: ModelSpec, drafts: Sequence[Draft | tuple[Any, ...]]) -> Any:
         if spec.run(spec.model, draft) is not None:
             return draft
         raised[f"{type(spec.error).__name__}: {spec.error}"] = None
-    raise _failure(spec.model, f"it raised {'; '.join(list(raised)[:3])}" if raised else "it names no kind of input")
+    raise _failure(spec.model, f"it raised {'; '.join(list(raised)[:3])}" if raised else "its modality is unknown")
 
 
 def _of_images(spec: ModelSpec) -> tuple[Tensor, ...]:
-    """Inputs of a timm model, or of another that begins with a convolution: one image."""
+    """Derives the input of a timm model, or of another model that begins with a convolution: one image."""
     full = images.timm_size(spec.model)
     layers = (m for m in spec.model.modules() if not [*m.children()] and [*m.parameters()])
     first = next((m for m in layers if full is None or isinstance(m, nn.Conv2d)), None)
@@ -89,7 +89,7 @@ def _of_transformers(spec: ModelSpec) -> dict[str, Any]:
             if hasattr(spec.model, method):
                 draft, inserted[token] = _features(spec, method, parts[place])
                 parts[place] = [draft]
-            elif "attention_mask" in spec.accepted:  # the model puts the features in the token's place by itself
+            elif "attention_mask" in spec.accepted:  # the model inserts the features by itself
                 mask = {"attention_mask": spec.ones(1, TOKENS + 1)}
                 parts[place] = [{**draft, **mask} for draft in parts[place]]
     words = _text(spec, text, inserted)
@@ -108,7 +108,7 @@ def _of_transformers(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _text_config(config: Any) -> Any:
-    """Returns the configuration of the text that a model reads, or of that which it writes if it reads none."""
+    """Returns the config of a model's text input, or of its text output if it has no text input."""
     for name in ("text_config", "text_encoder", "decoder"):
         if hasattr(getattr(config, name, None), "model_type"):
             return getattr(config, name)
@@ -116,15 +116,15 @@ def _text_config(config: Any) -> Any:
 
 
 def _features(spec: ModelSpec, method: str, drafts: list[Draft]) -> tuple[Draft, int]:
-    """Returns the first draft that a model can make features of, and how many tokens these take the places of.
+    """Returns the first draft that a feature method accepts, and the number of placeholder tokens for its features.
 
     Args:
         spec: The model.
-        method: Its method that computes features of images or sounds.
-        drafts: Arguments with images or sounds.
+        method: Its method that computes image or audio features.
+        drafts: Arguments with images or audio.
 
     Raises:
-        TraceError: If it takes none.
+        TraceError: If it accepts none.
     """
     function = getattr(spec.model, method)
     accepted = parameters(function)
@@ -139,7 +139,7 @@ def _features(spec: ModelSpec, method: str, drafts: list[Draft]) -> tuple[Draft,
 
 
 def _count(out: Any) -> int:
-    """Returns how many vectors a model made of an image or a sound."""
+    """Returns the number of feature vectors of an image or an audio clip."""
     for name in ("pooler_output", "last_hidden_state"):
         if getattr(out, name, None) is not None:
             out = getattr(out, name)
@@ -149,7 +149,7 @@ def _count(out: Any) -> int:
 
 
 def _text(spec: ModelSpec, text: Any, inserted: dict[int, int]) -> Draft:
-    """Returns the arguments with text, the places of images and sounds in it included."""
+    """Returns the text arguments, including placeholder tokens for images and audio."""
     accepted, draft = spec.accepted, {}
     translates = getattr(spec.config, "is_encoder_decoder", False)
     kind = type(spec.model).__name__
@@ -158,7 +158,7 @@ def _text(spec: ModelSpec, text: Any, inserted: dict[int, int]) -> Draft:
         ids = [words[0], *(token for token, count in inserted.items() for _ in range(count)), *words[1:]]
         end = spec.find("eos_token_id")
         if translates and isinstance(end, int) and 0 <= end < getattr(text, "vocab_size", 0):
-            ids[-1] = end  # as tokenizers end a sentence; heads that classify one look for it
+            ids[-1] = end  # classification heads look for it
         draft["input_ids"] = spec.numbers([ids])
         if "mm_token_type_ids" in accepted and inserted:
             draft["mm_token_type_ids"] = spec.numbers([[int(word in inserted) for word in ids]])
@@ -167,8 +167,8 @@ def _text(spec: ModelSpec, text: Any, inserted: dict[int, int]) -> Draft:
         if kind.endswith("MultipleChoice"):
             draft = {name: value[:, None].repeat(1, 2, *(1,) * (value.dim() - 1)) for name, value in draft.items()}
     elif "inputs" in accepted and "pixel_values" not in accepted:
-        draft["inputs"] = spec.noise(1, TOKENS, spec.find("d_model"))  # Perceiver, without a part that reads something
-    if translates and "decoder_input_ids" in accepted and "Classification" not in kind:  # which shifts its own input
+        draft["inputs"] = spec.noise(1, TOKENS, spec.find("d_model"))  # Perceiver without an input preprocessor
+    if translates and "decoder_input_ids" in accepted and "Classification" not in kind:  # it shifts its own input
         decoder = getattr(spec.config, "decoder", None) or text
         draft["decoder_input_ids"] = spec.numbers([spec.words(TOKENS - 1, decoder)])
     if "task_inputs" in accepted:

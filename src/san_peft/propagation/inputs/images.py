@@ -11,20 +11,20 @@ from torch import Tensor
 from san_peft.propagation.inputs.spec import Draft, ModelSpec
 
 SMALL = (96, 128)
-"""Heights in pixels that are tried before the size a model was made for."""
+"""Heights in pixels to try before the native size of a model."""
 TINY = (64, 48, 32)
-"""Heights that are tried last, for a model that was made for less than a small image and does not say so."""
+"""Heights to try last, for a model of unknown native size that is smaller than `SMALL`."""
 USUAL = (224, 512, 640)
-"""Heights that are tried where a model names no size."""
+"""Heights to try additionally if the native size is unknown."""
 ARGUMENTS = ("pixel_values", "pixel_values_videos", "flattened_patches")
 
 
 def sizes(full: Any, patch: int = 1) -> Iterator[tuple[int, int]]:
-    """Yields heights and widths of images, smallest first.
+    """Yields heights and widths of images to try, smallest first.
 
     Args:
-        full: The size that the model was made for: pixels of a side, height and width, or `None`.
-        patch: A small size is rounded up to a multiple of this many pixels.
+        full: Native image size of the model: side length, height and width, or `None` if unknown.
+        patch: Patch size; smaller sizes are rounded up to a multiple of it.
     """
     whole = None if full is None else pair(full)
     for side in SMALL if whole else SMALL + USUAL:
@@ -36,20 +36,20 @@ def sizes(full: Any, patch: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Returns a height and a width, of a number, a sequence or a dictionary."""
+    """Returns height and width from a number, a sequence or a dictionary."""
     if isinstance(size, dict):
         size = (size["height"], size["width"])
     return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
 
 def timm_size(model: Any) -> Any:
-    """Returns the size of images that a timm model was made for: of its patch embedding, else of its configuration."""
+    """Returns the native image size of a timm model, from its patch embedding or else its config."""
     size = _timm_input(model)
     return next((m.img_size for m in model.modules() if getattr(m, "img_size", None)), size[-2:] if size else None)
 
 
 def timm_channels(model: Any) -> int | None:
-    """Returns the channels of images that a timm model was made for, as its configuration says."""
+    """Returns the number of image channels in the config of a timm model."""
     size = _timm_input(model)
     return size[0] if size else None
 
@@ -60,7 +60,7 @@ def _timm_input(model: Any) -> Any:
 
 
 def drafts(spec: ModelSpec) -> Iterator[Draft]:
-    """Yields drafts of the arguments with images, or none for a model that reads no images."""
+    """Yields drafts of the image arguments; none for a model without image input."""
     name = next((name for name in ARGUMENTS if name in spec.accepted), None)
     if name is None:
         return
@@ -78,14 +78,14 @@ def drafts(spec: ModelSpec) -> Iterator[Draft]:
 
 
 def _full(spec: ModelSpec) -> Any:
-    inside = getattr(spec.model, "timm_model", None)  # of transformers' wrapper around models of timm
+    inside = getattr(spec.model, "timm_model", None)  # transformers' wrapper of timm models
     if inside is not None:
         return timm_size(inside)
     return spec.find("image_size", "crop_size", "input_size", "resolution", section="vision_config")
 
 
 def _patch(spec: ModelSpec) -> int:
-    """Returns pixels of a side that a patch has, times the patches of a side that are merged into one."""
+    """Returns the side length of a patch in pixels, including the merging of patches."""
     patch = spec.find("patch_size", section="vision_config", default=1)
     merged = spec.find("scale_factor", "spatial_merge_size", section="vision_config", default=1)
     return max(pair(patch)) * (merged if isinstance(merged, int) else 1)
@@ -96,7 +96,7 @@ def _channels(spec: ModelSpec) -> int:
 
 
 def _layouts(spec: ModelSpec, name: str, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Yields images of one size: in tiles where the model has tiles, else alone, as frames, and as one of several."""
+    """Yields images of one size: as tiles for a model with tiling, else as an image, a video, and a batch of images."""
     one = spec.noise(1, _channels(spec), *size)
     tiles = spec.find("max_num_tiles", default=1)
     if "aspect_ratio_ids" in spec.accepted:
@@ -115,7 +115,7 @@ def _layouts(spec: ModelSpec, name: str, size: tuple[int, int]) -> Iterator[Tens
 
 
 def _frames(spec: ModelSpec) -> list[int]:
-    """Returns numbers of frames of a video: two tubelets, and as many as the model was made for."""
+    """Returns the numbers of video frames to try: two tubelets, and the native number of the model."""
     longest = spec.find("num_frames", "frames_per_clip", section="vision_config")
     tubelet = spec.find("tubelet_size", default=1)
     if not isinstance(longest, int):
@@ -128,12 +128,12 @@ def _pinpoints(spec: ModelSpec) -> Any:
 
 
 def _smallest(spec: ModelSpec) -> tuple[int, int]:
-    """Returns the smallest size of an image that is cut into tiles."""
+    """Returns the smallest supported size of a tiled image."""
     return pair(min(_pinpoints(spec), key=lambda size: size[0] * size[1]))
 
 
 def _with_companions(spec: ModelSpec, draft: Draft, size: tuple[int, int], small: bool) -> Iterator[Draft]:
-    """Yields a draft with the arguments that go with images, where the model takes them."""
+    """Yields a draft with the companion arguments of images that the model accepts."""
     if "aspect_ratio_ids" in spec.accepted:
         draft["aspect_ratio_ids"] = spec.ones(1, 1)
         draft["aspect_ratio_mask"] = spec.ones(1, 1, draft["pixel_values"].shape[2])
@@ -150,7 +150,7 @@ def _with_companions(spec: ModelSpec, draft: Draft, size: tuple[int, int], small
 
 
 def _patches_of_grid(spec: ModelSpec) -> Draft:
-    """Returns one image as rows of patches, as Qwen-VL reads it."""
+    """Returns an image as flattened patches with a grid, as in Qwen-VL."""
     merge = spec.find("spatial_merge_size", section="vision_config", default=1)
     patch, frames = (spec.find(n, section="vision_config", default=1) for n in ("patch_size", "temporal_patch_size"))
     side, (height, width) = 2 * merge, pair(patch)
@@ -159,7 +159,7 @@ def _patches_of_grid(spec: ModelSpec) -> Draft:
 
 
 def _padded_patches(spec: ModelSpec) -> Draft:
-    """Returns one image as rows of patches with a mask, as SigLIP 2 reads it."""
+    """Returns an image as flattened patches with a mask, as in SigLIP 2."""
     side = 2 * spec.find("downsample_factor", default=1)
     draft = {"pixel_values": spec.noise(1, side * side, _channels(spec) * _patch(spec) ** 2)}
     draft["spatial_shapes"] = spec.numbers([[side, side]])
@@ -167,7 +167,7 @@ def _padded_patches(spec: ModelSpec) -> Draft:
 
 
 def _numbered_patches(spec: ModelSpec) -> Draft:
-    """Returns patches that begin with their row and column, as Pix2Struct reads them."""
+    """Returns patches prefixed with their row and column, as in Pix2Struct."""
     size = spec.find("patch_embed_hidden_size", section="vision_config")
     places = spec.numbers([[[1, 1], [1, 2], [2, 1], [2, 2]]]).to(spec.dtype)
     patches = torch.cat([places, spec.noise(1, 4, size)], -1)

@@ -1,4 +1,4 @@
-"""Drafts of sounds, time series and trajectories."""
+"""Drafts audio, time series and trajectories."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from san_peft.propagation.inputs.spec import TOKENS, Draft, ModelSpec
 
 FRAMES = 2 * TOKENS
-"""Frames of a derived sound, after the convolutions that read its samples."""
+"""Frames of a derived audio clip, after the convolutions that encode its samples."""
 SAMPLES = (4_000, 16_000)
-"""Samples of a derived sound for a model that does not say how it reads them."""
+"""Samples of a derived audio clip, for a model whose convolutions are not in its config."""
 
 
 def drafts(spec: ModelSpec) -> Iterator[Draft]:
-    """Yields drafts of the arguments that are neither text nor images, or none for a model that has no such."""
+    """Yields drafts of the arguments that are neither text nor images; none for a model without them."""
     if "input_features" in spec.accepted:
         yield from _spectrograms(spec)
     if "input_values" in spec.accepted:
@@ -27,7 +27,7 @@ def drafts(spec: ModelSpec) -> Iterator[Draft]:
 
 
 def _spectrograms(spec: ModelSpec) -> Iterator[Draft]:
-    """Yields spectrograms: of the fixed length that Whisper's encoder wants, else short ones, bands last."""
+    """Yields spectrograms: of fixed length for a Whisper-like encoder, else short ones with bands last."""
     section = "audio_config"
     bands = spec.find("num_mel_bins", section=section)
     positions = spec.find("max_source_positions", section=section)
@@ -49,7 +49,7 @@ def _with_mask(spec: ModelSpec, draft: Draft, frames: int) -> Iterator[Draft]:
 
 
 def _sounds(spec: ModelSpec) -> Iterator[Draft]:
-    """Yields a spectrogram where the model says how long one is, else samples of a sound, the shortest first."""
+    """Yields a spectrogram if the config has its length, else waveforms, shortest first."""
     bands, length = spec.find("num_mel_bins"), spec.find("max_length")
     if bands and length and not spec.find("conv_kernel"):
         yield {"input_values": spec.noise(1, length, bands)}
@@ -68,7 +68,7 @@ def _sounds(spec: ModelSpec) -> Iterator[Draft]:
 
 
 def _series(spec: ModelSpec) -> Draft:
-    """Returns a time series, with what the models that predict its distribution want beside it."""
+    """Returns a time series, with the additional arguments of probabilistic forecasting models."""
     length, lags = spec.find("context_length", default=TOKENS), spec.find("lags_sequence")
     if lags is None:
         draft = {"past_values": spec.noise(1, length, spec.find("num_input_channels", default=1))}
@@ -92,7 +92,7 @@ def _wants_mask(spec: ModelSpec) -> bool:
 
 
 def _trajectory(spec: ModelSpec) -> Draft:
-    """Returns states, actions and returns of a few steps, as a decision transformer reads them."""
+    """Returns states, actions and returns of a few steps, as in a decision transformer."""
     one = spec.noise(1, TOKENS, 1)
     return {
         "states": spec.noise(1, TOKENS, spec.find("state_dim")),

@@ -1,4 +1,4 @@
-"""What a model says of its inputs."""
+"""Reads from a model what inputs it expects."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from san_peft.propagation.norms import Norms
 from san_peft.propagation.untouched import untouched
 
 TOKENS = 6
-"""Tokens of a derived text."""
+"""Number of tokens of a derived text."""
 LETTERS = 128
-"""Vocabulary of a model that has none, and reads characters."""
+"""Vocabulary size of a character-level model without one in its config."""
 
 Draft = dict[str, Any]
-"""Keyword arguments that a model may or may not take."""
+"""Keyword arguments to try on a model."""
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -30,15 +30,15 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 class ModelSpec:
-    """Reads from a model what its inputs look like, and makes tensors on its device and in its dtype.
+    """Reads the expected inputs of a model, and creates tensors on its device and in its dtype.
 
     Attributes:
         model: The model.
-        config: Its configuration, or `None`.
-        accepted: The parameters of its forward method by name.
+        config: Its config, or `None`.
+        accepted: Parameters of its forward method, by name.
         device: Device of its parameters; the CPU for a model on the meta device.
         dtype: Dtype of its first floating-point parameter.
-        error: What the model raised last in `run`.
+        error: Last exception in `run`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class ModelSpec:
 
     @cached_property
     def sections(self) -> list[Any]:
-        """The configuration and those within it, the outermost first."""
+        """The config and its nested configs, outermost first."""
         found, todo = [], [self.config]
         while todo:
             config = todo.pop(0)
@@ -64,12 +64,12 @@ class ModelSpec:
         return found
 
     def find(self, *names: str, section: str | None = None, default: Any = None) -> Any:
-        """Returns the first value that the configuration has under one of some names.
+        """Returns the first config value under one of several names.
 
         Args:
-            names: Names, the most telling first.
-            section: Name of the part of the configuration to look into first, such as `vision_config`.
-            default: Result where there is none.
+            names: Names in order of preference.
+            section: Nested config to search first, such as `vision_config`.
+            default: Value to return if there is none.
         """
         first = getattr(self.config, section, None) if section else None
         for config in (first, *self.sections):
@@ -80,7 +80,7 @@ class ModelSpec:
         return default
 
     def required(self, given: Iterable[str]) -> list[str]:
-        """Returns the parameters of forward that have no default and are not given."""
+        """Returns the parameters of forward that have no default and are not in `given`."""
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         free = [name for name, p in self.accepted.items() if p.default is p.empty and p.kind not in kinds]
         return [name for name in free if name not in given]
@@ -88,19 +88,19 @@ class ModelSpec:
     # ---------------------------------------------------------------- tensors
 
     def noise(self, *shape: int) -> Tensor:
-        """Returns normally distributed numbers, the same for every model."""
+        """Returns normally distributed numbers from a fixed seed."""
         return torch.randn(shape, generator=self._generator, device="cpu").to(self.device, self.dtype)
 
     def numbers(self, values: Any) -> Tensor:
-        """Returns integers."""
+        """Returns an integer tensor."""
         return torch.tensor(values, device=self.device, dtype=torch.long)
 
     def ones(self, *shape: int) -> Tensor:
-        """Returns a mask that hides nothing."""
+        """Returns a mask of ones."""
         return torch.ones(shape, device=self.device, dtype=torch.long)
 
     def words(self, count: int = TOKENS, text: Any = None) -> list[int]:
-        """Returns token ids spread over the vocabulary; no id with a meaning of its own, such as padding, is one."""
+        """Returns token ids spread over the vocabulary, without special tokens such as padding."""
         size = getattr(text, "vocab_size", None) or self.find("vocab_size", section="text_config") or LETTERS
         special, found = set(self.special()), []
         for number in range(1, count + 1):
@@ -111,25 +111,25 @@ class ModelSpec:
         return found
 
     def special(self) -> Iterator[int]:
-        """Yields the token ids that the configuration names."""
+        """Yields the special token ids in the config."""
         for config in self.sections:
             for name in vars(config):
                 if name.endswith(("_token_id", "_token_ids", "_token_index")):
                     value = getattr(config, name)
                     yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int)
 
-    # ---------------------------------------------------------------- trying
+    # ---------------------------------------------------------------- trial runs
 
     def run(self, function: Callable[..., Any], inputs: Mapping[str, Any] | tuple[Any, ...]) -> Any:
-        """Calls the model, or a method of it, on a draft and leaves no mark.
+        """Calls the model, or a method of it, on a draft without side effects.
 
         Returns:
-            What it returned, or `None` where it raised; `error` then holds why.
+            The result, or `None` if it raised an exception, which is then in `error`.
         """
         with ExitStack() as stack:
             stack.enter_context(untouched(self.model))
             stack.enter_context(torch.no_grad())
-            if self.is_meta:  # as the trace does: numbers are real, weights are not
+            if self.is_meta:  # as in `trace`: index tensors are real, weights are not
                 stack.enter_context(Follow(self.model, Norms(self.model, {}), {}))
             try:
                 return function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
