@@ -32,6 +32,7 @@ from san_peft.tuner.mixed import check_samples
 from san_peft.tuner.sharded import is_sharded
 
 PREFIX = "san_"
+"""Prefix of all parameter names of the method, by which PEFT finds them in a state dict."""
 
 
 class SanPeftType(str, Enum):  # noqa: UP042 - PEFT splits str() of the type at a dot, which StrEnum lacks

@@ -16,6 +16,7 @@ TAKEN = frozenset({"__base__", "base_layer", "original_module", "modules_to_save
 CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 """Containers of adapters. torch rejects keys that are attributes of these classes."""
 BANKS = SanLayer.adapter_layer_names
+"""Attributes of `SanLayer` that hold the adapters' parameters."""
 
 
 def check_adapter(model: nn.Module, adapter_name: str, known: Iterable[str]) -> None:

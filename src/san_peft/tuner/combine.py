@@ -35,6 +35,7 @@ HOST_FIELDS = ("use_dora", "lora_bias", "feedforward_modules")
 WEIGHTED = ("linear", "cat", "svd")
 """PEFT's combination types that are weighted sums of updates, so that magnitudes and biases can be summed as well."""
 VECTORS = ("san_scale", "san_shift", "san_gate")
+"""Attributes of `SanLayer` that hold trainable vectors."""
 
 
 def combine(

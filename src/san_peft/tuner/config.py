@@ -26,6 +26,7 @@ from san_peft.tuner._peft import SAN
 from san_peft.tuner.decompose import host_config, kind_of, moves_weight
 
 FORMAT = 2
+"""Version of the adapter format. Format 1 has no `placement`; adapters without a format have no edges either."""
 INNER_REFUSED = {
     "bias": "SAN folds scales into the frozen biases; leave them frozen",
     "layer_replication": "SAN does not support layers that share weights under several names",

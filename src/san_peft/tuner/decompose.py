@@ -30,6 +30,7 @@ REFUSED = {
     "ADALORA": "it changes its ranks during training, on a schedule that the training loop must drive",
     "MIXED": "it combines several tuners; use one of them",
 }
+"""PEFT types that cannot host SAN, with the reason."""
 
 
 class RowNorms:

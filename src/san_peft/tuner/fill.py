@@ -44,6 +44,7 @@ class Vectors(NamedTuple):
 
 
 NOTHING = Vectors()
+"""The vectors of a layer on which no adapter has an effect."""
 
 
 class Whole(NamedTuple):

@@ -20,6 +20,7 @@ WAYS_OUT = (
     "Run one forward pass before, pass SanConfig(propagation=san_peft.trace(model, example_inputs)), or disable "
     "propagation with propagation='none'."
 )
+"""How to avoid tracing in the first forward pass, for error messages."""
 
 
 def trace_first_pass(

@@ -39,7 +39,7 @@ PLAIN = (
     nn.ConvTranspose3d,
     nn.Embedding,
 )
-"""Layers whose output may be modified in place, if no hook reads it."""
+"""Layers that return a new tensor, which may be modified in place if no hook reads it."""
 
 
 def has_hooks(module: Any) -> bool:
@@ -154,9 +154,8 @@ class HostedLayer:
         if type(host.lora_variant.get(adapter_name)) not in DORA:
             z = self._adapted(x, adapter_name, vectors, read)
             return self._finished(z, vectors.scale, vectors.shift, fresh=True)
-        if base.weight.is_meta and "forward" in vars(
-            host
-        ):  # accelerate would load the parameters when the host is called
+        if base.weight.is_meta and "forward" in vars(host):
+            # accelerate loads offloaded parameters when the host is called, which this skips
             with onloaded(host, base.weight):
                 return self._run_host(x, adapter_name, vectors)
         factor, offset, placed = vectors.magnitude, vectors.offset, vectors.placed

@@ -28,6 +28,7 @@ from san_peft.tuner.tools import ToolLayer
 from san_peft.tuner.vectors import Incoming, ScaleVector, total_scale
 
 MODES = ("both", "neuron", "synapse", "off")
+"""Modes of analysis; see `SanModel.set_mode`."""
 LAYER_TYPES = (
     nn.Linear,
     nn.Conv1d,

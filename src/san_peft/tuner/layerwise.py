@@ -149,9 +149,8 @@ def _steps(layer: Any, base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) 
         if place:  # a few random inputs can underestimate the size of the output
             size = torch.maximum(size, _norms(layer, base).to(size))
         others = sum((_rms(_apart(part)[place]) for part in parts.values()), torch.zeros_like(size))
-        exact = torch.finfo(
-            torch.promote_types(tensor.dtype, torch.float32)
-        ).eps  # of folding itself, before the final rounding
+        # folding is computed in at least float32 before the final rounding
+        exact = torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps
         facts = torch.finfo(tensor.dtype)
         step = facts.eps * (size + (others if tensor.dtype.itemsize < 4 else 0))
         step = step + exact * (8 + math.sqrt(fan_in) / 8) * (size + others)

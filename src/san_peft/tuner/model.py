@@ -50,6 +50,7 @@ class SanModel(_peft.Tuner):
 
     prefix = _peft.PREFIX
     tuner_layer_cls = SanLayer
+    # empty, since default targets are traced instead of looked up by architecture
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
     def inject_adapter(
@@ -305,9 +306,8 @@ class SanModel(_peft.Tuner):
         for host in self.hosts.values():
             host.peft_config.pop(adapter_name, None)
         self.scales.unwire(adapter_name)
-        if (
-            self.peft_config and adapter_name in before
-        ):  # else layers that lack the remaining adapters would have none active
+        if self.peft_config and adapter_name in before:
+            # PEFT chooses per layer, so layers that lack the remaining adapters would have none active
             self.set_adapter([name for name in before if name != adapter_name] or min(self.peft_config))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

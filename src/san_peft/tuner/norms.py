@@ -74,6 +74,7 @@ def _rebuild(base: type) -> Any:
 
 @cache
 def _subclass(base: type) -> type:
+    # keeps the name, since transformers and other libraries check class names
     return type(base.__name__, (ScaledNorm, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
@@ -144,7 +145,8 @@ def find_form(module: Any) -> str:
         return "after"
     size = weight.numel()
     generator = torch.Generator().manual_seed(0)
-    # many rows, since in half precision two formulas may differ only rarely, in the last bit
+    # many rows, since in half precision two formulas may differ only rarely, in the last bit;
+    # rows of different magnitudes, so that the epsilon matters in some of them
     probe = torch.randn(PROBE_ROWS, size, generator=generator) * torch.logspace(-2, 2, PROBE_ROWS)[:, None] + 0.3
     probe = probe.to(weight.device, weight.dtype)
     ones = Factor(torch.ones(size, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)))

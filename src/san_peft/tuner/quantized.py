@@ -14,6 +14,7 @@ from san_peft.products import weight_product
 from san_peft.propagation.untouched import REPACKS
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
+"""Parameter classes of bitsandbytes, by name, since it may not be installed."""
 SUBCLASSES = ("torchao.", "optimum.quanto.")
 """Packages whose weights are tensor subclasses with a `dequantize` method."""
 

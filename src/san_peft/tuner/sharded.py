@@ -25,11 +25,6 @@ def is_sharded(tensor: Any) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-def is_distributed() -> bool:
-    """Returns whether a process group exists, so that FSDP2 may change parameters without their version counter."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def whole(tensor: Tensor) -> Tensor:
     """Gathers a tensor if it is sharded. Its gradient is averaged over the devices, as in FSDP."""
     if not is_sharded(tensor):

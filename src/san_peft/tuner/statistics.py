@@ -45,4 +45,5 @@ def _release(module: nn.Module) -> bool:
 
 
 def _as_in_evaluation(module: nn.Module, args: Any) -> None:
+    # a pre-hook, since `model.train()` would undo a single call of `module.eval()`
     module.training = False
