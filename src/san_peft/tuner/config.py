@@ -56,7 +56,7 @@ class SanConfig(PeftConfig):
     Args:
         target_modules: The names of the modules to apply the adapter to. A list matches modules whose name ends with
             one of the names; a string is a regular expression that must match the full name, or `"all-linear"` for all
-            linear layers except the output layer. `None` (the default) selects every traced layer except the heads.
+            linear layers except the heads. `None` (the default) selects every traced layer except the heads.
         exclude_modules: The names of the modules to leave out, as a list of name endings or a regular expression.
         modules_to_save: Modules to train and save in full besides the adapter, such as a randomly initialised
             classification head.
@@ -71,8 +71,7 @@ class SanConfig(PeftConfig):
         shift: Whether to learn a shift in addition to each scale. Shifts are not propagated.
         propagation: Where scales are propagated: a scheme (`"all"`, `"exact"`, `"feedforward"`, `"reference"` or
             `"none"`), or a `PropagationGraph`, also as a dict or a JSON string.
-        exponent: The exponent of propagated scales. 1 is the paper's method, 0 disables propagation, and -1 cancels
-            the scale on exact edges.
+        exponent: The exponent of propagated scales. 0 disables propagation, and -1 cancels the scale on exact edges.
         exponent_pattern: Exponents for individual anterior layers that override `exponent`. Keys are layer names or
             regular expressions, matched like `rank_pattern` of `LoraConfig`: `{"v_proj": 0.0}`.
         bound: The maximum distance of a propagated scale from one; values are squashed smoothly. `None` applies no
