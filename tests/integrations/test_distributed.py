@@ -88,13 +88,10 @@ def test_the_gathered_adapter_loads_on_one_device(case, spread, alone):
 @pytest.mark.parametrize(
     ("what", "text"),
     [
-        ("merge", r"model\.layers\.0\.self_attn\.q_proj cannot be merged: its weight is in shards on 2 devices"),
-        ("inject", r"The weight of model\.layers\.0\.self_attn\.q_proj is in shards on 2 devices already"),
-        (
-            "delta",
-            "The scale of LOHA comes out of its whole delta weight, which cannot be formed from parameters in shards",
-        ),
-        ("late", r"by now the model is sharded, which cannot be traced.*make one forward pass before"),
+        ("merge", r"model\.layers\.0\.self_attn\.q_proj cannot be merged: .* 2 devices"),
+        ("inject", r"model\.layers\.0\.self_attn\.q_proj .* 2 devices.*get_peft_model"),
+        ("delta", r"LOHA .*sharded.*FSDP2.*propagation='none'"),
+        ("late", r"sharded model cannot be traced.*propagation='none'"),
         ("ddp-reentrant", "mark a variable ready only once"),
     ],
 )

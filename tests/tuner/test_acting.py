@@ -179,7 +179,7 @@ def test_what_can_be_seen_and_what_cannot_be_done():
     for write in (lambda: weight.add_(2), lambda: weight.__setitem__(0, 1.0), lambda: weight.data.zero_()):
         with pytest.raises(SanError, match="cannot be written"):
             write()
-    with pytest.raises(SanError, match="by its address"):
+    with pytest.raises(SanError, match="memory address"):
         weight.data_ptr()
     torch.testing.assert_close(weight.detach() * 1, weight.data + 0)
     with model.disable_adapter():
@@ -214,14 +214,14 @@ def test_an_operation_through_which_no_gradient_would_come_is_refused():
 def test_a_mixed_batch_is_refused():
     torch.manual_seed(0)
     model = adapted(Reader(), ["fc"]).eval()
-    with pytest.raises(SanError, match="one for the whole batch"):
+    with pytest.raises(SanError, match="adapter_names"):
         model(given(), adapter_names=["default"] * 3)
 
 
 def test_hosts_that_cannot_act_there_say_so():
     torch.manual_seed(0)
     model = adapted(Reader(), ["stem", "fc"], inner=LoraConfig(r=2, use_dora=True))
-    with pytest.raises(SanError, match="where a LORA host of this kind cannot act"):
+    with pytest.raises(SanError, match="LORA host"):
         model(given())
     torch.manual_seed(0)
     model = adapted(Reader(), ["stem", "fc"], inner=LoraConfig(r=2, lora_dropout=0.5)).train()

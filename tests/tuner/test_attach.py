@@ -88,10 +88,10 @@ def test_what_cannot_be_attached_or_taken_off():
         propagate(model, propagation="al")
     out = logits(model)
     propagate(model)
-    with pytest.raises(SanError, match="attached already"):
+    with pytest.raises(SanError, match="already attached"):
         propagate(model)
     model.add_adapter("own", SanConfig(target_modules=["v_proj"]))
-    with pytest.raises(AdapterError, match="own have no host"):
+    with pytest.raises(AdapterError, match=r"host.* own"):
         detach_san(model)
     model.delete_adapter("own")
     assert torch.equal(logits(detach_san(model)), out)
@@ -101,7 +101,7 @@ def test_what_cannot_be_attached_or_taken_off():
     with pytest.raises(AdapterError, match="pissa"):
         propagate(pissa)
     prompt = get_peft_model(small_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(AdapterError, match="no layers of an adapter"):
+    with pytest.raises(AdapterError, match="no adapter layers"):
         propagate(prompt)
 
 
@@ -203,5 +203,5 @@ def test_what_cannot_become_lora(tmp_path):
     with pytest.raises(AdapterError, match=r"x.*default"):
         save_as_lora(model, tmp_path / "out", 1, "x")
     model.merge_adapter()
-    with pytest.raises(MergeError, match="Unmerge"):
+    with pytest.raises(MergeError, match="unmerge"):
         save_as_lora(model, tmp_path / "out", 1)

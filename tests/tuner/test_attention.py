@@ -150,7 +150,7 @@ def test_without_a_bias_a_shift_makes_one():
 
 def test_its_output_projection_is_named_with_it_or_alone():
     graph = KIND.graph()
-    with pytest.raises(TargetError, match=r"attn\.out_proj is a part of an nn\.MultiheadAttention"):
+    with pytest.raises(TargetError, match=r"attn\.out_proj is part of an nn\.MultiheadAttention"):
         get_peft_model(KIND.net(), SanConfig(target_modules=["attn", "attn.out_proj"], propagation=graph))
     with pytest.warns(UserWarning, match="reads their weights directly"):
         model = get_peft_model(KIND.net(), SanConfig(target_modules=["stem", "attn.out_proj"], propagation=graph))

@@ -159,7 +159,7 @@ def test_a_host_of_ia3():
     model.base_model.add_weighted_adapter(["one"], [1.0], "same")
     model.set_adapter("same")
     torch.testing.assert_close(model(x), expected)
-    with pytest.raises(AdapterError, match="IA3 hosts are combined by combination_type='linear', got 'svd'"):
+    with pytest.raises(AdapterError, match=r"IA3 .*'linear', got 'svd'"):
         model.base_model.add_weighted_adapter(["one"], [1.0], "other", combination_type="svd")
 
 
@@ -185,17 +185,17 @@ def test_a_product_of_what_is_not_positive_is_refused(part):
     layer = model.base_model.model.fc2 if part == "gate" else model.base_model.model.fc1
     with torch.no_grad():
         getattr(layer, f"san_{part}")["two"].weight[1] = -1.5
-    text = rf"1 of 12 entries of the {part} of adapter 'two' in fc. are not positive; combine with 'linear'"
+    text = rf"1 of 12 entries of the {part} of adapter 'two' in fc. are not positive"
     check_refused(model, text, ["one", "two"], [1.0, 1.0], "new", combination_type="product")
 
 
 def test_a_variance_that_would_be_negative_is_refused():
-    check_refused(adapted("batch-norm"), r"negative, norm\.running_var", ["one", "two"], [-30.0, 1.0], "new")
+    check_refused(adapted("batch-norm"), r"norm\.running_var negative", ["one", "two"], [-30.0, 1.0], "new")
 
 
 @pytest.mark.parametrize(("case", "field"), [("dora", "use_dora"), ("bias", "lora_bias")])
 def test_combinations_that_say_nothing_about_a_part_are_refused(case, field):
-    text = f"inner has {field}=True, which combination_type='ties'"
+    text = f"combination_type='ties'.*{field}=True"
     check_refused(adapted(case), text, ["one", "two"], [1.0, 1.0], "new", combination_type="ties", density=0.5)
 
 
@@ -214,7 +214,7 @@ def test_hosts_that_differ_are_refused_by_the_field():
     check_refused(model, "differ in inner: the hosts are LORA and None", ["one", "none"], [1, 1], "new")
     check_refused(model, "must have the same r value", ["one", "wide"], [1, 1], "new")
     check_refused(model, "Invalid combination_type: odd", ["one", "one"], [1, 1], "new", combination_type="odd")
-    check_refused(model, "'product' is for scales without a host", ["one"], [1], "new", combination_type="product")
+    check_refused(model, "combination_type='product'", ["one"], [1], "new", combination_type="product")
     check_refused(model, r"finite, got \[nan\]", ["one"], [float("nan")], "new")
     model.base_model.merge_adapter(["one"])
     check_refused(model, "merged; unmerge it", ["one"], [1], "new")
@@ -224,5 +224,5 @@ def test_a_host_that_has_moved_the_frozen_weight_is_refused():
     inner = LoraConfig(r=2, init_lora_weights="pissa")
     model = get_peft_model(LINEAR.net(), SanConfig(inner=inner, target_modules=["fc1"], propagation=LINEAR.graph()))
     weight = model.base_model.model.fc1.get_base_layer().weight.clone()
-    check_refused(model, "init_lora_weights='pissa', which moved a part", ["default"], [1], "new")
+    check_refused(model, "init_lora_weights='pissa'", ["default"], [1], "new")
     assert torch.equal(model.base_model.model.fc1.get_base_layer().weight, weight)

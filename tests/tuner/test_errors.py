@@ -49,8 +49,8 @@ def edge(anterior="vit.layers.0.mlp.fc1", posterior="vit.layers.0.mlp.fc2", size
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"target_modules": ["fc1", "fc3"]}, TargetError, r"names 'fc3'.*Did you mean fc[12]"),
-        ({"target_modules": ["dropout"]}, TargetError, r"names 'dropout'|is a Dropout"),
+        ({"target_modules": ["fc1", "fc3"]}, TargetError, r"'fc3'.*Did you mean fc[12]"),
+        ({"target_modules": ["dropout"]}, TargetError, r"'dropout'|is a Dropout"),
         ({"target_modules": ["layernorm_before"]}, TargetError, r"layernorm_before is a LayerNorm, which SAN cannot"),
         ({"target_modules": ["mlp", "fc1"]}, TargetError, r"vit\.layers\.0\.mlp is a ViTMLP"),
         ({"target_modules": r".*nothing"}, ValueError, r"not found in the base model|No modules were targeted"),
@@ -62,12 +62,12 @@ def edge(anterior="vit.layers.0.mlp.fc1", posterior="vit.layers.0.mlp.fc2", size
         (
             {"target_modules": ["fc1"], "propagation": edge(posterior="vit.layers.0.attention.o_proj")},
             GraphError,
-            r"leads from 32 to 32 channels, but .*fc1 writes 32 and .*o_proj reads 16",
+            r"from 32 to 32 channels.*fc1 has 32 .*o_proj has 16",
         ),
         (
             {"target_modules": ["fc1"], "propagation": edge(anterior="vit.layers.0.attention.o_proj")},
             GraphError,
-            r"o_proj writes 16 and .*fc2 reads 32",
+            r"o_proj has 16 .*fc2 has 32",
         ),
     ],
 )
@@ -84,13 +84,13 @@ def test_what_does_not_fit_the_model(model, options, error, text):
         ({"propagation": '{"edges": 1}'}, r"edges.*wrong type"),
         ({"exponent": "two"}, r"exponent must be a number, got 'two'"),
         ({"exponent": float("nan")}, r"exponent must be finite"),
-        ({"init_weights": None}, r"init_weights is True, False or 'random', got None"),
+        ({"init_weights": None}, r"init_weights.*got None"),
         ({"init_weights": "gaussian"}, r"got 'gaussian'"),
         ({"init_weights": 1}, r"got 1"),
-        ({"layers_pattern": "layers"}, r"give layers_to_transform as well"),
-        ({"format": 99}, r"has format 99, this version reads up to 2\. Upgrade"),
+        ({"layers_pattern": "layers"}, r"layers_to_transform"),
+        ({"format": 99}, r"format 99.* 2\. Upgrade"),
         ({"edges": [{"anterior": "a"}]}, r"'posterior' is missing"),
-        ({"edges": "many"}, r"edges is a list of edges"),
+        ({"edges": "many"}, r"edges.*got str"),
     ],
 )
 def test_what_does_not_fit_the_configuration(options, text):
@@ -105,7 +105,7 @@ def test_two_targets_of_one_error_class():
 
 def test_adapter_of_another_base_model(model, saved):
     other = MODELS["llama"]()
-    with pytest.raises(GraphError, match=r"the model has no layer vit\..*Edges belong to one architecture"):
+    with pytest.raises(GraphError, match=r"the model has no layer vit\..*edges=None"):
         PeftModel.from_pretrained(other, saved)
     assert not any(isinstance(m, SanLayer) for m in other.modules())
 
@@ -123,7 +123,7 @@ def test_adapter_of_a_wider_model(saved):
             patch_size=8,
         )
     )
-    with pytest.raises(GraphError, match=r"16 to 16 channels, but .* writes 32 and .* reads 32"):
+    with pytest.raises(GraphError, match=r"16 to 16 channels.* has 32 .* has 32"):
         PeftModel.from_pretrained(wide, saved)
     assert not any(isinstance(m, SanLayer) for m in wide.modules())
 
@@ -150,7 +150,7 @@ KEY = "base_model.model.vit.layers.0.mlp.fc1.san_scale.weight"
     [
         (lambda t: t[KEY].__setitem__(3, float("nan")), r"1 of 32 entries of .*fc1\.san_scale\.weight are not finite"),
         (lambda t: t.pop(KEY), r"has no scale for vit\.layers\.0\.mlp\.fc1"),
-        (lambda t: t.__setitem__(KEY, torch.zeros(31)), r"fc1 has 31 entries, its edges need 32"),
+        (lambda t: t.__setitem__(KEY, torch.zeros(31)), r"fc1 has 31 entries.*32"),
     ],
 )
 def test_tampered_tensors(model, saved, change, text):
@@ -225,7 +225,7 @@ def test_weighted_adapter_mistakes(model):
     tuner = adapted.base_model
     for arguments, text in (
         ((["default", "nobody"], [1, 1], "new"), r"Adapter nobody does not exist; there are default, other"),
-        ((["default"], [1, 2], "new"), r"1 adapters need as many weights, got 2"),
+        ((["default"], [1, 2], "new"), r"got 1 and 2"),
         ((["default"], [1], "other"), r"Adapter with name 'other' already exists"),
         ((["default", "other"], [1, 1], "new"), r"differ in edges"),
         ((["default"], [1], "new", "svd"), r"Invalid combination_type: svd"),
@@ -248,5 +248,5 @@ def test_tied_weights_are_not_merged():
         tie_word_embeddings=True,
     )
     adapted = get_peft_model(tf.LlamaForCausalLM(config), SanConfig(target_modules=["v_proj", "lm_head"]))
-    with pytest.raises(SanError, match=r"lm_head cannot be merged: its weight is shared under the names"):
+    with pytest.raises(SanError, match=r"lm_head cannot be merged: its weight is tied"):
         adapted.merge_and_unload()

@@ -54,8 +54,8 @@ def test_every_variant_that_peft_knows_is_decided_on():
         ({"inner": LoraConfig(r=0)}, SanError, r"rank 0 \(r\)"),
         ({"inner": LoraConfig(rank_pattern={"fc1": 0})}, SanError, r"rank 0 \(fc1\)"),
         ({"inner": {"r": 8}}, SanError, "peft_type None"),
-        ({"inner": {"peft_type": "NEWEST"}}, SanError, "'NEWEST', which this PEFT does not know"),
-        ({"inner": "lora"}, SanError, "configuration of PEFT"),
+        ({"inner": {"peft_type": "NEWEST"}}, SanError, "peft_type 'NEWEST'"),
+        ({"inner": "lora"}, SanError, "got 'lora'"),
         (
             {"inner": LoraConfig(target_modules=["fc1"]), "target_modules": ["fc2"]},
             SanError,
@@ -65,11 +65,11 @@ def test_every_variant_that_peft_knows_is_decided_on():
         ({"inner": LoraConfig(init_lora_weights="pissa"), "decomposition": "projection"}, SanError, "pissa"),
         ({"inner": LoraConfig(), "shift": True}, SanError, "own_scale=True"),
         ({"inner": LoraConfig(), "decomposition": "angle"}, SanError, "angle"),
-        ({"inner": peft.OFTConfig()}, AdapterError, "rotates the frozen weight"),
-        ({"inner": peft.PromptTuningConfig()}, AdapterError, "adds tokens"),
+        ({"inner": peft.OFTConfig()}, AdapterError, "OFT .*decomposition='projection'"),
+        ({"inner": peft.PromptTuningConfig()}, AdapterError, "PROMPT_TUNING cannot host"),
         ({"inner": peft.LNTuningConfig()}, AdapterError, "train_norms=True"),
-        ({"inner": peft.AdaLoraConfig(total_step=10)}, AdapterError, "changes its ranks"),
-        ({"inner": peft.FourierFTConfig()}, AdapterError, "does not know how to take a scale"),
+        ({"inner": peft.AdaLoraConfig(total_step=10)}, AdapterError, "ADALORA cannot host"),
+        ({"inner": peft.FourierFTConfig()}, AdapterError, "FOURIERFT cannot host"),
         ({"inner": SanConfig()}, AdapterError, "SAN cannot host SAN"),
     ],
 )
@@ -80,7 +80,7 @@ def test_configurations_that_make_no_sense(options, error, text):
 
 @pytest.mark.parametrize(
     ("host", "target", "text"),
-    [("lora", "grouped", "grouped is a Conv2d in 2 groups"), ("oft", "last", r"of size \(2, 2\)")],
+    [("lora", "grouped", "grouped is a Conv2d in 2 groups"), ("oft", "last", r"kernel_size \(2, 2\)")],
 )
 def test_convolutions_whose_weight_the_host_does_not_change(host, target, text):
     net = Image()
@@ -96,7 +96,7 @@ def test_san_beside_another_tuner_and_two_kinds_of_host():
         get_peft_model(model.base_model.model, SanConfig(target_modules=["v_proj"]))
     model = get_peft_model(small_llama(), SanConfig(inner=LoraConfig(r=2), target_modules=["v_proj"])).eval()
     before = logits(model)
-    with pytest.raises(TargetError, match="hosts a LORA adapter, and inner asks for LOHA"):
+    with pytest.raises(TargetError, match=r"LORA.*LOHA"):
         model.add_adapter("second", SanConfig(inner=peft.LoHaConfig(r=2), target_modules=["v_proj"]))
     assert torch.equal(logits(model), before)
 

@@ -29,7 +29,7 @@ from san_peft import SanConfig, merge_and_verify, trace
 from san_peft.tuner import fill
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(projection_prng_key|whole delta weight|has no bias|already found).*", "ignore:Setting.*save_projection"
+    "ignore:.*(projection_prng_key|full delta weight|has no bias|already found).*", "ignore:Setting.*save_projection"
 )
 
 

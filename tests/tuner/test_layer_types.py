@@ -118,7 +118,7 @@ def test_tables_that_are_not_merged():
     with pytest.raises(MergeError, match=r"max_norm=1\.0"):
         model.merge_adapter()
     model = adapted(Language(tied=True), IDS, target_modules=["embed", "fc1"])
-    with pytest.raises(MergeError, match=r"shared under the names embed.*head"):
+    with pytest.raises(MergeError, match=r"tied \(embed.*head"):
         model.merge_adapter()
 
 
@@ -193,7 +193,7 @@ def test_training_a_weight_that_is_made_anew(norm):
     model(x).sum().backward()
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "san_scale" in n)
     before = {n: p.clone() for n, p in model.state_dict().items()}
-    with pytest.raises(MergeError, match="anew at every forward pass"):
+    with pytest.raises(MergeError, match="in every forward pass"):
         model.merge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
@@ -215,9 +215,9 @@ def test_forward_passes_that_do_something_else_with_their_weight():
         if follows:
             model.merge_adapter()
         else:
-            with pytest.raises(MergeError, match="Standardised makes something else of its weight"):
+            with pytest.raises(MergeError, match="Standardised transforms its weight"):
                 model.merge_adapter()
-            with pytest.raises(MergeError, match="Standardised makes something else of its weight"):
+            with pytest.raises(MergeError, match="Standardised transforms its weight"):
                 model.merge_and_unload()
             assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
         torch.testing.assert_close(model(x), out, **CLOSE)
@@ -239,7 +239,7 @@ def test_standardised_convolutions_of_timm(name):
     model = adapted(net, x, target_modules=["0", "1"])
     model(x).sum().backward()
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "san_scale" in n)
-    with pytest.raises(MergeError, match=f"{name} makes something else of its weight"):
+    with pytest.raises(MergeError, match=f"{name} transforms its weight"):
         model.merge_adapter()
 
 
@@ -312,7 +312,7 @@ def test_a_layer_under_two_names(inner, target):
     x, net = torch.randn(4, 6, dtype=torch.float64), Twice().double()
     frozen = net.fc
     if target == "again":
-        with pytest.raises(TargetError, match="names 'again'"):
+        with pytest.raises(TargetError, match="'again'"):
             adapted(net, x, target_modules=["first", "again"], inner=inner)
         return
     model = adapted(net, x, target_modules=["first", "fc"], inner=inner)

@@ -210,7 +210,7 @@ def test_a_weight_that_is_made_anew_is_refused(norm):
     disturb(model)
     state, before = state_of(model), model(torch.ones(1, 4))
     for verb in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match=r"makes its weight anew.*remove_parametrizations"):
+        with pytest.raises(MergeError, match=r"its weight.*remove_parametrizations"):
             verb()
     assert_same(model, state)
     assert torch.equal(model(torch.ones(1, 4)), before)
@@ -222,7 +222,7 @@ def test_a_weight_that_is_made_anew_is_refused(norm):
 def test_unknown_names_are_refused_by_name():
     model = adapted(KINDS["dense"])
     for verb in (model.merge_adapter, model.merge_and_unload, model.base_model.check_merge):
-        with pytest.raises(AdapterError, match="no adapter 'typo' to merge; there are default"):
+        with pytest.raises(AdapterError, match=r"'typo'.*there are default"):
             verb(adapter_names=["default", "typo"])
         with pytest.raises(TypeError, match="list of strings"):
             verb(adapter_names="default")

@@ -44,7 +44,7 @@ def test_samples_along_another_axis_are_refused_whatever_the_length(length, inne
     x = torch.randn(3, length, 6)
     net = Turned()
     model = with_two(net, propagation=trace(net, x), target_modules=["first", "second"], inner=inner)
-    with torch.no_grad(), pytest.raises(AdapterError, match=r"first does not read the 3 samples"):
+    with torch.no_grad(), pytest.raises(AdapterError, match=r"first .*3 samples"):
         model(x, adapter_names=NAMES)
     assert model(x).shape == (3, length, 2)
 
@@ -55,7 +55,7 @@ def test_xlnet(length):
     net = XLNetLMHeadModel(XLNetConfig(vocab_size=30, d_model=16, n_layer=2, n_head=2, d_inner=24))
     model = with_two(net, target_modules=["layer_1", "layer_2"], propagation="none")
     ids = torch.randint(30, (3, length))
-    with torch.no_grad(), pytest.raises(AdapterError, match="scales would go to the wrong samples"):
+    with torch.no_grad(), pytest.raises(AdapterError, match="wrong samples"):
         model(input_ids=ids, adapter_names=NAMES)
 
 
@@ -91,7 +91,7 @@ def test_one_sample_for_all_adapters():
     x = torch.randn(1, 3, 6).expand(3, -1, -1).contiguous()
     net = Turned()
     model = with_two(net, propagation=trace(net, x), target_modules=["first", "second"])
-    with pytest.raises(AdapterError, match="first does not read"):
+    with pytest.raises(AdapterError, match="input of first"):
         model(x, adapter_names=NAMES)
     dense = adapted(KINDS["dense"])
     same = KINDS["dense"].input()[:1].expand(3, -1).contiguous()

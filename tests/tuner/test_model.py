@@ -104,14 +104,14 @@ def test_an_edge_whose_anterior_has_no_scale_is_not_rerouted():
 
 @pytest.mark.parametrize("number", [0, 1, [1]])
 def test_layers_to_transform(number):
-    with pytest.warns(UserWarning, match="edges fall away"):
+    with pytest.warns(UserWarning, match="edges are dropped"):
         model = get_peft_model(vit(), SanConfig(target_modules=["fc1", "fc2"], layers_to_transform=number))
     wanted = number if isinstance(number, int) else number[0]
     assert carrying(model) == {f"vit.layers.{wanted}.mlp.fc1", f"vit.layers.{wanted}.mlp.fc2"}
 
 
 def test_excluded_layers_warn_of_the_edges_they_cut():
-    with pytest.warns(UserWarning, match=r"edges fall away.*fc2 -> "):
+    with pytest.warns(UserWarning, match=r"edges are dropped.*fc2 -> "):
         model = get_peft_model(vit(), SanConfig(exclude_modules=["fc2"]))
     assert not any(name.endswith("fc2") for name in carrying(model))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -26,7 +27,7 @@ def config(*targets: str, **options) -> SanConfig:
 @pytest.mark.parametrize("name", ["", "a.b", "default.1", "forward", "keys", "training", "__base__", "weight", "bias"])
 def test_names_that_are_refused(name, inner):
     net = DENSE.net()
-    with pytest.raises(AdapterError, match=r"An adapter('s name is a string| cannot be named)"):
+    with pytest.raises(AdapterError, match=re.escape(repr(name))):
         get_peft_model(net, config(inner=inner), adapter_name=name)
     assert not any(isinstance(m, SanLayer) for m in net.modules())
     model = get_peft_model(net, config(inner=inner))
@@ -91,7 +92,7 @@ def test_a_saved_module_may_be_called_as_the_end_of_a_part_of_the_adapter(tmp_pa
         "base_model.model.inside.gate.modules_to_save.my_gate.bias",
     }
     net = DENSE.net()
-    with pytest.raises(AdapterError, match=r"cannot be named 'head' beside modules_to_save=\['head'\]"):
+    with pytest.raises(AdapterError, match=r"'head'.*modules_to_save=\['head'\]"):
         get_peft_model(net, config(), adapter_name="head")
     assert not any(isinstance(m, SanLayer) for m in net.modules())
 
@@ -99,7 +100,7 @@ def test_a_saved_module_may_be_called_as_the_end_of_a_part_of_the_adapter(tmp_pa
 def test_a_layer_of_another_adapter_cannot_be_saved_as_a_whole():
     model = get_peft_model(DENSE.net(), config("stem"))
     before = sorted(model.state_dict())
-    with pytest.raises(AdapterError, match="modules_to_save cannot be applied to 'stem': stem is a layer of another"):
+    with pytest.raises(AdapterError, match=r"modules_to_save.*'stem'"):
         model.add_adapter("two", config("fc1", modules_to_save=["stem"]))
     assert sorted(model.state_dict()) == before
 
@@ -175,10 +176,10 @@ def test_a_batch_has_a_name_for_every_sample():
 @pytest.mark.parametrize("inner", [None, LoraConfig(r=2)])
 def test_a_model_that_is_compiled_already_is_refused(inner):
     net = DENSE.net()
-    with pytest.raises(SanError, match="the model is compiled already"):
+    with pytest.raises(SanError, match=r"the model.*compiled"):
         get_peft_model(torch.compile(net), config(inner=inner))
     net.fc1 = torch.compile(net.fc1)
-    with pytest.raises(SanError, match="fc1 is compiled already"):
+    with pytest.raises(SanError, match=r"fc1.*compiled"):
         get_peft_model(net, config(inner=inner))
 
 

@@ -37,7 +37,7 @@ def test_own_scales_to_a_power(strength):
     merged = copy.deepcopy(model)
     merged.merge_adapter()
     torch.testing.assert_close(merged(x), out, **CLOSE)
-    with pytest.raises(SanError, match="merged, which fixes its strength"):
+    with pytest.raises(SanError, match="merged"):
         merged.base_model.set_scale("default", 1.0)
     model.base_model.set_scale("default", 1.0)
     assert [layer.strengths for layer in layers] == [(1.0,)] * len(layers)
@@ -100,7 +100,7 @@ def test_what_has_no_strength_changes_nothing():
     model = adapted(KINDS["dense"])
     with pytest.raises(SanError, match=r"finite and not negative, got -1"):
         model.base_model.set_scale("default", -1.0)
-    with pytest.raises(SanError, match="no adapter 'other'; there are default"):
+    with pytest.raises(SanError, match=r"'other'.*there are default"):
         model.base_model.set_scale("other", 0.5)
     layers_of(model)[0].set_scale("other", 0.5)  # no part here, as PEFT passes it over
     hosted = get_peft_model(
@@ -112,7 +112,7 @@ def test_what_has_no_strength_changes_nothing():
             own_scale=True,
         ),
     )
-    with pytest.raises(SanError, match="IA3 host has no strength"):
+    with pytest.raises(SanError, match="IA3 host"):
         hosted.base_model.set_scale("default", 0.5)
     assert all(layer.strengths in ((), (1.0,)) for layer in layers_of(hosted))
 

@@ -31,7 +31,7 @@ def llama(layers: int = 3) -> nn.Module:
     )
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* edges fall away")
+pytestmark = pytest.mark.filterwarnings("ignore:.* edges are dropped")
 
 WAYS = {
     "default": None,
@@ -61,7 +61,7 @@ def test_layers_pattern_and_exclude_modules():
         llama(), SanConfig(layers_to_transform=[1], layers_pattern="layers", exclude_modules=["v_proj"])
     )
     assert len(carrying(model)) == 6
-    with pytest.raises(TargetError, match=r"None of the 21 layers is left with layers_to_transform=\[7\]"):
+    with pytest.raises(TargetError, match=r"21 layers.*layers_to_transform=\[7\]"):
         get_peft_model(llama(), SanConfig(layers_to_transform=[7]))
     with pytest.raises(TargetError, match=r"layers_pattern='blocks'"):
         get_peft_model(llama(), SanConfig(layers_to_transform=[1], layers_pattern="blocks"))
@@ -142,7 +142,7 @@ def test_layers_that_a_host_cannot_take(inner, taken):
     if len(taken) == 5:
         model = get_peft_model(Image(), config)
     else:
-        with pytest.warns(UserWarning, match=rf"{5 - len(taken)} of 5 layers are left out, which \w+ cannot adapt"):
+        with pytest.warns(UserWarning, match=rf"{5 - len(taken)} of 5 layers .*cannot adapt"):
             model = get_peft_model(Image(), config)
     assert carrying(model) == taken
     model(torch.randn(2, 3, 4, 4)).sum().backward()
@@ -182,15 +182,15 @@ class Padded(nn.Conv2d):
     ("conv", "reason"),
     [
         (nn.Conv2d(3, 4, 3, dilation=2, padding=2), r"dilation \(2, 2\)"),
-        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "pads by 'reflect'"),
-        (Padded(3, 4, 3), "in a way of its own"),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect'"),
+        (Padded(3, 4, 3), "Padded .*padding"),
     ],
 )
 def test_convolutions_that_matrices_of_lora_do_not_follow(conv, reason):
     net, x = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.LazyLinear(2)), torch.randn(1, 3, 8, 8)
     net(x)
     graph = trace(net, x)
-    with pytest.warns(UserWarning, match=f"1 of 2 layers are left out, which LORA cannot adapt, such as 0, .*{reason}"):
+    with pytest.warns(UserWarning, match=f"1 of 2 layers .*LORA cannot adapt .*0: .*{reason}"):
         model = get_peft_model(copy.deepcopy(net), SanConfig(inner=LoraConfig(r=2), propagation=graph))
     assert carrying(model) == {"2"}
     with pytest.raises(TargetError, match=reason):

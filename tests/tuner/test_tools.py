@@ -77,7 +77,7 @@ def test_what_peft_would_lose_is_not_converted(kind, reason):
 
 def test_a_layer_that_only_reads_scales_is_not_converted():
     model = get_peft_model(small_llama(), SanConfig(target_modules=["up_proj"]))
-    with pytest.warns(UserWarning, match="down_proj is no target"):
+    with pytest.warns(UserWarning, match="down_proj is not a target"):
         assert not model.supports_lora_conversion()
 
 

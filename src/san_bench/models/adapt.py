@@ -75,7 +75,7 @@ def calm() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".* edges fall away because their anterior layer carries no scale")
+        warnings.filterwarnings("ignore", message=".* edges are dropped because their anterior layer")
         yield
 
 

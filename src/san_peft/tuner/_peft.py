@@ -1,4 +1,4 @@
-"""The one door to PEFT's internals: the method's type, its registration, and all names with an underscore."""
+"""Registration with PEFT, and the only module that uses private names of PEFT."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ from san_peft.tuner.mixed import check_samples
 from san_peft.tuner.sharded import is_sharded
 
 PREFIX = "san_"
+"""Prefix of all parameter names of the method, by which PEFT finds them in a state dict."""
 
 
-class SanPeftType(str, Enum):  # noqa: UP042 - PEFT's reports cut str() at the point, which StrEnum has not
-    """The type of the method, standing beside PEFT's own closed enumeration."""
+class SanPeftType(str, Enum):  # noqa: UP042 - PEFT splits str() of the type at a dot, which StrEnum lacks
+    """Extends PEFT's closed enum `PeftType` by the type of this method."""
 
     SAN = "SAN"
 
 
 SAN: Any = PeftType["SAN"] if "SAN" in PeftType.__members__ else SanPeftType.SAN
-"""What stands for the method in PEFT's mappings: PEFT's own member, should it ever have one."""
+"""Key of the method in PEFT's mappings: PEFT's own member if it ever gets one."""
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enters the method into PEFT's mappings; doing it again changes nothing.
+    """Registers the method in PEFT's mappings; can be called more than once.
 
     Raises:
-        RuntimeError: If another package has registered a method of that name.
+        RuntimeError: If another package has registered a method with the same name.
     """
     entries: list[tuple[dict[Any, Any], Any]] = [
         (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
@@ -57,16 +58,18 @@ def register(config_cls: type, model_cls: type) -> None:
     ]
     for mapping, value in entries:
         if mapping.setdefault(SAN, value) != value:
-            raise RuntimeError(f"Another method named SAN is registered with PEFT: {mapping[SAN]!r}. Uninstall one.")
+            raise RuntimeError(
+                f"Another method named SAN is already registered with PEFT: {mapping[SAN]!r}. Uninstall one of the two."
+            )
 
 
 def matches(tuner: BaseTuner, config: Any, name: str) -> bool:
-    """Whether the configuration's targets, exclusions and layer numbers select a module name, as PEFT decides it."""
+    """Returns whether a config selects a module name, by PEFT's rules for targets, exclusions and layer indices."""
     return bool(tuner._check_target_module_exists(config, name))
 
 
 def in_blocks(config: Any, name: str) -> bool:
-    """Whether a module is in one of the blocks of `layers_to_transform`, as PEFT counts them at the end of names."""
+    """Returns whether a module is in one of the blocks of `layers_to_transform`, by PEFT's rules."""
     numbers = config.layers_to_transform
     if numbers is None or numbers == []:
         return True
@@ -78,26 +81,27 @@ def in_blocks(config: Any, name: str) -> bool:
 
 
 def is_excluded(config: Any, name: str) -> bool:
-    """Whether `exclude_modules` names a module."""
+    """Returns whether `exclude_modules` matches a module name."""
     return not check_target_module_exists(
         SimpleNamespace(target_modules=[name], exclude_modules=config.exclude_modules), name
     )
 
 
 def replace(tuner: BaseTuner, parent: Any, name: str, new: Any, old: Any) -> None:
-    """Puts a tuner layer in the place of a module, on its device."""
+    """Replaces a module by a tuner layer, on the same device."""
     tuner._replace_module(parent, name, new, old)
 
 
 def share_layers(model: nn.Module, kind: type, taken_off: bool = False) -> None:
-    """Lets a frozen layer that a model holds under several names be reached under all of them as its tuner layer.
+    """Replaces a frozen layer by its tuner layer everywhere the model refers to it.
 
-    Lists, tuples and dicts that are no modules count, from which Mask2Former's forward pass takes its layers.
+    PEFT replaces only the first name. A layer may have several, and may also be in plain lists, tuples and dicts, from
+    which the forward pass of Mask2Former takes its layers.
 
     Args:
-        model: The model, in which the first of the names has been dealt with.
-        kind: Class of the tuner layers.
-        taken_off: Whether the tuner layers were taken off, and the frozen ones are to come back.
+        model: The model after PEFT has injected or unloaded the tuner layers.
+        kind: The class of the tuner layers.
+        taken_off: Whether to put the frozen layers back instead.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, kind)]
     new = {id(module): layer for layer in layers for module in (layer.base_layer, layer.get_base_layer())}
@@ -118,7 +122,7 @@ def share_layers(model: nn.Module, kind: type, taken_off: bool = False) -> None:
 
 
 def _within(value: Any, exchanged: Callable[[Any], Any]) -> Any:
-    """Exchanges the modules in a container, and in those that it holds; a tuple is made anew."""
+    """Replaces the modules in a nested container, in place except for tuples."""
     if isinstance(value, nn.Module):
         return exchanged(value)
     if type(value) is tuple:
@@ -130,20 +134,20 @@ def _within(value: Any, exchanged: Callable[[Any], Any]) -> Any:
 
 
 def refusal(config: Any, model: nn.Module, name: str) -> str | None:
-    """Says why PEFT refuses a layer to a method because of the model's architecture, or returns `None`."""
+    """Returns why PEFT refuses to adapt a layer of this architecture, or `None` if it does not."""
     try:
         _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
     except ValueError:
-        return f"which PEFT refuses in a {model.config.model_type}, since fused kernels read its weight"  # type: ignore
+        return f"which PEFT refuses in a {model.config.model_type}: fused kernels read its weight"  # type: ignore
     return None
 
 
 @contextmanager
 def _names_as_given() -> Iterator[None]:
-    """Lets PEFT take targets for what they are called.
+    """Stops PEFT from converting target names to those of transformers 5.
 
-    Names that transformers 4 had for experts it takes for the tensors in which transformers 5 keeps all of them, also
-    where they name a dense layer, such as the shared expert of Qwen3-Next.
+    PEFT converts the names that experts had in transformers 4 to those of the fused tensors of transformers 5, even if
+    they name a dense layer, such as the shared expert of Qwen3-Next.
     """
     convert = transformers_weight_conversion.convert_peft_config_for_transformers
     transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
@@ -156,16 +160,16 @@ def _names_as_given() -> Iterator[None]:
 def inject_host(
     tuner: BaseTuner | None, model: nn.Module, config: Any, adapter_name: str, active: list[str], **options: Any
 ) -> BaseTuner:
-    """Puts an adapter of another PEFT method into a model, and returns the tuner that holds it.
+    """Injects an adapter of another PEFT method into a model, and returns its tuner.
 
-    PEFT keeps the configuration of whatever was injected last on the model; here it stays the one that was there.
+    PEFT stores the config of the last injection as `model.peft_config`; this restores the previous one.
 
     Args:
-        tuner: The tuner that holds the adapters of that method so far, or `None`.
-        model: The model, without SAN's layers.
-        config: Configuration of the host.
-        adapter_name: Name of the adapter.
-        active: Names of the adapters that are active.
+        tuner: The existing tuner of that method, or `None`.
+        model: The model, with SAN's layers removed.
+        config: The config of the host.
+        adapter_name: The name of the adapter.
+        active: The names of the active adapters.
         options: `low_cpu_mem_usage`.
     """
     kept = model.__dict__.pop("peft_config", None)
@@ -186,7 +190,7 @@ def inject_host(
 
 
 def make_dense(host: Any, dense: nn.Linear) -> None:
-    """Gives a host of a quantised layer a dense one, and makes it the host that PEFT puts on dense layers."""
+    """Replaces the quantised layer of a host by a dense one, and changes the host's class accordingly."""
     host.base_layer = dense
     package = type(host).__module__.rpartition(".")[0]
     host.__class__ = importlib.import_module(f"{package}.layer").Linear
@@ -196,12 +200,12 @@ def make_dense(host: Any, dense: nn.Linear) -> None:
 
 
 def set_disabled(module: Any, disabled: bool) -> None:
-    """Switches one tuner layer or wrapper without touching what requires gradients."""
+    """Disables or enables a tuner layer or wrapper without changing `requires_grad`."""
     module._disable_adapters = disabled
 
 
 def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> tuple[Any, Any]:
-    """Forward pre-hook that hands the adapter of every sample to a layer; beams of a sample follow each other."""
+    """Passes `adapter_names` to a layer as a forward pre-hook, repeated for the beams of each sample."""
     size = len(args[0]) if args and isinstance(args[0], torch.Tensor) else 0
     if adapter_names and size > len(adapter_names) and size % len(adapter_names) == 0:
         adapter_names = [name for name in adapter_names for _ in range(size // len(adapter_names))]
@@ -209,7 +213,7 @@ def put_names(target: nn.Module, args: Any, kwargs: dict[str, Any], adapter_name
 
 
 def batch_size(args: Any, kwargs: dict[str, Any]) -> int | None:
-    """Returns how many samples a model is given, or `None` where its arguments do not tell."""
+    """Returns the batch size of a model's arguments, or `None` if it cannot be determined."""
     named = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "inputs", "x")
     for value in (*args[:1], *(kwargs.get(name) for name in named)):
         if isinstance(value, torch.Tensor) and value.dim():
@@ -218,9 +222,9 @@ def batch_size(args: Any, kwargs: dict[str, Any]) -> int | None:
 
 
 class TunerLayer(BaseTunerLayer):
-    """`BaseTunerLayer` whose adapters keep their own floating type when they follow the frozen layer to a device.
+    """Extends `BaseTunerLayer` so that adapters keep their dtype when they move to the device of the base layer.
 
-    PEFT's version casts them to the frozen layer's type and back, which would round saved float32 vectors to bfloat16.
+    PEFT's version casts them to the base layer's dtype and back, which would round float32 vectors to bfloat16.
     """
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -228,7 +232,7 @@ class TunerLayer(BaseTunerLayer):
         self.move_adapter(adapter_name, weight.device if device is None else device)
 
     def move_adapter(self, adapter_name: str, device: torch.device) -> None:
-        """Moves an adapter's vectors to a device; what is or would be on the meta device stays."""
+        """Moves an adapter's vectors to a device, unless either device is the meta device."""
         for bank in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter_name in bank and device.type != "meta":
                 if not any(parameter.is_meta for parameter in bank[adapter_name].parameters()):
@@ -237,7 +241,7 @@ class TunerLayer(BaseTunerLayer):
 
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Keeps PEFT from unloading modules that are no tuner's and have an attribute `base_layer`, as timm's DLA has."""
+    """Prevents PEFT from unloading other modules with an attribute `base_layer`, as in timm's DLA."""
     foreign = [m for m in model.modules() if hasattr(m, "base_layer") and not isinstance(m, BaseTunerLayer)]
     for module in foreign:
         vars(module)["unload_and_optionally_merge_module"] = partial(_itself, module)
@@ -253,11 +257,11 @@ def _itself(module: nn.Module, **_: Any) -> nn.Module:
 
 
 class Tuner(BaseTuner):
-    """`BaseTuner` with its private hooks under public names, for `SanModel` to fill in."""
+    """Extends `BaseTuner`, exposing its private hooks under public names for `SanModel`."""
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        # PEFT looks at the numbers of blocks for lists only, and there not for a name that is given in full
+        # PEFT ignores layers_to_transform if target_modules is a string or contains the full name
         found = BaseTuner._check_target_module_exists(peft_config, key)
         return found and in_blocks(peft_config, key)
 
@@ -287,7 +291,7 @@ class Tuner(BaseTuner):
         super()._check_merge_allowed()
         layers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
         owners: dict[int, list[str]] = {}
-        for path, module in self.model.named_modules():  # a module with two names once
+        for path, module in self.model.named_modules():  # named_modules yields a shared module once
             for name, parameter in module._parameters.items():
                 owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
         for name, layer in layers.items():
@@ -297,25 +301,25 @@ class Tuner(BaseTuner):
             shared = owners.get(id(weight), [])
             if len(shared) > 1:
                 raise MergeError(
-                    f"{name} cannot be merged: its weight is shared under the names {', '.join(shared)}, so folding "
-                    "it once would change both. Leave it out of target_modules, or serve the adapter unmerged."
+                    f"{name} cannot be merged: its weight is tied ({', '.join(shared)}), so merging would change every "
+                    "layer that uses it. Leave it out of target_modules, or serve the adapter unmerged."
                 )
             if is_sharded(weight):
                 raise MergeError(
-                    f"{name} cannot be merged: its weight is in shards on {weight.device_mesh.size()} devices. "
-                    "Save the adapter, load it on a model that is not sharded, and merge that."
+                    f"{name} cannot be merged: its weight is sharded across {weight.device_mesh.size()} devices. "
+                    "Save the adapter, load it on an unsharded model, and merge there."
                 )
             if getattr(getattr(base, "_hf_hook", None), "offload", False):
                 raise MergeError(f"{name} cannot be merged: its weight is offloaded. Load the model onto one device.")
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the strength of an adapter in all layers, hosts included: see `SanLayer.set_scale`.
+        """Sets the strength of an adapter in all layers and hosts; see `SanLayer.set_scale`.
 
         Raises:
-            SanError: If there is no such adapter, or it cannot get that strength; then no layer is changed.
+            SanError: If the adapter does not exist, or does not support that strength. No layer is changed then.
         """
         if adapter not in self.peft_config:
-            raise AdapterError(f"There is no adapter {adapter!r}; there are {', '.join(self.peft_config)}.")
+            raise AdapterError(f"Adapter {adapter!r} does not exist; there are {', '.join(self.peft_config)}.")
         layers: list[Any] = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
         layers = [layer for layer in layers if layer.has_part(adapter)]
         for layer in layers:
@@ -324,7 +328,7 @@ class Tuner(BaseTuner):
             layer.set_scale(adapter, scale)
 
     def check_mixed(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """Checks, once for a model, that adapters named by the samples of a batch would go to the right ones."""
+        """Checks once per model that `adapter_names` would be applied to the right samples."""
         own, scales = vars(self), self.scales
         if (
             "_samples" not in own
@@ -333,7 +337,7 @@ class Tuner(BaseTuner):
         ):
             return
         mixed, scales.mixed = scales.mixed, ()
-        samples = own.pop("_samples")  # the model is called within
+        samples = own.pop("_samples")  # check_samples calls the model
         try:
             check_samples(self.model, scales.layers, args, kwargs, samples)
         finally:
@@ -348,7 +352,7 @@ class Tuner(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        size = batch_size(args, kwargs)  # of generation the prompts, whose beams come later
+        size = batch_size(args, kwargs)  # in generation the number of prompts, before beams are expanded
         if size is not None and size != len(adapter_names):
             raise AdapterError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -363,7 +367,7 @@ class Tuner(BaseTuner):
             def hand_names_to(module: nn.Module) -> None:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-            for module in self.modules():  # hosts and trained tokens are given them by what wraps them
+            for module in self.modules():  # wrappers pass them on to hosts and trained tokens
                 if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper)):
                     hand_names_to(module)
 

@@ -1,9 +1,9 @@
-"""What a layer's weight and bias are to a module that reads them past the layer's forward pass.
+"""Provides the adapted weight and bias to modules that read them without calling the layer.
 
-`nn.MultiheadAttention` multiplies with `out_proj.weight`, `nn.TransformerEncoderLayer` hands all its weights to one
-fused operation in eval mode, timm's BEiT calls `F.linear(x, self.qkv.weight)`. Each of them gets the weight with all
-that acts in it, as it would be merged, with gradients to the scales. Most who ask want the dtype or the device alone,
-and a weight is large: so what they get makes its values when an operation asks for them.
+`nn.MultiheadAttention` multiplies with `out_proj.weight`, `nn.TransformerEncoderLayer` passes all its weights to one
+fused operation in eval mode, timm's BEiT calls `F.linear(x, self.qkv.weight)`. Each of them gets the weight as if the
+adapter were merged, with gradients to the scales. Since most callers read only the dtype or the device, the values are
+computed lazily, when an operation uses them.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _SEEN = {
         ).split()
     ),
 }
-"""What can be seen of a tensor without its values."""
+"""Attributes and methods of a tensor that do not need its values."""
 
 
 class ActingTensor(Tensor):
-    """A frozen tensor of a layer with all that acts in it; its values are made when an operation reads them.
+    """Represents the adapted weight or bias of a layer; computes its values when an operation uses them.
 
-    It looks as the frozen tensor does: shape, dtype, device. Its memory cannot be had, since that would pass by the
-    scales, and it cannot be written; but where nothing except scales acts, `mul_` and `div_` by a number go to the
-    frozen tensor, with which they commute.
+    It has the shape, dtype and device of the frozen tensor. It cannot be written, and its memory address cannot be
+    read, since both would bypass the scales. If only scales are active, `mul_` and `div_` by a number are applied to
+    the frozen tensor, since they commute with scales.
     """
 
     _make: Callable[[], Tensor | None]
@@ -60,14 +60,14 @@ class ActingTensor(Tensor):
     def of(
         like: Tensor, name: str, trained: bool, make: Callable[[], Tensor | None], frozen: Tensor | None = None
     ) -> ActingTensor:
-        """Returns a tensor that `make` gives its values.
+        """Creates a tensor whose values are computed by `make`.
 
         Args:
             like: The frozen tensor.
-            name: What it is called in errors.
-            trained: Whether gradients flow to what acts in it.
-            make: Gives the values.
-            frozen: The frozen tensor, where it may be multiplied by numbers.
+            name: The name of the tensor in error messages.
+            trained: Whether gradients flow to the adapter.
+            make: Computes the values.
+            frozen: The frozen tensor, if it may be multiplied by numbers in place.
         """
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             ActingTensor, like.shape, like.stride(), dtype=like.dtype, layout=like.layout, device=like.device
@@ -81,9 +81,9 @@ class ActingTensor(Tensor):
     def _values(self) -> Tensor:
         if self._trained and not torch.is_grad_enabled():
             raise SanError(
-                f"{self._name} was taken with gradients enabled and is read without: an autograd function or a fused "
-                "kernel reads it, through which no gradient would reach the scales. Leave the layer out of "
-                "target_modules, or train with the plain implementation of the module that reads it."
+                f"{self._name} is used inside an autograd function or a fused kernel, so no gradient would reach the "
+                "scales. Leave the layer out of target_modules, or train with the plain PyTorch implementation of the "
+                "module that uses it."
             )
         made: Any = self._make()
         return made
@@ -104,12 +104,12 @@ class ActingTensor(Tensor):
                     func(first._frozen, args[1])
                     return first
                 raise SanError(
-                    f"{first._name} holds what the frozen layer and its adapter make together, and cannot be written. "
-                    "Write to the layer's get_base_layer()."
+                    f"{first._name} is computed from the frozen layer and its adapter, so it cannot be written. "
+                    "Modify the weight of the layer's get_base_layer()."
                 )
             if name == "data_ptr":
                 raise SanError(
-                    f"Something reads {first._name} by its address, past the scales that act there. Merge the adapter "
+                    f"{first._name} is read by its memory address, which would bypass its scales. Merge the adapter "
                     "first, or leave the layer out of target_modules."
                 )
         args, kwargs = tree_map_only(ActingTensor, ActingTensor._values, (args, kwargs))
@@ -122,7 +122,7 @@ class ActingTensor(Tensor):
 
 
 class ActingLayer(TunerLayer):
-    """The part of `SanLayer` that answers for the frozen layer's weight and bias."""
+    """Implements the attributes `weight` and `bias` of `SanLayer`."""
 
     host: Any
     fold_vectors: Any
@@ -138,14 +138,14 @@ class ActingLayer(TunerLayer):
 
     @property
     def weight(self) -> Any:
-        """The frozen weight with all that acts in it, for modules that read it past the forward pass."""
+        """Returns the adapted weight, for modules that read it without calling the layer."""
         base: Any = self.get_base_layer()
         frozen = base.qweight if hasattr(base, "qweight") else base.weight
         return self._acting(base, frozen, "weight", 0)
 
     @property
     def bias(self) -> Any:
-        """The frozen bias with all that acts in it, likewise."""
+        """Returns the adapted bias, for modules that read it without calling the layer."""
         base: Any = self.get_base_layer()
         frozen = base.bias
         if frozen is None:
@@ -156,7 +156,7 @@ class ActingLayer(TunerLayer):
         return self._acting(base, frozen, "bias", 1)
 
     def _acts(self, base: Any) -> bool:
-        """Whether the layer's own forward pass would give something else than the frozen layer's."""
+        """Returns whether an adapter is active, so that weight and bias differ from the frozen ones."""
         if self.disable_adapters or self.merged or self.san_mode == "off" or not hasattr(self, "san_scales"):
             return False
         if not any(self.has_part(name) for name in self.active_adapters):
@@ -180,7 +180,7 @@ class ActingLayer(TunerLayer):
         )
 
     def _is_trained(self) -> bool:
-        """Whether gradients flow to what acts here: vectors and host of this layer and of its anteriors."""
+        """Returns whether this layer or one of its anterior layers has trainable parameters."""
         layers = self.san_scales.layers
         names = {edge.anterior for edges in self.san_incoming.values() for edge in edges}
         return any(
@@ -188,22 +188,21 @@ class ActingLayer(TunerLayer):
         )
 
     def acting_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Returns weight and bias with all that acts in this layer at present, gradients included.
+        """Computes the adapted weight and bias, with gradients.
 
         Raises:
-            SanError: If samples name their adapters, which one weight cannot serve, or over a host of another kind than
-                LoRA.
+            SanError: If the batch has `adapter_names`, since one weight serves all samples, or the host is not LoRA.
         """
         weight, bias = self._hosted_tensors()
         return self.fold_vectors(weight, bias, *self._acting_vectors(), weight.dtype)
 
     def _acting_vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Scale, input scale and shift as they act at present, for operations of autograd."""
+        """Returns scale, input scale and shift in the current mode, as differentiable tensors."""
         scales, weight = self.san_scales, stored_weight(self.get_base_layer())
         if scales.mixed:
             raise SanError(
-                f"The weight of {self.san_name} is read past its forward pass, so it is one for the whole batch: "
-                "adapter_names cannot be used here. Run one batch for each adapter."
+                f"adapter_names cannot be used here: the weight of {self.san_name} is read without calling the layer, "
+                "so it is the same for all samples. Run one batch per adapter."
             )
         vectors: Vectors = scales.of(self)
         rows, columns = self.san_mode in ("both", "neuron"), self.san_mode in ("both", "synapse")
@@ -214,7 +213,7 @@ class ActingLayer(TunerLayer):
         return scale, input_scale, shift
 
     def _hosted_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the frozen layer with its host's part."""
+        """Computes weight and bias of the frozen layer plus the host's update."""
         base: Any = self.get_base_layer()
         host = self.host
         weight, bias = base.weight, getattr(base, "bias", None)
@@ -226,13 +225,14 @@ class ActingLayer(TunerLayer):
         )
         if not plain:
             raise SanError(
-                f"The weight of {self.san_name} is read past its forward pass, where a {type_of(host)} host of this "
-                "kind cannot act. Merge the adapter first, or leave the layer out of target_modules."
+                f"The weight of {self.san_name} is read without calling the layer, which is supported for LoRA hosts "
+                f"without variants and biases, not for this {type_of(host)} host. Merge the adapter first, or leave "
+                "the layer out of target_modules."
             )
         if self.training and any(not isinstance(host.lora_dropout[name], nn.Identity) for name in names):
             raise SanError(
-                f"The weight of {self.san_name} is read past its forward pass, where dropout of LoRA's input cannot "
-                "act. Use lora_dropout=0, or leave the layer out of target_modules."
+                f"The weight of {self.san_name} is read without calling the layer, so LoRA's dropout cannot be applied "
+                "to its input. Use lora_dropout=0, or leave the layer out of target_modules."
             )
         for name in names:
             weight = weight + host.get_delta_weight(name).to(weight.dtype)
@@ -243,18 +243,18 @@ FAST: dict[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
 }
-"""By what attribute, set to what, torch's modules leave their fast path, which reads weights of layers and norms."""
+"""Attribute and value that disable the fast path of torch's modules, which bypasses layers and norms."""
 
 
 def set_fast_paths(model: nn.Module, allowed: bool) -> None:
-    """Says whether torch's encoders may compute past the modules that they hold.
+    """Disables or restores the fast path of torch's encoders, which bypasses the forward passes of their modules.
 
-    An encoder that pads by nested tensors asks its first layer alone whether it may, and a compiled one does not see
-    that a weight is an `ActingTensor` or that a norm carries a scale.
+    An encoder with nested tensors checks only its first layer, and a compiled one does not notice that a weight is an
+    `ActingTensor` or that a norm applies a scale.
 
     Args:
         model: The model.
-        allowed: `False` for encoders that hold adapted layers; `True` puts back what was set before.
+        allowed: `False` disables the fast path of encoders with adapted layers; `True` restores the original setting.
     """
     for module in model.modules():
         name, value = next((v for kind, v in FAST.items() if isinstance(module, kind)), ("", None))

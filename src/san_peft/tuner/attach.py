@@ -1,4 +1,4 @@
-"""Attaching SAN to a model that already has an adapter, and taking it off again."""
+"""Attaches SAN to a model that already has an adapter, and detaches it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from san_peft.tuner.statistics import release_statistics
 
 
 def propagate(model: PeftModel, **options: Any) -> PeftModel:
-    """Attaches SAN to a PEFT model in place: the scale inside each of its adapters is propagated from now on.
+    """Attaches SAN to a PEFT model in place, so that the scales of its adapters are propagated.
 
-    Nothing is trained and no parameter is added. An adapter that has been trained scales already, so attaching SAN
-    changes what the model computes; at the start of training it does not. Saving writes one folder with the host's
-    tensors and a `SanConfig`, which loads with `PeftModel.from_pretrained`.
+    No parameter is added or trained. A newly initialised adapter has scales of one, so attaching SAN leaves the output
+    unchanged; a trained adapter has other scales, so it changes the output. `save_pretrained` writes the host's tensors
+    and a `SanConfig` to one folder, which `PeftModel.from_pretrained` loads.
 
     Args:
-        model: A `PeftModel` with adapters of a kind that can host SAN, such as LoRA.
-        options: Fields of `SanConfig` on propagation: `propagation`, `decomposition`, `exponent`, `detach`, `gate`,
-            `own_scale`, `train_norms`. Targets are the layers that carry the adapter.
+        model: A `PeftModel` whose adapters can host SAN, such as LoRA.
+        options: Fields of `SanConfig`: `propagation`, `decomposition`, `exponent`, `detach`, `gate`, `own_scale`,
+            `train_norms`. The targets are those of the existing adapters.
 
     Returns:
         The same model.
 
     Raises:
-        SanError: If its adapters cannot host SAN, are merged, or their initialisation has moved a part of the weight.
-            The model is then as it was.
+        SanError: If an adapter cannot host SAN, is merged, or was initialised by moving part of the frozen weight into
+            it. The model is left unchanged.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -50,9 +50,9 @@ def propagate(model: PeftModel, **options: Any) -> PeftModel:
     """
     tuner: Any = model.base_model
     if isinstance(tuner, SanModel):
-        raise SanError("SAN is attached already. Use detach_san(model) first to attach it with other options.")
+        raise SanError("SAN is already attached. To attach it with other options, call detach_san(model) first.")
     if not isinstance(tuner, BaseTuner):
-        raise AdapterError(f"A {type(tuner).__name__} has no layers of an adapter that could host SAN.")
+        raise AdapterError(f"A {type(tuner).__name__} has no adapter layers that could host SAN.")
     net = tuner.model
     layers = {n: m for n, m in layers_by_name(net).items() if isinstance(m, tuner.tuner_layer_cls)}
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -84,8 +84,8 @@ def propagate(model: PeftModel, **options: Any) -> PeftModel:
 def _config_over(name: str, inner: Any, layers: dict[str, Any], options: dict[str, Any]) -> SanConfig:
     if moves_weight(inner):
         raise AdapterError(
-            f"Adapter {name!r} was initialised with {inner.init_lora_weights!r}, which moved a part of the weight into "
-            "it, and the norms from before are gone. Give SanConfig(inner=...) to get_peft_model in place of this, or "
+            f"Adapter {name!r} was initialised with {inner.init_lora_weights!r}, which moved part of the frozen weight "
+            "into it, so the original row norms are lost. Pass SanConfig(inner=...) to get_peft_model instead, or "
             "convert the adapter first (save_pretrained with path_initial_model_for_weight_conversion)."
         )
     plain = copy.deepcopy(inner)
@@ -103,19 +103,19 @@ def _config_over(name: str, inner: Any, layers: dict[str, Any], options: dict[st
 
 
 def detach_san(model: PeftModel) -> PeftModel:
-    """Takes SAN off a model with hosts in place; what remains is PEFT's own model with the hosts as its adapters.
+    """Detaches SAN from a model in place, keeping the hosts as ordinary PEFT adapters.
 
-    Saving it then writes a plain PEFT adapter, which loads without `san_peft`. Only propagation is lost, and scales of
-    their own if there are any.
+    The result is saved as a PEFT adapter that loads without `san_peft`. Propagation and trainable scales (`own_scale`)
+    are lost.
 
     Args:
-        model: A `PeftModel` whose SAN adapters all have a host of one kind.
+        model: A `PeftModel` whose SAN adapters all have a host of the same type.
 
     Returns:
         The same model.
 
     Raises:
-        AdapterError: If SAN is not attached, an adapter has no host, hosts differ in kind, or adapters are merged.
+        AdapterError: If SAN is not attached, an adapter has no host or is merged, or the hosts differ in type.
     """
     san: Any = model.base_model
     if not isinstance(san, SanModel):
@@ -123,17 +123,17 @@ def detach_san(model: PeftModel) -> PeftModel:
     configs: dict[str, Any] = san.peft_config
     bare = [name for name, config in configs.items() if config.inner is None]
     if bare:
-        raise AdapterError(f"Adapters {', '.join(bare)} have no host and would be lost; delete them first.")
+        raise AdapterError(f"Adapters without a host would be lost: {', '.join(bare)}. Delete them first.")
     kinds = {config.inner["peft_type"] for config in configs.values()}
     if len(kinds) > 1:
         raise AdapterError(
-            f"The hosts are {', '.join(sorted(kinds))}; PEFT holds one kind at a time. Delete the others."
+            f"The hosts have types {', '.join(sorted(kinds))}, but a PEFT model supports one. Delete the others."
         )
     if any(layer.merged for layer in san.modules() if isinstance(layer, SanLayer)):
         raise AdapterError("The model is merged; unmerge it first.")
     own = [name for name, config in configs.items() if config.own_scale]
     if own:
-        warnings.warn(f"The scales of their own of adapters {', '.join(own)} are dropped.", stacklevel=2)
+        warnings.warn(f"The trainable scales (own_scale) of adapters {', '.join(own)} are dropped.", stacklevel=2)
     host = san.hosts[kinds.pop()]
     for name, config in configs.items():
         for field in ("modules_to_save", "task_type", "base_model_name_or_path", "inference_mode"):
@@ -149,7 +149,7 @@ def detach_san(model: PeftModel) -> PeftModel:
 
 
 def _take_off(net: Any) -> None:
-    """Puts the frozen layers, or the hosts, in the place of SAN's layers, and lets go of norms and hooks."""
+    """Replaces SAN layers by their frozen layers or hosts, and removes hooks."""
     layers = [(n, m) for n, m in net.named_modules() if isinstance(m, SanLayer)]
     for scales in {id(s): s for s in (getattr(m, "san_scales", None) for _, m in layers) if s is not None}.values():
         scales.release()

@@ -19,18 +19,18 @@ from san_peft.tuner.layer import SanLayer
 from san_peft.tuner.merge import Tensors
 
 ROWS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
-"""Names of an attention's weights, in the order of its channels; it has the first, or the next three."""
+"""Names of an attention's weights in the order of their channels; the input projections are packed or separate."""
 
 
 class SanAttention(SanLayer):
-    r"""`nn.MultiheadAttention` with a scale on the rows of all four of its projections.
+    r"""Adapts an `nn.MultiheadAttention`, with scales on the output channels of all four projections.
 
     $$ q, k, v = g_{q,k,v} \odot W_{q,k,v} (s_{q,k,v} \odot x), \qquad
        y = g_o \odot W_o \bigl( s_o \odot \operatorname{softmax}(q k^\top / \sqrt{d})\, v \bigr) $$
 
-    With embedding size $d$, the vectors have $4d$ output channels: queries, keys, values, output. The edge from the
-    values to the output projection, $s_o = g_v^k$, leads from the layer to itself. The weights are multiplied with the
-    scales in each forward pass, which costs little beside multiplying with tokens, and is what merging writes.
+    For embedding size $d$, the layer has $4d$ output channels: queries, keys, values, output. The edge from the values
+    to the output projection, $s_o = g_v^k$, goes from the layer to itself. The weights are multiplied by the scales in
+    each forward pass, as merging does, which is cheap compared to the projections.
 
     Args:
         base_layer: The attention.
@@ -42,7 +42,7 @@ class SanAttention(SanLayer):
         self.sizes = (*attention_inputs(base), base.embed_dim)
         self.in_features, self.out_features, self.channel_dim = sum(self.sizes), 4 * base.embed_dim, -1
 
-    # ------------------------------------------------------------------ what other modules read of an attention
+    # ------------------------------------------------------------------ attributes that other modules read
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -50,12 +50,12 @@ class SanAttention(SanLayer):
 
     @property
     def in_proj_weight(self) -> Any:
-        """The packed projection with all that acts in it, or `None` where there are three."""
+        """Returns the adapted packed input projection, or `None` if the projections are separate."""
         return self._part("in_proj_weight")
 
     @property
     def in_proj_bias(self) -> Any:
-        """The bias of the three input projections with all that acts in it, or `None`."""
+        """Returns the adapted bias of the three input projections, or `None`."""
         return self._part("in_proj_bias")
 
     def _part(self, name: str) -> Any:
@@ -71,7 +71,7 @@ class SanAttention(SanLayer):
     # ------------------------------------------------------------------ forward
 
     def forward(self, query: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Runs the attention with weights in which all scales act."""
+        """Runs the attention with its adapted weights."""
         if query is None:
             query = kwargs.pop("query")
         base = self.get_base_layer()
@@ -82,8 +82,8 @@ class SanAttention(SanLayer):
             return base(query, *args, **kwargs)
         if adapter_names is not None:
             raise SanError(
-                f"{self.san_name} is an attention whose weights are one for the whole batch: adapter_names cannot be "
-                "used here. Run one batch for each adapter."
+                f"adapter_names cannot be used here: {self.san_name} is an attention, whose weights are the same for "
+                "all samples. Run one batch per adapter."
             )
         if self.merged or not self._acts(base):
             return base(query, *args, **kwargs)
@@ -93,11 +93,11 @@ class SanAttention(SanLayer):
         return _with_tensors(base, parts)(query, *args, **kwargs)
 
     def acting_parts(self) -> dict[str, Tensor]:
-        """Returns all weights and biases by name, with all that acts in them."""
+        """Computes all adapted weights and biases, by name."""
         weights, bias = self._weights(), self._bias()
         return self._named(*self._fold([w for _, w in weights], bias, *self._acting_vectors(), weights[0][1].dtype))
 
-    # ------------------------------------------------------------------ its tensors as one weight and one bias
+    # ------------------------------------------------------------------ weights packed as one weight and one bias
 
     def _weights(self) -> list[tuple[str, Any]]:
         base = self.get_base_layer()
@@ -113,7 +113,7 @@ class SanAttention(SanLayer):
 
     @contextmanager
     def frozen_weight(self) -> Iterator[None]:
-        """Does nothing: no scale is taken out of an attention's weight."""
+        """Does nothing, since no scale is derived from an attention's weight."""
         yield
 
     def fold_vectors(
@@ -138,7 +138,7 @@ class SanAttention(SanLayer):
         shift: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Folds vectors into each of the weights, and into all biases together."""
+        """Folds vectors into each weight, and into the concatenated biases."""
         folded, biases, row, column = [], [], 0, 0
         for weight in weights:
             groups = weight.shape[0] // self.sizes[-1]  # a packed projection holds three
@@ -157,7 +157,7 @@ class SanAttention(SanLayer):
         return [w.view(shape) for w, shape in zip(weight.split([s.numel() for s in shapes]), shapes, strict=True)]
 
     def _named(self, weights: list[Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-        """Tensors of the attention by their names."""
+        """Returns the tensors of the attention by name."""
         found = dict(zip([name for name, _ in self._weights()], weights, strict=True))
         if bias is not None:
             size = 3 * self.sizes[-1]
@@ -186,7 +186,7 @@ def _is_there(base: Any, name: str) -> bool:
 
 
 def _with_tensors(base: Any, parts: dict[str, Tensor]) -> Any:
-    """Returns a copy of an attention that holds other tensors; the attention is left alone, for other threads."""
+    """Returns a shallow copy of an attention with other tensors, so that other threads are not affected."""
     made, inner = copy.copy(base), copy.copy(base.out_proj)
     for module in (made, inner):
         vars(module)["_parameters"] = dict(vars(module)["_parameters"])
@@ -198,10 +198,10 @@ def _with_tensors(base: Any, parts: dict[str, Tensor]) -> Any:
 
 
 def layer_for(module: nn.Module) -> SanLayer:
-    """Puts the layer of SAN around a module.
+    """Wraps a module in the SAN layer for its type.
 
     Raises:
-        TargetError: If SAN cannot adapt it.
+        TargetError: If SAN cannot adapt the module.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return SanAttention(module) if isinstance(base, nn.MultiheadAttention) else SanLayer(module)

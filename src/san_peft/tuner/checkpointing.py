@@ -1,4 +1,4 @@
-"""What torch tells of activation checkpointing: which region of it runs, or is being recomputed."""
+"""Detects regions of activation checkpointing, from private state of torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _saved_hooks: Any = getattr(getattr(torch._C, "_autograd", None), "_top_saved_te
 
 
 def knows_regions() -> bool:
-    """Whether this torch tells one region from another."""
+    """Returns whether this version of torch allows to detect regions."""
     return _saved_hooks is not None
 
 
 def region() -> Any:
-    """Returns what identifies the region that is running, or `None` outside of all."""
+    """Returns an identifier of the current region, or `None` outside of all regions."""
     top = _saved_hooks(False)
     return None if top is None else tuple(id(hook) for hook in top[:2])
 
 
 def checkpointed() -> Any:
-    """Returns what torch holds of the region (not reentrant) that runs, or that is being recomputed."""
+    """Returns torch's frame of the current or recomputed non-reentrant region, or `None`."""
     top = None if _saved_hooks is None else _saved_hooks(False)
     pack = None if top is None else getattr(top[0], "_torchdynamo_orig_callable", top[0])
     for cell in getattr(pack, "__closure__", None) or ():

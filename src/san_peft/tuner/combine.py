@@ -1,4 +1,4 @@
-"""Combining adapters: a new one out of several, all of what they train, or an error before anything is added."""
+"""Weighted combination of adapters: scales, hosts, saved modules and trained tokens."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ FIELDS = (
 )
 """Fields of `SanConfig` that adapters must share to be combined."""
 HOST_FIELDS = ("use_dora", "lora_bias", "feedforward_modules")
-"""The same of their hosts."""
+"""Fields of the host's config that adapters must share to be combined."""
 WEIGHTED = ("linear", "cat", "svd")
-"""PEFT's combinations in which the update is a weighted sum, so that magnitudes and biases are one as well."""
+"""PEFT's combination types that are weighted sums of updates, so that magnitudes and biases can be summed as well."""
 VECTORS = ("san_scale", "san_shift", "san_gate")
+"""Attributes of `SanLayer` that hold trainable vectors."""
 
 
 def combine(
@@ -45,19 +46,19 @@ def combine(
     combination_type: str,
     options: dict[str, Any],
 ) -> None:
-    """Makes a new adapter out of several; see `SanModel.add_weighted_adapter`.
+    """Combines adapters into a new one; see `SanModel.add_weighted_adapter`.
 
     Args:
         tuner: The `SanModel`.
-        adapters: Names of the adapters.
-        weights: Weight of each.
-        adapter_name: Name of the new one.
-        combination_type: How scales, or hosts, are combined.
-        options: Passed to PEFT where hosts are combined.
+        adapters: The names of the adapters.
+        weights: The weight of each adapter.
+        adapter_name: The name of the new adapter.
+        combination_type: How to combine scales or hosts.
+        options: Further options that PEFT takes when it combines hosts.
 
     Raises:
-        AdapterError: If the adapters do not exist, do not match, or cannot be combined that way. The model is then as
-            it was.
+        AdapterError: If an adapter does not exist, or the adapters cannot be combined that way. The model is left
+            unchanged.
     """
     _check(tuner, adapters, weights, adapter_name)
     configs: Any = tuner.peft_config
@@ -65,8 +66,8 @@ def combine(
     layers = [m for m in tuner.modules() if isinstance(m, SanLayer)]
     if kind is None and (combination_type not in ("linear", "product") or options):
         raise AdapterError(
-            f"Invalid combination_type: {combination_type}, with options {', '.join(options) or 'none'}. Scales "
-            "without a host are combined by linear or product, without options."
+            f"Invalid combination_type: {combination_type}, with options {', '.join(options) or 'none'}. Adapters "
+            "without a host support 'linear' and 'product', without options."
         )
     if kind is not None:
         _check_hosts(tuner, layers, adapters, combination_type)
@@ -105,12 +106,12 @@ def _check(tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapte
     if adapter_name in configs:
         raise AdapterError(f"Adapter with name {adapter_name!r} already exists.")
     if isinstance(adapters, str) or len(adapters) != len(weights) or not adapters:
-        raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}.")
+        raise AdapterError(f"adapters and weights must have the same length, got {len(adapters)} and {len(weights)}.")
     for name in adapters:
         if name not in configs:
             raise AdapterError(f"Adapter {name} does not exist; there are {', '.join(configs)}.")
     if not all(math.isfinite(weight) for weight in weights):
-        raise AdapterError(f"Weights must be finite, got {list(weights)}.")
+        raise AdapterError(f"weights must be finite, got {list(weights)}.")
     first = configs[adapters[0]]
     for name in adapters[1:]:
         for field in FIELDS:
@@ -131,24 +132,24 @@ def _check_hosts(tuner: Any, layers: list[SanLayer], adapters: Sequence[str], co
     config = tuner.peft_config[adapters[0]]
     kind = config.inner["peft_type"]
     if not hasattr(tuner.hosts.get(kind), "add_weighted_adapter"):
-        raise AdapterError(f"Hosts are combined by PEFT, which cannot combine {kind}.")
+        raise AdapterError(f"PEFT cannot combine {kind} hosts. Combine adapters whose hosts are LORA or IA3.")
     if any(layer.merged for layer in layers):
-        raise AdapterError("The model is merged; unmerge it before combining adapters with hosts.")
+        raise AdapterError("The model is merged; unmerge it before you combine adapters with hosts.")
     for name in adapters:
         if moves_weight(tuner.peft_config[name].inner_config()):
             raise AdapterError(
                 f"Adapter {name!r} has inner with init_lora_weights={config.inner.get('init_lora_weights')!r}, which "
-                "moved a part of the frozen weight into it: what comes of it belongs to no model that was loaded anew."
+                "moved part of the frozen weight into the adapter, so the result would not fit a newly loaded model."
             )
     if kind == "IA3" and combination_type != "linear":
-        raise AdapterError(f"IA3 hosts are combined by combination_type='linear', got {combination_type!r}.")
+        raise AdapterError(f"IA3 hosts support only combination_type='linear', got {combination_type!r}.")
     if combination_type == "product":
-        raise AdapterError("combination_type='product' is for scales without a host; with hosts use 'linear'.")
+        raise AdapterError("combination_type='product' supports only adapters without a host; use 'linear'.")
     if len(adapters) > 1 and combination_type not in WEIGHTED:
         for field in ("use_dora", "lora_bias"):
             if config.inner.get(field):
                 raise AdapterError(
-                    f"inner has {field}=True, which combination_type={combination_type!r} says nothing about; use "
+                    f"combination_type={combination_type!r} does not support inner with {field}=True; use one of "
                     f"{', '.join(WEIGHTED)}."
                 )
 
@@ -163,12 +164,12 @@ def _check_positive(tuner: Any, adapters: Sequence[str]) -> None:
                 if not bool((value > 0).all()):
                     raise AdapterError(
                         f"{int((~(value > 0)).sum())} of {value.numel()} entries of the {kind.removeprefix('san_')} of "
-                        f"adapter {name!r} in {fqn} are not positive; combine with 'linear'."
+                        f"adapter {name!r} in {fqn} are not positive; use combination_type='linear'."
                     )
 
 
 def _config(configs: Any, adapters: Sequence[str]) -> Any:
-    """The configuration of the first adapter, with what any of them trains as a whole."""
+    """Returns the config of the first adapter, extended by the saved modules and norms of all of them."""
     config = copy.deepcopy(configs[adapters[0]])
     saved = dict.fromkeys(module for name in adapters for module in configs[name].modules_to_save or ())
     config.modules_to_save = list(saved) or None
@@ -177,14 +178,14 @@ def _config(configs: Any, adapters: Sequence[str]) -> Any:
     return config
 
 
-# ---------------------------------------------------------------------- what is combined
+# ---------------------------------------------------------------------- vectors and saved modules
 
 
 @torch.no_grad()
 def _vectors(
     layers: list[SanLayer], adapters: Sequence[str], weights: Sequence[float], product: bool
 ) -> list[tuple[Any, Tensor]]:
-    """The offsets of scales, gates and shifts, each with the container that gets it."""
+    """Combines the offsets of scales, gates and shifts; returns each with the container it belongs to."""
     found = []
     for layer in layers:
         for kind in VECTORS:
@@ -201,7 +202,7 @@ def _vectors(
 
 
 def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of tensors times their weights, in float32 at least; a single tensor of weight one comes back unrounded."""
+    """Returns the weighted sum of tensors in at least float32, unrounded."""
     wide = torch.promote_types(values[0].dtype, torch.float32)
     total = weights[0] * values[0].to(wide)
     for value, weight in zip(values[1:], weights[1:], strict=True):
@@ -210,13 +211,13 @@ def weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _around(frozen: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """A frozen tensor plus the weighted differences of others from it: the frozen one itself counts the rest to one."""
+    """Returns a frozen tensor plus the weighted differences of other tensors from it."""
     total, rest = weighted(values, weights), 1.0 - math.fsum(weights)
     return total if abs(rest) < 1e-12 else total + rest * frozen.to(total.device, total.dtype)
 
 
 def _wrappers(model: nn.Module) -> dict[str, Any]:
-    """Modules that adapters train as a whole, or of which they train rows; none that is inside another."""
+    """Returns the outermost wrappers of saved modules and trained tokens, by name."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and not name.startswith(tuple(f"{n}." for n in found)):
@@ -225,7 +226,7 @@ def _wrappers(model: nn.Module) -> dict[str, Any]:
 
 
 def _copies(wrapper: Any) -> Any:
-    """What each adapter trains of a wrapped module, by its name."""
+    """Returns the trainable copies in a wrapper, by adapter name."""
     if isinstance(wrapper, ModulesToSaveWrapper):
         return wrapper.modules_to_save
     return wrapper.token_adapter.trainable_tokens_delta
@@ -233,10 +234,10 @@ def _copies(wrapper: Any) -> Any:
 
 @torch.no_grad()
 def _whole(name: str, wrapper: Any, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The tensors of a module that is trained as a whole; an adapter without it has the frozen one.
+    """Combines the tensors of a saved module; adapters that do not train it contribute the frozen tensors.
 
     Raises:
-        AdapterError: If the modules of the adapters do not have the same tensors, or a variance would be negative.
+        AdapterError: If the copies do not have the same tensors, or a running variance would become negative.
     """
     copies = _copies(wrapper)
     if not isinstance(wrapper, ModulesToSaveWrapper):
@@ -247,13 +248,15 @@ def _whole(name: str, wrapper: Any, adapters: Sequence[str], weights: Sequence[f
     found = {}
     for key, value in next(copies[adapter] for adapter in adapters if adapter in copies).state_dict().items():
         if any(key not in state or state[key].shape != value.shape for state in (frozen, *states)):
-            raise AdapterError(f"{name} is trained as a whole, but its {key} is not the same in all adapters.")
+            raise AdapterError(
+                f"{name} is in modules_to_save, but the shape of its {key} differs between the adapters."
+            )
         if not value.is_floating_point():
             found[key] = states[0][key].clone()
             continue
         found[key] = _around(frozen[key], [state[key] for state in states], weights)
         if key.endswith("running_var") and bool((found[key] < 0).any()):
-            raise AdapterError(f"Weights {list(weights)} make a variance negative, {name}.{key}; let them add to 1.")
+            raise AdapterError(f"weights {list(weights)} make {name}.{key} negative; use weights that sum to 1.")
     return found
 
 
@@ -278,14 +281,14 @@ def _combine_hosts(
     combination_type: str,
     options: dict[str, Any],
 ) -> None:
-    """Lets PEFT combine the hosts, and adds what it leaves out: magnitudes of DoRA, biases, and ranks of layers."""
+    """Combines the hosts with PEFT, and adds what PEFT leaves out: DoRA magnitudes, biases, and ranks per layer."""
     config: Any = tuner.peft_config[adapter_name]
     kind = config.inner["peft_type"]
     host = tuner.hosts[kind]
     first = host.peft_config[adapters[0]]
     changes: dict[str, Any] = {"modules_to_save": None}
     if kind == "LORA":
-        # the scaling of each adapter goes into its matrices; another start would move frozen weights or need data
+        # PEFT folds each scaling into the matrices; other initialisations would move frozen weights or need data
         changes |= {"use_rslora": False, "init_lora_weights": True, "trainable_token_indices": None}
         options = {"combination_type": combination_type, **options}
     with tuner.without_layers(tuner.model), _hidden(tuner.model):
@@ -308,11 +311,11 @@ def _combine_hosts(
 
 @torch.no_grad()
 def _complete(host: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-    """Completes a combined LoRA layer: rows up to the rank, the bias, and the magnitude."""
+    """Pads a combined LoRA layer to its rank, and combines its bias and magnitude."""
     down, up = host.lora_A[adapter_name], host.lora_B[adapter_name]
     rank = host.r[adapter_name]
     missing = rank - down.weight.shape[0]
-    if missing > 0:  # of a layer with a rank of its own, or a smaller one
+    if missing > 0:  # a layer with its own rank from rank_pattern, or with a smaller one
         rows, columns = down.weight.data, up.weight.data
         down.weight.data = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
         up.weight.data = torch.cat([columns, columns.new_zeros(columns.shape[0], missing, *columns.shape[2:])], 1)
@@ -321,14 +324,14 @@ def _complete(host: Any, adapters: Sequence[str], weights: Sequence[float], adap
         biases = [host.lora_B[name].bias * host.scaling[name] for name, _ in there]
         up.bias.copy_(weighted(biases, [weight for _, weight in there]))
     if adapter_name in host.lora_magnitude_vector:
-        magnitude = host.lora_magnitude_vector[adapter_name].weight  # as it starts: the norms of the frozen rows
+        magnitude = host.lora_magnitude_vector[adapter_name].weight  # initialised to the norms of the frozen rows
         others = [host.lora_magnitude_vector[name].weight for name, _ in there]
         magnitude.copy_(_around(magnitude, others, [weight for _, weight in there]))
 
 
 @contextmanager
 def _hidden(model: nn.Module) -> Iterator[None]:
-    """Puts frozen modules in the place of wrapped ones, which PEFT would refuse to combine."""
+    """Replaces wrappers by their frozen modules temporarily, since PEFT refuses to combine wrapped modules."""
     wrappers = _wrappers(model)
     for name, wrapper in wrappers.items():
         model.set_submodule(name, wrapper.original_module)
@@ -340,7 +343,7 @@ def _hidden(model: nn.Module) -> Iterator[None]:
 
 
 def _discard(tuner: Any, layers: list[SanLayer], adapter_name: str) -> None:
-    """Takes an adapter out again that could not be finished."""
+    """Removes a new adapter after its creation failed."""
     tuner.peft_config.pop(adapter_name, None)
     for host in tuner.hosts.values():
         host.peft_config.pop(adapter_name, None)

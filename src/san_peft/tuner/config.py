@@ -1,4 +1,4 @@
-"""The configuration of SAN."""
+"""Configuration class of SAN."""
 
 from __future__ import annotations
 
@@ -26,69 +26,75 @@ from san_peft.tuner._peft import SAN
 from san_peft.tuner.decompose import host_config, kind_of, moves_weight
 
 FORMAT = 2
+"""Version of the adapter format. Format 1 has no `placement`; adapters without a format have no edges either."""
 INNER_REFUSED = {
     "bias": "SAN folds scales into the frozen biases; leave them frozen",
-    "layer_replication": "copied layers have one name in two places",
+    "layer_replication": "SAN does not support layers that share weights under several names",
     "target_parameters": "SAN adapts layers, not bare parameters",
-    "megatron_config": "Megatron's parallel layers are none that SAN can trace",
+    "megatron_config": "SAN cannot trace the parallel layers of Megatron",
 }
-"""Options of a host that do not go with SAN, with the reason."""
+"""Options of the host's config that SAN does not support, with the reason."""
 CARD = """
 ## Loading this adapter
 
-The adapter was trained with [SAN](https://arxiv.org/abs/2409.06706). Import `san_peft` before loading it, so that PEFT
-knows the method:
+This adapter was trained with [SAN](https://arxiv.org/abs/2409.06706). Import `san_peft` before you load it: the import
+registers the method with PEFT.
 
 ```python
 import san_peft
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "path/of/this/adapter")
+model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 ```
 """
 
 
 @dataclass
 class SanConfig(PeftConfig):
-    """Configuration of a SAN adapter: which layers carry a scale, and where the scales are propagated.
+    """Stores the configuration of a [`SanModel`]: which layers get a scale, and where the scales are propagated.
 
     Args:
-        target_modules: Layers that get a scale of their own. `None` takes every traced layer but the heads; a list is
-            matched at the end of module names; a string is a regular expression, or `"all-linear"`.
-        exclude_modules: Layers to leave out, as a list or a regular expression.
-        modules_to_save: Modules trained and saved as a whole, such as the task's head.
-        trainable_token_indices: Tokens whose rows of the embedding are trained and saved, as numbers, or as numbers by
-            the name of the embedding; as in `LoraConfig`.
-        target_parameters: Not supported: SAN scales the outputs of layers, and the experts that transformers keeps as
-            one parameter of three axes (Mixtral, Qwen3-MoE, gpt-oss) are no layers.
-        layers_to_transform: Numbers of the blocks to adapt; `None` is all.
-        layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
-        train_norms: Whether to train the affine parameters of all normalisation layers. They join `modules_to_save`.
-        shift: Whether a layer also learns a shift, which is never propagated.
-        propagation: A scheme (`"all"`, `"exact"`, `"feedforward"`, `"reference"`, `"none"`), a `PropagationGraph`, or
-            one as plain data or JSON text.
-        exponent: Exponent of a propagated scale. 0 switches propagation off; -1 undoes an exact edge's scale.
-        exponent_pattern: Exponents of the scales of single anterior layers, by their name or a regular expression that
-            its end matches, as `rank_pattern` of LoRA has it: `{"v_proj": 0.0}`.
-        bound: Largest distance of a propagated scale from one, reached smoothly; `None` is no bound.
-        detach: Whether gradients reach a scale through its own layer alone, not through the layers it is propagated to.
-        gate: Whether each posterior layer learns a vector, initially one, multiplied onto what is propagated to it.
-            This adds parameters; an ablation.
-        init_weights: `True` starts at the identity. `False` or `"random"` draws small random offsets, for tests.
-        inner: Configuration of the adapter that hosts SAN, such as `LoraConfig(r=8)`, or its dict. It sits on the same
-            layers; the scale is taken out of it, and no parameter is added.
-        decomposition: How the scale is taken out of the host: `"norm"`, the ratio of the norms of the adapted and the
-            frozen row, or `"projection"`, the least-squares scale of one on the other.
-        own_scale: Whether layers with a host get a scale of their own as well. Without a host they always do.
-        edges: The resolved edges, filled in when the adapter is injected, or in its first forward pass where no example
-            inputs can be derived, and saved with it: loading never traces.
-        placement: What the trace saw beside the edges, filled in and saved as they are: which norms are read by layers
-            alone (a scale may act in them), and whose outputs are overwritten in place. `None` is not known; every
-            scale then acts at the input of its posterior layer.
-        format: Version of the adapter's format.
+        target_modules: The names of the modules to apply the adapter to. A list matches modules whose name ends with
+            one of the names; a string is a regular expression that must match the full name, or `"all-linear"` for all
+            linear layers except the heads. `None` (the default) selects every traced layer except the heads.
+        exclude_modules: The names of the modules to leave out, as a list of name endings or a regular expression.
+        modules_to_save: Modules to train and save in full besides the adapter, such as a randomly initialised
+            classification head.
+        trainable_token_indices: Token indices whose embedding rows are trained and saved, as in `LoraConfig`. Pass a
+            list for the input embedding, or a dict from the embedding's name to a list.
+        target_parameters: Not supported. SAN scales the outputs of layers, and the experts that transformers stores as
+            one 3D parameter (Mixtral, Qwen3-MoE, gpt-oss) are not layers.
+        layers_to_transform: The indices of the transformer blocks to adapt. `None` adapts all blocks.
+        layers_pattern: The name of the module list that `layers_to_transform` indexes, if PEFT cannot infer it.
+        train_norms: Whether to also train the affine parameters of all normalisation layers. Adds them to
+            `modules_to_save`.
+        shift: Whether to learn a shift in addition to each scale. Shifts are not propagated.
+        propagation: Where scales are propagated: a scheme (`"all"`, `"exact"`, `"feedforward"`, `"reference"` or
+            `"none"`), or a `PropagationGraph`, also as a dict or a JSON string.
+        exponent: The exponent of propagated scales. 0 disables propagation, and -1 cancels the scale on exact edges.
+        exponent_pattern: Exponents for individual anterior layers that override `exponent`. Keys are layer names or
+            regular expressions, matched like `rank_pattern` of `LoraConfig`: `{"v_proj": 0.0}`.
+        bound: The maximum distance of a propagated scale from one; values are squashed smoothly. `None` applies no
+            bound.
+        detach: Whether to detach propagated scales, so that a scale receives gradients only through its own layer.
+        gate: Whether each posterior layer learns a vector, initialised to one, that is multiplied onto its propagated
+            scale. Adds parameters; meant for ablations.
+        init_weights: How to initialise the adapter. `True` starts at the identity, so that the model's output is
+            unchanged. `False` or `"random"` draws small random offsets, for tests.
+        inner: The config of the adapter that hosts SAN, such as `LoraConfig(r=8)`, or its dict. The host adapts the
+            same layers; its scale is derived from the host's weights, without adding parameters.
+        decomposition: How to derive the scale from the host. `"norm"` divides the norm of each adapted row by the norm
+            of the frozen row; `"projection"` is the least-squares fit of the adapted row by the frozen row.
+        own_scale: Whether layers with a host also get a trainable scale. Layers without a host always have one.
+        edges: The resolved edges. Filled in when the adapter is injected, or in the first forward pass if example
+            inputs cannot be derived. They are saved with the adapter, so loading does not trace the model.
+        placement: Where scales may be applied. Filled in and saved together with `edges`: the norms that are read only
+            by adapted layers, which can absorb a scale, and the layers whose outputs are modified in place. With
+            `None`, every scale is applied at the input of its posterior layer.
+        format: The version of the adapter format.
 
     Raises:
-        SanError: For an unknown scheme, a malformed graph, or a value out of its range.
+        SanError: If the scheme is unknown, the graph is malformed, or a value is out of range.
 
     Example:
         >>> SanConfig(target_modules=["query", "value"], propagation="exact").shift
@@ -96,49 +102,83 @@ class SanConfig(PeftConfig):
     """
 
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Layers that get a scale; None takes every traced layer but the heads."}
+        default=None,
+        metadata={
+            "help": (
+                "The names of the modules to apply the adapter to: a list of name endings, a regular expression, or "
+                "'all-linear'. None selects every traced layer except the heads."
+            )
+        },
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Layers to leave out, as a list of names or a regular expression."}
+        default=None,
+        metadata={"help": "The names of the modules to leave out, as a list of name endings or a regular expression."},
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved as a whole, such as the head."}
+        default=None,
+        metadata={"help": "Modules to train and save in full besides the adapter, such as a classification head."},
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose rows of the embedding are trained."}
+        default=None,
+        metadata={
+            "help": "Token indices to train, as a list or a dict from the embedding's name to a list; see LoraConfig."
+        },
     )
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: SAN adapts layers, not parameters."}
+    )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Numbers of the blocks to adapt."}
+        default=None, metadata={"help": "The indices of the transformer blocks to adapt; None adapts all blocks."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of blocks that layers_to_transform counts in."}
+        default=None, metadata={"help": "The name of the module list that layers_to_transform indexes."}
     )
-    train_norms: bool = field(default=False, metadata={"help": "Train all normalisation layers."})
-    shift: bool = field(default=False, metadata={"help": "Learn a shift beside each scale."})
-    propagation: Any = field(default="all", metadata={"help": "A scheme, a PropagationGraph, plain data or JSON."})
-    exponent: float = field(default=1.0, metadata={"help": "Exponent of a propagated scale."})
+    train_norms: bool = field(
+        default=False, metadata={"help": "Whether to train the affine parameters of all normalisation layers."}
+    )
+    shift: bool = field(default=False, metadata={"help": "Whether to learn a shift in addition to each scale."})
+    propagation: Any = field(
+        default="all",
+        metadata={
+            "help": (
+                "Where scales are propagated: 'all', 'exact', 'feedforward', 'reference', 'none', or a "
+                "PropagationGraph, also as a dict or a JSON string."
+            )
+        },
+    )
+    exponent: float = field(
+        default=1.0, metadata={"help": "The exponent of propagated scales; 0 disables propagation."}
+    )
     exponent_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Exponents of the scales of single anterior layers."}
+        default_factory=dict,
+        metadata={"help": "A mapping from layer names or regular expressions to exponents that override `exponent`."},
     )
-    bound: float | None = field(default=None, metadata={"help": "Largest distance of a propagated scale from one."})
-    detach: bool = field(default=False, metadata={"help": "Stop gradients through propagated scales."})
-    gate: bool = field(default=False, metadata={"help": "Learn a vector multiplied onto each propagated scale."})
+    bound: float | None = field(
+        default=None, metadata={"help": "The maximum distance of a propagated scale from one; None applies no bound."}
+    )
+    detach: bool = field(default=False, metadata={"help": "Whether to stop gradients through propagated scales."})
+    gate: bool = field(
+        default=False, metadata={"help": "Whether to learn a gate for each propagated scale; meant for ablations."}
+    )
     init_weights: bool | Literal["random"] = field(
-        default=True, metadata={"help": "Start at the identity; False draws small random offsets."}
+        default=True,
+        metadata={"help": "Whether to start at the identity; False or 'random' draws small random offsets, for tests."},
     )
-    inner: Any = field(default=None, metadata={"help": "Configuration of the adapter that hosts SAN, or its dict."})
+    inner: Any = field(
+        default=None,
+        metadata={"help": "The config of the adapter that hosts SAN, such as LoraConfig(r=8), or its dict."},
+    )
     decomposition: Literal["norm", "projection"] = field(
-        default="norm", metadata={"help": "How the scale is taken out of the host."}
+        default="norm", metadata={"help": "How to derive the scale from the host: 'norm' or 'projection'."}
     )
-    own_scale: bool = field(default=False, metadata={"help": "A scale of its own on a layer with a host."})
+    own_scale: bool = field(default=False, metadata={"help": "Whether layers with a host also get a trainable scale."})
     edges: list[dict] | None = field(
         default=None, metadata={"help": "The resolved edges; filled in when the adapter is injected."}
     )
     placement: dict | None = field(
-        default=None, metadata={"help": "What the trace saw beside the edges; filled in when the adapter is injected."}
+        default=None, metadata={"help": "Where scales may be applied; filled in together with the edges."}
     )
-    format: int = field(default=FORMAT, metadata={"help": "Version of the adapter's format."})
+    format: int = field(default=FORMAT, metadata={"help": "The version of the adapter format."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,18 +188,18 @@ class SanConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
         if self.format > FORMAT:
             raise AdapterError(
-                f"The adapter has format {self.format}, this version reads up to {FORMAT}. Upgrade san-peft."
+                f"The adapter has format {self.format}, but this version supports up to {FORMAT}. Upgrade san-peft."
             )
         if not isinstance(self.init_weights, bool) and self.init_weights != "random":
-            raise SanError(f"init_weights is True, False or 'random', got {self.init_weights!r}.")
+            raise SanError(f"init_weights must be True, False or 'random', got {self.init_weights!r}.")
         if self.target_parameters:
             raise SanError(
-                f"target_parameters={self.target_parameters!r}: SAN scales the outputs of layers, and a bare "
-                "parameter, such as the experts of Mixtral, Qwen3-MoE or gpt-oss, has none of its own. Leave it out; "
-                "the dense layers of the same model can be adapted."
+                f"target_parameters={self.target_parameters!r} is not supported: SAN scales the outputs of layers, and "
+                "a parameter such as the experts of Mixtral, Qwen3-MoE or gpt-oss has no output of its own. Leave it "
+                "out and adapt the dense layers of the model."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise SanError("layers_pattern says where to count blocks; give layers_to_transform as well.")
+            raise SanError("layers_pattern requires layers_to_transform; set both or neither.")
         for name, value in {"exponent": self.exponent, **self.exponent_pattern}.items():
             where = name if name == "exponent" else f"exponent_pattern[{name!r}]"
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -177,36 +217,36 @@ class SanConfig(PeftConfig):
             _check_placement(self.placement)
 
     def exponent_of(self, anterior: str) -> float:
-        """Returns the exponent of what is propagated from a layer."""
+        """Returns the exponent of the scale that is propagated from a layer."""
         return self.exponent_pattern.get(get_pattern_key(list(self.exponent_pattern), anterior), self.exponent)
 
     def inner_config(self) -> PeftConfig:
-        """Returns the host's configuration, without targets: they are those of this one.
+        """Returns the host's config without `target_modules`, since it adapts the targets of this config.
 
         Raises:
-            SanError: If there is no host.
+            SanError: If the adapter has no host.
         """
         if self.inner is None:
-            raise SanError("This adapter has no host: its scales are its own.")
+            raise SanError("This adapter has no host: SanConfig(inner=...) was not set.")
         return host_config(dict(self.inner))
 
     def _take_inner(self) -> None:
-        """Checks the host's configuration, and takes over what it says on targets and saved modules."""
+        """Validates the host's config and adopts its targets and saved modules."""
         inner = host_config(copy.deepcopy(self.inner))
         kind_of(inner, self.decomposition)
         if self.shift and not self.own_scale:
-            raise SanError("shift belongs to a scale of its own; set own_scale=True, or leave the shift to the host.")
+            raise SanError("shift requires a trainable scale; set own_scale=True, or shift=False.")
         for name, reason in INNER_REFUSED.items():
             if getattr(inner, name, None) not in (None, "none", [], {}, False):
                 raise SanError(f"inner sets {name}={getattr(inner, name)!r}: {reason}.")
         ranks = {"r": getattr(inner, "r", None), **(getattr(inner, "rank_pattern", None) or {})}
         for name, rank in ranks.items() if inner.peft_type != "OFT" else ():
             if rank is not None and rank < 1:
-                raise SanError(f"inner has rank {rank} ({name}); it must be at least 1.")
+                raise SanError(f"inner has rank {rank} ({name}); the rank must be at least 1.")
         if moves_weight(inner) and self.decomposition == "projection":
             raise SanError(
-                f"init_lora_weights={inner.init_lora_weights!r} moves a part of the frozen weight into the adapter, "  # type: ignore[attr-defined]
-                "so the projection on what remains says nothing. Use decomposition='norm'."
+                f"init_lora_weights={inner.init_lora_weights!r} moves part of the frozen weight into the adapter, so "  # type: ignore[attr-defined]
+                "decomposition='projection' is undefined. Use decomposition='norm'."
             )
         for name in (
             "target_modules",
@@ -220,8 +260,8 @@ class SanConfig(PeftConfig):
             theirs = set(theirs) if isinstance(theirs, list | tuple) and "modules" in name else theirs
             if theirs is not None and ours is not None and _as_set(theirs) != _as_set(ours):
                 raise SanError(
-                    f"SAN and its host disagree on {name}: {_shown(ours)} here, {_shown(theirs)} in inner. SAN sits on "
-                    "the layers of its host; say it once."
+                    f"SAN and its host disagree on {name}: {_shown(ours)} here, {_shown(theirs)} in inner. SAN adapts "
+                    "the layers of its host; set it in one place only."
                 )
             if ours is None and theirs is not None:
                 setattr(self, name, sorted(theirs) if name == "modules_to_save" else theirs)
@@ -229,29 +269,29 @@ class SanConfig(PeftConfig):
                 setattr(inner, name, None)
         self.task_type = self.task_type or inner.task_type
         if hasattr(inner, "save_projection"):
-            inner.save_projection = False  # type: ignore[attr-defined]  # drawn again from its seed, not saved per layer
+            inner.save_projection = False  # type: ignore[attr-defined]  # regenerated from its seed when loading
         plain = json.loads(json.dumps(inner.to_dict(), default=_jsonable))
         for name in ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"):
             plain.pop(name, None)
         self.inner = plain
 
     def resolved_edges(self) -> tuple[Edge, ...]:
-        """Returns the edges in use; empty before injection.
+        """Returns the resolved edges; empty before injection.
 
         Raises:
             GraphError: If a stored edge is malformed.
         """
         if not isinstance(self.edges or [], list):
-            raise GraphError(f"edges is a list of edges, got {type(self.edges).__name__}.")
+            raise GraphError(f"edges must be a list of edges, got {type(self.edges).__name__}.")
         return PropagationGraph(tuple(Edge.from_json(edge) for edge in self.edges or [])).edges
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Loads as PEFT does; of a local folder the tensors are checked too, before a model is touched.
+        """Loads the config as PEFT does, and validates the checkpoint next to it if the folder is local.
 
         Raises:
-            AdapterError: If the adapter's file is truncated, lacks a scale, or holds one that is not finite or has a
-                length that does not fit its edges.
+            AdapterError: If the checkpoint is damaged or lacks a scale, or if a scale is not finite or does not have
+                the length that its edges need.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -260,11 +300,11 @@ class SanConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves as PEFT does, and tells the model card beside it that loading needs `import san_peft`."""
+        """Saves the config as PEFT does, and adds loading instructions to the model card next to it."""
         if self.edges is None and self.propagation != "none":
             warnings.warn(
-                "The adapter is saved before its first forward pass, in which its edges are traced: whoever loads it "
-                "traces them anew.",
+                "The adapter is saved before its first forward pass, so its edges have not been traced yet. They will "
+                "be traced after loading.",
                 stacklevel=3,
             )
         super().save_pretrained(str(save_directory), **kwargs)
@@ -278,12 +318,12 @@ class SanConfig(PeftConfig):
 
 
 def _check_placement(value: Any) -> None:
-    """Raises `GraphError` where a saved placement is malformed."""
+    """Raises `GraphError` if a saved placement is malformed."""
     norms, overwritten = (value.get(key) if isinstance(value, dict) else None for key in ("norms", "overwritten"))
     names = [overwritten, *(norms.values() if isinstance(norms, dict) else [None])]
     if not all(isinstance(one, list) and all(isinstance(name, str) for name in one) for one in names):
         raise GraphError(
-            f"placement holds norms, with their readers, and overwritten, a list of layers; got {value!r:.200}."
+            f"placement must have 'norms', a dict of lists, and 'overwritten', a list; got {value!r:.200}."
         )
 
 
@@ -298,11 +338,11 @@ def _shown(value: Any) -> Any:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
-    raise SanError(f"inner holds a {type(value).__name__}, which cannot be saved with the adapter.")
+    raise SanError(f"inner contains a {type(value).__name__}, which cannot be serialised to JSON.")
 
 
 def _check_file(file: Path, config: SanConfig) -> None:
-    """Raises `AdapterError` where the tensors of an adapter's file do not fit its configuration."""
+    """Raises `AdapterError` if the tensors of a checkpoint do not match its config."""
     lengths = {edge.anterior: edge.channels.source_size for edge in config.resolved_edges()}
     own = config.inner is None or config.own_scale
     prefix = None if config.inner is None else PEFT_TYPE_TO_PREFIX_MAPPING[config.inner["peft_type"]]
@@ -327,18 +367,18 @@ def _check_file(file: Path, config: SanConfig) -> None:
         raise AdapterError(f"{file} is damaged ({error}). Download or save the adapter again.") from error
     for fqn, length in lengths.items():
         if own and fqn not in found:
-            raise AdapterError(f"{file} has no scale for {fqn}, which the adapter's configuration propagates.")
+            raise AdapterError(f"{file} has no scale for {fqn}, which the adapter's config propagates.")
         if own and found[fqn] != length:
-            raise AdapterError(f"{file}: the scale of {fqn} has {found[fqn]} entries, its edges need {length}.")
+            raise AdapterError(f"{file}: the scale of {fqn} has {found[fqn]} entries, but its edges need {length}.")
         if prefix is not None and fqn not in hosts:
             raise AdapterError(
-                f"{file} has no tensors {prefix}* for {fqn}, which hosts SAN by the adapter's "
-                "configuration. Was it saved over another host?"
+                f"{file} has no tensors {prefix}* for {fqn}, which hosts SAN according to the adapter's "
+                "config. Was the adapter saved with another host?"
             )
 
 
 def _propagation(value: Any) -> str | dict[str, Any]:
-    """Returns a scheme's name, or a graph as plain data that JSON and `dataclasses.asdict` leave alone."""
+    """Returns the name of a scheme, or a graph as a JSON-serialisable dict."""
     if isinstance(value, PropagationGraph):
         return value.to_dict()
     if isinstance(value, str) and not value.lstrip().startswith("{"):
@@ -346,9 +386,11 @@ def _propagation(value: Any) -> str | dict[str, Any]:
             close = difflib.get_close_matches(value, SCHEMES, n=1)
             raise SanError(
                 f"Unknown propagation scheme {value!r}.{f' Did you mean {close[0]!r}?' if close else ''} "
-                f"Choose from {', '.join(SCHEMES)}, or give a PropagationGraph."
+                f"Choose from {', '.join(SCHEMES)}, or pass a PropagationGraph."
             )
         return value
     if isinstance(value, str | dict):
         return json.loads(PropagationGraph.from_json(value).to_json())
-    raise SanError(f"propagation is a scheme, a PropagationGraph, or one as JSON; got {type(value).__name__}.")
+    raise SanError(
+        f"propagation must be a scheme, a PropagationGraph, a dict or a JSON string; got {type(value).__name__}."
+    )

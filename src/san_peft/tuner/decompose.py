@@ -1,4 +1,4 @@
-"""What can host SAN, in one table, and how a scale comes out of each: LoRA, DoRA, (IA)3 and others of PEFT's tuners."""
+"""Table of supported hosts (LoRA, DoRA, (IA)3 and other PEFT methods), and how a scale is derived from each."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from san_peft.tuner.quantized import dense_weight, is_quantized, row_matrix, unp
 from san_peft.tuner.sharded import is_sharded, onloaded, whole, whole_product
 
 MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that put a part of the frozen weight into the adapter."""
+"""Initialisations that move part of the frozen weight into the adapter."""
 REFUSED = {
-    "LN_TUNING": "it trains norms and no dense layer; set train_norms=True in place of it",
-    "TRAINABLE_TOKENS": "it trains rows of the embedding, no layer that propagates",
-    "ADALORA": "it changes its ranks while it trains, on a schedule that the training loop must drive",
-    "MIXED": "it is several tuners in one; name one of them",
+    "LN_TUNING": "it trains norms and no dense layer; set train_norms=True instead",
+    "TRAINABLE_TOKENS": "it trains embedding rows; set trainable_token_indices instead",
+    "ADALORA": "it changes its ranks during training, on a schedule that the training loop must drive",
+    "MIXED": "it combines several tuners; use one of them",
 }
+"""PEFT types that cannot host SAN, with the reason."""
 
 
 class RowNorms:
-    """Row norms of a frozen weight: constants, made when the adapter is put on and made anew for another weight.
+    """Computes and caches the row norms of a frozen weight; recomputes them if the weight changes.
 
     Args:
         host: The layer that hosts SAN.
-        like_dora: Whether to round as PEFT's DoRA does, so that its magnitude over these starts at exactly one.
+        like_dora: Whether to round as PEFT's DoRA does, so that magnitude over norm starts at exactly one.
     """
 
     def __init__(self, host: BaseTunerLayer, like_dora: bool = False) -> None:
         self.host, self.like_dora = host, like_dora
-        # by whether the weight was sharded, since FSDP2 switches back and forth
+        # keyed by whether the weight is sharded, since FSDP2 alternates between both
         self._made: dict[bool, tuple[Any, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Returns the norms, in float32 at least, on the device of the weight; the same tensor while it is the same."""
+        """Returns the norms in at least float32, as the same tensor until the weight changes."""
         base: Any = self.host.get_base_layer()
-        if torch.compiler.is_compiling():  # compiled code has no say in when it would be stale
+        if torch.compiler.is_compiling():  # compiled code could not detect a stale cache
             return row_norms(base, self.like_dora)
         weight, sharded = base.weight, is_sharded(base.weight)
         address = 0 if sharded or is_quantized(base) else weight.data_ptr()
@@ -62,7 +63,7 @@ class RowNorms:
 
 @torch.no_grad()
 def row_norms(base: Any, like_dora: bool = False) -> Tensor:
-    """Returns the norms of the rows of a frozen layer's weight, in float32 at least."""
+    """Computes the row norms of a frozen layer's weight in at least float32."""
     weight = dense_weight(base)
     wide = torch.promote_types(weight.dtype, torch.float32)
     rows = weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
@@ -74,7 +75,7 @@ def row_norms(base: Any, like_dora: bool = False) -> Tensor:
 
 
 def reference_norms(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Returns row norms from before an initialisation moves a part of the weight into the adapter."""
+    """Computes the row norms before an initialisation moves part of the weight into the adapter."""
     found = {}
     for name, layer in layers.items():
         base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
@@ -84,28 +85,28 @@ def reference_norms(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 class HostScale(nn.Module):
-    """The scale of one adapter of a host layer, as something to call; it has no parameter of its own.
+    """Computes the scale of one adapter of a host layer; has no parameters of its own.
 
-    A forward pass of the whole model does not call it: `Scales` computes the scales of all layers together. While the
-    host is merged it is the scale from before.
+    A forward pass of the full model does not call it, since `Scales` computes the scales of all layers together. While
+    the host is merged, it returns the scale from before merging.
     """
 
     reference: Tensor | None
 
     def __init__(self, host: BaseTunerLayer, adapter_name: str, decomposition: str, norms: RowNorms) -> None:
         super().__init__()
-        self._host = (host,)  # a tuple, so that the host is no child of two modules
+        self._host = (host,)  # a tuple, so that the host is not registered as a submodule twice
         self.adapter_name, self.decomposition, self.norms = adapter_name, decomposition, norms
         self.register_buffer("reference", None, persistent=False)
         self.frozen: Tensor | None = None
 
     @property
     def host(self) -> Any:
-        """PEFT's layer."""
+        """Returns PEFT's layer."""
         return self._host[0]
 
     def forward(self) -> Float32[Tensor, " out"]:
-        """Returns the scale, in float32 at least."""
+        """Returns the scale in at least float32."""
         if self.frozen is not None:
             return self.frozen
         host = self.host
@@ -113,12 +114,12 @@ class HostScale(nn.Module):
         if not weight.is_meta:
             return self._scale(host)
         with onloaded(host, weight):
-            if host.get_base_layer().weight.is_meta:  # what has no values gives a scale without values
+            if host.get_base_layer().weight.is_meta:  # a meta tensor gives a meta scale
                 return torch.empty(weight.shape[isinstance(host.get_base_layer(), Conv1D)], device="meta")
             return self._scale(host)
 
     def _scale(self, host: Any) -> Tensor:
-        # the parameters' own type decides: under autocast the products would round
+        # autocast would round the products
         with torch.autocast(host.get_base_layer().weight.device.type, enabled=False):
             return _kind(host).scale(host, self)
 
@@ -128,15 +129,15 @@ class HostScale(nn.Module):
         if self.frozen is not None:
             self.frozen = self.frozen.to(fn(self.frozen).device)
         if kept is not None and self.reference is not None and self.reference.dtype != kept.dtype:
-            self.reference = kept.to(self.reference.device)  # follows to a device, but is never rounded
+            self.reference = kept.to(self.reference.device)  # moves to another device, but keeps its dtype
         return self
 
     def extra_repr(self) -> str:
-        """Returns the kind of host and the decomposition for `print`."""
+        """Returns the type of the host and the decomposition for `print`."""
         return f"{_kind(self.host).name}, {self.decomposition}"
 
 
-# ---------------------------------------------------------------------- what each host gives
+# ---------------------------------------------------------------------- the scale of each host
 
 
 def _fits(base: Any) -> str | None:
@@ -145,19 +146,19 @@ def _fits(base: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of host.
+    """Describes a type of host.
 
     Attributes:
-        name: Its name in PEFT.
-        scale: How the scale comes out of one of its layers.
-        layers: Which frozen layers it takes.
-        decompositions: Which decompositions make sense.
-        forms_delta: Whether the scale costs the whole delta weight in every step, O(out * in * in) for rotations; the
-            others cost O(out * in * r) or nothing.
-        variants: Fields of its configuration that change its forward pass and are right under SAN. Fields that PEFT
-            marks as a variant (`is_lora_variant`) and that do not stand here are refused.
-        refused: Reasons for variants that are known not to be right.
-        unfit: Says of a frozen layer of these why the host cannot take it, or `None`.
+        name: The PEFT type.
+        scale: Computes the scale of one of its layers.
+        layers: The layer types that it adapts.
+        decompositions: The supported decompositions.
+        forms_delta: Whether the scale needs the full delta weight in every step, which costs O(out * in * in) for
+            rotations. Other hosts cost O(out * in * r) or nothing.
+        variants: Config fields that change the forward pass and are supported by SAN. Other fields that PEFT marks as a
+            variant (`is_lora_variant`) are refused.
+        refused: Variants that are known not to work, with the reason.
+        unfit: Returns why the host cannot adapt a layer of these types, or `None` if it can.
     """
 
     name: str
@@ -205,21 +206,21 @@ def _delta(host: Any, scale: HostScale) -> Tensor:
 
 
 def _rotation(host: Any, scale: HostScale) -> Tensor:
-    """Of a host that multiplies the frozen weight with an orthogonal matrix from the side of its input."""
+    """Computes the scale of a host that multiplies the frozen weight by an orthogonal matrix on its input side."""
     _check_whole(host)
     rows = row_matrix(host.get_base_layer())
     rotation = host.get_delta_weight(scale.adapter_name)
     wide = torch.promote_types(rotation.dtype, torch.float32)
     rows = rows.to(wide)
-    # OFT writes the transpose of its matrix into the weight, HRA the matrix itself: the projection is the same
+    # OFT applies the transpose of its matrix, HRA the matrix itself: the projection is the same
     return dense_scale(rows @ rotation.to(wide) - rows, rows, scale.decomposition)
 
 
 def _check_whole(host: Any) -> None:
     if any(is_sharded(parameter) for parameter in host.parameters()):
         raise SanError(
-            f"The scale of {_kind(host).name} comes out of its whole delta weight, which cannot be formed from "
-            "parameters in shards. Under FSDP2 use LoRA, DoRA, (IA)3 or VeRA as the host, or propagation='none'."
+            f"The scale of a {_kind(host).name} host needs its full delta weight, which cannot be computed from "
+            "sharded parameters. With FSDP2 use LoRA, DoRA, (IA)3 or VeRA as the host, or propagation='none'."
         )
 
 
@@ -229,21 +230,21 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _mixing_groups(base: Any) -> str | None:
     groups = getattr(base, "groups", 1)
     if isinstance(base, nn.Conv3d) and base.kernel_size[:2] == (1, 1):
-        return f"of size {base.kernel_size}, which PEFT takes for one of two dimensions and cannot merge"
+        return f"with kernel_size {base.kernel_size}, which PEFT treats as two-dimensional and cannot merge"
     if groups > 1:
-        return f"in {groups} groups, across which LoRA mixes channels: PEFT cannot merge that"
+        return f"in {groups} groups: LoRA mixes channels across groups, which PEFT cannot merge"
     if any(step != 1 for step in getattr(base, "dilation", ())):
-        return f"with dilation {base.dilation}, which LoRA's matrices lack"
+        return f"with dilation {base.dilation}, which PEFT's LoRA ignores"
     if getattr(base, "padding_mode", "zeros") != "zeros":
-        return f"that pads by {base.padding_mode!r}, where LoRA's matrices pad zeros"
+        return f"with padding_mode {base.padding_mode!r}, which PEFT's LoRA ignores"
     if _pads_by_itself(base):
-        return "that pads in a way of its own, which LoRA's matrices do not follow"
+        return "with custom padding, which PEFT's LoRA ignores"
     return None
 
 
 @torch.no_grad()
 def _pads_by_itself(base: Any) -> bool:
-    """Whether the output of a convolution has other sizes than its attributes say, as timm's `Conv2dSame`'s has."""
+    """Returns whether a convolution pads in its forward pass, as timm's `Conv2dSame` does."""
     if not isinstance(base, CONVOLUTIONS) or any(type(base).forward is kind.forward for kind in CONVOLUTIONS):
         return False
     axes = len(base.kernel_size)
@@ -258,7 +259,7 @@ def _pads_by_itself(base: Any) -> bool:
 
 def _overlapping(base: Any) -> str | None:
     if max(getattr(base, "kernel_size", (1,))) > 1:
-        return f"of size {base.kernel_size}, where PEFT's OFT sums overlapping patches of its input"
+        return f"with kernel_size {base.kernel_size}, for which PEFT's OFT sums overlapping patches"
     return None
 
 
@@ -271,12 +272,12 @@ KINDS = {
             (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D),
             variants=("use_dora", "velora_config"),
             refused={
-                "kasa_config": "KaSA multiplies a diagonal between A and B, which the scale does not see",
-                "alora_invocation_tokens": "activated LoRA acts on some tokens, and a scale would act on all",
-                "use_bdlora": "BD-LoRA keeps its matrices in blocks, which the scale does not see",
-                "use_qalora": "QA-LoRA pools the input of A, which the scale does not see",
-                "arrow_config": "Arrow routes every token to adapters of its own, and a scale would act on all",
-                "monteclora_config": "MonteCLoRA draws its matrices anew in every forward pass",
+                "kasa_config": "KaSA has a diagonal matrix between A and B, which SAN does not support",
+                "alora_invocation_tokens": "activated LoRA adapts only some tokens, but a scale applies to all",
+                "use_bdlora": "BD-LoRA has block-diagonal matrices, which SAN does not support",
+                "use_qalora": "QA-LoRA pools the input of A, which SAN does not support",
+                "arrow_config": "Arrow routes each token to its own adapters, but a scale applies to all tokens",
+                "monteclora_config": "MonteCLoRA samples its matrices in every forward pass",
             },
             unfit=_mixing_groups,
         ),
@@ -289,28 +290,28 @@ KINDS = {
         Kind("HRA", _rotation, (nn.Linear, nn.Conv2d), ("projection",), forms_delta=True),
     )
 }
-"""The hosts, by PEFT's name of their type."""
+"""Supported hosts by PEFT type."""
 
 
 def _check_variants(kind: Kind, config: Any) -> None:
-    """Raises `AdapterError` where a configuration asks for a variant that is not right under SAN."""
+    """Raises `AdapterError` if a config uses a variant that SAN does not support."""
     marked = {f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")} | kind.refused.keys()
     for name in sorted(marked - set(kind.variants)):
         if getattr(config, name, None) not in (None, False):
-            reason = kind.refused.get(name, "SAN does not know this variant, so its scale might be wrong")
+            reason = kind.refused.get(name, "SAN does not support this variant")
             raise AdapterError(
                 f"{kind.name} with {name}={getattr(config, name)!r} cannot host SAN: {reason}. Leave {name} out; "
-                f"variants that can are {', '.join(kind.variants)}."
+                f"supported variants are {', '.join(kind.variants)}."
             )
 
 
 def type_of(host: BaseTunerLayer) -> str:
-    """Returns PEFT's name of a tuner layer's type, such as LORA."""
+    """Returns the PEFT type of a tuner layer, such as LORA."""
     return type(host).__module__.split(".")[-2].upper()
 
 
 def has_adapter(host: Any, adapter_name: str) -> bool:
-    """Whether a tuner layer holds tensors of an adapter; `None` holds none."""
+    """Returns whether a tuner layer has tensors of an adapter; `False` for `None`."""
     return host is not None and any(adapter_name in getattr(host, bank) for bank in host.adapter_layer_names)
 
 
@@ -319,30 +320,30 @@ def _kind(host: BaseTunerLayer) -> Kind:
 
 
 def kind_of(config: PeftConfig, decomposition: str) -> Kind:
-    """Returns the kind of a host's configuration.
+    """Returns the entry of `KINDS` for a host's config.
 
     Raises:
-        AdapterError: If SAN cannot take a scale out of that kind, or not by that decomposition, with the reason.
+        AdapterError: If the host, its variant or the decomposition is not supported.
     """
     name = str(getattr(config.peft_type, "value", config.peft_type))
     if name not in KINDS:
         if config.is_prompt_learning or config.is_adaption_prompt:
-            reason = "it adds tokens or attention, and scales no layer"
+            reason = "it adds tokens or attention and adapts no layer"
         else:
-            reason = REFUSED.get(name, "SAN does not know how to take a scale per channel out of it")
-        raise AdapterError(f"{name} cannot host SAN: {reason}. Hosts are {', '.join(KINDS)}.")
+            reason = REFUSED.get(name, "SAN cannot derive a scale per channel from it")
+        raise AdapterError(f"{name} cannot host SAN: {reason}. Supported hosts are {', '.join(KINDS)}.")
     kind = KINDS[name]
     _check_variants(kind, config)
     if decomposition not in kind.decompositions:
         raise AdapterError(
-            f"{name} rotates the frozen weight and leaves the norm of its rows as it is, so decomposition="
-            f"{decomposition!r} would give the scale one everywhere. Use decomposition={kind.decompositions[0]!r}."
+            f"{name} rotates the frozen weight and preserves the norms of its rows, so decomposition={decomposition!r} "
+            f"would always give a scale of one. Use decomposition={kind.decompositions[0]!r}."
         )
     return kind
 
 
 def unfit(peft_type: str, base: Any) -> str | None:
-    """Says what a frozen layer is and why a host cannot take it, or returns `None` where it can."""
+    """Returns why a host cannot adapt a frozen layer, starting with the layer's type, or `None` if it can."""
     kind = KINDS[peft_type]
     if not isinstance(base, kind.layers):
         taken = ", ".join(layer.__name__ for layer in kind.layers)
@@ -352,13 +353,13 @@ def unfit(peft_type: str, base: Any) -> str | None:
 
 
 def moves_weight(config: Any) -> bool:
-    """Whether a host's initialisation puts a part of the frozen weight into the adapter."""
+    """Returns whether a host's initialisation moves part of the frozen weight into the adapter."""
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.lower().startswith(MOVES_WEIGHT)
 
 
 def is_feedforward(config: Any, fqn: str) -> bool:
-    """Whether (IA)3 scales a layer's input in place of its output: then there is no scale to propagate from it."""
+    """Returns whether (IA)3 scales the input of a layer instead of its output, so that it has no scale to propagate."""
     targets = getattr(config, "feedforward_modules", None) or ()
     if isinstance(targets, str):
         return re.fullmatch(targets, fqn) is not None
@@ -366,28 +367,28 @@ def is_feedforward(config: Any, fqn: str) -> bool:
 
 
 def host_config(value: PeftConfig | dict[str, Any]) -> PeftConfig:
-    """Returns a host's configuration from one, or from its dict.
+    """Returns the config of a host, given the config or its dict.
 
     Raises:
-        SanError: If it is neither, or its type is unknown.
+        SanError: If the value is neither, or its PEFT type is unknown.
     """
     if isinstance(value, PeftConfig):
         return value
     if not isinstance(value, dict):
-        raise SanError(f"inner is a configuration of PEFT, such as LoraConfig(r=8), or its dict; got {value!r}.")
+        raise SanError(f"inner must be a PEFT config such as LoraConfig(r=8), or its dict; got {value!r}.")
     name = value.get("peft_type")
     if name is None or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise SanError(f"inner has peft_type {name!r}, which this PEFT does not know. Hosts are {', '.join(KINDS)}.")
+        raise SanError(f"inner has unknown peft_type {name!r}. Supported hosts are {', '.join(KINDS)}.")
     return PeftConfig.from_peft_type(**value)
 
 
 def over_norm(magnitude: Tensor, norm: Tensor, floor: Tensor | None = None) -> Tensor:
-    """DoRA's magnitude over row norm; for nearly dead rows one plus what it has gained over the floor.
+    """Divides DoRA's magnitudes by row norms; for rows near zero, returns one plus the change relative to a floor.
 
     Args:
-        magnitude: Magnitudes.
-        norm: Norms of the rows of the frozen weight.
-        floor: `floored` of them, layer by layer; `None` is one layer.
+        magnitude: The magnitudes.
+        norm: The row norms of the frozen weight.
+        floor: The `floored` norms, computed per layer; `None` if the norms are those of one layer.
     """
     wide = torch.promote_types(magnitude.dtype, torch.float32)
     magnitude, norm = magnitude.flatten().to(wide), norm.to(wide)

@@ -1,4 +1,4 @@
-"""What a pass computes: the vectors of all layers, each kind in a handful of operations, and their parts."""
+"""Computes the vectors of all layers for a pass in a few operations, and splits them by layer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from san_peft.tuner.sharded import is_sharded, whole
 
 
 class Vectors(NamedTuple):
-    """What one layer applies in a pass.
+    """Holds the vectors that one layer applies in a pass.
 
     Attributes:
-        scale: Factor of the output: the layer's own scale, and what is propagated to the posterior but acts here.
-        shift: What is added to the output.
+        scale: Factor of the output: the layer's own scale, times a propagated scale if it is applied at this output.
+        shift: Added to the output.
         input_scale: Factor of the input.
-        magnitude: Factor of the output of a DoRA layer that is computed in one pass: its magnitude over the norms of
-            the adapted rows, times what is propagated but acts here.
-        placed: The part of `magnitude` that is propagated; `None` is one.
-        offset: What is added then, so that the frozen bias is not multiplied with the magnitude.
-        lora: The matrices A and B of the host, in the dtype of the products, where that is not their own.
-        group: Number of the layers that read the same scaled input, where there are several.
+        magnitude: Factor of the output of a DoRA host: its magnitude over the norms of the adapted rows, times a
+            propagated scale if it is applied at this output.
+        placed: The propagated part of `magnitude`; `None` stands for one.
+        offset: Added after `magnitude`, so that the frozen bias is not multiplied by it.
+        lora: The matrices A and B of the host, cast to the compute dtype; `None` if no cast is needed.
+        group: Index of the group of layers that share the same scaled input; `None` if there is no such group.
     """
 
     scale: Factor | None = None
@@ -44,10 +44,11 @@ class Vectors(NamedTuple):
 
 
 NOTHING = Vectors()
+"""The vectors of a layer on which no adapter has an effect."""
 
 
 class Whole(NamedTuple):
-    """The vectors of one adapter in a pass, each that of all layers that have such a one, in its order."""
+    """Holds the vectors of one adapter in a pass, each concatenated over all layers that have it."""
 
     own: Tensor | None = None
     alone: Tensor | None = None
@@ -63,8 +64,8 @@ def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
     """Computes all vectors of an adapter.
 
     Args:
-        layout: Where they stand.
-        dtype: The dtype in which the frozen layers multiply.
+        layout: The positions of the layers in the vectors.
+        dtype: The compute dtype of the frozen layers.
     """
     name = layout.name
     own = _joined([layer.san_scale[name].weight for layer in (*layout.own, *layout.both)], 1.0)
@@ -114,7 +115,7 @@ def fill(layout: ScaleLayout, dtype: torch.dtype) -> Whole:
 
 
 def _sources(layout: ScaleLayout, own: Tensor | None, magnitude: Tensor | None) -> Tensor | None:
-    """The scales of all layers that something reads, in the order of `offset`, or `None` if nothing does."""
+    """Computes the scales of all anterior layers in the order of `offset`; `None` if nothing is propagated."""
     name, parts = layout.name, []
     if not layout.index and layout.outputs is None:
         return None
@@ -139,7 +140,7 @@ def _sources(layout: ScaleLayout, own: Tensor | None, magnitude: Tensor | None) 
 
 
 def _carried(layout: ScaleLayout, sources: Tensor) -> Tensor:
-    """What the edges make of the scales of their anteriors."""
+    """Applies exponent and bound of the edges to the scales of the anterior layers."""
     edge = layout.edge
     sources = sources.detach() if edge.detach else sources
     if not layout.exponents:
@@ -150,7 +151,7 @@ def _carried(layout: ScaleLayout, sources: Tensor) -> Tensor:
 
 
 def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
-    """The scales of LoRA hosts of one shape."""
+    """Computes the scales of LoRA hosts with the same shape."""
     name = layout.name
     scales = [layer.san_host[name] for layer in group]
     references = [scale.reference for scale in scales]
@@ -172,7 +173,7 @@ def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
 
 @torch.no_grad()
 def _adapted_norms(layout: ScaleLayout) -> Tensor:
-    """Row norms of the weights of all DoRA hosts with their adapters; DoRA takes no gradient through them."""
+    """Computes the row norms of adapted weights of all DoRA hosts, without gradients as in DoRA."""
     name = layout.name
     groups: dict[Any, list[Any]] = {}
     for layer in layout.dora:
@@ -194,7 +195,7 @@ def _adapted_norms(layout: ScaleLayout) -> Tensor:
 
 
 def _gated(layout: ScaleLayout, inputs: Tensor) -> Tensor:
-    """Multiplies the gates of an adapter, an ablation, onto the channels that are fed."""
+    """Multiplies input scales by the gates of an adapter (an ablation), on channels that receive a scale."""
     banks = [layer.san_gate for layer in layout.posteriors]
     if not any(layout.name in bank for bank in banks):
         return inputs
@@ -205,15 +206,14 @@ def _gated(layout: ScaleLayout, inputs: Tensor) -> Tensor:
 def hand_out(
     layout: ScaleLayout, vectors: Whole, dtype: torch.dtype, exact: bool, leaves: Any = None
 ) -> tuple[dict[str, Vectors], dict[str, Factor]]:
-    """Cuts the vectors of an adapter into the parts of its layers and norms.
+    """Splits the vectors of an adapter into those of its layers and norms.
 
     Args:
-        layout: Where they stand.
+        layout: The positions of the layers in the vectors.
         vectors: The vectors.
-        dtype: The dtype in which the frozen layers multiply.
-        exact: Whether layers take the gradients of their factors by themselves.
-        leaves: For each of the vectors whether its parts are leaves that require a gradient; `None` is the vector's
-            own graph.
+        dtype: The compute dtype of the frozen layers.
+        exact: Whether layers compute gradients of factors without dividing by them.
+        leaves: For each vector whether its parts are detached leaves that require gradients; `None` keeps the graph.
     """
     own, placed, dora, shifted = (
         [(layer.san_name, layer.out_features) for layer in layers]
@@ -261,7 +261,7 @@ def hand_out(
 
 
 def _cast(layout: ScaleLayout, dtype: torch.dtype) -> Tensor | None:
-    """The matrices of all LoRA hosts in the dtype of their products, cast together; `None` if they have it."""
+    """Casts the matrices of all LoRA hosts to the compute dtype at once; `None` if no cast is needed."""
     weights = [m.weight for layer in layout.hosts for m in layer.matrices(layout.name)]
     if not weights or dtype not in HALF or weights[0].dtype == dtype:
         return None
@@ -273,13 +273,13 @@ def _cast(layout: ScaleLayout, dtype: torch.dtype) -> Tensor | None:
 
 
 def factors_with_gradients(vectors: Whole) -> list[Tensor]:
-    """Returns the vectors of factors that are trained."""
+    """Returns the vectors of factors that require gradients."""
     given = (vectors.own, vectors.alone, vectors.magnitude, vectors.inputs)
     return [vector for vector in given if vector is not None and vector.requires_grad]
 
 
 class Watch:
-    """Looks for scales near zero: on the CPU at once, on a GPU without waiting for it, so one pass late."""
+    """Detects scales near zero. On a GPU the result is one pass late, to avoid a synchronisation."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -287,7 +287,7 @@ class Watch:
         self._event: Any = None
 
     def near_zero(self, vectors: list[Tensor]) -> bool:
-        """Whether one of the vectors has an entry near zero."""
+        """Returns whether a vector has an entry near zero."""
         if not vectors or vectors[0].device.type != "cuda":
             return any(near_zero(vector) for vector in vectors)
         if self._event is not None and self._event.query():
@@ -304,7 +304,7 @@ class Watch:
 
 
 class _Cut(torch.autograd.Function):
-    """Cuts a vector into parts; of scales whose layers left the division to it, it does that for all at once."""
+    """Splits a vector; its backward pass divides by the scales once for all layers that deferred the division."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, sizes: list[int], deferred: bool) -> Any:
@@ -333,7 +333,7 @@ def _cut(vector: Tensor, sizes: list[int], deferred: bool = False) -> Sequence[T
 
 
 class _Cast(torch.autograd.Function):
-    """Casts many tensors by one operation, to one vector; the gradients are cast back by one as well."""
+    """Casts and concatenates tensors in one operation, and their gradients as well."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ class _Cast(torch.autograd.Function):
 
 
 def _joined(tensors: Sequence[Tensor], constant: float = 0.0) -> Tensor | None:
-    """Joins parameters to one vector in float32 at least, plus a constant; `None` for none."""
+    """Concatenates parameters in at least float32 and adds a constant; `None` if there are none."""
     if not tensors:
         return None
     parts = [whole(t) for t in tensors]
@@ -363,12 +363,12 @@ def _matrices(hosts: list[Any], name: str, dtype: torch.dtype) -> tuple[list[Ten
 
 
 def _inverse(norms: list[Tensor]) -> Tensor:
-    """One over squared row norms, zero where a row is zero."""
+    """Returns inverse squared row norms, and zero for zero rows."""
     return _reciprocal(torch.stack(norms).square())
 
 
 def _floored_inverse(norms: list[Tensor]) -> Tensor:
-    """The same, with a floor for nearly dead rows."""
+    """Returns inverse squared row norms, with a floor for rows near zero."""
     return _reciprocal(floored(torch.stack(norms)).square())
 
 
@@ -377,7 +377,7 @@ def _reciprocal(total: Tensor) -> Tensor:
 
 
 def _inverse_of_references(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same of norms that count as one, and what the frozen weights have in units of them."""
+    """Returns inverse squared reference norms, and the squared norms of the frozen weights relative to them."""
     half = len(parts) // 2
     inverse = _floored_inverse(parts[half:])
     norms, references = (torch.stack([p.to(inverse.device) for p in each]) for each in (parts[:half], parts[half:]))
@@ -389,7 +389,7 @@ def _unpack(base: Any) -> Callable[[], Tensor]:
 
 
 def combined(found: list[Vectors]) -> Vectors:
-    """What several active adapters together apply: factors multiplied, shifts added."""
+    """Combines the vectors of several active adapters: multiplies factors and adds shifts."""
 
     def product(factors: list[Factor | None]) -> Factor | None:
         given = [factor.wide for factor in factors if factor is not None]

@@ -1,4 +1,4 @@
-"""Tracing the batch of the first forward pass, where no example inputs could be derived."""
+"""Traces the batch of the first forward pass, for models whose example inputs cannot be derived."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from san_peft.tuner.resolve import trace_plain
 from san_peft.tuner.sharded import is_sharded
 
 WAYS_OUT = (
-    "Ways out: make one forward pass before, give SanConfig(propagation=san_peft.trace(model, example_inputs)), or "
-    "switch propagation off with propagation='none'."
+    "Run one forward pass before, pass SanConfig(propagation=san_peft.trace(model, example_inputs)), or disable "
+    "propagation with propagation='none'."
 )
+"""How to avoid tracing in the first forward pass, for error messages."""
 
 
 def trace_first_pass(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tables: Iterable[str] = ()
 ) -> PropagationGraph | None:
-    """Traces a copy of the batch that a model was called with; the batch and the model stay as they are.
+    """Traces a model on a copy of the batch that it was called with.
 
     Args:
-        model: The model, with adapters on it that do not act while it is traced.
-        args: Arguments of the call.
-        kwargs: Keyword arguments of the call.
-        tables: Names of embeddings that are targets.
+        model: The model; its adapters are disabled while it is traced.
+        args: The arguments of the call.
+        kwargs: The keyword arguments of the call.
+        tables: The names of embeddings that are targets.
 
     Returns:
-        The graph, or `None` where the model does not run on the batch: the call itself will say why.
+        The graph, or `None` if the model fails on the batch, in which case the call itself raises the error.
 
     Raises:
-        SanError: If the model is sharded, or is being recorded by `torch.jit.trace`.
-        TraceError: If the model runs on the batch and cannot be traced on it.
+        SanError: If the model is sharded, or inside `torch.jit.trace`.
+        TraceError: If the model runs on the batch but cannot be traced.
     """
     if any(is_sharded(p) or hasattr(p, "ds_id") for p in model.parameters()):
         raise SanError(
-            "The edges of an adapter are traced in the first forward pass, since no example inputs could be derived, "
-            f"and by now the model is sharded, which cannot be traced. {WAYS_OUT}"
+            "The edges of an adapter are traced in the first forward pass, since example inputs could not be derived, "
+            f"but a sharded model cannot be traced. {WAYS_OUT}"
         )
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise SanError(
-            "The edges of an adapter are traced in the first forward pass, since no example inputs could be derived, "
-            f"and this one is recorded by torch.jit.trace. {WAYS_OUT}"
+            "The edges of an adapter are traced in the first forward pass, since example inputs could not be derived, "
+            f"but this one runs inside torch.jit.trace. {WAYS_OUT}"
         )
     try:
         return trace_plain(model, _bound(model, args, kwargs), tables)
@@ -56,12 +57,12 @@ def trace_first_pass(
         if not _runs(model, args, kwargs):
             return None
         raise
-    except TypeError:  # the arguments are none of the model's
+    except TypeError:  # the arguments do not fit the signature
         return None
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-    """Returns a copy of a call's arguments that the model may write into: tensors without gradients, caches too."""
+    """Returns a copy of a call's arguments, with detached tensors and caches, that the model may modify."""
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors_within(args, kwargs)}
     args, kwargs = copy.deepcopy((args, dict(kwargs)), memo)
     return inspect.signature(model.forward).bind(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Where a frozen layer keeps its weight, and whether its forward pass follows the weight's rows and columns."""
+"""Inspects frozen layers: where they store their weight, and whether scales can be merged into it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from san_peft.functional import channels_of, fold
 from san_peft.tuner.quantized import is_quantized
 
 TRANSPOSED = (_ConvTransposeNd, Conv1D, nn.Embedding)
-"""Layers whose weight has its input axis first."""
+"""Layers whose weight has the input axis first."""
 
 _KEPT = ("weight", "in_proj_weight", "q_proj_weight", "weight_v", "weight_orig")
-"""Names under which torch's layers keep a weight, those of the older `weight_norm` and `spectral_norm` included."""
+"""Names under which torch's layers store a weight, including the legacy `weight_norm` and `spectral_norm`."""
 
 _PLAIN = {
     kind.forward
@@ -36,14 +36,14 @@ _PLAIN = {
         Conv1D,
     )
 }
-"""Forward passes that multiply with the weight as it is."""
+"""Forward passes that use the weight without transforming it."""
 
 
 def stored_weight(base: Any) -> Tensor:
-    """Returns the tensor in which a layer keeps its weight, without computing anything: for its dtype and device.
+    """Returns the tensor in which a layer stores its weight, for its dtype and device.
 
-    Of a layer that makes its weight at every forward pass (`weight_norm`, `spectral_norm`, parametrizations) that is
-    what it makes it from.
+    For a layer that computes its weight in every forward pass (`weight_norm`, `spectral_norm`, parametrizations), this
+    is the tensor from which the weight is computed.
     """
     own = vars(base)["_parameters"]
     for name in _KEPT:
@@ -62,15 +62,15 @@ def stored_bias(base: Any) -> Tensor | None:
 
 
 def has_plain_forward(base: Any) -> bool:
-    """Whether a layer's forward pass is that of torch, or of GPT-2's `Conv1D`."""
+    """Returns whether a layer's forward pass is that of torch, or of transformers' `Conv1D`."""
     return type(base).forward in _PLAIN
 
 
 @torch.no_grad()
 def follows_weight(base: Any) -> bool:
-    r"""Whether $f(\operatorname{diag}(g) W \operatorname{diag}(s); x) = g \odot f(W; s \odot x)$, by trying.
+    r"""Returns whether $f(\operatorname{diag}(g) W \operatorname{diag}(s); x) = g \odot f(W; s \odot x)$ on a probe.
 
-    A layer that normalises its weight in its forward pass does not: what is merged into the weight would be lost.
+    This is false for a layer that normalises its weight in the forward pass, which would undo merged scales.
     """
     if isinstance(base, nn.MultiheadAttention):
         return False
@@ -91,7 +91,7 @@ def follows_weight(base: Any) -> bool:
             expected = expected * (scale if is_table else scale.view(shape)).to(expected.dtype)
             base.weight.data = fold(own, None, scale, input_scale, groups=groups, transposed=transposed)[0]
             found = forward(base, x)
-    except Exception:  # it takes another input, or gives no tensor: `merge_and_verify` names it as unchecked
+    except Exception:  # other inputs or outputs than one tensor; `merge_and_verify` reports the layer as unchecked
         return True
     finally:
         base.weight.data, base.training = own, training
@@ -101,7 +101,7 @@ def follows_weight(base: Any) -> bool:
 
 @contextmanager
 def _without_bias(base: Any) -> Iterator[None]:
-    """Sets a layer's bias to zero for a moment."""
+    """Sets a layer's bias to zero temporarily."""
     bias: Any = vars(base)["_parameters"].get("bias")
     kept: Any = None if bias is None else bias.data
     try:
@@ -114,7 +114,7 @@ def _without_bias(base: Any) -> Iterator[None]:
 
 
 def _probe(base: Any, generator: torch.Generator) -> Tensor:
-    """An input on which a layer computes something with each of its weights."""
+    """Returns a random input that uses every entry of the weight."""
     weight = base.weight
     if isinstance(base, nn.Embedding):
         return torch.arange(min(8, base.num_embeddings), device=weight.device)
@@ -127,32 +127,31 @@ def _probe(base: Any, generator: torch.Generator) -> Tensor:
 
 
 def check_mergeable(base: Any) -> None:
-    """Raises `MergeError` if what is written into a layer's weight would not act as it does unmerged.
+    """Raises `MergeError` if scales merged into a layer's weight would be lost.
 
-    That is where the weight is quantised, is made anew at every forward pass, or is normalised in it.
+    This is the case if the weight is quantised, or is computed or normalised in every forward pass.
     """
     own = vars(base)["_parameters"]
     for name in ("weight", "bias"):
         if name not in own and getattr(base, name, None) is not None:
             raise MergeError(
-                f"A {type(base).__name__} makes its {name} anew at every forward pass (weight_norm, spectral_norm "
-                "or another parametrization), so nothing can be merged into it. Take that off first: "
+                f"A {type(base).__name__} computes its {name} in every forward pass (weight_norm, spectral_norm or "
+                "another parametrization), so nothing can be merged into it. Remove the parametrization first with "
                 "torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or remove_spectral_norm."
             )
     kind = type(base).__name__
     if is_quantized(base):
         raise MergeError(
-            f"A {kind} holds a quantised weight, in which small scales would be rounded away. Call "
-            "san_peft.dequantize(model) first, which puts dense layers in the place of the quantised ones."
+            f"A {kind} has a quantised weight, which would round small scales away. Call "
+            "san_peft.dequantize(model) first, which replaces quantised layers by dense ones."
         )
     if getattr(base, "max_norm", None) is not None:
         raise MergeError(
-            f"An {kind} with max_norm={base.max_norm} shortens its rows whenever they are read, merged scales "
-            "included. Set max_norm to None, or serve the adapter unmerged."
+            f"An {kind} with max_norm={base.max_norm} renormalises its rows in the forward pass, which would undo "
+            "merged scales. Set max_norm to None, or serve the adapter unmerged."
         )
     if not (has_plain_forward(base) or stored_weight(base).is_meta or follows_weight(base)):
         raise MergeError(
-            f"The forward pass of a {kind} makes something else of its weight than a product with it, such as a "
-            "standardised weight: scales of rows and columns that are merged into it would be lost. Serve the "
-            "adapter unmerged, or leave such layers out of target_modules."
+            f"The forward pass of a {kind} transforms its weight, such as by standardisation, which would undo merged "
+            "scales. Serve the adapter unmerged, or leave such layers out of target_modules."
         )

@@ -1,4 +1,4 @@
-"""The part of a SAN layer that computes its host, LoRA or DoRA, together with the frozen layer."""
+"""Computes LoRA and DoRA hosts together with the frozen layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ONE_PASS: dict[Any, tuple[Any, Any]] = {
     lora.Conv2d: (nn.Conv2d, DoraConv2dVariant),
     lora.Conv3d: (nn.Conv3d, DoraConv3dVariant),
 }
-"""PEFT's layers of LoRA whose forward pass a `SanLayer` computes itself: the frozen layer, and the variant of DoRA."""
+"""PEFT's LoRA layers whose forward pass is computed here, with the type of the base layer and of the DoRA variant."""
 
 DORA = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
-"""The variants of LoRA whose magnitude is applied by a `SanLayer`."""
+"""DoRA variants whose magnitude is applied here."""
 
 PLAIN = (
     nn.Linear,
@@ -39,11 +39,11 @@ PLAIN = (
     nn.ConvTranspose3d,
     nn.Embedding,
 )
-"""Layers whose output nobody else holds, where no hook looks at it."""
+"""Layers that return a new tensor, which may be modified in place if no hook reads it."""
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether hooks listen to a module's passes, its own or those of all modules."""
+    """Returns whether a module has forward or backward hooks, or global hooks exist."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -54,16 +54,16 @@ def has_hooks(module: Any) -> bool:
 
 
 def is_quiet(module: Any) -> bool:
-    """Whether nothing listens to a module's passes: no hooks, and no `forward` put in the place of its own."""
+    """Returns whether a module has no hooks and no patched `forward`."""
     return not has_hooks(module) and "forward" not in vars(module)
 
 
 class HostedLayer:
-    """Runs a LoRA or DoRA host without calling it, where nothing listens to it.
+    """Runs a LoRA or DoRA host without calling it, unless it has hooks.
 
-    It gives what the host gives, up to rounding. PEFT's LoRA makes three tensors of the size of the output and its DoRA
-    forms the whole of $B A$ and a copy of the weight; here the update is added in place, the norms of the adapted rows
-    come from `Scales`, and what is propagated to the posterior joins the magnitude. Nothing of the host is patched.
+    The result equals the host's up to rounding, with less memory. PEFT's LoRA allocates three tensors of the output's
+    size, and its DoRA computes $B A$ and a copy of the weight. Here the update is added in place, the norms of adapted
+    rows come from `Scales`, and propagated scales are applied together with the magnitude. The host is not patched.
     """
 
     host: Any
@@ -76,11 +76,11 @@ class HostedLayer:
     _view: Any
 
     def matrices(self, adapter_name: str) -> tuple[Any, Any]:
-        """Returns the modules that hold a LoRA host's matrices A and B."""
+        """Returns the modules of a LoRA host's matrices A and B."""
         return self.host.lora_A[adapter_name], self.host.lora_B[adapter_name]
 
     def one_pass(self, adapter_name: str) -> bool:
-        """Whether the host is LoRA, or DoRA, on a layer that is computed together with it."""
+        """Returns whether host and base layer can be computed together: plain LoRA or DoRA on a dense layer."""
         host = self.host
         if type(host) not in ONE_PASS or adapter_name not in host.lora_A:
             return False
@@ -96,7 +96,7 @@ class HostedLayer:
         )
 
     def one_pass_dora(self, adapter_name: str) -> bool:
-        """Whether the host is DoRA whose magnitude `Scales` divides by the norms of the adapted rows."""
+        """Returns whether the host is DoRA and `Scales` can divide its magnitude by the norms of adapted rows."""
         host = self.host
         if type_of(host) != "LORA" or type(host.lora_variant.get(adapter_name)) not in DORA:
             return False
@@ -105,7 +105,7 @@ class HostedLayer:
         return bool((self.san_host[adapter_name].norms() > 0).all())
 
     def _magnitude(self, adapter_name: str) -> tuple[Factor, Tensor | None]:
-        """The factor and the offset of a DoRA host by itself."""
+        """Computes the factor and the offset of a DoRA host outside of a pass."""
         host, base = self.host, self.get_base_layer()
         with onloaded(host, base.weight), torch.autocast(base.weight.device.type, enabled=False):
             magnitude = whole(host.lora_magnitude_vector[adapter_name].weight).flatten()
@@ -120,10 +120,10 @@ class HostedLayer:
             return made, None if bias is None else bias * (1 - factor)
 
     def _runs_here(self) -> str | None:
-        """Returns the one active adapter of a LoRA host that is computed here, or `None` if the host runs itself.
+        """Returns the active adapter if its LoRA host is computed here, or `None` if the host has to be called.
 
-        It does so where something listens to it (hooks, offloading), where several adapters are active, for other
-        variants of LoRA, and where the caller has switched off that inputs are cast.
+        The host is called if it has hooks or is offloaded, if several adapters are active, for LoRA variants other than
+        DoRA, and if the caller has disabled casting of inputs.
         """
         host = self.host
         if type_of(host) != "LORA" or host.disable_adapters or host.merged or has_hooks(host):
@@ -138,7 +138,7 @@ class HostedLayer:
         return names[0] if dora or (self.one_pass(names[0]) and self._is_quiet(names[0])) else None
 
     def _is_quiet(self, adapter_name: str) -> bool:
-        """Whether the modules of the host may be left out, and their tensors multiplied directly."""
+        """Returns whether the submodules of the host can be bypassed."""
         host, matrices = self.host, self.matrices(adapter_name)
         base = host.base_layer
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
@@ -147,14 +147,15 @@ class HostedLayer:
         return all(map(is_quiet, parts)) and all(type(m.weight) is nn.Parameter for m in matrices)
 
     def _run_host(self, x: Tensor, adapter_name: str, vectors: Vectors) -> Tensor:
-        """The frozen layer with its LoRA or DoRA host and what acts at the output."""
+        """Runs the frozen layer with its LoRA or DoRA host, and applies the output vectors."""
         host = self.host
         base, dropout = host.base_layer, host.lora_dropout[adapter_name]
         read = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
         if type(host.lora_variant.get(adapter_name)) not in DORA:
             z = self._adapted(x, adapter_name, vectors, read)
             return self._finished(z, vectors.scale, vectors.shift, fresh=True)
-        if base.weight.is_meta and "forward" in vars(host):  # accelerate loads what is inside when the host is called
+        if base.weight.is_meta and "forward" in vars(host):
+            # accelerate loads offloaded parameters when the host is called, which this skips
             with onloaded(host, base.weight):
                 return self._run_host(x, adapter_name, vectors)
         factor, offset, placed = vectors.magnitude, vectors.offset, vectors.placed
@@ -164,13 +165,13 @@ class HostedLayer:
         z = self._adapted(x if read is None else read, adapter_name, vectors)
         z = self._finished(z, factor, offset, fresh=True)
         if read is not None:
-            # PEFT's DoRA drops what the magnitude acts on, and adds the frozen layer's output on what was dropped
+            # as in PEFT's DoRA: base(x) is added without dropout, only its change by the magnitude has dropout
             rest = base(x) - base(read)
             z = z + (rest if placed is None else rest * placed.to(rest.dtype).view(self._view(rest)))
         return self._finished(z, vectors.scale, vectors.shift)
 
     def _adapted(self, x: Tensor, name: str, vectors: Vectors, read: Tensor | None = None) -> Tensor:
-        """The output of the frozen layer and LoRA, which reads `read` where that is not `x`; nobody else holds it."""
+        """Computes the frozen layer plus LoRA, as a new tensor; `read` is LoRA's input after dropout, if any."""
         base: Any = self.host.base_layer
         down, up = self.matrices(name)
         scaling = self.host.scaling[name]

@@ -1,4 +1,4 @@
-"""The layer: a frozen layer with its own scale, a shift, and the scales propagated to its input."""
+"""`SanLayer`: a frozen layer with a scale, a shift, and the scales propagated to its input."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from san_peft.tuner.tools import ToolLayer
 from san_peft.tuner.vectors import Incoming, ScaleVector, total_scale
 
 MODES = ("both", "neuron", "synapse", "off")
+"""Modes of analysis; see `SanModel.set_mode`."""
 LAYER_TYPES = (
     nn.Linear,
     nn.Conv1d,
@@ -40,27 +41,27 @@ LAYER_TYPES = (
     nn.Embedding,
     nn.MultiheadAttention,
 )
-"""What SAN adapts. An `nn.Embedding` reads no channels, so nothing is propagated to it; for an attention see
-`SanAttention`."""
+"""Supported layer types. Nothing is propagated to an `nn.Embedding`, since it has no input channels; for
+`nn.MultiheadAttention` see `SanAttention`."""
 
 
 class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
-    r"""A frozen layer under SAN, or one that hosts another adapter, such as LoRA.
+    r"""Adapts a frozen layer, or a layer of another PEFT method that hosts SAN, such as LoRA.
 
     $$ y = g \odot \bigl( W (s \odot x) + b \bigr) + t, \qquad s = \prod_e P_e(g_e)^k $$
 
-    Over a host $y = \operatorname{Host}(s \odot x)$, and $g$, which only the layers that follow see, comes out of the
-    host's parameters. With several active adapters the scales are multiplied and the shifts added, so their order does
-    not matter.
+    Here $g$ is the layer's scale, $t$ its shift, and $s$ the product of the scales $g_e$ of its anterior layers, mapped
+    to its input channels by $P_e$ and raised to the exponent $k$. With a host, $y = \operatorname{Host}(s \odot x)$,
+    and $g$ is derived from the host's parameters and only propagated. Several active adapters are combined by
+    multiplying scales and adding shifts, so their order does not matter.
 
-    Public attributes that it does not have itself, such as `stride`, are those of the frozen layer.
+    Other public attributes, such as `stride`, are forwarded to the frozen layer.
 
     Args:
-        base_layer: One of `LAYER_TYPES`: a dense layer, a convolution, a transposed convolution, transformers' `Conv1D`
-            or an embedding; or PEFT's layer around one.
+        base_layer: A layer of one of `LAYER_TYPES`, or PEFT's layer around one.
 
     Raises:
-        TargetError: For any other layer.
+        TargetError: If the layer type is not supported.
     """
 
     adapter_layer_names = ("san_scale", "san_shift", "san_gate", "san_host")
@@ -74,7 +75,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         self.base_layer = base_layer
         base = self.get_base_layer()
         if not isinstance(base, LAYER_TYPES):
-            raise TargetError(f"The layer is {cannot_adapt(base)}")
+            raise TargetError(f"base_layer is {cannot_adapt(base)}")
         self._disable_adapters = False
         self.san_mode = "both"
         self.san_scale, self.san_shift, self.san_gate = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -87,7 +88,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         self._set_sizes(base)
 
     def _set_sizes(self, base: Any) -> None:
-        """Takes the numbers of channels, and their axis, from the frozen layer."""
+        """Sets the numbers of channels and the channel axis from the frozen layer."""
         self.channel_dim = -1
         if isinstance(base, nn.Linear):
             self.in_features, self.out_features = base.in_features, base.out_features
@@ -103,18 +104,18 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # private names are another module's business, such as the hooks that accelerate keeps there
+            # private attributes belong to other libraries, such as accelerate's hooks, and are not forwarded
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.get_base_layer(), name)
 
     @property
     def host(self) -> Any:
-        """PEFT's layer that hosts SAN here, or `None`."""
+        """Returns PEFT's layer that hosts SAN, or `None`."""
         return self.base_layer if isinstance(self.base_layer, BaseTunerLayer) else None
 
     def update_layer(self, adapter_name: str, config: SanConfig, inference_mode: bool = False) -> None:
-        """Adds an adapter's own vectors to this layer, or the scale of its host."""
+        """Adds an adapter's trainable vectors, or the scale of its host, to this layer."""
         if config.inner is None or config.own_scale:
             self.san_scale[adapter_name] = ScaleVector(self.out_features, **self._factory())
             if config.shift:
@@ -129,13 +130,13 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def connect(self, adapter_name: str, incoming: list[Incoming], gate: bool = False) -> None:
-        """Lets scales propagate to this layer's input, replacing what the adapter propagated before."""
+        """Sets the incoming edges of an adapter, replacing earlier ones."""
         self.san_incoming[adapter_name] = incoming
         if gate and incoming and adapter_name not in self.san_gate:
             self.san_gate[adapter_name] = ScaleVector(self.in_features, **self._factory())
 
     def _factory(self) -> dict[str, Any]:
-        """Type and device of new vectors: the frozen layer's, or float32 over a quantised one."""
+        """Returns dtype and device of new vectors: those of the frozen layer, or float32 if it is quantised."""
         base: Any = self.get_base_layer()
         weight = stored_weight(base)
         dtype = torch.float32 if is_quantized(base) else weight.dtype
@@ -143,7 +144,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         return {"dtype": dtype, "device": device if device.type == "meta" else weight.device}
 
     def reset_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Sets an adapter's vectors to the identity, or to small random offsets."""
+        """Initialises an adapter's vectors to the identity, or to small random offsets."""
         for bank in (self.san_scale, self.san_shift, self.san_gate):
             if adapter_name in bank:
                 weight: Any = bank[adapter_name].weight
@@ -152,22 +153,22 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
                 else:
                     nn.init.normal_(weight, std=0.02)
 
-    # ------------------------------------------------------------------ what PEFT does to a host as well
+    # ------------------------------------------------------------------ PEFT's methods, applied to the host as well
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activates adapters here and in the host."""
+        """Sets the active adapters of this layer and its host."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         if self.host is not None:
             self.host.set_adapter(adapter_names, inference_mode=inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switches adapters on or off here and in the host."""
+        """Enables or disables the adapters of this layer and its host."""
         super().enable_adapters(enabled)
         if self.host is not None:
             self.host.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter here and in the host."""
+        """Deletes an adapter from this layer and its host."""
         if self.host is not None:
             self.host.delete_adapter(adapter_name)
         super().delete_adapter(adapter_name)
@@ -175,18 +176,19 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
     # ------------------------------------------------------------------ strength
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        r"""Sets the strength of an adapter: $g^s$, linear in the logarithm of the scale, and $s\,t$ of the shift.
+        r"""Sets the strength of an adapter: scales become $g^s$ and shifts $s\,t$.
 
-        An entry that has turned negative keeps its sign. At 0 the layer is the frozen one. A host gets the same
-        strength by its own `set_scale`, and the scale that is taken out of it follows. Adapters without a part in this
-        layer are passed over. The strength is not saved.
+        Negative entries of a scale keep their sign. At strength 0 the layer equals the frozen layer. A host's strength
+        is set by its own `set_scale`, which changes the derived scale as well. Does nothing if the adapter has no part
+        in this layer. The strength is not saved.
 
         Args:
-            adapter: Name of the adapter.
-            scale: The strength $s$; 1 is the adapter as it was trained.
+            adapter: The name of the adapter.
+            scale: The strength $s$; 1 is the trained adapter.
 
         Raises:
-            SanError: If the strength is negative or not finite, the adapter is merged, or its host has no strength.
+            SanError: If the strength is negative or not finite, the adapter is merged, or its host does not support a
+                strength.
         """
         self.check_strength(adapter, scale)
         if has_adapter(self.host, adapter):
@@ -194,19 +196,19 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         self._set_strength(adapter, scale)
 
     def check_strength(self, adapter: str, scale: float) -> None:
-        """Raises what `set_scale` would raise, and changes nothing."""
+        """Checks that `set_scale` succeeds, without changing the layer."""
         if not 0 <= scale < math.inf:
             raise SanError(f"The strength of {adapter!r} must be finite and not negative, got {scale}.")
         if adapter in self.merged_adapters:
-            raise SanError(f"{adapter!r} is merged, which fixes its strength; unmerge first.")
+            raise SanError(f"{adapter!r} is merged, so its strength cannot change; unmerge first.")
         if has_adapter(self.host, adapter) and not hasattr(self.host, "set_scale"):
-            raise SanError(f"A {type_of(self.host)} host has no strength that could be set.")
+            raise SanError(f"A {type_of(self.host)} host does not support set_scale. Leave its strength at 1.")
 
     def scale_layer(self, scale: float) -> None:
-        """Multiplies the strength of the active adapters' own vectors.
+        """Multiplies the strength of the active adapters' trainable vectors.
 
-        A host is a layer of PEFT of its own, with a `scale_layer` of its own: code that goes through all layers of a
-        model, as that of diffusers does, reaches both.
+        The host is not included: it has its own `scale_layer`, and code that iterates over all layers of a model, as in
+        diffusers, calls both.
         """
         for name in self.active_adapters:
             if name in self.san_scale:
@@ -214,7 +216,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
                 self._set_strength(name, strength * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the strength of the active adapters' own vectors; `None` sets it to one."""
+        """Divides the strength of the active adapters' trainable vectors; `None` sets it to one."""
         for name in self.active_adapters:
             if name in self.san_scale:
                 strength: Any = self.san_scale[name].strength
@@ -222,7 +224,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """The strength of every adapter with vectors of its own here."""
+        """Returns the strength of every adapter with trainable vectors in this layer."""
         return tuple(bank.strength for bank in self.san_scale.values())  # type: ignore[misc]
 
     def _set_strength(self, adapter_name: str, strength: float) -> None:
@@ -235,18 +237,18 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         if hasattr(self, "san_scales"):
             self.san_scales.prepare()
 
-    # ------------------------------------------------------------------ reading
+    # ------------------------------------------------------------------ scales and shifts
 
     def get_scale(self, adapter_name: str = "default") -> Float32[Tensor, " out"] | None:
-        """Returns an adapter's scale, its own times its host's, or `None` if it has none here."""
+        """Returns an adapter's scale, trainable times derived from the host, or `None` if this layer has none."""
         return total_scale((self.san_scale, self.san_host), adapter_name)
 
     def get_shift(self, adapter_name: str = "default") -> Float32[Tensor, " out"] | None:
-        """Returns an adapter's shift, or `None` if it has none here."""
+        """Returns an adapter's shift, or `None` if this layer has none."""
         return self.san_shift[adapter_name]() if adapter_name in self.san_shift else None
 
     def get_input_scale(self, adapter_name: str = "default") -> Float32[Tensor, " in"] | None:
-        """Returns the product of all scales propagated to this layer's input, or `None` if there are none."""
+        """Returns the product of all scales propagated to this layer, or `None` if there are none."""
         incoming = self.san_incoming.get(adapter_name)
         if not incoming:
             return None
@@ -259,14 +261,14 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         return product
 
     def _fed(self, incoming: list[Incoming]) -> Tensor:
-        """Which input channels have a source."""
+        """Returns a mask of the input channels that receive a scale."""
         fed = torch.zeros(self.in_features, dtype=torch.bool)
         for edge in incoming:
             fed |= torch.ones_like(fed) if edge.index is None else (edge.index >= 0).cpu()
         return fed
 
     def _output_vectors(self, adapter_names: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Returns own scale and shift of several adapters together, as the mode lets them through."""
+        """Returns the combined scale and shift of several adapters in the current mode."""
         scale = shift = None
         for name in adapter_names if self.san_mode in ("both", "neuron") else ():
             if name in self.san_scale:
@@ -277,7 +279,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         return scale, shift
 
     def _input_vector(self, adapter_names: list[str]) -> Tensor | None:
-        """Returns the input scale of several adapters together, as the mode lets it through."""
+        """Returns the combined input scale of several adapters in the current mode."""
         product = None
         for name in adapter_names if self.san_mode in ("both", "synapse") else ():
             if (one := self.get_input_scale(name)) is not None:
@@ -285,15 +287,15 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         return product
 
     def vectors_alone(self, adapter_names: list[str]) -> Vectors:
-        """Returns what the layer applies where no pass is running: computed for this layer by itself."""
+        """Computes the vectors of this layer alone, when no pass is running."""
         names = [name for name in adapter_names if self.san_incoming.get(name)]
         scale, shift = self._output_vectors(adapter_names)
         input_scale = self._input_vector(names)
         if input_scale is not None and input_scale.is_meta and not stored_weight(self.get_base_layer()).is_meta:
             anteriors = dict.fromkeys(edge.anterior for name in names for edge in self.san_incoming[name])
             raise SanError(
-                f"The input scale of a layer comes from {', '.join(anteriors)}, of which a module above keeps the "
-                "parameters offloaded. Dispatch without preload_module_classes, or merge the adapter first."
+                f"The input scale of a layer needs the parameters of {', '.join(anteriors)}, which are offloaded. "
+                "Dispatch the model without preload_module_classes, or merge the adapter first."
             )
         given = {"scale": scale, "input_scale": input_scale}
         factors = [None if v is None else Factor(v, None, not near_zero(v), False, SALT[k]) for k, v in given.items()]
@@ -302,13 +304,12 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Runs the frozen layer, or the host, between its input scale and its own scale.
+        """Scales the input, runs the frozen layer or the host, and scales and shifts the output.
 
-        Which scales act here was decided when the adapter was put on, and their values are those of the pass that is
-        running: see `Vectors` in `fill.py`.
+        The vectors come from the current pass; see `Vectors` in `fill.py`.
         """
         if x is None:
-            x = kwargs.pop("input")  # the name that torch gives it
+            x = kwargs.pop("input")  # torch's name of the argument
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -329,7 +330,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         return self._finished(z, vectors.scale, vectors.shift)
 
     def _scaled(self, x: Tensor, vectors: Vectors) -> Tensor:
-        """Scales the input, once for all layers that read it by the same scales."""
+        """Scales the input, once for all layers that share the same input and input scale."""
         keep = "input" if self.host is None else "output"
         factor: Any = vectors.input_scale
 
@@ -349,11 +350,11 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
         return scale_channels(z, scale, shift, self.channel_dim, inplace=fresh, keep=self.san_keep)
 
     def _view(self, x: Tensor) -> list[int]:
-        """Shape of a vector along the channels of a tensor."""
+        """Returns the shape that broadcasts a vector along the channel axis of a tensor."""
         return [-1 if d == self.channel_dim % x.dim() else 1 for d in range(x.dim())]
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Runs a batch in which every sample names its adapter; `"__base__"` is the frozen layer."""
+        """Runs a batch with one adapter name per sample; `"__base__"` stands for the base model."""
         if self.merged:
             raise AdapterError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -363,7 +364,7 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
             raise AdapterError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {count} respectively, at {self.san_name} with an input of shape "
-                f"{tuple(x.shape)}. Samples must be the first axis."
+                f"{tuple(x.shape)}. The batch must be the first axis."
             )
         names = sorted(set(adapter_names))
         found = [None if name == "__base__" else self.san_scales.of_adapter(self, name) for name in names]
@@ -399,13 +400,13 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
 
     @torch.no_grad()
     def factors(self, name: str) -> Factors:
-        """Returns a copy of what an adapter multiplies and adds here.
+        """Returns copies of an adapter's vectors in this layer.
 
         Raises:
-            MergeError: If the mode is not `both`: the merged model would not be the one that was looked at.
+            MergeError: If the mode is not `both`, since modes are not merged.
         """
         if self.san_mode != "both":
-            raise MergeError(f"Mode {self.san_mode!r} is for analysis; set_mode('both') before merging.")
+            raise MergeError(f"Mode {self.san_mode!r} is for analysis, not for merging; call set_mode('both') first.")
         scale, shift = self._output_vectors([name])
         return Factors(*(v if v is None else v.clone() for v in (scale, self._input_vector([name]), shift)))
 
@@ -414,17 +415,17 @@ class SanLayer(nn.Module, ActingLayer, HostedLayer, ToolLayer, MergingLayer):
 
 
 def cannot_adapt(module: nn.Module) -> str:
-    """Says of a module what it is, what SAN adapts in its place, and the way out."""
+    """Returns the end of an error message for an unsupported module."""
     kinds = ", ".join(t.__name__ for t in LAYER_TYPES)
     what = f"a {type(module).__name__}, which SAN cannot adapt; it adapts {kinds}. "
     if is_packed(module):
         return what + (
-            "It keeps its weight packed. Put the adapter on the model before it was quantised, or on one quantised by "
-            "bitsandbytes or torchao; merge, and quantise the merged model."
+            "Its weight is packed. Use the unquantised model, or one quantised with bitsandbytes or torchao; to "
+            "deploy, merge the adapter and quantise the merged model."
         )
     return what + "Leave it out of target_modules."
 
 
 def index_of(channels: Any) -> Int[Tensor, " size"] | None:
-    """Returns the index vector of a channel map, or `None` where it is the identity."""
+    """Returns the index of a channel map, or `None` for the identity."""
     return None if channels.kind == "identity" else channels.index

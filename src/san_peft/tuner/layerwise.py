@@ -1,8 +1,8 @@
-"""Whether each merged layer, by itself, computes what its frozen layer computes with the adapter.
+"""Checks that each merged layer computes what its unmerged layer computes.
 
-A layer under SAN is an affine map, so the zero input and a few random ones tell whether two of them are the same. They
-reach every row and column of every layer, whatever the inputs of the model reach, and their rounding is known: all is
-computed in float64 from the tensors as they are, so what differs is the rounding of the merged weight and bias.
+A SAN layer is an affine map, so two of them can be compared on the zero input and a few random inputs. These cover
+every row and column, unlike the inputs of the model. All is computed in float64, so the only expected difference is
+the rounding of the merged weight and bias.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 SAMPLES = 4
-"""Random inputs of a layer, beside the zero input."""
+"""Number of random inputs of a layer, in addition to the zero input."""
 
 ROUNDING = 2.0
-"""How far an output channel may be off, as a multiple of one step of rounding in each of its weights."""
+"""Accepted error of an output channel, as a multiple of the effect of one rounding step in each of its weights."""
 
 LOST = 0.1
-"""Share of one part of the adapter, such as the input scale, that merging may lose beside what rounding explains."""
+"""Accepted loss of one component of the adapter, such as the input scale, in addition to rounding."""
 
 
 class Record(NamedTuple):
-    """What an unmerged layer computes on inputs of its own, of which the first is zero.
+    """Holds the outputs of an unmerged layer on generated inputs, of which the first is zero.
 
-    Outputs have the axes input, channel, position; dense layers have one position.
+    Outputs have the axes (input, channel, position); dense layers have one position.
     """
 
     inputs: Tensor
     outputs: Tensor
     parts: dict[str, Tensor]
-    """What each part of the adapter changes in the outputs."""
+    """Change of the outputs by each component of the adapter."""
     steps: Tensor
-    """What one step of rounding in each weight, and in the bias, does to the outputs; the bias first."""
+    """Change of the outputs by one rounding step in the bias, then in each weight."""
 
 
 @torch.no_grad()
 def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
-    """Runs a layer on inputs of its own before it is merged, by its definition and not by its forward pass.
+    """Runs an unmerged layer on generated inputs, by its equation rather than its forward pass.
 
     Args:
-        layer: A `SanLayer` that is not merged.
+        layer: An unmerged `SanLayer`.
         adapter_names: The adapters that will be merged.
-        seed: Seed of the inputs.
+        seed: The seed of the inputs.
 
     Returns:
-        The record, or `None` for a layer that does not take one tensor to another.
+        The record, or `None` if the layer does not map one tensor to one tensor.
     """
     base = layer.get_base_layer()
     if not isinstance(getattr(base, "weight", None), Tensor):
         return None
     with onload_layer(layer), torch.autocast(base.weight.device.type, enabled=False), ExitStack() as stack:
-        for name in adapter_names:  # else the rounding of DoRA's norms would pass for what it has learnt
+        for name in adapter_names:  # else the rounding of DoRA's norms would count as part of its effect
             layer._lend_dora_norm(name, base.weight.data, stack)
         x = _inputs(layer, base, seed)
         scale, shift = layer._output_vectors(adapter_names)
@@ -76,7 +76,7 @@ def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
                 without["input scale"] = _finished(_run(host, x), scale, shift)
             if host is not base:
                 without["host"] = _finished(_run(base, scaled), scale, shift)
-        except (RuntimeError, TypeError, ValueError):  # it wants other inputs than one tensor
+        except (RuntimeError, TypeError, ValueError):  # the layer needs other inputs than one tensor
             return None
     parts = {name: _with_axes(base, whole - other) for name, other in without.items()}
     whole = _with_axes(base, whole)
@@ -86,12 +86,12 @@ def record(layer: Any, adapter_names: list[str], seed: int) -> Record | None:
 
 @torch.no_grad()
 def fault(name: str, layer: Any, before: Record) -> str | None:
-    """Says what is wrong with a layer that has been merged, or nothing.
+    """Returns why a merged layer differs from its record, or `None` if it does not.
 
     Args:
-        name: Name of the layer.
-        layer: The layer, merged.
-        before: Its record from before.
+        name: The name of the layer.
+        layer: The merged layer.
+        before: The record of the unmerged layer.
     """
     base = layer.get_base_layer()
     with onload_layer(layer), torch.autocast(base.weight.device.type, enabled=False):
@@ -103,8 +103,8 @@ def fault(name: str, layer: Any, before: Record) -> str | None:
         if not bool((size <= ROUNDING * step).all()):
             channel = int((size / step).nan_to_num(math.inf, math.inf).argmax())
             return (
-                f"Merging changes channel {channel} of {name} by {size[channel]:.3g} through its {place}, on random "
-                f"inputs of its own, more than the tolerance of {ROUNDING * step[channel]:.3g}"
+                f"Merging changes channel {channel} of {name} by {size[channel]:.3g} through its {place} on random "
+                f"inputs, more than the tolerance of {ROUNDING * step[channel]:.3g}"
             )
         for part, effects in parts.items():
             kept, spread = _kept(change[number], effects[number], step)
@@ -117,39 +117,40 @@ def fault(name: str, layer: Any, before: Record) -> str | None:
 
 
 def _kept(change: Tensor, effect: Tensor, step: Tensor) -> tuple[float, float]:
-    """How many times one part of the adapter is there after merging, and how far from one rounding may move that."""
+    """Returns how much of one component of the adapter is left after merging, and the accepted deviation from one."""
     scale = torch.where(step > 0, step, torch.ones_like(step))[:, None]
     change, effect = change / scale, effect / scale
     size = effect.norm().item()
     if not size:
         return 1.0, LOST
-    # half a step at most, alike in all inputs of a channel: four standard deviations
+    # errors are at most half a step and correlated within a channel; allow four standard deviations
     spread = LOST + 2 * math.sqrt(effect[:, 0].numel()) / size
     return 1 + (change * effect).sum().item() / size**2, spread
 
 
 def _apart(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Parts outputs into those of the bias and those of the weight, as (input, channel, position)."""
+    """Splits outputs into the contributions of bias and weight."""
     return outputs[:1], outputs[1:] - outputs[:1]
 
 
 def _rms(outputs: Tensor) -> Tensor:
-    """Root mean square of each channel."""
+    """Returns the root mean square of each channel."""
     return outputs.square().mean((0, 2)).sqrt()
 
 
 def _steps(layer: Any, base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """What one step of rounding in every weight, and in the bias, does to each channel."""
+    """Returns the effect on each channel of one rounding step in the bias, and in every weight."""
     weight, bias = base.weight, getattr(base, "bias", None)
     bias = weight if bias is None else bias
     fan_in = 1 if isinstance(base, nn.Embedding) else max(1, weight.numel() // outputs.shape[1])
     found = []
     for place, tensor in enumerate((bias, weight)):
         size = _rms(_apart(outputs)[place])
-        if place:  # a few inputs can give less than the weight would on average
+        if place:  # a few random inputs can underestimate the size of the output
             size = torch.maximum(size, _norms(layer, base).to(size))
         others = sum((_rms(_apart(part)[place]) for part in parts.values()), torch.zeros_like(size))
-        exact = torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps  # of folding, which is rounded last
+        # folding is computed in at least float32 before the final rounding
+        exact = torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps
         facts = torch.finfo(tensor.dtype)
         step = facts.eps * (size + (others if tensor.dtype.itemsize < 4 else 0))
         step = step + exact * (8 + math.sqrt(fan_in) / 8) * (size + others)
@@ -158,7 +159,7 @@ def _steps(layer: Any, base: Any, outputs: Tensor, parts: Mapping[str, Tensor]) 
 
 
 def _norms(layer: Any, base: Any) -> Tensor:
-    """What each channel of a frozen layer gives on average, as a root mean square."""
+    """Returns the expected root mean square of each channel of a frozen layer."""
     weight = base.weight.detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
     if isinstance(base, nn.Embedding):
@@ -170,7 +171,7 @@ def _norms(layer: Any, base: Any) -> Tensor:
 
 
 def _inputs(layer: Any, base: Any, seed: int) -> Tensor:
-    """The zero input and random ones, as large as a layer needs for two positions in each direction; or tokens."""
+    """Returns the zero input and random inputs with two output positions per dimension, or token indices."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(base, nn.Embedding):
         return torch.randint(len(base.weight), (16 * SAMPLES,), generator=generator).to(base.weight.device)
@@ -184,19 +185,19 @@ def _inputs(layer: Any, base: Any, seed: int) -> Tensor:
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """Float64, or as near as a device has it."""
+    """Returns float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _with_axes(base: Any, outputs: Tensor) -> Tensor:
-    """Gives outputs the axes input, channel, position; zeros, as of no token, stand before those of an embedding."""
+    """Reshapes outputs to (input, channel, position); prepends zeros to those of an embedding as the zero input."""
     if isinstance(base, nn.Embedding):
         outputs = torch.cat([torch.zeros_like(outputs[:1]), outputs])
     return outputs.reshape(*outputs.shape[:2], -1)
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """Runs a module with its tensors in float64."""
+    """Runs a module in float64."""
     tensors: Iterator[tuple[str, Tensor]] = chain(module.named_parameters(), module.named_buffers())
     wide = {name: t.detach().to(_wide(x.device)) for name, t in tensors if t.is_floating_point()}
     out = torch.func.functional_call(module, wide, (x,))

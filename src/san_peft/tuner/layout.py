@@ -1,4 +1,4 @@
-"""Where the scales of an adapter stand in the vectors of a pass, and which of them acts where: all that is constant."""
+"""Computes the constant part of a pass: positions of scales in concatenated vectors, and where each is applied."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from san_peft.tuner.norms import bind, norm_at
 from san_peft.tuner.sharded import is_sharded
 
 NORM = "norm:"
-"""What the place of a scale begins with that acts in a norm; the norm's name follows."""
+"""Prefix of the placement of a scale that is applied in a norm, followed by the norm's name."""
 
 
 @dataclass
 class ScaleLayout:
-    """Where the scales of one adapter stand in the vectors of a pass, and where they go. All of it is constant.
+    """Stores the positions of one adapter's scales in the vectors of a pass, and where they are applied.
 
-    The *sources* are the scales of all layers that something reads, one after the other, and a one at the end. An index
-    then gives, in one operation, what every layer's input, every output and every norm is multiplied with.
+    The *sources* are the concatenated scales of all anterior layers, followed by a one. Indexing the sources gives the
+    factors of all inputs, outputs and norms in one operation.
 
     Attributes:
-        name: The adapter.
-        own: Layers with a scale of their own and no host's, which come first among the sources.
-        both: Layers with a scale of their own and a host's.
-        shifted: Of these, the layers with a shift.
-        low_rank: Groups of LoRA hosts of one shape, whose scales are computed together.
-        dora: DoRA hosts that are computed in one pass; those with a scale of their own as well come last.
-        other: Hosts whose scale is computed by itself.
-        offset: By layer, where its scale begins among the sources.
-        placed: Hosts whose output carries what is propagated to the posterior.
-        outputs: For the channels of own, both, placed and dora in turn, the source of what acts at the output.
-        shifts: The same for the channels of `shifted`.
-        inputs: Layers with an input scale, then norms: name and size.
-        index: For the channels of `inputs` in turn, their sources; several, to be multiplied, where edges overlap.
-        fed: Which channels of `inputs` have a source.
-        groups: By layer, the number of its group of readers.
+        name: The name of the adapter.
+        own: Layers with a trainable scale and no derived one; they come first among the sources.
+        both: Layers with a trainable scale and one derived from a host.
+        shifted: The layers of these with a shift.
+        low_rank: Groups of LoRA hosts with the same shape, whose scales are computed together.
+        dora: DoRA hosts whose magnitude is applied by `SanLayer`; those with a trainable scale come last.
+        other: Hosts whose scales are computed one by one.
+        offset: The position of each layer's scale in the sources.
+        placed: Hosts at whose output a propagated scale is applied.
+        outputs: The source index of each output channel of own, both, placed and dora.
+        shifts: The source index of each channel of `shifted`.
+        inputs: The names and sizes of layers with an input scale, then of norms.
+        index: The source index of each channel of `inputs`; several indices, to be multiplied, if edges overlap.
+        norms: The norms among `inputs`.
+        fed: A mask of the channels of `inputs` that receive a scale.
+        groups: The index of each layer's group of layers with the same input scale.
         posteriors: The layers among `inputs`.
         hosts: LoRA and DoRA hosts on dense layers, whose matrices are cast together.
-        edge: One of the edges, for the options that all have: bound and detach, and the exponent if all have one.
-        exponents: For the layers in the order of the sources, size and exponent, if edges differ in it.
-        strength: For the channels of own and both in turn, the strength of their scales; `None` is one everywhere.
-        shift_strength: The same for the channels of `shifted`.
+        edge: Any edge, for the options that all edges share: bound, detach, and the exponent if it is the same.
+        exponents: The size and exponent of each layer in the order of the sources, if exponents differ.
+        strength: The strength of each channel of own and both; `None` stands for one.
+        shift_strength: The strength of each channel of `shifted`; `None` stands for one.
     """
 
     name: str
@@ -83,7 +84,7 @@ class ScaleLayout:
             self.index = [one.to(device) for one in self.index]
 
     def constant(self, key: Any, parts: list[Tensor], make: Callable[[list[Tensor]], Any]) -> Any:
-        """Returns what is made of constants of the frozen weights, made anew when one of them is another."""
+        """Returns a cached value computed from tensors of frozen weights; recomputes it if a tensor was replaced."""
         if torch.compiler.is_compiling():
             return make(parts)
         kept = self._constants.get(key)
@@ -93,12 +94,12 @@ class ScaleLayout:
 
 
 def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
-    """Lays out an adapter in the present state of the layers.
+    """Computes the layout of an adapter for the current state of the layers.
 
     Args:
         scales: The scales of the model.
-        name: The adapter.
-        single: Whether it alone is active.
+        name: The name of the adapter.
+        single: Whether it is the only active adapter.
     """
     layers = scales.layers
     layout = ScaleLayout(name)
@@ -116,7 +117,7 @@ def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
             layout.shifted.append(layer)
     groups: dict[Any, list[Any]] = {}
     for fqn, layer in layers.items():
-        frozen = name in layer.san_host and layer.san_host[name].frozen is not None  # merged: a scale from before
+        frozen = name in layer.san_host and layer.san_host[name].frozen is not None  # merged: the scale was stored
         dora = single and layer.host is not None and not frozen and layer.one_pass_dora(name)
         if name in layer.san_host and name not in layer.san_scale:
             key = _group(layer, name)
@@ -130,7 +131,7 @@ def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
         if single and layer.host is not None and layer.channel_dim == -1 and layer.one_pass(name):
             layout.hosts.append(layer)
     layout.low_rank = list(groups.values())
-    layout.dora.sort(key=lambda layer: name in layer.san_scale)  # those whose scale is their magnitude's come first
+    layout.dora.sort(key=lambda layer: name in layer.san_scale)  # hosts without a trainable scale come first
     plain = [layer for layer in layout.dora if name not in layer.san_scale]
     order = [*layout.own, *layout.both, *(x for g in layout.low_rank for x in g), *plain, *layout.other]
     end = 0
@@ -148,7 +149,7 @@ def lay_out_scales(scales: Any, name: str, single: bool) -> ScaleLayout:
 
 
 def _strength(layers: list[Any], name: str) -> Tensor | None:
-    """The strength of an adapter on the output channels of some layers, or `None` if it is one on all."""
+    """Returns the strength of an adapter per output channel, or `None` if it is one for all layers."""
     strengths = [layer.san_scale[name].strength for layer in layers]
     if all(strength == 1 for strength in strengths):
         return None
@@ -156,7 +157,7 @@ def _strength(layers: list[Any], name: str) -> Tensor | None:
 
 
 def _group(layer: Any, name: str) -> Any:
-    """What LoRA hosts have in common whose scales are computed together, or `None` for others."""
+    """Returns the key that groups LoRA hosts whose scales can be computed together, or `None` for others."""
     host, scale = layer.host, layer.san_host[name]
     if type_of(host) != "LORA" or name in host.lora_magnitude_vector or scale.frozen is not None:
         return None
@@ -169,7 +170,7 @@ def _group(layer: Any, name: str) -> Any:
 
 
 def places(scales: Any, name: str, single: bool) -> dict[tuple[str, str], str]:
-    """Returns where each edge of an adapter acts in the present state of the layers."""
+    """Returns where the scale of each edge is applied in the current state of the layers."""
     edges = _edges(scales, name)
     states = {
         (str(layer._active_adapter), layer._disable_adapters, tuple(layer.merged_adapters), layer.san_mode)
@@ -186,7 +187,7 @@ def places(scales: Any, name: str, single: bool) -> dict[tuple[str, str], str]:
             continue
         edge = next(e for e in edges[pair[1]] if e.anterior == pair[0])
         plain = edge.exponent == 1 and not edge.detach and edge.bound is None
-        # what a cache holds must not depend on where a scale acts: merged, the scale is in the posterior's columns
+        # a KV cache must hold the same values as after merging, where the scale is in the posterior's weight
         cached = pair in scales.attention.get(name, ()) and not scales.model.training
         if place == OUTPUT and plain and not cached:
             found[pair] = OUTPUT
@@ -196,7 +197,7 @@ def places(scales: Any, name: str, single: bool) -> dict[tuple[str, str], str]:
 
 
 def _norm_is_ready(scales: Any, name: str, fqn: str, edges: dict[str, list[Any]]) -> bool:
-    """Whether a norm can be multiplied with what all its readers get; binds it."""
+    """Binds a norm if all its readers have the same input scale; returns whether it was bound."""
     readers = scales.readers[name].get(fqn, ())
     module = norm_at(scales.model, fqn)
     if module is None or not readers or any(reader not in scales.layers for reader in readers):
@@ -229,7 +230,7 @@ def _lay_out_outputs(
     known = {layer.san_name for layer in (*with_factor, *layout.dora)}
     layout.placed = [scales.layers[fqn] for fqn in indices if fqn not in known]
     parts = [indices.get(x.san_name, torch.full((x.out_features,), one)) for x in (*with_factor, *layout.placed)]
-    for layer in layout.dora:  # with a scale of its own as well, that carries it
+    for layer in layout.dora:  # a trainable scale already includes it
         alone = layout.name not in layer.san_scale and layer.san_name in indices
         parts.append(indices[layer.san_name] if alone else torch.full((layer.out_features,), one))
     layout.outputs = torch.cat(parts)
@@ -249,7 +250,7 @@ def _lay_out_inputs(
         for edge in incoming:
             index = torch.arange(size) if edge.index is None else edge.index.cpu()
             index = torch.where(index < 0, one, index + layout.offset[edge.anterior])
-            for present in layers:  # maps that do not overlap go into one
+            for present in layers:  # combine channel maps that do not overlap
                 if not bool(((present != one) & (index != one)).any()):
                     present.copy_(torch.minimum(present, index))
                     break
@@ -283,7 +284,7 @@ def _lay_out_inputs(
 
 
 def _edges(scales: Any, name: str) -> dict[str, list[Any]]:
-    """The edges of an adapter, by the posterior layer."""
+    """Returns the edges of an adapter by posterior layer."""
     return {fqn: layer.san_incoming.get(name, []) for fqn, layer in scales.layers.items()}
 
 

@@ -1,4 +1,4 @@
-"""Merging a layer: its own rows and columns, after those of its host, and back; and many layers, all or none."""
+"""Merges and unmerges SAN layers: one layer, or all layers of a model atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tensors = tuple[Tensor, Tensor | None]
 
 
 class Factors(NamedTuple):
-    """What one adapter multiplies and adds: a copy, so that training on changes nothing that is merged."""
+    """Holds copies of an adapter's vectors in a layer, so that further training does not change what is merged."""
 
     scale: Tensor | None
     input_scale: Tensor | None
@@ -31,17 +31,17 @@ class Factors(NamedTuple):
 
 
 class Part(NamedTuple):
-    """All that one adapter has put into a merged layer: its factors, and copies of its host's parameters."""
+    """Holds what one adapter contributes to a merged layer: its vectors, and copies of its host's parameters."""
 
     factors: Factors
     host: tuple[Tensor, ...]
 
 
 class MergingLayer(TunerLayer):
-    """The part of `SanLayer` that merges and unmerges.
+    """Implements merging and unmerging of `SanLayer`.
 
-    The frozen tensors of a merged layer are kept as buffers that no state dict contains: they follow the model to
-    another type or device, as the weights that they will be again.
+    The frozen tensors of a merged layer are kept as non-persistent buffers, so they follow the model to another dtype
+    or device without being saved.
     """
 
     host: Any
@@ -56,14 +56,14 @@ class MergingLayer(TunerLayer):
     san_kept_bias: Tensor | None
 
     def init_merging(self) -> None:
-        """Starts out with nothing merged."""
+        """Initialises the state of merging."""
         self.merged_adapters: list[str] = []
         self._merged: dict[str, Part] = {}
         self.register_buffer("san_kept_weight", None, persistent=False)
         self.register_buffer("san_kept_bias", None, persistent=False)
 
     def has_part(self, adapter_name: str) -> bool:
-        """Whether an adapter does anything in this layer: by vectors, by a host, or by edges that arrive here."""
+        """Returns whether an adapter has vectors, a host or incoming edges in this layer."""
         if any(adapter_name in getattr(self, bank) for bank in self.adapter_layer_names):
             return True
         return bool(self.san_incoming.get(adapter_name)) or has_adapter(self.host, adapter_name)
@@ -71,22 +71,25 @@ class MergingLayer(TunerLayer):
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keeps_base: bool = True
     ) -> None:
-        r"""Folds adapters into this layer's own weight and bias; the neighbours' weights are theirs to fold.
+        r"""Merges adapters into the weight and bias of this layer.
 
-        Of several adapters, and of hosts that add to the weight, the result is
-        $W' = \operatorname{diag}(\prod g)\,(W + \sum \Delta W)\operatorname{diag}(\prod s)$ in whatever order they are
-        merged, computed from the frozen weight in float32 at least and rounded once, as `fold` rounds.
+        With several adapters, the result does not depend on the order in which they are merged:
+
+        $$ W' = \operatorname{diag}\Bigl(\prod g\Bigr)\,\Bigl(W + \sum \Delta W\Bigr)
+           \operatorname{diag}\Bigl(\prod s\Bigr) $$
+
+        It is computed from the frozen weight in at least float32 and rounded once, like `fold`.
 
         Args:
-            safe_merge: Whether to check the result for NaN before touching the weight.
-            adapter_names: Which adapters; `None` is all active ones. Those without a part in this layer are passed
-                over.
+            safe_merge: Whether to check the merged weight for NaNs before the layer is changed.
+            adapter_names: The adapters to merge; `None` merges all active adapters. Adapters without a part in this
+                layer are skipped.
             keeps_base: Whether to keep the frozen weight, so that the layer can be unmerged.
 
         Raises:
             ValueError: With `safe_merge`, if the merged weight or bias is not finite.
-            MergeError: If the mode is not `both` (the merged model would not be the one that was looked at), or the
-                weight is quantised or made anew at every forward pass.
+            MergeError: If the mode is not `both`, since modes are not merged, or if the weight is quantised or computed
+                in every forward pass.
         """
         names = self._to_merge(adapter_names)
         if not names:
@@ -101,26 +104,23 @@ class MergingLayer(TunerLayer):
         self._note(merged)
 
     def check_merge(self, adapter_names: list[str] | None = None, finite: bool = True) -> None:
-        """Raises what `merge` would raise, and changes nothing; `finite` is for what `safe_merge` looks for."""
+        """Checks that `merge` succeeds, without changing the layer; `finite` also checks for NaNs."""
         if names := self._to_merge(adapter_names):
             self._outcome(names, finite)
 
     def check_dense(self) -> None:
-        """Raises `MergeError` if what is written into the frozen weight would not act as it does unmerged.
-
-        That is where the weight is quantised, is made anew at every forward pass, or is normalised in it.
-        """
+        """Raises `MergeError` if scales merged into the frozen weight would be lost; see `check_mergeable`."""
         check_mergeable(self.get_base_layer())
 
     @torch.no_grad()
     def get_delta(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Returns what merging one adapter alone changes in weight and bias, in float32 at least.
+        """Returns the change of weight and bias if only this adapter is merged, in at least float32.
 
         Raises:
             MergeError: If adapters are merged, or the weight is quantised.
         """
         if self.merged:
-            raise MergeError("Unmerge the model before asking for what an adapter changes.")
+            raise MergeError("The model is merged; unmerge it to compute the delta weight of an adapter.")
         self.check_dense()
         weight, bias = self._base_tensors()
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -133,26 +133,26 @@ class MergingLayer(TunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts the frozen weight and bias back, bit for bit, in the present type and on the present device.
+        """Restores the frozen weight and bias bit for bit.
 
         Raises:
-            MergeError: If they were not kept, as in `merge_and_unload`.
+            MergeError: If they were not kept, as after `merge_and_unload`.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.restore({})
 
-    # ------------------------------------------------------------------ for merging many layers, all or none
+    # ------------------------------------------------------------------ state, to merge many layers atomically
 
     @property
     def merged_parts(self) -> dict[str, Part]:
-        """What is merged, to hand to `restore` later."""
+        """Returns what is merged, to pass to `restore` later."""
         return dict(self._merged)
 
     @torch.no_grad()
     def restore(self, parts: dict[str, Part]) -> None:
-        """Goes back to an earlier state of merging.
+        """Restores an earlier state of merging.
 
         Raises:
             MergeError: If the frozen weights were not kept.
@@ -166,13 +166,13 @@ class MergingLayer(TunerLayer):
 
     @torch.no_grad()
     def take_scale(self, adapter_name: str) -> None:
-        """Fixes the scale of an adapter's host: it comes out of the frozen weight, which merging overwrites."""
+        """Stores the scale of an adapter's host, which is derived from the frozen weight that merging overwrites."""
         scale: Any = self.san_host[adapter_name] if adapter_name in self.san_host else None
         if scale is not None and scale.frozen is None:
             scale.frozen = scale().detach().clone()
 
     def forget_scales(self) -> None:
-        """Lets the scales of hosts that are not merged follow their parameters again."""
+        """Drops the stored scales of hosts that are not merged."""
         scales: Any = self.san_host
         for name in scales:
             if name not in self._merged:
@@ -180,7 +180,7 @@ class MergingLayer(TunerLayer):
 
     @contextmanager
     def frozen_weight(self) -> Iterator[None]:
-        """Puts the frozen weight back for a moment, for scales to be taken out of it."""
+        """Restores the frozen weight temporarily, to derive scales from it."""
         base: Any = self.get_base_layer()
         kept, present = self.san_kept_weight, base.weight.data
         try:
@@ -191,7 +191,7 @@ class MergingLayer(TunerLayer):
             if kept is not None:
                 base.weight.data = present
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ private
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -201,7 +201,7 @@ class MergingLayer(TunerLayer):
 
     @torch.no_grad()
     def _outcome(self, names: list[str], finite: bool) -> tuple[dict[str, Part], Tensors]:
-        """What would be merged with some adapters more, and the tensors that come of it."""
+        """Returns what is merged after adding some adapters, and the resulting tensors."""
         self.check_dense()
         new = {name: Part(self.factors(name), self._host_copies(name)) for name in names}
         merged = {**self._merged, **new}
@@ -216,7 +216,7 @@ class MergingLayer(TunerLayer):
         return base.weight.data, None if bias is None else bias.data
 
     def _frozen(self) -> Tensors:
-        """Weight and bias as they are without what is merged."""
+        """Returns weight and bias without any merged adapter."""
         if self.san_kept_weight is None:
             if self.merged:
                 raise MergeError("The frozen weights were not kept when the adapters were merged.")
@@ -225,7 +225,7 @@ class MergingLayer(TunerLayer):
 
     @torch.no_grad()
     def _folded(self, before: Tensors, parts: dict[str, Part]) -> Tensors:
-        """Returns weight and bias with the hosts' deltas added and all factors multiplied in, as new tensors."""
+        """Returns new tensors of weight and bias with hosts and vectors merged."""
         weight, bias = before
         if any(has_adapter(self.host, name) for name in parts):
             weight, bias = self._with_hosts(before, parts)
@@ -246,7 +246,7 @@ class MergingLayer(TunerLayer):
         shift: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensors:
-        """Folds vectors into weight and bias of this kind of layer; the shift of an embedding goes into every row."""
+        """Folds vectors into weight and bias; an embedding has no bias, so its shift is added to every row."""
         layout = {"groups": self.groups, "transposed": self.transposed}
         if shift is None or not isinstance(self.get_base_layer(), nn.Embedding):
             return fold(weight, bias, scale, input_scale, shift, dtype=dtype, **layout)
@@ -255,7 +255,7 @@ class MergingLayer(TunerLayer):
         return rounded(scaled + shift.to(wide), dtype), None
 
     def _with_hosts(self, before: Tensors, parts: dict[str, Part]) -> Tensors:
-        """Returns copies of weight and bias, in float32 at least, into which the hosts have merged."""
+        """Returns copies of weight and bias in at least float32, with the hosts merged."""
         wide = torch.promote_types(before[0].dtype, torch.float32)
         weight, bias = (None if t is None else t.to(wide, copy=True) for t in before)
         base: Any = self.get_base_layer()
@@ -270,7 +270,7 @@ class MergingLayer(TunerLayer):
             try:
                 host.merged_adapters = []
                 base.weight.data = weight
-                if bias is None:  # a bias that a merged shift has made is none of the host's
+                if bias is None:  # the host must not see a bias that a merged shift has created
                     base.bias = None
                 else:
                     present.data = bias
@@ -294,7 +294,7 @@ class MergingLayer(TunerLayer):
         return found
 
     def _host_copies(self, adapter_name: str) -> tuple[Tensor, ...]:
-        """Copies of a host's parameters, where another adapter might be merged later, over one that trained on."""
+        """Copies a host's parameters if it has several adapters: merging another one later starts from these."""
         parameters = self._host_parameters(adapter_name)
         names = (
             {name for bank in self.host.adapter_layer_names for name in getattr(self.host, bank)} if parameters else ()
@@ -302,10 +302,10 @@ class MergingLayer(TunerLayer):
         return tuple(parameter.detach().clone() for parameter in parameters) if len(names) > 1 else ()
 
     def _lend_dora_norm(self, adapter_name: str, weight: Tensor, stack: ExitStack) -> None:
-        """Lets DoRA divide its magnitude by row norms that are rounded as those it was trained with.
+        """Makes DoRA divide by row norms with the same rounding as in training.
 
-        PEFT takes the norms of a weight in half precision in that precision. Merging into a float32 copy would take
-        the exact ones, and so multiply every row with a rounding error.
+        PEFT computes the norms of a half-precision weight in half precision. Merging into a float32 copy would use
+        exact norms, and so multiply every row by a rounding error.
         """
         bank: Any = getattr(self.host, "lora_magnitude_vector", ())
         if weight.dtype not in HALF or adapter_name not in bank:
@@ -326,7 +326,7 @@ class MergingLayer(TunerLayer):
         stack.callback(delattr, magnitude, "get_weight_norm")
 
     def _note(self, parts: dict[str, Part]) -> None:
-        """Writes down what is merged, here and in the host."""
+        """Records what is merged, here and in the host."""
         if not parts:
             self.san_kept_weight = self.san_kept_bias = None
         self._merged, self.merged_adapters = dict(parts), list(parts)
@@ -357,11 +357,11 @@ def _product(vectors: list[Tensor | None], device: torch.device) -> Tensor | Non
 
 
 def existing(adapter_names: list[str] | None, known: Iterable[str]) -> list[str] | None:
-    """Returns adapter names as they were given, if there are such adapters; `None`, the active ones, always are.
+    """Checks that adapters exist, and returns their names; `None` stands for the active adapters.
 
     Raises:
-        TypeError: If it is one name, not a list of names.
-        AdapterError: If there is no such adapter.
+        TypeError: If the value is a string instead of a list of strings.
+        AdapterError: If an adapter does not exist.
     """
     if adapter_names is None:
         return None
@@ -370,16 +370,16 @@ def existing(adapter_names: list[str] | None, known: Iterable[str]) -> list[str]
     unknown = [name for name in dict.fromkeys(adapter_names) if name not in known]
     if unknown:
         raise AdapterError(
-            f"There is no adapter {', '.join(map(repr, unknown))} to merge; there are {', '.join(known)}."
+            f"Cannot merge {', '.join(map(repr, unknown))}: no such adapter; there are {', '.join(known)}."
         )
     return list(adapter_names)
 
 
 @contextmanager
 def scales_taken(layers: Sequence[MergingLayer], adapter_names: list[str] | None) -> Iterator[None]:
-    """Takes every scale of every host out of the frozen weights, before a weight is touched.
+    """Stores the scales of all hosts before a frozen weight is changed.
 
-    At the end those of adapters that were not merged are forgotten.
+    On exit, the scales of adapters that were not merged are dropped.
     """
     try:
         with ExitStack() as stack:
@@ -395,7 +395,7 @@ def scales_taken(layers: Sequence[MergingLayer], adapter_names: list[str] | None
 
 
 def check_layers(layers: Sequence[MergingLayer], adapter_names: list[str] | None, finite: bool = True) -> None:
-    """Raises what merging any of the layers would raise; every result is computed, one at a time, and dropped."""
+    """Checks that merging succeeds for all layers, by computing each result and discarding it."""
     with scales_taken(layers, adapter_names), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for layer in layers:
@@ -406,16 +406,16 @@ def check_layers(layers: Sequence[MergingLayer], adapter_names: list[str] | None
 def merge_layers(
     layers: Sequence[MergingLayer], adapter_names: list[str] | None, safe_merge: bool = False, keeps_base: bool = True
 ) -> None:
-    """Merges all layers or, if one raises, none.
+    """Merges all layers, or none of them if one fails.
 
-    Where going back would need more than to put kept weights back, all is computed once before a weight is touched,
-    so that only a lack of memory or an interruption could still come in between.
+    If kept weights alone could not restore the state, every result is computed once before a weight is changed, so that
+    only running out of memory or an interruption can fail later.
 
     Args:
         layers: The layers.
-        adapter_names: Which adapters; `None` is all active ones.
-        safe_merge: Whether to look for NaN before anything is touched.
-        keeps_base: Whether to keep the frozen weights.
+        adapter_names: The adapters to merge; `None` merges all active adapters.
+        safe_merge: Whether to check the merged weights for NaNs before a weight is changed.
+        keeps_base: Whether to keep the frozen weights, so that the layers can be unmerged.
     """
     if safe_merge or not keeps_base or any(layer.merged for layer in layers):
         check_layers(layers, adapter_names, finite=safe_merge)
@@ -433,5 +433,5 @@ def merge_layers(
                 except Exception:
                     lost += 1
             if lost:
-                error.add_note(f"{lost} of {len(layers)} layers could not be taken back: load the model again.")
+                error.add_note(f"{lost} of {len(layers)} layers could not be restored: load the model again.")
             raise

@@ -1,4 +1,4 @@
-"""Batches whose samples name their adapters: whether the samples are the first axis of what every layer reads."""
+"""Checks batches with `adapter_names`: every layer must have the samples along the first axis of its input."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from torch.utils._pytree import tree_map_only
 from san_peft.errors import AdapterError
 
 SHARE = 1e-3
-"""Share of the largest change below which an entry counts as unchanged."""
+"""Entries that change by less than this fraction of the largest change count as unchanged."""
 
 
 @torch.no_grad()
 def check_samples(model: nn.Module, layers: Mapping[str, Any], args: Any, kwargs: dict[str, Any], count: int) -> None:
-    """Finds out where a layer has the samples of a batch, by changing one of them.
+    """Checks that every layer has the samples along the first axis of its input, by changing one sample.
 
-    The frozen model runs twice, once with the first sample in the place of the last. What changes at a layer's input is
-    then where it has the last sample.
+    The base model runs twice, the second time with the last sample replaced by the first. Only the entries of the last
+    sample may change at the input of a layer.
 
     Args:
         model: The model.
         layers: Its layers by name.
-        args: Arguments of the model, with the samples along the first axis.
-        kwargs: Keyword arguments likewise.
-        count: Number of samples.
+        args: The arguments of the model, with the samples along the first axis.
+        kwargs: The keyword arguments of the model.
+        count: The number of samples.
 
     Raises:
-        AdapterError: If a layer reads the samples along another axis, or mixed: adapters would go to the wrong ones.
+        AdapterError: If a layer has the samples along another axis, or mixes them, so that scales would be applied to
+            the wrong samples.
     """
     if count < 2:
         return
@@ -48,13 +49,13 @@ def check_samples(model: nn.Module, layers: Mapping[str, Any], args: Any, kwargs
             fits = float(change[: len(one) - rows].max()) <= SHARE * float(change.max())
         if not fits:
             raise AdapterError(
-                f"{fqn} does not read the {count} samples of the batch along its first axis, so adapter_names cannot "
-                "be used with this model: scales would go to the wrong samples. Run one batch for each adapter."
+                f"The input of {fqn} does not have the {count} samples of the batch along its first axis, so "
+                "adapter_names would apply scales to the wrong samples. Run one batch per adapter."
             )
 
 
 def _changed(tensor: Tensor, count: int) -> Tensor:
-    """A batch with its first sample, or that sample turned around, in the place of the last."""
+    """Replaces the last sample of a batch by the first, flipped if both are equal."""
     if not tensor.dim() or tensor.shape[0] % count:
         return tensor
     rows = tensor.shape[0] // count
@@ -66,7 +67,7 @@ def _changed(tensor: Tensor, count: int) -> Tensor:
 
 
 def _inputs(model: nn.Module, layers: Mapping[str, Any], given: Any) -> dict[str, Tensor]:
-    """A number for each entry of the first axis of what every layer reads: a sum with weights."""
+    """Returns a random projection of every layer's input, one number per entry of the first axis."""
     found: dict[str, Tensor] = {}
     args, kwargs = given
     kwargs = {name: _private(value) for name, value in kwargs.items()}
@@ -91,13 +92,13 @@ def _weights(size: int) -> Tensor:
 
 
 def _private(value: Any) -> Any:
-    """A copy of what a model writes into, such as a cache."""
+    """Copies arguments that a model may modify, such as a KV cache."""
     plain = value is None or isinstance(value, Tensor | bool | int | float | str | list | tuple)
     return value if plain else copy.deepcopy(value)
 
 
 class _Off:
-    """Runs layers as their frozen ones."""
+    """Disables the adapters of layers temporarily."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
         self.layers = list(layers)

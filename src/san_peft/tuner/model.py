@@ -1,4 +1,4 @@
-"""The tuner: puts SAN layers into a model and wires the edges of the propagation graph to them."""
+"""The `SanModel` tuner: injects SAN layers into a model and connects them along the propagation graph."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ from san_peft.tuner.vectors import Incoming
 
 
 class SanModel(_peft.Tuner):
-    """A model under SAN: small trained scales on frozen layers, propagated along the traced graph.
+    """Creates a SAN model from a pretrained model: trainable scales on frozen layers, propagated to the next layers.
 
     Args:
-        model: The model to adapt.
-        peft_config: Its `SanConfig`, or a dict of them by adapter name.
-        adapter_name: Name of the adapter.
+        model: The model to be adapted.
+        peft_config: The `SanConfig`, or a dict from adapter names to configs.
+        adapter_name: The name of the adapter.
 
     Raises:
-        SanError: If targets, edges or lengths do not fit the model; the model stays as it was.
+        SanError: If targets, edges or channel counts do not fit the model. The model is left unchanged.
     """
 
     prefix = _peft.PREFIX
     tuner_layer_cls = SanLayer
+    # empty, since default targets are traced instead of looked up by architecture
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
     def inject_adapter(
@@ -61,16 +62,16 @@ class SanModel(_peft.Tuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds an adapter: resolves targets and edges first, then puts the layers in, then wires them."""
+        """Adds an adapter: resolves targets and edges, injects the layers, then wires the edges."""
         check_adapter(model, adapter_name, self.peft_config)
-        config: Any = copy.copy(self.peft_config[adapter_name])  # what is filled in belongs to this model alone
+        config: Any = copy.copy(self.peft_config[adapter_name])  # the resolved fields belong to this model only
         graph = resolve(self, model, config)
         config.modules_to_save = saved_modules(model, adapter_name, config.modules_to_save)
         self.peft_config[adapter_name] = config
         keep_exact(model)
         if config.inner is not None:
             self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
-            state_dict = None  # it names the host's tensors, and would be read as targets
+            state_dict = None  # PEFT would infer targets from the names of the host's tensors
         super().inject_adapter(
             model,
             adapter_name,
@@ -87,11 +88,11 @@ class SanModel(_peft.Tuner):
         freeze_statistics(model)
 
     def _wire_at_first_pass(self, adapter_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Traces the batch that the model was called with, and wires an adapter whose edges were not known."""
+        """Traces the first batch, and wires an adapter whose edges could not be traced before."""
         layers = self._san_layers()
         if any(layer.merged or layer.disable_adapters for layer in layers):
-            return  # nothing would be propagated in this pass
-        with torch.inference_mode(False):  # what is made for good must be fit for training
+            return  # nothing would be propagated in this pass; wait for the next one
+        with torch.inference_mode(False):  # inference tensors could not be trained later
             config: Any = self.peft_config[adapter_name]
             graph = trace_first_pass(self.model, args, kwargs, tables_of(self, self.model, config))
             if graph is not None:
@@ -99,23 +100,23 @@ class SanModel(_peft.Tuner):
                 del self.scales.pending[adapter_name]
 
     def wire_on(self, inputs: Any) -> None:
-        """Traces some inputs now, where edges wait for the first forward pass; `None` leaves them waiting.
+        """Traces the given inputs now if edges are pending until the first forward pass.
 
         Args:
-            inputs: A dict of keyword arguments, a tuple of arguments, or a tensor.
+            inputs: A dict of keyword arguments, a tuple of arguments, or a tensor; `None` does nothing.
         """
         if inputs is not None and self.scales.pending:
             self.scales.wire_pending(*arguments_of(inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model, in a pass of its scales."""
+        """Runs the model; scales are computed once for the whole forward pass."""
         self.check_mixed(args, kwargs)
         with self.scales.passing(args, kwargs):
             return self.model.forward(*args, **kwargs)
 
     @property
     def scales(self) -> Scales:
-        """The scales of all adapters of the model, one object for a forward pass."""
+        """Returns the object that computes the scales of all adapters of the model."""
         own = vars(self)
         if "_scales" not in own:
             layers = (m for m in self.model.modules() if isinstance(m, SanLayer))
@@ -126,21 +127,21 @@ class SanModel(_peft.Tuner):
     def set_mixed(
         self, adapter_names: list[str] | None, hand_names_to: Callable[[nn.Module], None] | None = None
     ) -> None:
-        """Says which adapters the samples of the next batch name, or that they name none, and how layers learn it."""
+        """Sets the `adapter_names` of the next batch, and the function that registers the hook for them."""
         self.scales.mixed = () if adapter_names is None else tuple(sorted(set(adapter_names)))
         vars(self)["_hand_names_to"] = hand_names_to
 
     def train(self, mode: bool = True) -> SanModel:
-        """Sets the mode, on which it depends where some scales act."""
+        """Sets training or eval mode, which decides where some scales are applied."""
         super().train(mode)
         self.scales.prepare()
         return self
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activates adapters.
+        """Sets the active adapters.
 
         Raises:
-            AdapterError: If there is no such adapter.
+            AdapterError: If an adapter does not exist.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             if name not in self.peft_config:
@@ -149,17 +150,17 @@ class SanModel(_peft.Tuner):
         self.scales.prepare()
 
     def enable_adapter_layers(self) -> None:
-        """Switches the adapters on."""
+        """Enables all adapters."""
         super().enable_adapter_layers()
         self.scales.prepare()
 
     def disable_adapter_layers(self) -> None:
-        """Switches the adapters off."""
+        """Disables all adapters."""
         super().disable_adapter_layers()
         self.scales.prepare()
 
     def unloaded(self) -> None:
-        """Gives norms their own classes back, once the layers are out of the model."""
+        """Restores norms, fast paths and running statistics after the layers were unloaded."""
         self.scales.release()
         _peft.share_layers(self.model, SanLayer, taken_off=True)
         set_fast_paths(self.model, True)
@@ -167,7 +168,7 @@ class SanModel(_peft.Tuner):
 
     @property
     def propagation_graph(self) -> PropagationGraph:
-        """The edges in use by the active adapters."""
+        """Returns the edges of the active adapters."""
         edges = {(e.anterior, e.posterior): e for a in self.active_adapters for e in self._edges_of(a)}
         return PropagationGraph(tuple(edges.values()))
 
@@ -176,12 +177,12 @@ class SanModel(_peft.Tuner):
         return config.resolved_edges()
 
     def precision_report(self) -> PrecisionReport:
-        """Says how many propagated scales half precision would round to one, and how many are lost when applied.
+        """Reports how many propagated scales half precision rounds to one, and how many have no effect.
 
-        See `san_peft.tuner.precision.report`, also for an example.
+        See `san_peft.tuner.precision.report` for details and an example.
 
         Returns:
-            The report, with one row for each edge of the active adapters that acts at present.
+            The report, with one row per edge that the active adapters use.
 
         Raises:
             SanError: If frozen weights are offloaded or partitioned.
@@ -192,11 +193,11 @@ class SanModel(_peft.Tuner):
 
     @property
     def hosts(self) -> dict[str, Any]:
-        """PEFT's tuners that hold the adapters hosting SAN, by type; no part of the model themselves."""
+        """Returns PEFT's tuners of the hosts, by PEFT type. They are not submodules of the model."""
         return vars(self).setdefault("_hosts", {})
 
     def _inject_host(self, model: nn.Module, adapter_name: str, config: SanConfig, empty: bool) -> None:
-        """Puts the host's adapter on the targets, unless it is there; a failure leaves the layers as they were."""
+        """Injects the host into the targets if it is missing; restores the layers if that fails."""
         inner: Any = config.inner_config()
         kind = kind_of(inner, config.decomposition)
         targets = {n: m for n, m in layers_by_name(model).items() if _peft.matches(self, config, n)}
@@ -204,8 +205,8 @@ class SanModel(_peft.Tuner):
             return
         if kind.forms_delta:
             warnings.warn(
-                f"The scale of {kind.name} comes out of its whole delta weight, formed in every step for each of "
-                f"{len(targets)} layers; LoRA, DoRA and VeRA do without.",
+                f"The scale of a {kind.name} host needs its full delta weight, which is computed in every step for "
+                f"each of {len(targets)} layers. LoRA, DoRA and VeRA hosts avoid this cost.",
                 stacklevel=4,
             )
         inner.target_modules = exactly(targets, (name for name, _ in model.named_modules()))
@@ -227,7 +228,7 @@ class SanModel(_peft.Tuner):
 
     @contextmanager
     def without_layers(self, model: nn.Module) -> Iterator[None]:
-        """Takes SAN's layers off for as long as another tuner works on the model."""
+        """Removes the SAN layers temporarily, while another tuner works on the model."""
         layers = {n: m for n, m in model.named_modules() if isinstance(m, SanLayer)}
         for name, layer in layers.items():
             model.set_submodule(name, layer.base_layer)
@@ -241,13 +242,13 @@ class SanModel(_peft.Tuner):
     # ------------------------------------------------------------------ injecting and wiring
 
     def prepare_config(self, config: SanConfig, model_config: dict[str, Any]) -> SanConfig:
-        """Returns the configuration as it is: `_resolve` has filled in the targets."""
+        """Returns the config unchanged, since `resolve` has already filled in the targets."""
         return config
 
     def create_and_replace(
         self, config: SanConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, fqn: str
     ) -> None:
-        """Gives a module a scale of its own."""
+        """Wraps a module in a SAN layer if needed, and adds the adapter to it."""
         layer = target if isinstance(target, SanLayer) else layer_for(target)
         layer.update_layer(adapter_name, config, inference_mode=config.inference_mode)
         if adapter_name in layer.san_host:
@@ -279,7 +280,7 @@ class SanModel(_peft.Tuner):
                 source = model.get_submodule(edge.anterior)
                 banks = (source.san_scale, source.san_host) if isinstance(source, SanLayer) else ()
                 if not any(adapter_name in bank for bank in banks):
-                    raise GraphError(f"edge {edge}: {edge.anterior} carries no scale of adapter {adapter_name!r}.")
+                    raise GraphError(f"edge {edge}: {edge.anterior} has no scale of adapter {adapter_name!r}.")
                 index = index_of(edge.channels)
                 incoming.append(Incoming(edge.anterior, banks, index, config))
             with torch.device("meta") if empty else _nothing():
@@ -297,44 +298,46 @@ class SanModel(_peft.Tuner):
         self.scales.wire(adapter_name, layers, place(graph), readers, attention)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, its host's part included; if it alone was active, the first of the others is then."""
+        """Deletes an adapter and its host; activates another adapter if it was the only active one."""
         before = list(self.active_adapters)
         super().delete_adapter(adapter_name)
-        for layer in self._san_layers():  # PEFT passes over layers whose names contain its prefix
+        for layer in self._san_layers():  # PEFT skips modules whose names contain the prefix
             layer.delete_adapter(adapter_name)
         for host in self.hosts.values():
             host.peft_config.pop(adapter_name, None)
         self.scales.unwire(adapter_name)
-        if self.peft_config and adapter_name in before:  # layers that lack the others would go without
+        if self.peft_config and adapter_name in before:
+            # PEFT chooses per layer, so layers that lack the remaining adapters would have none active
             self.set_adapter([name for name in before if name != adapter_name] or min(self.peft_config))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` gives what an adapter does; `san_peft.save_as_lora` takes every layer."""
-        layers = self._san_layers()  # PEFT's model asks without a name
+        """Returns whether PEFT's `convert_to_lora` is exact; if not, use `san_peft.save_as_lora`."""
+        layers = self._san_layers()  # PeftModel calls this without a name
         names = [adapter_name] if adapter_name in self.peft_config else self.active_adapters
         return bool(layers) and all(layer.supports_lora_conversion(name) for layer in layers for name in names)
 
     # ------------------------------------------------------------------ modes
 
     def set_mode(self, mode: str) -> _Mode:
-        """Chooses what of the trained adapter acts, for analysis.
+        """Sets which components of the adapter are active, for analysis.
 
         Args:
-            mode: `both`; `neuron`, the own scale and shift without propagation; `synapse`, the propagated input scale
-                alone; `off`, the frozen layers with the trained head and norms.
+            mode: `both` is the full adapter; `neuron` keeps the scale and shift of each layer without propagation;
+                `synapse` keeps only the propagated input scales; `off` disables both, but keeps the trained head and
+                norms.
 
         Returns:
-            A handle that puts the earlier mode back when used as a context manager.
+            A context manager that restores the previous mode on exit.
 
         Raises:
-            SanError: For an unknown mode, or while an adapter is merged.
+            SanError: If the mode is unknown, or an adapter is merged.
         """
         if mode not in MODES:
             raise SanError(f"Unknown mode {mode!r}; choose from {', '.join(MODES)}.")
         layers = self._san_layers()
         merged = sum(layer.merged for layer in layers)
         if merged:
-            raise SanError(f"{merged} of {len(layers)} layers are merged, which fixes the mode; unmerge first.")
+            raise SanError(f"{merged} of {len(layers)} layers are merged, so the mode cannot change; unmerge first.")
         before = layers[0].san_mode if layers else "both"
         for layer in layers:
             layer.san_mode = mode
@@ -344,7 +347,7 @@ class SanModel(_peft.Tuner):
     # ------------------------------------------------------------------ merging and combining
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raises what a safe merge of any layer would raise, before any weight is touched."""
+        """Checks that a safe merge of all layers succeeds, without changing any weight."""
         names = self._mergeable(adapter_names)
         check_layers(self._san_layers(), names)
 
@@ -355,17 +358,17 @@ class SanModel(_peft.Tuner):
             scales = [layer.get_scale(name) for layer in self._san_layers()] if name in self.scales.pending else ()
             if any(scale is not None and not bool((scale == 1).all()) for scale in scales):
                 raise MergeError(
-                    f"The edges of adapter {name!r} are traced in its first forward pass, which there was none of, and "
-                    f"its scales are not one: merging would lose what they propagate. {WAYS_OUT}"
+                    f"The edges of adapter {name!r} are traced in its first forward pass, which has not happened yet. "
+                    f"Merging now would lose the propagation of its scales. {WAYS_OUT}"
                 )
         return names
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges as PEFT does, hosts included, all layers or none; `safe_merge` looks for NaN before it begins."""
+        """Merges adapters and their hosts into the base weights, as PEFT does; if one layer fails, none is merged."""
         merge_layers(self._san_layers(), self._mergeable(adapter_names), safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Unmerges all merged adapters, hosts included: the frozen weights come back bit for bit."""
+        """Unmerges all merged adapters and their hosts; the base weights are restored bit for bit."""
         layers = self._san_layers()
         for layer in [layer for layer in layers if layer.merged] or layers[:1]:
             with onload_layer(layer):
@@ -377,7 +380,7 @@ class SanModel(_peft.Tuner):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Merges and returns the plain model; every layer is checked before one is touched, and nothing is kept."""
+        """Merges the adapters and returns the base model; all layers are checked before a weight is changed."""
         names = self._mergeable(adapter_names)
         merge_layers(self._san_layers(), names, safe_merge, keeps_base=False)
         with warnings.catch_warnings():
@@ -385,7 +388,7 @@ class SanModel(_peft.Tuner):
             return forget_quantization(super().merge_and_unload(progressbar, adapter_names=names))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Puts a module in the place of another: its vectors are on the device, and a frozen layer has its weight."""
+        """Replaces a child module without moving tensors, which are already on the device."""
         if new_module is not child:
             setattr(parent, child_name, new_module)
 
@@ -397,28 +400,27 @@ class SanModel(_peft.Tuner):
         combination_type: str = "linear",
         **options: Any,
     ) -> None:
-        """Makes a new adapter out of several.
+        """Adds a new adapter by merging the given adapters with the given weights.
 
         Args:
-            adapters: Names of the adapters; they must have the same targets, edges and exponent.
-            weights: Weight of each.
-            adapter_name: Name of the new one.
-            combination_type: `linear` adds the weighted offsets of scales and gates from one; `product` multiplies
-                them, each raised to its weight (positive ones only). Shifts, and modules and tokens that are trained
-                as a whole, are added with their weights either way, as differences from the frozen ones. Hosts are
-                combined by PEFT, which has other types for them, and the scale comes out of the result; magnitudes of
-                DoRA and biases of LoRA are weighted sums.
-            options: Passed to PEFT where hosts are combined, such as `svd_rank`.
+            adapters: The names of the adapters. They must have the same targets, edges and exponents.
+            weights: The weight of each adapter.
+            adapter_name: The name of the new adapter.
+            combination_type: How to combine scales and gates: `linear` is the weighted sum of their offsets from one,
+                `product` the product of the scales raised to their weights, which must be positive. Shifts, saved
+                modules and trained tokens are always weighted sums of differences from the base model. Hosts are
+                combined by PEFT with its own combination types; DoRA's magnitudes and LoRA's biases are weighted sums.
+            options: Further options that PEFT takes when it combines hosts, such as `svd_rank`.
 
         Raises:
-            AdapterError: If the adapters do not exist, do not match, or cannot be combined that way. The model is then
-                as it was.
+            AdapterError: If an adapter does not exist, or the adapters cannot be combined that way. The model is left
+                unchanged.
         """
         combine(self, adapters, weights, adapter_name, combination_type, options)
 
 
 class _Mode:
-    """Handle of `SanModel.set_mode`: leaving the context puts the earlier mode back."""
+    """Restores the previous mode of `SanModel.set_mode` on exit."""
 
     def __init__(self, tuner: SanModel, before: str) -> None:
         self._tuner, self._before = tuner, before

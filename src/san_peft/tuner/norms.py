@@ -1,9 +1,9 @@
-"""Norms that multiply a propagated scale into their own output: in float32, before they round it.
+"""Applies propagated scales inside norms: in float32, before the output is rounded.
 
-A norm keeps its parameters, hooks and name; its class becomes a subclass whose `forward` asks `Scales` for the factor
-of the running pass, and computes what it always has where there is none. How a scale enters depends on the norm's
-formula, which is found by trying: a *form* is a formula that gives what the module gives, bit for bit. A norm of no
-known form is multiplied after it has rounded, which any module allows.
+A norm keeps its parameters, hooks and name. Its class is replaced by a subclass whose `forward` requests the factor of
+the current pass from `Scales`; without a factor it computes the original norm. How the factor is applied depends on the
+norm's formula, which is detected on a probe: a *form* is a formula whose output equals the module's bit for bit. The
+output of a norm without a known form is multiplied after rounding.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from san_peft.scaling import Factor, plain_operations, replayed, scale_channels
 from san_peft.tuner.sharded import is_sharded
 
 PROBE_ROWS = 512
-"""Tokens on which a form has to give what the module gives."""
+"""Number of tokens on which the output of a form must equal the module's."""
 Form = Callable[[Any, Tensor, Factor], Tensor]
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
-"""Names under which modules keep their epsilon."""
+"""Attribute names of epsilon."""
 
 
 class _Handle:
-    """A norm's reference to the scales of its model. A copy refers to the same ones, until they bind the copy."""
+    """Refers to the scales of a norm's model. A copy refers to the same scales until it is bound again."""
 
     __slots__ = ("dim", "form", "fqn", "kind", "scales")
 
@@ -42,12 +42,12 @@ class _Handle:
 
 
 class ScaledNorm:
-    """Mixed into the class of a norm: multiplies its output with the factor of the running pass."""
+    """Multiplies the output of a norm by the factor of the current pass, as a mixin of the norm's class."""
 
     san_norm: _Handle
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes the norm, times the scale that its readers get."""
+        """Computes the norm times the input scale of its readers."""
         handle = self.san_norm
         factor = handle.scales.of_norm(handle.fqn)
         if factor is None:
@@ -62,7 +62,7 @@ class ScaledNorm:
 
 
 def _base_of(cls: type) -> type:
-    """The class that a norm had before it was bound."""
+    """Returns the original class of a norm."""
     order = cls.__mro__
     return order[order.index(ScaledNorm) + 1] if ScaledNorm in order else cls
 
@@ -74,11 +74,12 @@ def _rebuild(base: type) -> Any:
 
 @cache
 def _subclass(base: type) -> type:
+    # keeps the name, since transformers and other libraries check class names
     return type(base.__name__, (ScaledNorm, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
 def norm_at(model: nn.Module, fqn: str) -> Any:
-    """Returns the module that acts under a name, inside PEFT's wrapper if it is trained as a whole, or `None`."""
+    """Returns the active module with a name, inside PEFT's wrapper if there is one, or `None`."""
     module: Any = model
     for part in fqn.split("."):
         module = module._modules.get(part)
@@ -100,19 +101,19 @@ def bound_to(module: Any) -> Any:
 
 
 def bind(module: Any, scales: Any, fqn: str) -> bool:
-    """Binds a norm to the scales of its model, or with `None` gives it its own class back.
+    """Binds a norm to the scales of its model, or restores its class if `scales` is `None`.
 
     Returns:
-        Whether the norm multiplies from now on. It does not where something has replaced its `forward`.
+        Whether the norm applies scales from now on. It does not if its `forward` was patched.
     """
     if scales is None:
         if isinstance(module, ScaledNorm):
             del module.san_norm
             base = _base_of(type(module))
-            if type(module) is _subclass(base):  # else something has put a class of its own over it, as FSDP2 does
+            if type(module) is _subclass(base):  # else another library has replaced the class, as FSDP2 does
                 module.__class__ = base
         return False
-    if "forward" in vars(module):  # accelerate's hooks call what was there before them; of others nobody knows it
+    if "forward" in vars(module):  # accelerate's hooks call the original forward; other patches may not
         return bound_to(module) is scales and hasattr(module, "_hf_hook")
     weight = module.weight
     kind = (weight.dtype, weight.device)
@@ -136,7 +137,7 @@ def bind(module: Any, scales: Any, fqn: str) -> bool:
 
 @torch.no_grad()
 def find_form(module: Any) -> str:
-    """Returns the name of the form that gives what a norm gives, bit for bit, on a probe; `after` for none."""
+    """Returns the form whose output equals the norm's bit for bit on a probe, or `after` if there is none."""
     base: Any = _base_of(type(module))
     weight = module.weight
     parameters = [p for p in inspect.signature(base.forward).parameters.values() if p.default is p.empty]
@@ -144,7 +145,8 @@ def find_form(module: Any) -> str:
         return "after"
     size = weight.numel()
     generator = torch.Generator().manual_seed(0)
-    # many rows: in half precision two ways to compute a norm differ in a last bit now and then
+    # many rows, since in half precision two formulas may differ only rarely, in the last bit;
+    # rows of different magnitudes, so that the epsilon matters in some of them
     probe = torch.randn(PROBE_ROWS, size, generator=generator) * torch.logspace(-2, 2, PROBE_ROWS)[:, None] + 0.3
     probe = probe.to(weight.device, weight.dtype)
     ones = Factor(torch.ones(size, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32)))
@@ -161,7 +163,7 @@ def find_form(module: Any) -> str:
                 continue
             if same and linear and _keeps_half(base, module, form, probe, ones):
                 return name
-    except Exception:  # a norm that wants another input is multiplied after it has run
+    except Exception:  # a norm with other inputs is multiplied after it has run
         return "after"
     finally:
         module.training = training
@@ -169,18 +171,18 @@ def find_form(module: Any) -> str:
 
 
 def _keeps_half(base: Any, module: Any, form: Form, probe: Tensor, ones: Factor) -> bool:
-    """Whether a form gives the type that the norm gives, of an input in half precision too."""
+    """Returns whether a form has the same output dtype as the norm for half-precision inputs."""
     half = probe.to(torch.bfloat16)
     try:
         expected = base.forward(module, half)
-    except Exception:  # the norm does not take such an input
+    except Exception:  # the norm rejects half precision
         return True
     return form(module, half, ones).dtype == expected.dtype
 
 
 @torch.no_grad()
 def channel_axis(module: Any) -> int:
-    """Returns the axis along which a norm has its weight: 1 if it takes images with channels there, else the last."""
+    """Returns the channel axis of a norm: 1 if it accepts channels-first images, else -1."""
     weight = module.weight
     size, training = weight.numel(), module.training
     other = 5 if size != 5 else 6
@@ -190,7 +192,7 @@ def channel_axis(module: Any) -> int:
             try:
                 _base_of(type(module)).forward(module, torch.zeros(shape, dtype=weight.dtype, device=weight.device))
                 return 1
-            except Exception:  # the norm does not take such a tensor
+            except Exception:  # the norm rejects this shape
                 continue
     finally:
         module.training = training
@@ -202,28 +204,28 @@ def _epsilon(module: Any) -> float:
         value = getattr(module, name, None)
         if value is not None:
             return float(value)
-    raise AttributeError("no epsilon")
+    raise AttributeError(f"{type(module).__name__} has none of the attributes {', '.join(EPSILONS)}")
 
 
 def _rms_cast_first(module: Any, x: Tensor, factor: Factor) -> Tensor:
-    """LLaMA's, T5's: normalised in float32, rounded, then times the weight."""
+    """Computes the RMS norm of LLaMA and T5: normalises in float32, rounds, then multiplies by the weight."""
     if getattr(module, "bias", None) is not None:
-        raise AttributeError("it has a bias")
+        raise AttributeError("this form has no bias")
     return _rms(x, module.weight, factor, _epsilon(module), True, 0.0)
 
 
 def _rms_cast_last(module: Any, x: Tensor, factor: Factor) -> Tensor:
-    """Normalised and multiplied with the weight in float32, then rounded."""
+    """Computes an RMS norm that is rounded after multiplying by the weight."""
     return _rms(x, module.weight, factor, _epsilon(module), False, 0.0)
 
 
 def _rms_offset(module: Any, x: Tensor, factor: Factor) -> Tensor:
-    """Gemma's: the same with one plus the weight."""
+    """Computes the RMS norm of Gemma: multiplies by one plus the weight, then rounds."""
     return _rms(x, module.weight, factor, _epsilon(module), False, 1.0)
 
 
 def _layer_norm(module: Any, x: Tensor, factor: Factor) -> Tensor:
-    """Torch's layer norm."""
+    """Computes torch's layer norm."""
     weight, bias, eps = module.weight, getattr(module, "bias", None), _epsilon(module)
     scale = factor.wide
     if plain_operations() or not _trained(x, weight, bias, scale):
@@ -243,7 +245,7 @@ FORMS: dict[str, Form] = {
     "rms_cast_last": _rms_cast_last,
     "rms_offset": _rms_offset,
 }
-"""The formulas that are tried, in order."""
+"""Known formulas, in the order in which they are tried."""
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -264,7 +266,7 @@ def _rms(x: Tensor, weight: Tensor, factor: Factor, eps: float, cast_first: bool
 def _rms_forward(
     x: Tensor, weight: Tensor, scale: Tensor, eps: float, cast_first: bool, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """The operations of the modules themselves, in their order, with the scale before the rounding."""
+    """Computes an RMS norm with the same operations as the modules, applying the scale before rounding."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normal = wide * inverse
@@ -275,7 +277,7 @@ def _rms_forward(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """RMS norm times a scale, which keeps its input and one number for each token."""
+    """Computes an RMS norm times a scale; saves only the input and one number per token."""
 
     @staticmethod
     def forward(
@@ -293,7 +295,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, scale, inverse = ctx.saved_tensors
         (grad,) = grads
-        if torch.is_grad_enabled():  # the gradient is to be differentiated once more
+        if torch.is_grad_enabled():  # double backward
 
             def plain(x: Any, weight: Any, scale: Any) -> Tensor:
                 return _rms_forward(x, weight, scale, ctx.eps, ctx.cast_first, ctx.offset)[0]
@@ -326,7 +328,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Layer norm times a scale, which keeps its input and two numbers for each token."""
+    """Computes a layer norm times a scale; saves only the input and two numbers per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, eps: float) -> Tensor:

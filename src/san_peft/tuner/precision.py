@@ -1,4 +1,4 @@
-"""What half precision does to propagated scales: how many would round to one, and how many are lost when applied."""
+"""Reports the effect of half precision on propagated scales: how many round to one, and how many have no effect."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from san_peft.tuner.quantized import is_quantized
 from san_peft.tuner.vectors import total_scale
 
 PROBES = 1024
-"""On how many values of every channel a scale is tried."""
+"""Number of random values per channel to which a scale is applied."""
 
 
 @dataclass(frozen=True)
 class EdgePrecision:
-    """How the scale of one edge fares in the type of the activation that it multiplies.
+    """Reports the precision of the scale of one edge.
 
     Attributes:
-        anterior: Layer that the scale comes from.
-        posterior: Layer that it is propagated to.
-        place: Where it acts at present: `norm:` and the norm's name, `output` of the anterior, or `input` of the
-            posterior.
-        dtype: Type of the activation there, as the frozen weights have it.
-        channels: How many channels the scale multiplies.
-        near_one: Channels whose factor is not one, but would be, rounded to that type.
-        lost: Of these, the channels that stay as they are when the factor is applied.
-        adapter: The adapter.
+        anterior: The layer that the scale comes from.
+        posterior: The layer that the scale is propagated to.
+        place: Where the scale is applied: `norm:` and the norm's name, `output` of the anterior layer, or `input` of
+            the posterior layer.
+        dtype: The dtype of the activation there, taken from the frozen weights.
+        channels: The number of channels that are multiplied.
+        near_one: The number of channels whose factor is not one, but rounds to one in `dtype`.
+        lost: The number of these channels that do not change when the factor is applied.
+        adapter: The name of the adapter.
     """
 
     anterior: str
@@ -52,31 +52,31 @@ class EdgePrecision:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """How the propagated scales of the active adapters fare in the types of a model; printing it gives a table.
+    """Reports the precision of the propagated scales of the active adapters; prints as a table.
 
     Attributes:
-        edges: One row for each edge that acts.
+        edges: One row per edge in use.
     """
 
     edges: tuple[EdgePrecision, ...]
 
     @property
     def channels(self) -> int:
-        """How many channels all edges multiply."""
+        """Returns the number of channels that all edges multiply."""
         return sum(edge.channels for edge in self.edges)
 
     @property
     def near_one(self) -> int:
-        """How many of their factors would round to one."""
+        """Returns the number of channels whose factor rounds to one."""
         return sum(edge.near_one for edge in self.edges)
 
     @property
     def lost(self) -> int:
-        """How many change nothing when they are applied."""
+        """Returns the number of channels whose factor has no effect."""
         return sum(edge.lost for edge in self.edges)
 
     def __str__(self) -> str:
-        head = ("anterior", "posterior", "acts at", "dtype", "channels", "near one", "lost")
+        head = ("anterior", "posterior", "applied at", "dtype", "channels", "near one", "lost")
         rows = [
             (
                 *(edge.anterior, edge.posterior, edge.place, str(edge.dtype).removeprefix("torch.")),
@@ -98,19 +98,19 @@ class PrecisionReport:
 
 @torch.no_grad()
 def report(scales: Any) -> PrecisionReport:
-    """Says how many propagated scales half precision would round to one, and how many are lost when applied.
+    """Reports how many propagated scales half precision rounds to one, and how many have no effect.
 
-    A factor near one, rounded to bfloat16, is one. Scales are therefore multiplied in float32, before a norm rounds its
-    output, or rounded by dithering (`san_peft.rounding`). What is lost of them nevertheless is tried out, on `PROBES`
-    random values of each channel: it counts as lost if none of these changes, as with a scale so near to one that not
-    one value in a thousand is to move. Several edges into one layer are tried one by one.
+    A factor near one rounds to one in bfloat16. Scales are therefore applied in float32 before a norm rounds its
+    output, or with dithered rounding (`san_peft.rounding`). To find scales that still have no effect, each is applied
+    to `PROBES` random values per channel; it counts as lost if none of them changes. Several edges into one layer are
+    tested one by one.
 
     Args:
         scales: The scales of the model's adapters.
 
     Returns:
-        The report, with one row for each edge of the active adapters that acts at present. Its types are those of the
-        frozen weights; what autocast makes of them is not known.
+        The report, with one row per edge that the active adapters use. Dtypes are those of the frozen weights; autocast
+        is not considered.
 
     Raises:
         SanError: If frozen weights are offloaded or partitioned.
@@ -124,14 +124,16 @@ def report(scales: Any) -> PrecisionReport:
         >>> model = get_peft_model(net.bfloat16(), config)
         >>> _ = nn.init.constant_(model.get_submodule("base_model.model.0.san_scale.default").weight, 0.001)
         >>> print(model.base_model.precision_report())
-        anterior  posterior  acts at  dtype     channels  near one  lost
-        0         2          norm:1   bfloat16         8         8     0
-        2         3          output   bfloat16         6         0     0
+        anterior  posterior  applied at  dtype     channels  near one  lost
+        0         2          norm:1      bfloat16         8         8     0
+        2         3          output      bfloat16         6         0     0
         8 of 14 channels of 2 edges would round to one; 0 are lost
     """
     names = scales._names()
     if names is None:
-        raise SanError("Weights are offloaded or partitioned, so their scales cannot be read; load the whole model.")
+        raise SanError(
+            "Weights are offloaded or partitioned, so scales cannot be read; load the model without offloading."
+        )
     rows: list[EdgePrecision] = []
     for name in names:
         where = places(scales, name, len(names) == 1 and not scales.mixed)
@@ -146,7 +148,7 @@ def report(scales: Any) -> PrecisionReport:
                 place = where[edge.anterior, fqn]
                 holder, apply = _site(scales, place, edge.anterior, fqn)
                 key = (edge.anterior, place) if place.startswith(NORM) else (edge.anterior, fqn)
-                if key not in tried:  # all readers of a norm get the same
+                if key not in tried:  # all readers of a norm share the factor
                     factor, channels = _factor(edge, sources[edge.anterior], place)
                     tried[key] = channels, *_try(factor, holder, apply)
                 rows.append(EdgePrecision(edge.anterior, fqn, place, _dtype(holder), *tried[key], name))
@@ -154,9 +156,9 @@ def report(scales: Any) -> PrecisionReport:
 
 
 def _factor(edge: Any, source: Tensor, place: str) -> tuple[Tensor, int]:
-    """What an edge multiplies where it acts, and how many channels it reaches there."""
+    """Returns the factor of an edge where it is applied, and the number of channels it multiplies."""
     index = None if edge.index is None else edge.index.to(source.device)
-    if place == OUTPUT and index is not None:  # the anterior's channels that are read, not the posterior's
+    if place == OUTPUT and index is not None:  # channels of the anterior layer, not of the posterior
         read = torch.zeros(source.numel(), dtype=torch.bool, device=source.device)
         read[index[index >= 0]] = True
         factor = propagate(source, None, edge.exponent, edge.bound)
@@ -166,11 +168,11 @@ def _factor(edge: Any, source: Tensor, place: str) -> tuple[Tensor, int]:
 
 
 Apply = Callable[[Tensor, Factor], Tensor]
-"""Multiplies a tensor with a factor, as is done where it acts."""
+"""Multiplies a tensor by a factor, as at the place where it is applied."""
 
 
 def _site(scales: Any, place: str, anterior: str, posterior: str) -> tuple[Any, Apply]:
-    """The module whose activation a scale multiplies, and how it does that."""
+    """Returns the module whose activation a scale multiplies, and the function that applies it."""
     if place.startswith(NORM):
         norm: Any = norm_at(scales.model, place.removeprefix(NORM))
         form = FORMS.get(norm.san_norm.form)
@@ -183,7 +185,7 @@ def _after(probe: Tensor, factor: Factor) -> Tensor:
 
 
 def _dtype(holder: Any) -> torch.dtype:
-    """The type in which a frozen module computes, as far as its weight says."""
+    """Returns the compute dtype of a frozen module according to its weight."""
     if not is_quantized(holder):
         return stored_weight(holder).dtype
     found = getattr(holder, "compute_dtype", None)
@@ -191,7 +193,7 @@ def _dtype(holder: Any) -> torch.dtype:
 
 
 def _try(factor: Tensor, holder: Any, apply: Apply) -> tuple[int, int]:
-    """How many channels of a factor would round to one, and how many of these change nothing on a probe."""
+    """Counts the channels of a factor that round to one, and those of them that have no effect on a probe."""
     dtype = _dtype(holder)
     near = (factor != 1) & (factor.to(dtype) == 1)
     count = int(near.sum())

@@ -1,4 +1,4 @@
-"""Frozen weights that are kept quantised: the one place that knows of them, and unpacks them."""
+"""Detects and dequantises quantised frozen weights."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from san_peft.products import weight_product
 from san_peft.propagation.untouched import REPACKS
 
 BITSANDBYTES = ("Params4bit", "Int8Params")
+"""Parameter classes of bitsandbytes, by name, since it may not be installed."""
 SUBCLASSES = ("torchao.", "optimum.quanto.")
-"""Packages whose weights are tensors that unpack themselves."""
+"""Packages whose weights are tensor subclasses with a `dequantize` method."""
 
 PACKED = ("qweight", "W_q", "weight_packed", "codebooks")
-"""What layers of GPTQ, AWQ, HQQ, compressed-tensors and AQLM have in the place of a weight."""
+"""Attributes that replace the weight in layers of GPTQ, AWQ, HQQ, compressed-tensors and AQLM."""
 
 
 def is_quantized(base: Any) -> bool:
-    """Whether a frozen layer's weight is kept in a quantised form."""
+    """Returns whether a frozen layer's weight is quantised."""
     own = {**vars(base)["_buffers"], **vars(base)["_parameters"]}
     weight = own.get("weight")
-    if weight is None:  # made in the forward pass, or under other names
+    if weight is None:  # computed in the forward pass, or stored under another name
         return False
     kind = type(weight)
     packed = kind.__name__ in BITSANDBYTES or kind.__module__.startswith(SUBCLASSES)
@@ -33,15 +34,15 @@ def is_quantized(base: Any) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module that SAN cannot adapt is a quantised layer without a weight."""
+    """Returns whether a module is a quantised layer that SAN cannot adapt, since it has no weight."""
     return any(hasattr(module, name) for name in PACKED) or "quant" in type(module).__name__.lower()
 
 
 def dense_weight(base: Any) -> Tensor:
-    """Returns a frozen layer's weight, unpacked into a new tensor where it is quantised; the layer stays as it is.
+    """Returns a frozen layer's weight, dequantised into a new tensor if needed.
 
     Raises:
-        MergeError: If the weight is quantised in a way that cannot be unpacked.
+        MergeError: If the weight cannot be dequantised.
     """
     weight = base.weight
     if not is_quantized(base):
@@ -52,28 +53,28 @@ def dense_weight(base: Any) -> Tensor:
         if type(weight).__module__.startswith(SUBCLASSES):
             return weight.dequantize()
     raise MergeError(
-        f"The weight of a {type(base).__name__} ({weight.dtype}) cannot be unpacked here. Load the model anew, without "
-        "quantisation, and put the adapter on that."
+        f"The weight of a {type(base).__name__} ({weight.dtype}) cannot be dequantised. Load the model without "
+        "quantisation, and apply the adapter to it."
     )
 
 
 def keep_exact(model: nn.Module) -> None:
-    """Keeps bitsandbytes' layers in a state that can be unpacked and trained.
+    """Keeps bitsandbytes layers in a state that can be dequantised and trained.
 
-    On some CPUs it packs 4-bit weights anew when they run in eval mode, which rounds their blocks' scales to bfloat16
-    and lets no gradient through from then on; that is switched off. An 8-bit layer that has run has its statistics
-    elsewhere than on its weight, where PEFT looks for them; they are put back.
+    On some CPUs bitsandbytes repacks 4-bit weights when they run in eval mode, which rounds block scales to bfloat16
+    and disables gradients; this turns repacking off. An 8-bit layer that has run stores its statistics outside of its
+    weight, where PEFT does not find them; this moves them back.
 
     Raises:
-        AdapterError: If 4-bit weights have been packed anew already.
+        AdapterError: If 4-bit weights have already been repacked.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     repacked = [name for name, module in modules.items() if _is_repacked(module)]
     if repacked:
         raise AdapterError(
-            f"{len(repacked)} 4-bit layers, such as {repacked[0]}, have run on this CPU before there was an adapter, "
-            "for which bitsandbytes has packed them in a form that is inexact and lets no gradient through. Load the "
-            "model again, and put the adapter on it before it runs."
+            f"{len(repacked)} 4-bit layers, such as {repacked[0]}, have run on this CPU before the adapter was added, "
+            "so bitsandbytes has repacked them into an inexact format without gradients. Load the model again, and add "
+            "the adapter before it runs."
         )
     for module in modules.values():
         if getattr(module, REPACKS, False):
@@ -89,20 +90,20 @@ def _is_repacked(module: Any) -> bool:
 
 
 def row_matrix(base: Any) -> Tensor:
-    """Returns a frozen layer's weight with one row per output channel, dequantised; a view where it can be."""
+    """Returns a frozen layer's dequantised weight with one row per output channel, as a view if possible."""
     weight = dense_weight(base)
     return weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
 
 
 def unpacked_product(base: Any, rows: Tensor) -> Tensor:
-    """Returns `weight_product` of a quantised weight; between the two passes nothing of it is kept unpacked."""
+    """Computes `weight_product` of a quantised weight, without saving the dequantised weight for backward."""
     if torch.compiler.is_compiling():
         return weight_product(row_matrix(base), rows)
     return _UnpackedProduct.apply(base, rows)
 
 
 class _UnpackedProduct(torch.autograd.Function):
-    """The product with a quantised weight, which the backward pass unpacks once more."""
+    """Multiplies by a quantised weight, which the backward pass dequantises again."""
 
     @staticmethod
     def forward(ctx: Any, base: Any, rows: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class _UnpackedProduct(torch.autograd.Function):
 
 
 def make_dense_layer(base: Any, dtype: torch.dtype | None = None) -> nn.Linear:
-    """Returns a dense layer that computes what a quantised one does, up to rounding, in `dtype` or as it unpacks."""
+    """Converts a quantised layer to a dense layer, in `dtype` or the dtype of the dequantised weight."""
     weight = dense_weight(base)
     with torch.device("meta"):
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
@@ -127,9 +128,9 @@ def make_dense_layer(base: Any, dtype: torch.dtype | None = None) -> nn.Linear:
 
 
 def forget_quantization(model: nn.Module) -> nn.Module:
-    """Takes off what transformers notes on a quantised model, and would save and trust, once all its weights are dense.
+    """Removes the quantisation config and flags of transformers from a model, if all its weights are dense.
 
-    A model that was loaded from a GGUF file is dense from the start, and carries the note all the same.
+    This includes models loaded from a GGUF file, which are dense but have a quantisation config.
 
     Returns:
         The same model.

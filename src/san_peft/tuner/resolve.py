@@ -1,4 +1,4 @@
-"""Resolving: which layers a configuration means and which edges connect them. Nothing is changed in the model."""
+"""Resolves a config against a model: which layers to adapt and which edges connect them, without changing the model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from san_peft.tuner.sharded import is_sharded
 
 
 def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> PropagationGraph | None:
-    """Fills in the configuration's targets and norms, and its edges and placement where they can be known already.
+    """Fills in the targets and saved modules of a config, and its edges and placement if the model can be traced.
 
     Returns:
-        The edges with their norms, or `None` where they wait for the first forward pass: the inputs of the model
-        cannot be derived, or it does not run on those that were. `settle` then fills in the rest.
+        The edges with their norms, or `None` if tracing has to wait for the first forward pass, because example inputs
+        cannot be derived or the model does not run on them. `settle` then fills in the rest.
     """
     modules = layers_by_name(model)
     names = {name: module for name, module in modules.items() if _is_layer(module)}
@@ -43,7 +43,7 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
             graph = _graph(model, config, tables_of(tuner, model, config))
         except TraceError as error:
             if config.gate:
-                reason = "gate=True adds parameters where scales arrive, so the edges come first"
+                reason = "gate=True adds parameters to posterior layers, so the edges must be known now"
                 raise TraceError(f"{error} {reason}.") from error
             waits = config.edges is None
     if targets is None or wide:
@@ -66,7 +66,7 @@ def resolve(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> Propagat
 
 
 def tables_of(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> list[str]:
-    """Returns the embeddings that the targets name; the default targets hold none."""
+    """Returns the names of embeddings among the targets; the default targets contain none."""
     targets = config.target_modules
     if targets is None or targets == "all-linear":
         return []
@@ -74,7 +74,7 @@ def tables_of(tuner: _peft.Tuner, model: nn.Module, config: SanConfig) -> list[s
 
 
 def settle(tuner: _peft.Tuner, model: nn.Module, config: SanConfig, graph: PropagationGraph) -> PropagationGraph:
-    """Fills in edges and placement from a graph that was traced when the adapter was on the model already."""
+    """Fills in edges and placement from a graph that was traced after the adapter was injected."""
     modules = layers_by_name(model)
     _check_targets(tuner, model, config, modules, graph)
     return _settled(config, *_selected(tuner, config, graph, modules))
@@ -90,7 +90,7 @@ def _settled(config: SanConfig, edges: tuple[Edge, ...], placement: dict | None)
 def _selected(
     tuner: _peft.Tuner, config: SanConfig, graph: PropagationGraph | None, modules: dict[str, nn.Module]
 ) -> tuple[tuple[Edge, ...], dict | None]:
-    """Returns the edges that the configuration's scheme selects, and what the trace saw beside them."""
+    """Returns the edges that the scheme selects, and their placement."""
     if graph is None:
         return (), None
     names = {name: module for name, module in modules.items() if _is_layer(module)}
@@ -107,7 +107,7 @@ def _selected(
 
 
 def _is_foreign(graph: PropagationGraph, config: SanConfig, names: dict[str, nn.Module]) -> bool:
-    """Whether a graph given by hand saw no output overwritten where the model has modules that overwrite their input.
+    """Returns whether a user-supplied graph has no in-place outputs although the model has in-place modules.
 
     It may then be the graph of another model with the same layers, such as one with other activations.
     """
@@ -119,7 +119,7 @@ def _is_foreign(graph: PropagationGraph, config: SanConfig, names: dict[str, nn.
 def _chosen(
     model: nn.Module, config: SanConfig, graph: PropagationGraph | None, names: dict[str, nn.Module], wide: bool
 ) -> set[str] | str:
-    """Returns the default targets: the traced layers but the heads, of those that the other options let through."""
+    """Returns the default targets: all traced layers except the heads that the other options select."""
     if graph is not None and graph.layers:
         left_out = {layer.fqn for layer in graph.layers if layer.left_out}
         chosen = [layer.fqn for layer in graph.layers if layer.fqn not in left_out.union(graph.heads)]
@@ -131,9 +131,9 @@ def _chosen(
     kept = [n for n in chosen if _peft.in_blocks(config, n) and not _peft.is_excluded(config, n)]
     if chosen and not kept:
         raise TargetError(
-            f"None of the {len(chosen)} layers is left with layers_to_transform={config.layers_to_transform}, "
+            f"None of the {len(chosen)} layers matches layers_to_transform={config.layers_to_transform}, "
             f"layers_pattern={config.layers_pattern!r} and exclude_modules={_listed(config.exclude_modules)}; the "
-            f"first of them is {chosen[0]}."
+            f"first layer is {chosen[0]}."
         )
     if config.inner is not None:
         reasons = {n: _unfit(config, model, n, names[n]) for n in kept}
@@ -141,8 +141,8 @@ def _chosen(
         if fitting and len(fitting) < len(kept):
             first = next(n for n in kept if reasons[n])
             warnings.warn(
-                f"{len(kept) - len(fitting)} of {len(kept)} layers are left out, which {config.inner['peft_type']} "
-                f"cannot adapt, such as {first}, {reasons[first]}.",
+                f"{len(kept) - len(fitting)} of {len(kept)} layers are left out because {config.inner['peft_type']} "
+                f"cannot adapt them, such as {first}: {reasons[first]}.",
                 stacklevel=5,
             )
             kept = fitting
@@ -150,15 +150,15 @@ def _chosen(
 
 
 def _unfit(config: SanConfig, model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Says why the host of a configuration cannot take a layer, or returns `None`."""
+    """Returns why the host cannot adapt a layer, or `None` if it can."""
     inner: Any = config.inner
     return unfit(inner["peft_type"], _plain(module)) or _peft.refusal(config.inner_config(), model, name)
 
 
 def exactly(chosen: Iterable[str], every: Iterable[str]) -> set[str] | str:
-    """Returns targets that select these modules of a model alone.
+    """Returns targets that match exactly the chosen modules.
 
-    PEFT matches a list at the end of names. Where that would take in other modules (`2` the module `3.2`), it is a
+    PEFT matches a list at the end of names. If that would also match other modules (`2` matches `3.2`), this returns a
     regular expression.
     """
     chosen = set(chosen)
@@ -179,15 +179,15 @@ def _check_targets(
     modules: dict[str, nn.Module],
     graph: PropagationGraph | None,
 ) -> None:
-    """Raises where a target is no layer that SAN can adapt, or a listed name matches nothing at all."""
+    """Raises `TargetError` if a target matches no module, or a module that SAN cannot adapt."""
     targets: Any = config.target_modules
     for target in sorted(targets) if isinstance(targets, set | list) else ():
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             last = dict.fromkeys(name.rpartition(".")[2] for name, m in modules.items() if _is_layer(m))
             close = difflib.get_close_matches(target, last, n=3)
             raise TargetError(
-                f"Target modules {{{target!r}}} not found in the base model: target_modules names {target!r}, but no "
-                f"module of the {type(model).__name__} ends in it."
+                f"Target modules {{{target!r}}} not found in the base model: target_modules contains {target!r}, but "
+                f"no module name of the {type(model).__name__} ends with it."
                 f"{' Did you mean ' + ', '.join(close) + '?' if close else ''} Its layers: {', '.join(last)}."
             )
     idle = []
@@ -210,22 +210,22 @@ def _check_targets(
             raise TargetError(f"{name} is {reason}. Leave it out of target_modules.")
         if any(name.startswith(f"{other}.") for other in attentions):
             raise TargetError(
-                f"{name} is a part of an nn.MultiheadAttention that target_modules names as well. The attention has "
-                "scales for its output projection too: name one of them."
+                f"{name} is part of an nn.MultiheadAttention that is a target as well and already scales its output "
+                "projection. Target only one of them."
             )
         if traced and name not in traced:
             idle.append(name)
     if idle:
         warnings.warn(
-            f"{len(idle)} target layers were not called when the model was traced. If the model reads their weights "
-            "directly, their own scales act, but nothing is propagated from them or to them; else they may do nothing: "
+            f"{len(idle)} target layers were not called when the model was traced, so nothing is propagated from or to "
+            "them. Their scales have an effect only if the model reads their weights directly: "
             f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}.",
             stacklevel=4,
         )
 
 
 def _check_parallel(fqn: str, layer: Any) -> None:
-    """Raises where a layer is cut into parts: its scale would be cut as well, and its edges lead to whole layers."""
+    """Raises `TargetError` if a layer is sharded: its scale would be sharded too, but edges connect full layers."""
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if any(getattr(layer, name, None) is not None for name in ("_hf_tp_plan", "_hf_device_mesh")):
         raise TargetError(
@@ -235,33 +235,33 @@ def _check_parallel(fqn: str, layer: Any) -> None:
     weight: Any = stored_weight(layer) if isinstance(layer, LAYER_TYPES) else None
     if is_sharded(weight):
         raise TargetError(
-            f"The weight of {fqn} is in shards on {weight.device_mesh.size()} devices already. Call "
-            "get_peft_model first and fully_shard after it."
+            f"The weight of {fqn} is already sharded across {weight.device_mesh.size()} devices. Call get_peft_model "
+            "first, then fully_shard."
         )
 
 
 def _check_host(fqn: str, layer: BaseTunerLayer, config: SanConfig) -> None:
-    """Raises where a layer is another tuner's, unless it is of the kind that hosts this adapter."""
+    """Raises `TargetError` if a layer belongs to another tuner that does not host this adapter."""
     host = layer.host if isinstance(layer, SanLayer) else layer
     if host is None:
         return
     theirs = type_of(host)
     if config.inner is None and not isinstance(layer, SanLayer):
         raise TargetError(
-            f"{fqn} already is a layer of another tuner ({theirs}). To propagate that adapter's own scale use "
-            "san_peft.propagate(model); to add SAN beside it, unload it first."
+            f"{fqn} is already adapted by another tuner ({theirs}). To propagate the scale of that adapter, call "
+            "san_peft.propagate(model); to use SAN instead, unload it first."
         )
     if config.inner is not None and theirs != config.inner["peft_type"]:
         raise TargetError(
-            f"{fqn} hosts a {theirs} adapter, and inner asks for {config.inner['peft_type']}: two kinds of host cannot "
-            "share a layer. Load one of them, or merge the first."
+            f"{fqn} hosts a {theirs} adapter, but inner is a {config.inner['peft_type']} config: a layer supports one "
+            "type of host. Load only one of them, or merge the first."
         )
 
 
 def _graph(model: nn.Module, config: SanConfig, tables: Iterable[str]) -> PropagationGraph | None:
-    """Returns the graph the configuration speaks of, before its scheme selects; `None` where none is needed.
+    """Returns the traced or given graph, before the scheme selects edges; `None` if none is needed.
 
-    Without propagation the trace still tells the heads, and which outputs are overwritten in place.
+    The model is traced even without propagation, to find the heads and the outputs that are modified in place.
     """
     if not isinstance(config.propagation, str):
         return PropagationGraph.from_json(config.propagation)
@@ -274,7 +274,7 @@ def _graph(model: nn.Module, config: SanConfig, tables: Iterable[str]) -> Propag
 
 
 def trace_plain(model: nn.Module, example_inputs: Any = None, tables: Iterable[str] = ()) -> PropagationGraph:
-    """Traces a model with all adapters switched off, under the names that its modules had before any was put on."""
+    """Traces a model with all adapters disabled, using the module names of the base model."""
     from san_peft.propagation.trace import trace
 
     embeddings = [name for name, _ in model.named_modules() if plain_name(name) in set(tables)]
@@ -294,7 +294,7 @@ def _select(
     if config.inner is not None and not config.own_scale:
         inner = config.inner_config()
         carried = {n for n in carried if not is_feedforward(inner, n)}
-    # the inside of an attention is not followed, so one whose output projection is a target by itself reads nothing
+    # the tracer does not look inside an attention, so if its output projection is a target, it gets no edges itself
     edges = [edge for edge in edges if not any(name.startswith(f"{edge.posterior}.") for name in carried)]
     kept, cut = [], []
     for edge in edges:
@@ -303,7 +303,7 @@ def _select(
     if cut and (explicit or limited):
         shown = "; ".join(f"{e.anterior} -> {e.posterior}" for e in cut[:3])
         warnings.warn(
-            f"{len(cut)} of {len(edges)} edges fall away because their anterior layer carries no scale: "
+            f"{len(cut)} of {len(edges)} edges are dropped because their anterior layer has no scale: "
             f"{shown}{' ...' if len(cut) > 3 else ''}.",
             stacklevel=5,
         )
@@ -312,7 +312,7 @@ def _select(
 
 @contextmanager
 def _disabled(modules: list[Any]) -> Iterator[None]:
-    """Runs tuner layers as their frozen layers, and puts every one's own state back."""
+    """Disables tuner layers temporarily, and restores the state of each."""
     before = [(m, m.disable_adapters) for m in modules]
     try:
         for module, _ in before:
@@ -324,7 +324,7 @@ def _disabled(modules: list[Any]) -> Iterator[None]:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """The frozen layer in a tuner's layer, or the module itself."""
+    """Returns the frozen layer inside a tuner layer, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -341,14 +341,14 @@ def _is_table(module: nn.Module) -> bool:
 
 
 def _inside(fqn: str, saved: Iterable[str] | None) -> bool:
-    """Whether a module is one of `modules_to_save`, or part of one; PEFT matches these at the end of names."""
+    """Returns whether a module is in `modules_to_save` or inside such a module; PEFT matches name endings."""
     parts = fqn.split(".")
     ends = tuple(saved or ())
     return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts) + 1))
 
 
 def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the name they had before any adapter was put in; what a tuner layer keeps inside is left out."""
+    """Returns modules by their name in the base model, without the submodules of tuner layers."""
     found: dict[str, Any] = {}
     within = None
     for full, module in model.named_modules():
@@ -362,7 +362,7 @@ def layers_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain_name(name: str) -> str:
-    """Returns a module's name as it was before any adapter was put in."""
+    """Returns the name that a module has in the base model."""
     return name.replace(".base_layer", "").replace(".original_module", "")
 
 
@@ -377,7 +377,7 @@ def _plain_graph(graph: PropagationGraph) -> PropagationGraph:
 
 
 def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
-    """Raises `GraphError` where an edge names a layer the model lacks, or its lengths do not fit."""
+    """Raises `GraphError` if an edge names a missing layer, or its channel counts do not fit."""
     for edge in edges:
         for fqn in (edge.anterior, edge.posterior):
             if fqn not in names:
@@ -385,13 +385,13 @@ def _check_edges(edges: Iterable[Edge], names: dict[str, nn.Module]) -> None:
                 raise GraphError(
                     f"edge {edge}: the model has no layer {fqn} that SAN can adapt."
                     f"{' Did you mean ' + ', '.join(close) + '?' if close else ''}"
-                    " Edges belong to one architecture: set edges=None to resolve them anew."
+                    " Edges are specific to an architecture: set edges=None to trace them again."
                 )
         out, size = _sizes(names[edge.anterior])[0], _sizes(names[edge.posterior])[1]
         if (edge.channels.source_size, edge.channels.size) != (out, size):
             raise GraphError(
-                f"edge {edge}: its map leads from {edge.channels.source_size} to {edge.channels.size} channels, but "
-                f"{edge.anterior} writes {out} and {edge.posterior} reads {size}."
+                f"edge {edge}: its channel map goes from {edge.channels.source_size} to {edge.channels.size} channels, "
+                f"but {edge.anterior} has {out} output channels and {edge.posterior} has {size} input channels."
             )
 
 
@@ -401,7 +401,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def norms_of(model: nn.Module) -> list[str]:
-    """Returns the names of the modules that normalise: no children, a class named so, nothing but vectors to train."""
+    """Returns the names of normalisation layers: 'norm' in the class name, and only 1D parameters."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):

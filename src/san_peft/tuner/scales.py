@@ -1,9 +1,8 @@
-"""All scales of a model for one forward pass: computed once, together, and handed to layers and norms.
+"""Computes all scales of a model once per forward pass, and passes them to layers and norms.
 
-A pass begins when the model that holds the adapters is called and ends when that call returns. `Scales.begin` reads
-every adapter once, computes all scales in a handful of operations, whatever the number of layers, and keeps the result,
-a `Pass`, until `Scales.end`. Layers and norms ask it for their `Vectors`; see README.md in this folder for the life of
-a step.
+A pass begins when the adapted model is called and ends when that call returns. `Scales.begin` computes all scales in a
+few operations, whatever the number of layers, and keeps the result, a `Pass`, until `Scales.end`. Layers and norms
+request their `Vectors` from it. README.md in this folder describes a full training step.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from san_peft.tuner.norms import bind, bound_to, norm_at
 
 @dataclass
 class Pass:
-    """What the layers and norms apply during one call of the model.
+    """Holds what layers and norms apply during one call of the model.
 
     Attributes:
-        vectors: By adapter and name of the layer.
-        norms: By name of the norm.
-        recall: What it can be made of once more, where gradients were enabled when it began.
-        shared: By group of layers, the scaled input that its first reader made.
+        vectors: The vectors, by adapter and layer name.
+        norms: The factors of norms, by name.
+        recall: The values to rebuild the pass for recomputation, if gradients were enabled.
+        shared: The scaled input of each group of layers that read the same one.
     """
 
     vectors: dict[str, dict[str, Vectors]] = field(default_factory=dict)
@@ -45,12 +44,12 @@ class Pass:
 
 @dataclass
 class Recall:
-    """The values of a pass without its graph, for the recomputation of checkpointing.
+    """Holds the values of a pass without its graph, for recomputation under activation checkpointing.
 
     Attributes:
-        parts: By adapter, its vectors, which of them require gradients, and how they were handed out.
-        without_gradients: Whether a layer ran without: the first of the two passes of reentrant checkpointing.
-        again: The pass, made once more.
+        parts: For each adapter its vectors, which of them require gradients, and how they were distributed.
+        without_gradients: Whether a layer ran without gradients, as in the first pass of reentrant checkpointing.
+        again: The rebuilt pass.
     """
 
     parts: list[Any]
@@ -59,10 +58,10 @@ class Recall:
 
 
 class Scales:
-    """The scales of a model's adapters, one object for all its layers and norms.
+    """Manages the scales of all adapters of a model.
 
     Args:
-        model: The model that holds the layers. A pass is one call of it.
+        model: The model that contains the layers. A pass is one call of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,7 +89,7 @@ class Scales:
         self._watch = Watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy starts without a pass: values of one model are none of another."""
+        """Returns the state without passes, since a copy must not use values of another model."""
         own = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return {**own, "_handles": self._handles}
 
@@ -108,14 +107,14 @@ class Scales:
         readers: dict[str, tuple[str, ...]],
         attention: set[tuple[str, str]],
     ) -> None:
-        """Takes over an adapter's layers and where each of its edges acts.
+        """Registers the layers of an adapter, and the placement of its edges.
 
         Args:
-            adapter_name: Name of the adapter.
+            adapter_name: The name of the adapter.
             layers: All SAN layers of the model, by name.
-            placements: By edge, `"input"`, `"output"` or `"norm:NAME"`.
-            readers: By norm, the layers that read it.
-            attention: The edges that pass an attention, whose values a cache may hold.
+            placements: The placement of each edge: `"input"`, `"output"` or `"norm:NAME"`.
+            readers: The layers that read each norm.
+            attention: The edges that pass through an attention, whose values may be in a KV cache.
         """
         self.layers = layers
         for fqn, layer in layers.items():
@@ -126,7 +125,7 @@ class Scales:
         self.prepare()
 
     def unwire(self, adapter_name: str) -> None:
-        """Forgets an adapter."""
+        """Removes an adapter."""
         self.pending.pop(adapter_name, None)
         self.placements.pop(adapter_name, None)
         self.readers.pop(adapter_name, None)
@@ -134,7 +133,7 @@ class Scales:
         self.changed()
 
     def release(self) -> None:
-        """Gives every norm its own class back, and the model its hooks."""
+        """Restores the classes of all norms, and removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         for module in self.model.modules():
@@ -144,7 +143,7 @@ class Scales:
         self._forget_passes()
 
     def changed(self) -> None:
-        """Says that layers, adapters or wiring are others from now on."""
+        """Invalidates all layouts after layers, adapters or edges have changed."""
         self.wiring += 1
         self._planned = self._kept = None
 
@@ -158,7 +157,7 @@ class Scales:
 
     @contextmanager
     def passing(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """A pass for as long as the context lasts."""
+        """Runs a pass for the duration of the context."""
         self.begin(args, kwargs)
         try:
             yield
@@ -166,13 +165,12 @@ class Scales:
             self.end()
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begins a pass, unless one is running in this thread.
+        """Begins a pass, unless one is already running in this thread.
 
         Args:
-            args: Arguments of the model.
-            kwargs: Its keyword arguments. While a sequence is generated token by token with the same
-                `past_key_values`, in eval mode and without gradients, nothing is computed again unless a parameter's
-                version tells that it has changed.
+            args: The arguments of the model.
+            kwargs: The keyword arguments of the model. During generation with the same `past_key_values`, in eval mode
+                and without gradients, scales are reused until the version of a parameter changes.
         """
         key = _thread()
         running = self._running.get(key)
@@ -184,11 +182,11 @@ class Scales:
         self._running[key] = running = [1, None]
         running[1] = self._latest = self._pass(kwargs)
 
-    @torch.compiler.disable(reason="the edges are traced in the first forward pass; make one before compiling")
+    @torch.compiler.disable(reason="the edges are traced in the first forward pass; run one before compiling")
     def wire_pending(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Lets adapters whose edges are not known yet look at the first batch; until then they propagate nothing."""
+        """Traces the first batch to wire adapters whose edges are pending."""
         key = _thread()
-        self._running[key] = [1, None]  # the model is called inside, in no pass
+        self._running[key] = [1, None]  # tracing calls the model, which must not begin a pass
         try:
             for wire in list(self.pending.values()):
                 wire(args, kwargs)
@@ -196,7 +194,7 @@ class Scales:
             del self._running[key]
 
     def end(self) -> None:
-        """Ends the pass that `begin` began."""
+        """Ends the pass that `begin` has started."""
         key = _thread()
         running = self._running.get(key)
         if running is None:
@@ -210,9 +208,9 @@ class Scales:
                 self._latest = None
 
     def acting(self) -> Pass | None:
-        """Returns the pass that is running, or the one that is being recomputed in a backward pass."""
+        """Returns the current pass, or the pass that is being recomputed in the backward pass."""
         running = self._running.get(_thread())
-        if torch.compiler.is_compiling():  # without a pass: one block compiled by itself
+        if torch.compiler.is_compiling():  # no pass: a block was compiled on its own
             return self._latest if running is None else running[1]
         if running is None and torch._C._current_graph_task_id() != -1:
             return self._recalled()
@@ -226,7 +224,7 @@ class Scales:
         return now
 
     def of(self, layer: Any) -> Vectors:
-        """Returns what a layer applies: in a pass its part of it, and by itself what it computes for itself."""
+        """Returns the vectors of a layer, from the current pass or computed for this layer alone."""
         now = self.acting()
         if now is None:
             return layer.vectors_alone(layer.active_adapters)
@@ -236,22 +234,22 @@ class Scales:
         return combined([now.vectors[name].get(layer.san_name, NOTHING) for name in active])
 
     def of_adapter(self, layer: Any, adapter_name: str) -> Vectors:
-        """Returns what a layer applies with one adapter alone, for a batch of several."""
+        """Returns the vectors of a layer for one adapter, for batches with mixed adapters."""
         now = self.acting()
         if now is None or adapter_name not in now.vectors:
             return layer.vectors_alone([adapter_name])
         return now.vectors[adapter_name].get(layer.san_name, NOTHING)
 
     def of_norm(self, fqn: str) -> Factor | None:
-        """Returns what a norm's output is multiplied with in the pass that is running, or `None`."""
+        """Returns the factor of a norm in the current pass, or `None`."""
         now = self.acting()
         return None if now is None else now.norms.get(fqn)
 
     def share(self, layer: Any, vectors: Vectors, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """Returns a layer's scaled input: that of another layer that reads the same, or by `make`.
+        """Returns the scaled input of a layer, shared between layers that read the same one.
 
-        Nothing outlives the pass, and regions of activation checkpointing share nothing with each other: each must be
-        able to recompute what it reads.
+        It is dropped when the pass ends, and not shared between regions of activation checkpointing, since each region
+        must be able to recompute its input.
         """
         now = self.acting()
         if vectors.group is None or now is None or not knows_regions() or plain_operations() or x.is_inference():
@@ -311,13 +309,13 @@ class Scales:
         return made
 
     def _plan(self, state: list[Any]) -> None:
-        """Forgets the layouts if the state of the layers or norms is another."""
+        """Invalidates the layouts if the state of layers or norms has changed."""
         norms = self._norms_now()
         if state != self._planned or norms != self._planned_norms:
             self._layouts, self._planned, self._planned_norms, self._kept = {}, state, norms, None
 
     def prepare(self) -> None:
-        """Lays out the present state, for compiled code, which cannot do it by itself."""
+        """Computes the layouts eagerly, since compiled code cannot do so."""
         if not self.layers or torch.compiler.is_compiling():
             return
         names = self._names()
@@ -326,22 +324,22 @@ class Scales:
             self._layout(name, len(names or ()) == 1 and not self.mixed)
 
     def _recalled(self) -> Pass | None:
-        """The pass in which what is being recomputed ran at first, or `None` if it ran in none."""
+        """Returns the pass of the original forward of a recomputed region, or `None` if there was none."""
         frame = checkpointed()
         recall = self._recall if frame is None else self._regions.get(frame, self._recall)
         if recall is None or recall.without_gradients or (knows_regions() and region() is None):
-            # reentrant checkpointing runs backward through every block by itself, so each takes its own scales
+            # reentrant checkpointing runs backward per block, so each layer computes its own scales
             return None
         if recall.again is None:
             recall.again = Pass()
-            with torch.no_grad():  # what is recomputed must keep what was kept, and nothing of this
+            with torch.no_grad():  # recomputation must save the same tensors as the forward pass, and none of these
                 for values, needs, (layout, dtype, exact) in recall.parts:
                     recall.again.vectors[layout.name], norms = hand_out(layout, values, dtype, exact, needs)
                     recall.again.norms.update(norms)
         return recall.again
 
     def _state(self) -> list[Any]:
-        """What decides about the layout of a pass."""
+        """Returns everything on which layouts depend."""
         found: list[Any] = [self.wiring, self.mixed, self.model.training]
         for layer in self.layers.values():
             active = layer._active_adapter
@@ -359,7 +357,7 @@ class Scales:
         return found
 
     def _norms_now(self) -> list[Any]:
-        """Which modules stand where norms are multiplied with scales, and of what dtype and where they are."""
+        """Returns the identity, dtype and device of all norms that may absorb scales."""
         found = []
         for fqn in dict.fromkeys(fqn for readers in self.readers.values() for fqn in readers):
             module = norm_at(self.model, fqn)
@@ -368,7 +366,7 @@ class Scales:
         return found
 
     def _names(self) -> list[str] | None:
-        """The adapters that act in this pass, or `None` where parameters are not there to be read."""
+        """Returns the adapters that are active in this pass, or `None` if parameters are not available."""
         names: dict[str, None] = dict.fromkeys(name for name in self.mixed if name != "__base__")
         for layer in self.layers.values():
             if not layer._disable_adapters and not self.mixed:
@@ -379,11 +377,11 @@ class Scales:
         for layer in self.layers.values():
             weight = stored_weight(layer.get_base_layer())
             if weight.is_meta or hasattr(weight, "ds_id"):
-                return None  # offloaded, or partitioned by DeepSpeed: each layer reads what it needs when it runs
+                return None  # offloaded, or partitioned by DeepSpeed: each layer computes its own scales when it runs
         return list(names)
 
     def _stamp(self) -> Any:
-        """What tells of most changes of an adapter's parameters, or `None` where nothing does."""
+        """Returns identities and versions of all parameters to detect changes, or `None` if there are no versions."""
         found = []
         try:
             for layer in self.layers.values():
@@ -395,12 +393,12 @@ class Scales:
                     for name in layer.host.adapter_layer_names:
                         for parameter in getattr(layer.host, name).parameters():
                             found.append((id(parameter), parameter._version))
-        except RuntimeError:  # tensors of inference mode have no version
+        except RuntimeError:  # inference tensors have no version counter
             return None
         return found
 
     def _exact(self, factors: list[Tensor]) -> bool:
-        """Whether layers take the gradients of their factors by themselves: one is near zero, or code is compiled."""
+        """Returns whether layers compute gradients of factors without dividing by them, as some are near zero."""
         return plain_operations() or not torch.is_grad_enabled() or self._watch.near_zero(factors)
 
     def _weight(self) -> Tensor | None:
@@ -412,7 +410,7 @@ class Scales:
         return torch.device("cpu") if weight is None else weight.device
 
     def _dtype(self) -> torch.dtype:
-        """The dtype in which the frozen layers multiply."""
+        """Returns the compute dtype of the frozen layers."""
         weight = self._weight()
         if weight is None:
             return torch.float32
@@ -422,7 +420,7 @@ class Scales:
     # ------------------------------------------------------------------ layouts
 
     def _layout(self, name: str, single: bool) -> ScaleLayout | None:
-        """Returns the layout of an adapter in the present state of the layers."""
+        """Returns the layout of an adapter for the current state of the layers."""
         layout = self._layouts.get(name)
         if layout is None:
             if torch.compiler.is_compiling():
@@ -432,7 +430,7 @@ class Scales:
 
 
 def _goes_on(given: Mapping[str, Any]) -> bool:
-    """Whether a model is given the next token alone of a sequence; a longer input may begin another one."""
+    """Returns whether the input is a single next token; a longer input may begin another sequence."""
     names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
     tokens = next((given[name] for name in names if given.get(name) is not None), None)
     return isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1

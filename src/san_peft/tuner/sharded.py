@@ -1,7 +1,7 @@
-"""Parameters that are not where the forward pass wants them: in shards on several devices, or offloaded by accelerate.
+"""Gathers sharded parameters (FSDP2), and loads parameters offloaded by accelerate.
 
-A posterior layer reads parameters of its anterior, which may lie in another unit of FSDP2, or outside of the forward
-pass for which accelerate loads them. This is the one place that knows of either.
+A posterior layer reads parameters of its anterior layer, which may be in another FSDP2 unit, or not loaded by
+accelerate at that time.
 """
 
 from __future__ import annotations
@@ -21,29 +21,24 @@ if torch.distributed.is_available():
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is distributed over several devices."""
+    """Returns whether a tensor is sharded across devices."""
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-def is_distributed() -> bool:
-    """Whether this process is one of a group, in which FSDP2 may write parameters past their version counter."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def whole(tensor: Tensor) -> Tensor:
-    """Gathers a tensor that may be sharded; its gradient is averaged over the devices, as FSDP does with its own."""
+    """Gathers a tensor if it is sharded. Its gradient is averaged over the devices, as in FSDP."""
     if not is_sharded(tensor):
         return tensor
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     gathered = tensor.full_tensor(grad_placements=[distributed.Partial()] * mesh.ndim)  # type: ignore[attr-defined]
     if gathered.requires_grad:
-        # a sum of parts, since not every backend of torch.distributed can average
+        # sum, then divide, since not every backend of torch.distributed supports averaging
         gathered.register_hook(lambda grad: grad / mesh.size())
     return gathered
 
 
 def whole_product(weight: Tensor, rows: Tensor) -> Tensor:
-    """Returns `weight_product` of a weight that may be sharded: every device multiplies its part, the weight stays."""
+    """Computes `weight_product` of a weight that may be sharded, without gathering the weight."""
     if not is_sharded(weight):
         return weight_product(weight, rows)
     wide = torch.promote_types(torch.promote_types(weight.dtype, rows.dtype), torch.float32)
@@ -56,11 +51,11 @@ def whole_product(weight: Tensor, rows: Tensor) -> Tensor:
 
 @contextmanager
 def onloaded(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Brings what accelerate has offloaded of a layer to where it computes, for as long as it is read.
+    """Loads the parameters of a layer that accelerate has offloaded, for the duration of the context.
 
     Args:
-        layer: The layer with all its children.
-        weight: Its frozen weight: nothing happens unless that is on the meta device.
+        layer: The layer with all its submodules.
+        weight: Its frozen weight. Does nothing unless this is on the meta device.
     """
     hooks: list[tuple[nn.Module, Any]] = []
     if weight.is_meta:

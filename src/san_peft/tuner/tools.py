@@ -1,4 +1,4 @@
-"""What PEFT's tools ask of every layer: what its adapter would be as LoRA."""
+"""Methods that PEFT's conversion to LoRA calls on every layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from san_peft.tuner.quantized import is_quantized
 
 
 class ToolLayer:
-    """The part of `SanLayer` that such tools call."""
+    """Implements PEFT's interface for conversion to LoRA."""
 
     san_scale: Any
     san_incoming: Any
@@ -21,7 +21,7 @@ class ToolLayer:
     get_delta: Any
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Returns what merging one adapter alone changes in the weight, of the weight's shape.
+        """Returns the change of the weight if only this adapter is merged, in the shape of the weight.
 
         Raises:
             MergeError: If adapters are merged, or the weight is quantised.
@@ -29,10 +29,10 @@ class ToolLayer:
         return self.get_delta(adapter_name)[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` gives, at full rank, what an adapter does here.
+        """Returns whether PEFT's `convert_to_lora` is exact for this layer at full rank.
 
-        It converts the weights of linear layers that are targets, and nothing else. Where it would lose something a
-        warning says what; `san_peft.save_as_lora` converts such layers as well.
+        PEFT converts only the weights of linear target layers. If something would be lost, a warning says what;
+        `san_peft.save_as_lora` converts such layers as well.
         """
         layer: Any = self
         base, reason = self.get_base_layer(), None
@@ -41,14 +41,14 @@ class ToolLayer:
         elif isinstance(base, nn.Conv1d | nn.Conv2d):
             reason = "is a convolution"
         elif self.san_incoming.get(adapter_name) and adapter_name not in self.san_scale:
-            reason = "is no target, and reads propagated scales"
+            reason = "is not a target, but has a propagated scale"
         elif is_quantized(base) or layer.merged:
             reason = "is quantised or merged"
         elif bool(self.get_delta(adapter_name)[1].any()):
             reason = "changes its bias"
         if reason is not None:
             warnings.warn(
-                f"PEFT's conversion to LoRA takes the weights of linear targets alone, and {self.san_name} {reason}. "
+                f"PEFT's conversion to LoRA supports only weights of linear targets, but {self.san_name} {reason}. "
                 "Use san_peft.save_as_lora.",
                 stacklevel=4,
             )

@@ -1,4 +1,4 @@
-"""The vectors of a layer: trained ones, and those that its anteriors hand on."""
+"""Trainable vectors of a layer, and the scales that it receives from its anterior layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from san_peft.tuner.sharded import whole
 
 
 class ScaleVector(nn.Module):
-    """A trainable vector kept as its offset from a constant: one for a scale and a gate, zero for a shift.
+    """Stores a trainable vector as the offset from a constant: one for scales and gates, zero for shifts.
 
-    Weight decay then pulls toward the identity, and half precision keeps small scales. Calling it gives a new tensor,
-    never the parameter, so sharded and offloaded parameters work in a posterior layer as well. Of a vector in shards it
-    is the whole one, so that a posterior in another unit of FSDP2 needs no unit for every vector.
+    Weight decay then pulls towards the identity, and half precision does not round small offsets away. The forward pass
+    returns a new tensor and gathers a sharded parameter, so that posterior layers in another FSDP2 unit can use it.
     """
 
     def __init__(self, size: int, constant: float = 1.0, **factory: Any) -> None:
@@ -26,7 +25,7 @@ class ScaleVector(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size, **factory))
 
     def forward(self) -> Tensor:
-        """Returns constant plus offset, at the strength that is set, in float32 at least."""
+        """Returns the vector at the current strength, in at least float32."""
         weight = whole(self.weight)
         vector = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.constant
         if self.strength == 1:
@@ -34,14 +33,14 @@ class ScaleVector(nn.Module):
         return strengthen(vector, self.strength) if self.constant else vector * self.strength
 
     def extra_repr(self) -> str:
-        """Returns size and constant for `print`."""
+        """Returns the size and the constant for `print`."""
         return f"{self.weight.numel()}, constant={self.constant}"
 
 
 class Incoming:
-    """One edge as its posterior layer sees it: the anterior's scales, by adapter, and the channel map.
+    """Represents an edge in its posterior layer: the anterior layer's scales and the channel map.
 
-    It holds the anterior's containers, not a parameter: casting, assigning and moving replace parameters.
+    It refers to the anterior layer's containers rather than to parameters, since casting and moving replace parameters.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Incoming:
         self.exponent, self.detach, self.bound = config.exponent_of(anterior), config.detach, config.bound
 
     def factor(self, adapter_name: str) -> Tensor:
-        """Returns what this edge multiplies onto the input scale."""
+        """Returns the factor of this edge in the input scale."""
         scale: Any = total_scale(self.banks, adapter_name)
         if self.index is not None and self.index.device != scale.device:
             self.index = self.index.to(scale.device)
@@ -63,7 +62,7 @@ class Incoming:
 
 
 def total_scale(banks: tuple[nn.ModuleDict, ...], adapter_name: str) -> Tensor | None:
-    """Returns the product of a layer's own scale and its host's, of those it has."""
+    """Returns the product of a layer's trainable scale and its host's scale, or `None` if it has neither."""
     total = None
     for bank in banks:
         if adapter_name in bank:

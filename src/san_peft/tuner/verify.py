@@ -1,4 +1,4 @@
-"""Whether merging kept what an adapter does: held against the adapter's own effect, and against measured rounding."""
+"""Checks that merging preserves the adapter's effect, within measured rounding errors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from san_peft.tuner.frozen import stored_weight
 
 SHARE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-"""Share of the adapter's own effect by which merging may change an output of a type, even without rounding."""
+"""Accepted change of an output of each dtype, as a fraction of the adapter's effect, in addition to rounding."""
 
 Outputs = dict[str, Tensor]
-"""Floating outputs of a model by name."""
+"""Floating-point outputs of a model, by name."""
 
 SLOPE = 0.2
-"""How far from one the merged effect may be, as a multiple of the unmerged one."""
+"""Accepted relative deviation of the merged effect from the unmerged effect."""
 
 
 @contextmanager
 def reached(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Collects the names of the layers that run while the context lasts, on more than nothing."""
+    """Collects the names of the layers that run with non-empty outputs during the context."""
     names: set[str] = set()
 
     def note(name: str) -> Any:
@@ -43,17 +43,17 @@ def reached(layers: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 
 @contextmanager
 def jittered(layers: Iterable[nn.Module], seed: int) -> Iterator[None]:
-    """Lets the outputs of layers be off by about what merging rounds differently, at random."""
+    """Adds random noise to the outputs of layers, about as large as the rounding differences of merging."""
 
     def jitter(layer: Any, args: Any, y: Any) -> Any:
         nonlocal seed
-        if isinstance(y, tuple) and y:  # of an attention, with its weights
+        if isinstance(y, tuple) and y:  # an attention returns its weights as well
             return (jitter(layer, args, y[0]), *y[1:])
         if not isinstance(y, Tensor) or not y.is_floating_point():
             return y
         seed += 1
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
-        # an entry that has come out small is a sum of terms as large as those of its neighbours
+        # a small entry is a sum of terms as large as those of other entries, and has the same absolute error
         size = wide.square().mean(layer.channel_dim, keepdim=True).sqrt_() + wide.abs()
         generator = torch.Generator(device=y.device).manual_seed(seed)
         noise = torch.rand(wide.shape, dtype=wide.dtype, device=y.device, generator=generator).sub_(0.5)
@@ -66,7 +66,7 @@ def jittered(layers: Iterable[nn.Module], seed: int) -> Iterator[None]:
 
 
 def _step(weight: Tensor, wide: Tensor, dtype: torch.dtype) -> float:
-    """One step of rounding in a layer's product, relative to its result: of the types, and of long sums."""
+    """Returns the relative rounding error of a layer's product, from its dtypes and the length of its sums."""
     step = max(torch.finfo(each).eps for each in (dtype, weight.dtype))
     convolution = weight.dim() > 2
     short = torch.backends.cudnn.allow_tf32 if convolution else torch.get_float32_matmul_precision() != "highest"
@@ -76,11 +76,11 @@ def _step(weight: Tensor, wide: Tensor, dtype: torch.dtype) -> float:
 
 
 FEW = 64
-"""Outputs with fewer numbers have their rounding errors estimated from several passes."""
+"""Rounding errors of outputs with fewer entries are estimated from several passes."""
 
 
 class Verdict(NamedTuple):
-    """What merging does to the outputs; `fault` says what is wrong with it, or nothing."""
+    """Summarises what merging changes in the outputs; `fault` is the reason for a failure, or `None`."""
 
     difference: float
     where: str
@@ -97,15 +97,14 @@ def judge(
     rounded: Sequence[tuple[Outputs, Outputs]] | None,
     tolerance: float | None,
 ) -> Verdict:
-    """Holds what merging changes in each output against what the adapter changes there, and against rounding.
+    """Compares the change of each output by merging with the adapter's effect and with rounding errors.
 
     Args:
-        before: Outputs before merging.
-        after: Outputs after.
-        frozen: Outputs of the frozen layers.
-        rounded: `before` and `frozen` from passes in which `jittered` was at work, once or more often; `None` with a
-            tolerance.
-        tolerance: Largest accepted difference, in place of what follows from the effect and from rounding.
+        before: The outputs before merging.
+        after: The outputs after merging.
+        frozen: The outputs of the base model.
+        rounded: Pairs of `before` and `frozen` from passes with `jittered` layers; `None` if a tolerance is given.
+        tolerance: The maximum accepted difference; `None` derives it from the effect and from rounding errors.
     """
     changes = {name: _gap(after[name], old) for name, old in before.items()}
     effects = {name: _finite(_gap(old, frozen[name])) for name, old in before.items()}
@@ -118,7 +117,7 @@ def judge(
         ]
         for name in before
     }
-    # an output that jitter has hardly hit, by chance, is rounded as the others are
+    # an output with little noise by chance has the same rounding errors as the others
     most = _norm([noise for several in noises.values() for noise in several])
     passes = 2 * max(len(rounded or ()), 1)
     common = most / max(math.sqrt(passes) * _norm(list(sizes.values())), sys.float_info.min)
@@ -148,31 +147,31 @@ def judge(
 
 
 def _faults(name: str, change: Tensor, effect: Tensor, again: Tensor, noise: float, share: float) -> Iterator[str]:
-    """What is wrong with one output on average; `again` is the effect with other rounding errors."""
-    # many outputs are combinations of few features; what one layer loses is found where the layer is looked at
+    """Yields the failures of one output on average; `again` is the effect with other rounding errors."""
+    # many outputs are combinations of few features; `layerwise` checks the single layers
     independent = min(effect.numel(), 16)
     accepted = max(share * _mean(effect), (1.5 + 4 / math.sqrt(independent)) * noise)
     if _mean(change) > accepted:
-        yield f"Merging changes {name} by {_mean(change):.3g} in the mean, more than the tolerance of {accepted:.3g}"
-    shared = (effect * again).mean().item()  # the square of the effect, in which no rounding error stands twice
+        yield f"Merging changes {name} by {_mean(change):.3g} on average, more than the tolerance of {accepted:.3g}"
+    shared = (effect * again).mean().item()  # an estimate of the squared effect that is not biased by rounding errors
     if shared > noise**2:
         slope = 1 + (change * again).mean().item() / shared
         spread = SLOPE + 4 * noise * _mean(again) / shared / math.sqrt(independent)
         if abs(slope - 1) > spread:
             yield (
-                f"Merging keeps {slope:.2f} times the effect of the adapter on {name}, which is {_mean(effect):.3g} in "
-                f"the mean; rounding explains {1 - spread:.2f} to {1 + spread:.2f}"
+                f"Merging keeps {slope:.2f} times the effect of the adapter on {name}, which is {_mean(effect):.3g} on "
+                f"average; rounding explains {1 - spread:.2f} to {1 + spread:.2f}"
             )
 
 
 def _gap(new: Tensor, old: Tensor) -> Tensor:
-    """The difference of two outputs; none where both are the same infinity."""
+    """Returns the difference of two outputs; zero where both are the same infinity."""
     gap = new.double() - old.double()
     return torch.where(new == old, torch.zeros_like(gap), gap)
 
 
 def _finite(values: Tensor) -> Tensor:
-    """Zeros in place of what is not finite: nothing excuses a difference by being infinite."""
+    """Replaces non-finite values by zero, so that they do not raise the accepted difference."""
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
