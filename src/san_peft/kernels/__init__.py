@@ -115,17 +115,10 @@ def scale_forward(
 
     Args:
         x: Features, contiguous, in half or single precision.
-<<<<<<< HEAD
-        factor: Factor $f$ of every channel, in float32.
-        shift: Shift $t$ of every channel, in float32.
-        dim: Axis of the channels.
-        salt: Chooses the hash of the dithering.
-=======
         factor: Factor $f$ of each channel, in float32.
         shift: Shift $t$ of each channel, in float32.
         dim: Channel axis.
         salt: Salt of the dithering hash.
->>>>>>> h/prop
 
     Returns:
         $f \odot x + t$ in the dtype of `x`, computed in float32; half precision is rounded by dithering.
