@@ -9,13 +9,13 @@ from torch import distributed
 Found = TypeVar("Found")
 
 
-def mine(count: int) -> range:
+def rank_indices(count: int) -> range:
     """Returns the indices of the samples that this rank evaluates, out of `count`."""
     rank, processes = _place()
     return range(rank, count, processes)
 
 
-def together(found: dict[int, Found], count: int) -> list[Found]:
+def gather_results(found: dict[int, Found], count: int) -> list[Found]:
     """Gathers the results of all ranks in the order of the samples; a collective call.
 
     Args:

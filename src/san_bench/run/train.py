@@ -19,10 +19,10 @@ from san_bench.config.recipe import Recipe, split_revision
 from san_bench.models.adapt import (
     check_trainable,
     checkpoint_sha256,
-    loaded_commit,
     saved_activation_bytes,
     with_method,
 )
+from san_bench.models.checkpoint import checkpoint_of
 from san_bench.models.weights import place
 from san_bench.run.domain import Domain, domain_of
 from san_bench.run.evaluate import trained_model
@@ -117,7 +117,7 @@ def _identity(domain: Domain) -> dict[str, Any]:
         "kind": recipe.method.kind,
         "task": recipe.task,
         "model": recipe.model,
-        "model_revision": loaded_commit(recipe),
+        "model_revision": checkpoint_of(recipe).commit,
         "backbone": Path(split_revision(recipe.model)[0]).name,
         "protocol": recipe.protocol,
         "selection": recipe.selection,

@@ -180,7 +180,7 @@ def test_a_card_says_what_an_adapter_is(runs, place):
     }
     assert f"| instructions | test | generation | {result['accuracy']:.4f} | 6 |" in card.text
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert "a whole model" in (runs["full"][1] / "adapter" / "README.md").read_text()
+    assert "a full model" in (runs["full"][1] / "adapter" / "README.md").read_text()
     lora = (runs["lora"][1] / "adapter" / "README.md").read_text()
     assert "PeftModel.from_pretrained" in lora
     assert "san_peft" not in lora

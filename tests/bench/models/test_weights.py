@@ -88,7 +88,7 @@ def test_weights_of_another_size_than_the_config_says_are_named_with_both_sizes(
     file.write_text(json.dumps({**config, "intermediate_size": 48}))
     with pytest.raises(SanError) as error:
         domain_of(recipe_of(place, tmp_path / "run", model=str(tmp_path / "model"))).base_model()
-    assert "holds no fitting weights for 6 parameters of its LlamaForCausalLM" in str(error.value)
+    assert "6 parameters of LlamaForCausalLM" in str(error.value)
     assert "down_proj.weight ((32, 64), not (32, 48))" in str(error.value)
 
 
@@ -99,7 +99,7 @@ def test_an_adapter_on_a_model_of_another_size_is_named(kind, place, tmp_path):
     config = llama(len(llama2())).config
     config.intermediate_size = 48
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(SanError, match=r"of another size than what it was trained on|leads from 64 to 64") as error:
+    with pytest.raises(SanError, match=r"other shapes|leads from 64 to 64") as error:
         load_model(tmp_path / "run")
     assert "48" in str(error.value)
     assert "64" in str(error.value)

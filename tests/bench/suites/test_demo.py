@@ -78,7 +78,7 @@ def test_the_table_has_the_numbers_of_the_rows(done):
         assert line["Training, s"] == f"{row['train_seconds']:.1f}"
         assert line["Saved activations, MiB"] == f"{row['saved_activation_mib']:.1f}"
     assert (table["SAN"]["Trained without head"], table["linear probe"]["Trained without head"]) == ("8,800", "0")
-    assert f"with seed 0, scored once on n = {SIZES['test']} test images" in text
+    assert f"with seed 0, evaluated once on n = {SIZES['test']} test images" in text
     assert "by `san demo --methods san linear`; commit" in text
     assert rows[0]["versions"]["torch"] in text
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_says_so(done):
 
 def test_several_seeds_and_sizes_are_all_named(done):
     san, linear = done[1]
-    assert "seed 0, 3, scored once on n = 40, 1,000 test" in notes([san, {**linear, "seed": 3, "n_test": 1000}])
+    assert "seed 0, 3, evaluated once on n = 40, 1,000 test" in notes([san, {**linear, "seed": 3, "n_test": 1000}])
 
 
 def test_the_readme_has_a_table_with_its_origin():
