@@ -224,9 +224,9 @@ def measure(name: str, variants: tuple[str, ...], steps: int, shrink: int, place
             "step_seconds": seconds,
             "tokens_per_second": result["train_tokens"] / result["steps"] / seconds,
             "saved_activations": result["saved_activation_mib"] * 2**20,
-            "reserved": result["train_info"]["accelerator_memory_max"],
-            "adapter": result["train_info"]["file_size"],
-            "total_seconds": result["run_info"]["total_time"],
+            "reserved": result["peak_gpu_reserved_mib"] * 2**20,
+            "adapter": result["saved_bytes"],
+            "total_seconds": result["total_seconds"],
         }
         yield {"model": name, "what": size.what, "shrink": shrink, "variants": rows}
 

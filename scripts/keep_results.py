@@ -1,8 +1,8 @@
 """Keeps what a suite found in this repository: `python scripts/keep_results.py runs/mini-vision`.
 
-Rows and trials go to `results/SUITE/`, without the blocks of PEFT's method comparison, which repeat them at length. The
-learning rates that the trials chose go into the suite that ships; rows of other rates are left out. Rows of code that
-no commit holds are refused. What `san plot` found on the variance and the similarity of scales is kept too.
+Rows and trials go to `results/SUITE/`. The learning rates that the trials chose go into the suite that ships; rows of
+other rates are left out. Rows of code that no commit holds are refused. What `san plot` found on the variance and the
+similarity of scales is kept too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from san_bench.config.suite import Rates, load_suite
 from san_bench.run.provenance import write_atomically, write_rows
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = ("run_info", "train_info", "meta_info")
 
 
 def read(file: Path) -> dict[str, list[dict[str, Any]]]:
@@ -36,7 +35,7 @@ def keep(source: Path, target: Path, rates: Rates | None = None) -> int:
     for run, rows in read(source).items():
         if not rows[0]["commit"] or rows[0]["commit"].endswith("+changes"):
             raise SystemExit(f"{source}: {run} comes from code that no commit holds. Commit first, and run it again.")
-        runs[run] = [{key: value for key, value in row.items() if key not in BLOCKS} for row in rows]
+        runs[run] = rows
     kept = [
         row
         for run in sorted(runs)

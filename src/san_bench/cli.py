@@ -1,4 +1,4 @@
-"""The `san` command: a thin layer of verbs, each of which imports what it needs when it runs."""
+"""The `san` command-line interface; each subcommand imports its dependencies when it runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from san_bench.cli_vqa import LmmsEval, Submission
 
 
 class Verb(Protocol):
-    """What a command does."""
+    """A subcommand of `san`."""
 
     def run(self) -> None:
-        """Does it, and prints."""
+        """Runs the subcommand and prints its output."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Fine-tune the embedded ViT on handwritten digits with SAN and its peers, and compare them."""
+    """Fine-tune the embedded ViT on handwritten digits with SAN and baselines, and compare them."""
 
     out: Path = Path("runs/demo")
-    """Folder of the runs, table, plots and rows."""
+    """Output folder for runs, results, table and plots."""
     methods: tuple[str, ...] = ("san", "linear", "ssf", "lora-equal", "lora-r8", "full")
-    """Names of recipes under demo/, in the order to run them; with fewer, the demo is shorter."""
+    """Recipes under demo/ to run, in this order; fewer methods take less time."""
 
     def run(self) -> None:
         """Runs the demo and prints its table."""
@@ -45,17 +45,17 @@ class Demo:
 
 @dataclass(frozen=True)
 class Train:
-    """Run a recipe, or resume the run that was interrupted."""
+    """Train a recipe and evaluate it once, or resume an interrupted run."""
 
     recipe: Positional[str]
     """A YAML file, or the name of a shipped recipe such as demo/san."""
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
-    """Values in place of the file's, such as optimizer.lr=1e-3 seed=1."""
+    """Override values of the recipe, such as optimizer.lr=1e-3 seed=1."""
     track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
-    """Trackers that also get the log."""
+    """Experiment trackers to log to, beside log.jsonl."""
 
     def run(self) -> None:
-        """Trains, scores once, and prints the result."""
+        """Trains, evaluates once, and prints the result."""
         from san_bench.config.recipe import load_recipe
 
         recipe = load_recipe(self.recipe, self.set)
@@ -63,48 +63,48 @@ class Train:
 
         result = train(recipe, self.track)
         keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
-        if os.environ.get("RANK", "0") == "0":  # of the processes that accelerate or torchrun started
+        if os.environ.get("RANK", "0") == "0":  # under accelerate launch or torchrun, rank 0 alone prints
             _table({key: result[key] for key in keys} | _of_tasks(result))
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Run a suite: methods, tasks, models and seeds; what is done is skipped, and what fails does not stop the rest."""
+    """Run a benchmark suite: methods x tasks x models x seeds. Finished runs are skipped; failures don't stop it."""
 
     suite: Positional[str]
     """Name of a shipped suite such as mini-vision, or a YAML file."""
     out: Path | None = None
-    """Folder to write to; runs/SUITE by default."""
+    """Output folder; runs/SUITE by default."""
     data: Path | None = None
-    """Folder of the data, for suites that have none inside the package."""
+    """Folder of the datasets, for suites whose data is not shipped with the package."""
     methods: tuple[str, ...] = ()
-    """Some of the suite's methods; all by default."""
+    """Run only these methods of the suite; all by default."""
     models: tuple[str, ...] = ()
-    """Some of its models."""
+    """Run only these models; all by default."""
     tasks: tuple[str, ...] = ()
-    """Some of its tasks."""
+    """Run only these tasks; all by default."""
     seeds: int = 1
-    """How many seeds, from 0."""
+    """Number of seeds, counted from 0."""
     search: bool = False
-    """Search for learning rates first, on validation images, with the same effort for every method."""
+    """First search the learning rate of each method on the validation split, over equally large grids."""
     protocol: str | None = None
-    """Another protocol than the suite's."""
+    """Training protocol to use instead of the suite's."""
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
-    """Values in place of the protocol's, such as optimizer.epochs=10."""
+    """Override values of the protocol, such as optimizer.epochs=10."""
     engine: Literal["local", "ray"] = "local"
-    """Where to run: on this machine, or on a Ray cluster."""
+    """Execute runs on this machine (local) or on a Ray cluster (ray)."""
     workers: int = 1
-    """Runs at the same time on this machine, or in a Ray of its own."""
+    """Number of parallel runs on this machine, or in a local Ray instance."""
     threads: int | None = None
-    """Threads, or on Ray processors, of each run; by default torch's choice, or 1 with several workers."""
+    """CPU threads per run (CPUs with Ray); by default torch's own number, or 1 with several workers."""
     gpus_per_run: float = 0.0
-    """With Ray, GPUs that a run takes, such as 0.5."""
+    """GPUs per run with Ray; may be a fraction such as 0.5."""
     keep_models: bool = False
-    """Keep the whole models that methods without an adapter save."""
+    """Keep the full models that methods without an adapter save."""
 
     @property
     def command(self) -> str:
-        """What to type to get the same once more."""
+        """The command line that reproduces this call."""
         words = ["san", "bench", self.suite]
         for option in fields(self)[1:]:
             value = getattr(self, option.name)
@@ -116,7 +116,7 @@ class Bench:
         return shlex.join(words)
 
     def run(self) -> None:
-        """Runs the suite and prints where the results are."""
+        """Runs the suite and prints the path of the results."""
         from san_bench.config.suite import Choice, load_suite
         from san_bench.suites.engines import LocalEngine
         from san_bench.suites.ray import RayEngine
@@ -132,22 +132,22 @@ class Bench:
         )
         out = self.out or Path("runs") / name
         rows = bench(suite, name, choice, out, engine, self.search, self.keep_models, self.command)
-        print(f"{len(rows)} runs are done: {out / 'rows.jsonl'}. `san table {out}` compares them.")
+        print(f"{len(rows)} runs have finished: {out / 'rows.jsonl'}. Compare them with `san table {out}`.")
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Load a run that has finished, and score it."""
+    """Load a finished run and evaluate it."""
 
     folder: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run."""
     split: str | None = None
-    """Name of a split; the recipe's eval_split by default."""
+    """Split to evaluate on; the recipe's eval_split by default."""
     mode: Literal["both", "neuron", "synapse", "off"] = "both"
-    """What of an adapter of SAN acts: its own scales, the propagated ones, both or none."""
+    """Active scales of a SAN adapter: its own (neuron), the propagated ones (synapse), both, or none (off)."""
 
     def run(self) -> None:
-        """Scores and prints."""
+        """Evaluates and prints the scores."""
         from san_bench.run.evaluate import evaluate
 
         _table(_scores(evaluate(self.folder, self.split, self.mode)))
@@ -155,39 +155,39 @@ class Eval:
 
 @dataclass(frozen=True)
 class Check:
-    """Check a recipe: all errors at once, each with its line and place."""
+    """Validate a recipe and report all errors at once, each with its line and key."""
 
     recipe: Positional[str]
     """A YAML file, or the name of a shipped recipe."""
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
-    """Values in place of the file's."""
+    """Override values of the recipe."""
 
     def run(self) -> None:
-        """Checks the recipe and what lies beside a model that is on this machine, and prints the fingerprint."""
+        """Validates the recipe, and the tokenizer or processor of a local model, and prints the fingerprint."""
         from san_bench.config.recipe import load_recipe
 
         recipe = load_recipe(self.recipe, self.set)
-        if recipe.model.partition("/")[0] != "embedded":  # what ships is complete
+        if recipe.model.partition("/")[0] != "embedded":  # shipped models are complete
             from san_bench.models import local_model
 
-            if (local_model(recipe.model) or Path(recipe.model)).is_dir():  # of the hub nothing is downloaded here
+            if (local_model(recipe.model) or Path(recipe.model)).is_dir():  # download nothing from the hub here
                 from san_bench.run.domain import check_companions
 
                 check_companions(recipe)
-        print(f"{self.recipe} is fine. Fingerprint {recipe.fingerprint}")
+        print(f"{self.recipe} is valid. Fingerprint {recipe.fingerprint}")
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the recipes, suites and protocols that come with the package, or copy one."""
+    """List the shipped recipes, suites and protocols, or copy one to edit it."""
 
     copy: str | None = None
-    """Name of one to copy."""
+    """Name of the recipe, suite or protocol to copy."""
     out: Path | None = None
-    """File to copy it to; its own name in this folder by default."""
+    """File to copy to; by default the same file name in the current folder."""
 
     def run(self) -> None:
-        """Lists or copies."""
+        """Lists all, or copies one."""
         from san_bench.config.recipe import find, shipped
 
         if self.copy is None:
@@ -197,7 +197,7 @@ class Recipes:
         source = find(self.copy, None)
         target = self.out or Path(source.name)
         if target.exists():
-            raise FileExistsError(f"{target} is there already. Choose another file with --out.")
+            raise FileExistsError(f"{target} already exists. Choose another file with --out.")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
         print(target)
@@ -205,13 +205,13 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Env:
-    """Print versions, commit and machine, as they are written beside every result."""
+    """Print the environment that is recorded with every result: versions, commit, CPU, threads and device."""
 
     json: bool = False
-    """Print JSON."""
+    """Print as JSON."""
 
     def run(self) -> None:
-        """Prints."""
+        """Prints the environment."""
         from san_bench.run.provenance import provenance
 
         facts = provenance()
@@ -220,57 +220,57 @@ class Env:
 
 @dataclass(frozen=True)
 class Trace:
-    """Show which layer of a model feeds which."""
+    """Trace the propagation graph of a model: which layer's scale propagates to which layers. No weights are loaded."""
 
     name: Positional[str]
-    """Name of a timm or transformers model, or a folder."""
+    """Name of a timm or transformers model, or a folder with its config.json."""
     scheme: Literal["all", "exact", "feedforward", "reference", "none"] = "all"
-    """Which of the edges to show."""
+    """Propagation scheme: the subset of edges to show."""
     json: bool = False
-    """Print the graph as JSON."""
+    """Write the graph as JSON."""
     dot: bool = False
-    """Print it for Graphviz."""
+    """Write the graph in Graphviz's DOT language."""
     svg: bool = False
-    """Draw it."""
+    """Draw the graph as SVG."""
     html: bool = False
-    """Draw it as a page."""
+    """Write a self-contained HTML page with the drawing and tables of edges and barriers."""
     placement: bool = False
-    """Print where each propagated scale acts: in a norm, at the anterior's output or at the posterior's input."""
+    """List where each propagated scale is applied: in a norm, at the anterior's output or at the posterior's input."""
     out: Path | None = None
-    """File to write to."""
+    """File to write to; standard output by default."""
 
     def run(self) -> None:
-        """Traces and shows."""
+        """Traces the model and shows its graph."""
         from san_bench.graph.command import trace_command  # type: ignore[import-not-found, unused-ignore]
         from san_peft.errors import SanError
 
         chosen = [name for name in ("json", "dot", "svg", "html", "placement") if getattr(self, name)]
         if len(chosen) > 1:
-            raise SanError(f"Choose one of --json, --dot, --svg, --html and --placement, not {len(chosen)} of them.")
+            raise SanError(f"Choose one of --json, --dot, --svg, --html and --placement; {len(chosen)} were given.")
         trace_command(self.name, self.scheme, chosen[0] if chosen else "tree", self.out)
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write what needs no san_peft: a run's model with its adapter merged, or the closest LoRA adapter."""
+    """Export a run for use without san_peft: merge its adapter into the model, or convert it to a LoRA adapter."""
 
     folder: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run."""
     out: Path
-    """Folder to write."""
+    """Output folder."""
     merged: bool = field(default=False)
-    """Merge the adapter into the weights: a plain transformers folder, which computes the same."""
+    """Merge the adapter into the weights and save a plain transformers checkpoint with the same outputs."""
     as_lora: Annotated[int | None, arg(metavar="RANK")] = None
-    """Write the closest LoRA adapter of this rank, and say what it loses."""
+    """Save the closest LoRA adapter of this rank, and print the approximation error."""
 
     def run(self) -> None:
-        """Merges or converts, compares outputs and writes."""
+        """Merges or converts the adapter, compares the outputs and saves the model."""
         from san_bench.run.evaluate import export, export_lora
         from san_peft.errors import SanError
 
         if self.merged == (self.as_lora is not None):
             raise SanError(
-                f"Choose --merged or --as-lora RANK. The adapter as it is lies in {self.folder / 'adapter'} already."
+                f"Choose either --merged or --as-lora RANK. The unmerged adapter is in {self.folder / 'adapter'}."
             )
         _table(
             export(self.folder, self.out) if self.merged else export_lora(self.folder, self.out, int(self.as_lora or 0))
@@ -279,26 +279,26 @@ class Export:
 
 @dataclass(frozen=True)
 class Data:
-    """Check the data of a suite, every image and every problem at once, or fetch what may be fetched."""
+    """Validate the datasets of a suite and report all problems at once, or download them where licences allow it."""
 
     action: Positional[Literal["check", "fetch"]]
-    """What to do."""
+    """Validate (check) or download (fetch)."""
     suite: Positional[str]
-    """vtab, fgvc, gic or commonsense, or one data set such as vtab/cifar; to check also folder or datasets for images
-    of your own, llava, llava/gqa or conversations; to fetch also the name of a data set on the Hugging Face hub."""
+    """vtab, fgvc, gic or commonsense, or one dataset such as vtab/cifar. Check also takes folder or datasets (your own
+    images), llava, llava/gqa and conversations; fetch also takes a dataset name on the Hugging Face hub."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder of the data."""
     images: bool = True
-    """Read and decode every image, and look for those that occur twice."""
+    """Decode every image, and look for duplicates."""
     workers: int | None = None
-    """Threads that read images; as many as processors by default, up to eight."""
+    """Threads that decode images; by default the number of CPUs, at most eight."""
     write_checksums: Path | None = None
-    """File to write checksums to, as sha256sum does."""
+    """File to write checksums to, in the format of sha256sum."""
     checksums: Path | None = None
-    """File of checksums to compare with."""
+    """File of checksums to verify against."""
 
     def run(self) -> None:
-        """Checks or fetches, prints, and exits with code 1 where something is missing or wrong."""
+        """Validates or downloads, prints, and exits with code 1 if anything is missing or invalid."""
         if self.action == "fetch":
             from san_bench.datacheck.fetch import fetch_command
 
@@ -315,43 +315,47 @@ EXTRAS = {
     "timm": "vision",
     "datasets": "vision",
     "torchvision": "vision",
-    "scipy": "vision",
+    "scipy": "plot",
     "jinja2": "plot",
 }
-"""Which extra brings a module that a verb may need."""
+"""The extra that installs an optional module."""
 
 WORK = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Submission, LmmsEval, Data)
 VERBS: tuple[type[Verb], ...] = (*WORK, Table, Plot, Report)
 
 
 def name_of(verb: type[Verb]) -> str:
-    """Returns what a verb is called on the command line."""
+    """Returns the name of a subcommand."""
     return re.sub(r"(?<!^)(?=[A-Z])", "-", verb.__name__).lower()
 
 
 def parse(words: Sequence[str] | None = None) -> Verb:
-    """Reads the words of a command line into the verb they call, without running it."""
+    """Parses a command line into its subcommand, without running it."""
     verbs: Any = None
     for verb in VERBS:
         named = Annotated[verb, subcommand(name_of(verb), prefix_name=False)]  # type: ignore[valid-type]
         verbs = named if verbs is None else verbs | named
     return tyro.cli(
-        verbs, prog="san", args=words, config=(OmitArgPrefixes,), description="Fine-tune with SAN, and compare."
+        verbs,
+        prog="san",
+        args=words,
+        config=(OmitArgPrefixes,),
+        description="Fine-tune models with SAN and other PEFT methods, and compare the results.",
     )
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs the command; a mistake of the user's is one message and exit code 2, Ctrl-C is one and exit code 130."""
+    """Runs the command. A user error prints one message and exits with code 2, Ctrl-C exits with code 130."""
     verb = parse(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a busy machine
     try:
         verb.run()
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except KeyboardInterrupt:
-        print("san: stopped. The same command goes on from what is finished.", file=sys.stderr)
+        print("san: interrupted. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(str(error.name).partition(".")[0])
@@ -363,8 +367,8 @@ def main(words: Sequence[str] | None = None) -> None:
         from san_peft.errors import SanError
 
         if _is_disk_full(error):
-            hint = "Free some space; the same command goes on from what is finished."
-            print(f"san: No space is left to write to: {error}. {hint}", file=sys.stderr)
+            hint = "Free some space, and run the same command again to resume."
+            print(f"san: No space left on device: {error}. {hint}", file=sys.stderr)
         elif isinstance(error, SanError | FileExistsError):
             print(f"san: {error}", file=sys.stderr)
         else:
@@ -373,13 +377,13 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """Whether a disk, a quota or the size of files is exhausted; safetensors, in Rust, says so in its text alone."""
+    """Checks for a full disk, quota or file size limit; safetensors (Rust) reports the number only in its message."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
-    """A result with a line for each task, where it has several."""
+    """Returns a result with one entry per task, if it has several."""
     return {key: value for key, value in result.items() if key not in ("tasks", "ways")} | _of_tasks(result)
 
 

@@ -1,4 +1,4 @@
-"""Verbs of the `san` command about results: tables, pictures, pages."""
+"""Subcommands of `san` that report results: tables, figures and HTML pages."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True)
 class Table:
-    """Make tables of results: means with spread and n, paired differences, cost, published lines beside ours."""
+    """Print tables of results: mean ± std with n, paired differences, cost, and published numbers for comparison."""
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")]
-    """Folders of suites or of runs, or .jsonl files."""
+    """Folders of suites or runs, or .jsonl files."""
     format: Literal["rich", "markdown", "latex", "csv"] = "rich"
-    """Of the text; rich is for the terminal."""
+    """Output format; rich is for the terminal."""
     published: bool = True
-    """Add published numbers where suite and backbone are theirs."""
+    """Add published numbers for the same suite and backbone."""
     reference: str | None = None
-    """Method that the others are compared with; san by default."""
+    """Baseline of the paired differences; san by default."""
     only: tuple[str, ...] = ()
-    """Which tables, by how their names begin, such as means, difference, natural, cost; all by default."""
+    """Print only the tables whose names start with one of these, such as means, difference, natural or cost."""
     out: Path | None = None
-    """File to write to."""
+    """File to write to; standard output by default."""
 
     def run(self) -> None:
-        """Reads, compares and prints."""
+        """Reads the results and prints the tables."""
         from san_bench.report.tables.table import table_command
 
         table_command(self.folders, self.format, self.published, self.reference, self.only, self.out)
@@ -35,17 +35,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw what a suite, or a run, has data for: accuracy, curves, and all that trained scales tell."""
+    """Plot the results of a suite or run: accuracy, training loss, variance and similarity of trained scales."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder of the suite or run."""
     out: Path | None = None
-    """Folder of the pictures and their numbers; `plots` in the same folder by default."""
+    """Folder for the figures and analysis.json; DIR/plots by default."""
     format: Literal["png", "svg", "pdf"] = "png"
-    """Of the pictures."""
+    """File format of the figures."""
 
     def run(self) -> None:
-        """Draws and names the files."""
+        """Draws the figures and prints the paths of their files."""
         from san_bench.report.figures.analysis import write_pictures
 
         for path in write_pictures(self.folder, self.out or self.folder / "plots", self.format):
@@ -54,15 +54,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Report:
-    """Write a suite as one page that needs nothing else: tables, pictures, recipes, failures, provenance."""
+    """Write a self-contained HTML report of a suite: tables, figures, recipes, failures and provenance."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder of the suite."""
+    """Folder of the suite or run."""
     out: Path | None = None
-    """File to write; `report.html` in the same folder by default."""
+    """HTML file to write; DIR/report.html by default."""
 
     def run(self) -> None:
-        """Writes the page and names it."""
+        """Writes the report and prints its path."""
         from san_bench.report.page.html import write_report
 
         out = self.out or self.folder / "report.html"

@@ -1,4 +1,4 @@
-"""Verbs of the `san` command about the benchmarks of models that see and speak."""
+"""Subcommands of `san` for benchmarks of vision-language models."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True)
 class Submission:
-    """Write the file that a benchmark's server takes: a run's answers to questions whose answers are secret."""
+    """Write a submission file for the evaluation server of a benchmark whose test labels are not public."""
 
     source: Annotated[Positional[Path], arg(metavar="RUN")]
-    """Folder of the run, which is loaded and asked; or a file of answers as LLaVA writes them (.jsonl)."""
+    """Folder of the run that generates the answers, or a .jsonl file of answers in LLaVA's format."""
     benchmark: Annotated[Positional[str], arg(metavar="BENCHMARK")]
     """vqav2, vizwiz or mmbench."""
     questions: Annotated[Positional[Path], arg(metavar="QUESTIONS")]
-    """LLaVA's .jsonl of the test split, VQAv2's or VizWiz's own .json, or MMBench's .tsv."""
+    """Questions of the test split: LLaVA's .jsonl, VQAv2's or VizWiz's own .json, or MMBench's .tsv."""
     out: Path
-    """File to write: .json, of mmbench .xlsx."""
+    """File to write: .json, or .xlsx for mmbench."""
     images: Path | None = None
-    """Folder of the images; test2015 (vqav2) or test (vizwiz) beside the questions by default."""
+    """Folder of the images; by default test2015 (vqav2) or test (vizwiz) next to the questions."""
 
     def run(self) -> None:
-        """Asks, writes and names the file."""
+        """Generates answers, writes the file and prints its path."""
         from san_bench.vision_language.submission import submission
 
         print(submission(self.source, self.benchmark, self.questions, self.out, self.images))
@@ -33,19 +33,19 @@ class Submission:
 
 @dataclass(frozen=True)
 class LmmsEval:
-    """Print the command that scores a merged export with lmms-eval, with a comment for what differs."""
+    """Print the lmms-eval command that evaluates a merged LLaVA export, with comments on differences to `san eval`."""
 
     folder: Annotated[Positional[Path], arg(metavar="EXPORT")]
-    """Folder that `san export --merged` wrote of a run of LLaVA."""
+    """Folder that `san export --merged` wrote for a LLaVA run."""
     out: Path = Path("lmms-eval")
-    """Folder that lmms-eval writes to."""
+    """Output folder of lmms-eval."""
     benchmarks: tuple[str, ...] = ()
-    """Some of vqav2, gqa, vizwiz, sqa, textvqa, pope and mmbench; all by default."""
+    """Benchmarks to run, out of vqav2, gqa, vizwiz, sqa, textvqa, pope and mmbench; all by default."""
     processes: int = 1
     """Number of processes, one GPU each."""
 
     def run(self) -> None:
-        """Prints lines for a shell."""
+        """Prints the shell command."""
         from san_bench.vision_language.vqa.benchmarks import lmms_command
 
         print(lmms_command(self.folder, self.out, self.benchmarks, self.processes), end="")

@@ -90,34 +90,35 @@ def test_words_that_mean_nothing_are_refused(capsys, words):
 def test_check_prints_the_fingerprint(capsys):
     code, out, err = run(capsys, "check", "demo/san", "--set", "seed=3")
     assert (code, err) == (0, "")
-    assert out == f"demo/san is fine. Fingerprint {load_recipe('demo/san', {'seed': 3}).fingerprint}\n"
+    assert load_recipe("demo/san", {"seed": 3}).fingerprint in out
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["check", "demo/sam"], "san: There is no recipe 'demo/sam'. Did you mean 'demo/san'?"),
-        (["train", "demo/sam"], "san: There is no recipe 'demo/sam'. Did you mean 'demo/san'?"),
-        (["check", "demo/san", "--set", "optimizer.lrr=1"], "optimizer.lrr: unknown key. Did you mean 'lr'?"),
-        (["demo", "--methods", "sann"], "san: The demo has no method 'sann'. Did you mean 'san'?"),
-        (["demo", "--methods"], "san: Name one method at least"),
-        (["eval", "nowhere"], "san: nowhere is no run: it has no recipe.yaml. `san train RECIPE` makes one."),
-        (["export", "nowhere", "--out", "there", "--merged"], "san: nowhere is no run"),
-        (["lmms-eval", "nowhere"], "san: nowhere is no merged export"),
-        (["submission", "run", "gqa", "q.jsonl", "--out", "up.json"], "san: There is no server of 'gqa' to write for"),
+        (["check", "demo/sam"], "'demo/san'"),
+        (["train", "demo/sam"], "'demo/san'"),
+        (["check", "demo/san", "--set", "optimizer.lrr=1"], "optimizer.lrr"),
+        (["demo", "--methods", "sann"], "'sann'"),
+        (["demo", "--methods"], "lora-equal"),
+        (["eval", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--out", "there", "--merged"], "nowhere"),
+        (["lmms-eval", "nowhere"], "nowhere"),
+        (["submission", "run", "gqa", "q.jsonl", "--out", "up.json"], "gqa"),
         (
             ["submission", "run", "vqav2", "q.jsonl", "--out", "up"],
-            "san: The server of vqav2 takes a .json file, not up",
+            ".json",
         ),
-        (["submission", "run", "vqav2", "q.jsonl", "--out", "up.json"], "san: There is no file q.jsonl."),
-        (["export", "run", "--out", "there"], "san: Choose --merged or --as-lora RANK."),
-        (["export", "run", "--out", "there", "--merged", "--as-lora", "2"], "san: Choose --merged or --as-lora RANK."),
+        (["submission", "run", "vqav2", "q.jsonl", "--out", "up.json"], "q.jsonl"),
+        (["export", "run", "--out", "there"], "--as-lora RANK"),
+        (["export", "run", "--out", "there", "--merged", "--as-lora", "2"], "--as-lora RANK"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(capsys, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *words)
     assert (code, out) == (2, "")
+    assert "san: " in err
     assert said in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
@@ -130,8 +131,7 @@ def test_a_bad_file_is_answered_line_by_line(capsys, tmp_path):
     code, out, err = run(capsys, "check", str(path))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 2
-    assert "sede: unknown key. Did you mean 'seed'?" in err
-    assert "seed: is missing" in err
+    assert "'seed'" in next(line for line in err.splitlines() if "sede" in line)
 
 
 def test_recipes_are_listed_with_what_they_are(capsys):
@@ -149,7 +149,9 @@ def test_a_recipe_is_copied_and_nothing_overwritten(capsys, tmp_path, monkeypatc
     assert load_recipe("san.yaml") == load_recipe("demo/san")
     Path("san.yaml").write_text("mine", encoding="utf-8")
     code, _, err = run(capsys, "recipes", "--copy", "demo/san")
-    assert (code, err) == (2, "san: san.yaml is there already. Choose another file with --out.\n")
+    assert code == 2
+    assert err.startswith("san: san.yaml")
+    assert "--out" in err
     assert Path("san.yaml").read_text(encoding="utf-8") == "mine"
     assert run(capsys, "recipes", "--copy", "suites/mini-vision", "--out", "my-suite.yaml")[0] == 0
     assert load_suite("my-suite.yaml") == load_suite("mini-vision")
@@ -173,7 +175,8 @@ def test_ctrl_c_is_one_message(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.Env, "run", stop)
-    assert run(capsys, "env") == (130, "", "san: stopped. The same command goes on from what is finished.\n")
+    code, out, err = run(capsys, "env")
+    assert (code, out, err.count("\n")) == (130, "", 1)
 
 
 def test_a_missing_extra_says_how_to_install_it(capsys, tmp_path, monkeypatch):

@@ -54,4 +54,4 @@ def test_a_launch_trains_as_one_process_does(alone, settings, kind):
 def test_a_gpu_is_what_is_trained_on(alone):
     _, results = alone
     assert all(result["device"] == torch.cuda.get_device_name() for result in results.values())
-    assert all(result["train_info"]["accelerator_memory_max"] > 0 for result in results.values())
+    assert all(result["peak_gpu_reserved_mib"] > 0 for result in results.values())

@@ -1,1 +1,1 @@
-"""`san trace`: a propagation graph as a tree, JSON, Graphviz, an SVG or an HTML page."""
+"""Show propagation graphs: as a tree, JSON, Graphviz DOT, SVG or an HTML page."""

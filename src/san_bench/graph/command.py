@@ -1,4 +1,4 @@
-"""The command `san trace`: a model's propagation graph as a tree, JSON, Graphviz, a drawing or a page."""
+"""Implement `san trace`: show a model's propagation graph as a tree, JSON, Graphviz DOT, SVG or an HTML page."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ RED = COLOURS["barrier"][0]
 
 
 def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
-    """Traces a model by name and shows its graph, on the terminal or in a file.
+    """Traces a model by name, and prints its graph or writes it to a file.
 
     Args:
-        name: What `empty_model` takes.
-        scheme: Which edges to show.
+        name: Name of the model, as for `empty_model`.
+        scheme: Propagation scheme of the edges to show.
         form: `tree`, `json`, `dot`, `svg`, `html` or `placement`.
-        out: File to write, whose path is then printed; `None` prints the graph.
+        out: File to write, whose path is printed; `None` prints the graph.
 
     Raises:
         SanError: If the name is unknown, the model cannot be traced, or the scheme does not fit it.
@@ -39,7 +39,7 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
     from san_peft import trace
 
     if out is not None and out.is_dir():
-        raise SanError(f"{out} is a folder. Give --out the name of a file.")
+        raise SanError(f"{out} is a folder. Pass the name of a file with --out.")
     model = empty_model(name)
     with quietly():
         graph = trace(model).select(scheme)
@@ -60,17 +60,17 @@ def trace_command(name: str, scheme: str, form: str, out: Path | None) -> None:
 
 
 def to_json(graph: PropagationGraph, title: str = "") -> str:
-    """Returns the graph as JSON, which `PropagationGraph.from_json` reads back."""
+    """Renders the graph as JSON, for `PropagationGraph.from_json`."""
     return graph.to_json(indent=2)
 
 
 def to_placement(graph: PropagationGraph, title: str) -> str:
-    """Returns one line for every edge, with the place where its scale acts."""
+    """Renders one line per edge with the place where its scale is applied."""
     return f"{title}\n{describe_placement(graph)}"
 
 
 def to_text(graph: PropagationGraph, title: str) -> str:
-    """Returns the tree as plain text, without colour and without breaking lines."""
+    """Renders the tree as plain text, without colour and line wrapping."""
     plain = Console(file=StringIO(), width=10_000, color_system=None, highlight=False)
     with plain.capture() as capture:
         plain.print(to_tree(graph, title))
@@ -78,9 +78,9 @@ def to_text(graph: PropagationGraph, title: str) -> str:
 
 
 def to_tree(graph: PropagationGraph, title: str) -> Group:
-    """Returns the graph for a terminal: every layer, under it the layers that its scale is propagated to.
+    """Renders the graph as a tree for the terminal: every layer, with the layers that its scale propagates to.
 
-    Blocks that repeat are folded. A number such as `x11` says how many edges a line stands for.
+    Repeated blocks are folded. A number such as `x11` counts the edges that a line represents.
     """
     folded = fold_blocks(graph)
     parts: list[Text | Tree] = [Text(title, style="bold"), Text(summary(graph)), Text()]
@@ -148,7 +148,7 @@ def _print_tree(graph: PropagationGraph, title: str) -> None:
 
 
 def to_dot(graph: PropagationGraph, title: str) -> str:
-    """Returns the folded graph in Graphviz' language: a cluster per block, an edge per folded edge."""
+    """Renders the folded graph in Graphviz' DOT language: a cluster per block, an edge per folded edge."""
     folded = fold_blocks(graph)
     heading = _quoted(f"{title}\n{summary(graph)}")
     lines = [
@@ -201,4 +201,4 @@ FORMS: dict[str, Callable[[PropagationGraph, str], str]] = {
     "html": graph_to_html,
     "placement": to_placement,
 }
-"""What `san trace` can write; each takes a graph and a title and is pure."""
+"""Output formats of `san trace`: pure functions of a graph and a title."""

@@ -1,4 +1,4 @@
-"""A propagation graph as an SVG that needs no Graphviz, no font and no script, light and dark."""
+"""Draw a propagation graph as SVG, light and dark, without Graphviz, fonts or scripts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from san_bench.graph.wording import path_words, summary
 from san_peft.propagation.graph import PropagationGraph
 
 CHARACTER = 5.9
-"""Width of a character of the small text, on the safe side for the fonts that a browser may choose."""
+"""Upper bound of the character width of the small text, for any font of a browser."""
 
 NOTES = 8
-"""Places that are listed below the drawing for one reason of a barrier."""
+"""Maximum number of layers listed below the drawing for one barrier reason."""
 
 LIGHT = {"paper": "#ffffff", "panel": "#f3f4f6", "box": "#ffffff", "rim": "#9ca3af", "ink": "#111827", "dim": "#4b5563"}
 DARK = {"paper": "#0f172a", "panel": "#1e293b", "box": "#0f172a", "rim": "#64748b", "ink": "#f1f5f9", "dim": "#b6c2d2"}
@@ -25,23 +25,22 @@ COLOURS = {
     "residual": ("#86198f", "#e879f9"),
     "barrier": ("#b91c1c", "#f87171"),
 }
-"""Of every kind of edge, and of barriers: the colour on light and on dark paper."""
+"""Colours of edge kinds and barriers, in light and dark mode."""
 
 
 def to_svg(graph: PropagationGraph, title: str, heading: bool = True) -> str:
-    """Draws the folded graph.
+    """Draws the folded graph as SVG.
 
-    Layers are boxes in the order in which they first ran, folded blocks are framed with the number they stand for, and
-    edges are lines in the colour of their kind, with the operations on the way. Names that are shortened are whole in
-    the tooltips.
+    Layers are boxes in execution order, folded blocks are frames with their count, and edges are lines in the colour of
+    their kind, labelled with the operations on their path. Tooltips contain the full names of shortened ones.
 
     Args:
-        graph: What to draw.
-        title: Its name.
+        graph: The graph.
+        title: Title of the drawing.
         heading: Whether to write the title and the summary above the legend.
 
     Returns:
-        The text of an SVG file.
+        The contents of an SVG file.
     """
     folded = fold_blocks(graph)
     trial = lay_out(folded, 0.0)
@@ -232,7 +231,7 @@ def _barrier_bars(folded: Folded, layout: Layout) -> list[str]:
 
 
 def _barrier_notes(folded: Folded, columns: int) -> list[tuple[bool, str]]:
-    """Lines below the drawing: every reason, and under it, set in, where it holds."""
+    """Returns the lines below the drawing: every barrier reason, followed by its indented layers."""
     lines: list[tuple[bool, str]] = []
     for (operation, reason), number in _reasons(folded).items():
         lines += [(False, words) for words in textwrap.wrap(f"{number} {operation}: {reason}", columns)]
@@ -241,12 +240,12 @@ def _barrier_notes(folded: Folded, columns: int) -> list[tuple[bool, str]]:
             more = "; ".join(filter(None, [f"x{barrier.count}" if barrier.count > 1 else "", barrier.note]))
             lines.append((True, f"at {_tail(barrier.name, columns - len(more) - 8)}{f' ({more})' if more else ''}"))
         if len(found) > NOTES:
-            lines.append((True, f"and at {len(found) - NOTES} more, which `san trace` lists without --svg"))
+            lines.append((True, f"and at {len(found) - NOTES} more layers; `san trace` without --svg lists all"))
     return lines
 
 
 def _tail(words: str, room: int) -> str:
-    """Shortens a name at its front, where it tells least."""
+    """Shortens a name at its start, which is the least informative part."""
     return words if len(words) <= room else f"…{words[len(words) - max(room - 1, 1) :]}"
 
 

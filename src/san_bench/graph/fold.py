@@ -1,8 +1,8 @@
-"""Folds blocks that repeat, so that a deep model's graph fits on a page; a pure function from graph to folded graph.
+"""Fold repeated blocks, so that the graph of a deep model fits on a page.
 
-Blocks are modules numbered in a row under one prefix, such as `model.layers.0`, `model.layers.1`, ... They fold where
-they hold the same layers, the same edges inside, and the same edges to the next block. Edges fold with them, and every
-edge of the graph is in exactly one folded edge, so nothing is lost: what differs stands beside it as a note.
+Blocks are consecutively numbered modules with the same prefix, such as `model.layers.0`, `model.layers.1`, ... They are
+folded if they have the same layers, the same edges inside, and the same edges to the next block. Every edge of the
+graph is in exactly one folded edge, and differences are noted, so no information is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from san_peft.propagation.graph import Barrier, Edge, Layer, PropagationGraph
 
 @dataclass(frozen=True)
 class Repeat:
-    """Blocks under one prefix that are the same up to their numbers, `first` to `last`."""
+    """A run of blocks with the same prefix that are identical up to their numbers, `first` to `last`."""
 
     prefix: str
     first: int
@@ -36,7 +36,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a name stands: its folded name such as `layers.{0-11}.fc1`, the runs on the way, its number in each."""
+    """A folded name such as `layers.{0-11}.fc1`, with its runs of blocks and its number in each."""
 
     name: str
     runs: tuple[Repeat, ...] = ()
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class FoldedLayer:
-    """Layers that are the same up to the numbers of their blocks; `layer` is the first of them."""
+    """Layers that are identical up to their block numbers; `layer` is the first of them."""
 
     name: str
     layer: Layer
@@ -59,7 +59,7 @@ class FoldedLayer:
 
     @property
     def block(self) -> str:
-        """Folded name of the block it stands in; empty where it stands alone."""
+        """Folded name of its block; empty for a layer outside any block."""
         parts = self.name.split(".")
         folded = [position for position, part in enumerate(parts) if part.startswith("{")]
         numbered = folded or [position for position, part in enumerate(parts) if part.isdecimal()]
@@ -67,44 +67,44 @@ class FoldedLayer:
 
     @property
     def size(self) -> str:
-        """Its class and the sizes of its channel axes where they are known, as text."""
+        """Its class and, if known, its input and output channels, as text."""
         sizes = f" {self.layer.in_channels} -> {self.layer.out_channels}" if self.layer.out_channels else ""
         return f"{self.layer.type}{sizes}"
 
 
 @dataclass(frozen=True)
 class FoldedBlock:
-    """Layers that are drawn together: a run of blocks, one block, or one layer on its own."""
+    """Layers that are drawn together: a run of blocks, one block, or a single layer."""
 
     name: str
     layers: tuple[FoldedLayer, ...]
 
     @property
     def run(self) -> Repeat | None:
-        """The run that the block stands for; `None` for a single block or layer."""
+        """The run of blocks that it represents; `None` for a single block or layer."""
         runs = self.layers[0].runs
         return runs[0] if runs and self.name else None
 
     @property
     def title(self) -> str:
-        """Its name in words, such as `vit.layers.0 .. 11 (x12)`."""
+        """Displayed name, such as `vit.layers.0 .. 11 (x12)`."""
         return f"{self.run} (x{self.run.count})" if self.run else self.name or self.layers[0].name
 
     def label(self, layer: FoldedLayer) -> str:
-        """Returns the name of one of its layers within the block."""
+        """Returns the name of a layer relative to the block."""
         return layer.name.removeprefix(self.name).removeprefix(".") or layer.name
 
 
 @dataclass(frozen=True)
 class FoldedEdge:
-    """Edges with the same folded ends, channel map and kind, the same number of blocks apart.
+    """Edges with the same folded ends, channel map, kind and distance in blocks.
 
     Attributes:
         anterior: Place of the first edge's anterior.
         posterior: Place of the first edge's posterior.
-        step: For every run that both ends share, how many blocks the posterior lies ahead.
-        edges: The edges of the graph that it stands for.
-        places: Of every edge, the places of its two ends.
+        step: Number of blocks from anterior to posterior, for every run that both share.
+        edges: The edges of the graph that it represents.
+        places: Places of both ends of every edge.
     """
 
     anterior: Place
@@ -120,28 +120,28 @@ class FoldedEdge:
 
     @property
     def channels(self) -> ChannelMap:
-        """The channel map of all of them."""
+        """The common channel map."""
         return self.edges[0].channels
 
     @property
     def kind(self) -> str:
-        """The kind of all of them."""
+        """The common kind."""
         return self.edges[0].kind
 
     @property
     def leaves_block(self) -> bool:
-        """Whether it goes from one block of a run to another."""
+        """Whether it leads from one block of a run to another."""
         return any(self.step)
 
     @cached_property
     def target(self) -> str:
-        """Folded name of the posteriors; the plain name where all edges lead to one layer."""
+        """Folded name of the posteriors, or the plain name if all edges lead to one layer."""
         names = {edge.posterior for edge in self.edges}
         return names.pop() if len(names) == 1 else self.posterior.name
 
     @cached_property
     def paths(self) -> tuple[tuple[tuple[str, ...], str], ...]:
-        """Operations on the way, the most frequent first, each with a note of where, which is empty for the first."""
+        """Operations on the path, the most frequent first; the others with a note on their blocks."""
         groups: dict[tuple[str, ...], list[int]] = {}
         for edge, (anterior, posterior) in zip(self.edges, self.places, strict=True):
             groups.setdefault(edge.via, []).append((anterior.numbers or posterior.numbers or (0,))[0])
@@ -150,7 +150,7 @@ class FoldedEdge:
 
     @cached_property
     def note(self) -> str:
-        """Which blocks it is in, leads to or comes from, in words; empty where it is inside every block."""
+        """Description of its blocks; empty if it is inside every block."""
         shared, words, combinations = len(self.step), [], 1
         if self.leaves_block:
             far = next(step for step in self.step if step)
@@ -178,7 +178,7 @@ class FoldedEdge:
 
 @dataclass(frozen=True)
 class FoldedBarrier:
-    """Barriers with the same operation and reason at layers that are the same up to their numbers."""
+    """Barriers with the same operation and reason, at layers that are identical up to their block numbers."""
 
     name: str
     barriers: tuple[Barrier, ...]
@@ -191,18 +191,18 @@ class FoldedBarrier:
 
     @property
     def operation(self) -> str:
-        """The operation of all of them."""
+        """The common operation."""
         return self.barriers[0].operation
 
     @property
     def reason(self) -> str:
-        """The reason of all of them."""
+        """The common reason."""
         return self.barriers[0].reason
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A folded graph: blocks in the order in which they first ran, and the edges and barriers between them."""
+    """A folded graph: blocks in execution order, edges and barriers."""
 
     blocks: tuple[FoldedBlock, ...]
     edges: tuple[FoldedEdge, ...]
@@ -210,22 +210,22 @@ class Folded:
 
     @property
     def layers(self) -> tuple[FoldedLayer, ...]:
-        """All folded layers, block by block."""
+        """All folded layers, ordered by block."""
         return tuple(layer for block in self.blocks for layer in block.layers)
 
 
 def fold_blocks(graph: PropagationGraph) -> Folded:
-    """Folds the blocks of a graph that repeat.
+    """Folds the repeated blocks of a graph.
 
-    Where blocks agree in all but the operations on an edge's way, and these make the same kind of edge, they fold too,
-    and the folded edge says which blocks go another way (`FoldedEdge.paths`). The first block of a language model is
-    such a case: it adds to the embeddings, the others to a stream.
+    Blocks that differ only in the operations on the path of an edge are folded too, if the kind of the edge is the
+    same; `FoldedEdge.paths` lists the deviating blocks. An example is the first block of a language model, which adds
+    to the embeddings instead of the residual stream.
 
     Args:
-        graph: Any graph.
+        graph: The graph.
 
     Returns:
-        The folded graph. Its edges' counts add up to `len(graph.edges)`, its barriers' and layers' likewise.
+        The folded graph. The counts of its edges sum to `len(graph.edges)`, and likewise for barriers and layers.
 
     Example:
         >>> from san_peft import Edge
@@ -258,7 +258,7 @@ def fold_blocks(graph: PropagationGraph) -> Folded:
 
 
 def _records(graph: PropagationGraph) -> dict[str, Layer]:
-    """The traced layers, and without sizes those that only edges name; edges carry the sizes that matter."""
+    """Returns the traced layers, and layers without sizes for names that only occur in edges."""
     known = {layer.fqn: layer for layer in graph.layers}
     return {name: known.get(name) or Layer(name, "layer", 0, 0) for name in graph.names()}
 
@@ -278,7 +278,7 @@ def _place(name: str, runs: dict[str, list[Repeat]]) -> Place:
 def _find_runs(
     graph: PropagationGraph, records: dict[str, Layer], names: list[str], depth: int, runs: dict[str, list[Repeat]]
 ) -> None:
-    """Finds runs among blocks whose number is part `depth` of their name, then inside the first block of each run."""
+    """Finds runs of blocks numbered at part `depth` of their names, then inside the first block of each run."""
     heads, numbered = set(graph.heads), dict[str, dict[int, list[str]]]()
     deeper: list[str] = []
     for name in names:
@@ -318,7 +318,7 @@ def _find_runs(
 
 
 def _longest(numbers: Sequence[int], contents: Mapping[int, Any], onward: Mapping[int, Any]) -> list[tuple[int, int]]:
-    """Cuts numbers into stretches of equal blocks with equal edges from each to the next, the longest first."""
+    """Splits numbers into runs of equal blocks with equal edges to the next block, the longest first."""
     if not numbers:
         return []
     start = end = 0
@@ -375,7 +375,7 @@ def _fold_barriers(barriers: Iterable[Barrier], runs: dict[str, list[Repeat]]) -
 
 
 def _blocks(numbers: Iterable[int]) -> str:
-    """Names blocks by number: `block 3`, `blocks 0 .. 2, 5`."""
+    """Lists block numbers: `block 3`, `blocks 0 .. 2, 5`."""
     ordered = sorted(set(numbers))
     starts = [n for n in ordered if n - 1 not in ordered]
     ends = [n for n in ordered if n + 1 not in ordered]

@@ -1,8 +1,8 @@
-"""Where the boxes and lines of a drawn graph stand; numbers only, in the units of an SVG, y growing downwards.
+"""Compute the layout of a drawn graph: positions of boxes and lines in SVG units, with y pointing down.
 
-Layers stand in rows from top to bottom in the order in which they first ran, side by side where they read the same.
-An edge to the next row is a curve. One that passes over rows runs down a lane on the right, one that leads back up,
-such as to the next of several folded blocks, up a lane on the left.
+Layers are placed in rows in execution order, side by side if they have the same inputs. An edge to the next row is a
+curve. Edges that skip rows run down a lane on the right; edges that lead back up, such as to the next of several folded
+blocks, run up a lane on the left.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LANE, TRACK, ENTRY, ARROW, HEADER, SPREAD = 9.0, 18.0, 9.0, 24.0, 26.0, 14.0
 
 @dataclass
 class Box:
-    """One folded layer: its row and its corner, width and centre."""
+    """Box of a folded layer: row, corner, width and centre."""
 
     layer: FoldedLayer
     label: str
@@ -30,13 +30,13 @@ class Box:
 
     @property
     def centre(self) -> float:
-        """Middle of its width."""
+        """Horizontal centre."""
         return self.x + self.width / 2
 
 
 @dataclass
 class Frame:
-    """Surrounds the rows of one block, from `first` to `last`."""
+    """Frame around the rows `first` to `last` of a block."""
 
     block: FoldedBlock
     first: int
@@ -47,17 +47,17 @@ class Frame:
 
 @dataclass
 class Bundle:
-    """Edges that leave one layer in the same way, drawn as one line that branches.
+    """Edges from one layer with the same properties, drawn as one branching line.
 
     Attributes:
         edges: The folded edges.
-        source: Their anterior.
-        targets: Their posteriors.
-        start: Where the line leaves the source.
-        ends: Where it reaches each target.
-        track: Height at which it turns, and at which its label stands.
-        entries: By row, the height at which it comes in from its lane.
-        lane: Position of its lane; `None` where all targets stand in the next row.
+        source: Box of their anterior.
+        targets: Boxes of their posteriors.
+        start: Horizontal position where the line leaves the source.
+        ends: Horizontal positions where it reaches the targets.
+        track: Height of its turn and its label.
+        entries: Height at which it leaves its lane, by row.
+        lane: Position of its lane; `None` if all targets are in the next row.
     """
 
     edges: list[FoldedEdge]
@@ -71,15 +71,15 @@ class Bundle:
 
     @property
     def back(self) -> bool:
-        """Whether it leads back up, on the left."""
+        """Whether the line leads back up, on the left."""
         return self.edges[0].leaves_block or any(box.row <= self.source.row for box in self.targets)
 
     def direct(self, target: Box) -> bool:
-        """Whether a target stands in the next row."""
+        """Returns whether a target is in the next row."""
         return not self.back and target.row == self.source.row + 1
 
     def turns(self) -> Iterator[tuple[float, list[tuple[float, float]]]]:
-        """For every row that it enters from its lane: at which height, and the points it reaches, the farthest last."""
+        """Yields, for every row entered from the lane, the height and the points reached, the farthest last."""
         for row, height in self.entries.items():
             points = [(x, box.y) for box, x in zip(self.targets, self.ends, strict=True) if box.row == row]
             yield height, sorted(points, key=lambda point: abs(point[0] - (self.lane or 0.0)))
@@ -87,7 +87,7 @@ class Bundle:
 
 @dataclass
 class Layout:
-    """Everything that is drawn, with its place; `top` is left free for the title."""
+    """Positions of everything that is drawn; the space above `top` is for the title."""
 
     boxes: list[Box]
     frames: list[Frame]
@@ -96,7 +96,7 @@ class Layout:
     bottom: float
 
     def bend(self, bundle: Bundle, target: Box) -> float:
-        """Height from which a line to the next row may leave the vertical: below its label and a frame's heading."""
+        """Returns the height below which a line to the next row may bend: below its label and a frame's heading."""
         headings = [frame.top + HEADER - 6 for frame in self.frames if frame.first == target.row]
         return max([bundle.track, *headings])
 
@@ -144,7 +144,7 @@ def _rows(folded: Folded) -> tuple[list[list[Box]], list[Frame]]:
 
 
 def _side_by_side(block: FoldedBlock, reads: dict[str, set[Hashable]]) -> Iterator[list[FoldedLayer]]:
-    """Puts neighbours into one row where they are parts of one module and read the same."""
+    """Groups consecutive layers into one row if they are in the same module and have the same inputs."""
     row: list[FoldedLayer] = []
     last: Hashable = None
     for layer in block.layers:
@@ -169,7 +169,7 @@ def _bundles(folded: Folded, boxes: dict[str, Box]) -> list[Bundle]:
 
 
 def _lanes(bundles: list[Bundle]) -> int:
-    """Gives each bundle the innermost lane that is free along its rows; returns how many lanes there are."""
+    """Assigns each bundle the innermost free lane along its rows; returns the number of lanes."""
     taken: list[list[tuple[int, int]]] = []
 
     def span(bundle: Bundle) -> tuple[int, int]:
@@ -188,7 +188,7 @@ def _lanes(bundles: list[Bundle]) -> int:
 
 
 def _heights(rows: list[list[Box]], frames: list[Frame], bundles: list[Bundle], y: float) -> float:
-    """Stacks the rows; the room between two rows is what the lines that turn there need. Returns the lower end."""
+    """Stacks the rows with enough space for the lines that turn between them; returns the bottom."""
     opens, closes = {f.first: f for f in frames}, {f.last: f for f in frames}
     for number, row in enumerate(rows):
         if number in opens:
@@ -219,7 +219,7 @@ def _heights(rows: list[list[Box]], frames: list[Frame], bundles: list[Bundle], 
 
 
 def _ports(bundles: list[Bundle]) -> None:
-    """Spreads the lines that leave one box, and those that reach one, along its edge."""
+    """Spreads the lines that leave or reach a box along its edge."""
     leaving: dict[str, list[Bundle]] = {}
     reaching: dict[str, list[Bundle]] = {}
     for bundle in bundles:

@@ -1,4 +1,4 @@
-"""A propagation graph as one page: the drawing, and tables of every edge and barrier to sort and to filter."""
+"""Render a propagation graph as an HTML page: the drawing, and sortable, filterable tables of edges and barriers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ $kinds
 $svg
 </div>
 <div>
-<label>Show only rows that contain <input type="search" id="filter" autocomplete="off"></label>
+<label>Filter rows <input type="search" id="filter" autocomplete="off"></label>
 $tables
 </div>
 </main>
@@ -95,14 +95,14 @@ for (const table of document.querySelectorAll("table")) {
 
 
 def graph_to_html(graph: PropagationGraph, title: str) -> str:
-    """Returns a page that holds everything itself, so that it can be sent and opened without a network.
+    """Renders a self-contained HTML page of a graph.
 
     Args:
-        graph: What to show.
-        title: Its heading.
+        graph: The graph.
+        title: Heading of the page.
 
     Returns:
-        The text of an HTML file: summary, drawing, a table of all edges, unfolded, and one of all barriers.
+        The contents of an HTML file: summary, drawing, and tables of all unfolded edges and all barriers.
     """
     edges = [(e.anterior, e.posterior, e.kind, str(e.channels), ", ".join(e.via)) for e in graph.edges]
     barriers = [(b.layer, b.operation, b.reason) for b in graph.barriers]

@@ -1,4 +1,4 @@
-"""Sentences about a graph that its tree, its drawing and its page share."""
+"""Texts on a graph that the tree, the SVG and the HTML page share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from san_peft.propagation.rules import KINDS
 
 
 def many(number: int, word: str) -> str:
-    """Returns a count with its word, such as `1 edge` or `2 edges`."""
+    """Returns a count with its noun, such as `1 edge` or `2 edges`."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def summary(graph: PropagationGraph) -> str:
-    """Returns one line: edges by kind, layers, barriers, heads.
+    """Summarises a graph in one line: edges by kind, layers, barriers and heads.
 
     Example:
         >>> summary(PropagationGraph())
@@ -30,7 +30,7 @@ def summary(graph: PropagationGraph) -> str:
 
 
 def path_words(edge: FoldedEdge, through: str = "through ") -> str:
-    """Returns the operations on an edge's way in words, with the blocks in which they are others; empty for none."""
+    """Describes the operations on an edge's path, and the blocks in which they differ; empty without operations."""
     first, *others = edge.paths
     words = [f"{through}{', '.join(first[0])}" if first[0] else ""]
     words += [f"({note}: {through}{', '.join(via) or 'nothing'})" for via, note in others]

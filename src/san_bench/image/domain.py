@@ -24,7 +24,8 @@ from san_bench.image.preprocess import InputSettings, Prepared, input_settings, 
 from san_bench.image.recipe import ImageRecipe
 from san_bench.image.splits import Split, VisionTask
 from san_bench.image.tasks import load_task
-from san_bench.models.adapt import head_of, model_path, version
+from san_bench.models.adapt import head_of
+from san_bench.models.checkpoint import checkpoint_of
 from san_bench.models.weights import misfits
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_peft.errors import SanError
@@ -84,13 +85,14 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(model_path(recipe), num_labels=task.num_classes, **version(recipe))
+        checkpoint = checkpoint_of(recipe)
+        config = AutoConfig.from_pretrained(checkpoint.path, num_labels=task.num_classes, **checkpoint.options)
         if isinstance(options := getattr(config, "model_args", None), dict):
             options.pop("num_classes", None)  # timm writes the old head's size here, which would stand twice
         _set_drop_path(config, recipe)
         model, report = AutoModelForImageClassification.from_pretrained(
-            model_path(recipe),
-            **version(recipe),
+            checkpoint.path,
+            **checkpoint.options,
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # of the head alone, see below
@@ -189,7 +191,8 @@ class Images(Domain):
         Raises:
             SanError: If neither the recipe nor what lies beside the model says so.
         """
-        return input_settings(recipe.input, model_path(recipe), **version(recipe))
+        checkpoint = checkpoint_of(recipe)
+        return input_settings(recipe.input, checkpoint.path, **checkpoint.options)
 
     def base_model(self) -> nn.Module:
         """Loads the pretrained model with a fresh head; see `base_model`."""
@@ -237,7 +240,7 @@ class Images(Domain):
 
     def save_companions(self, folder: Path) -> None:
         """Copies the settings of images that lie beside the pretrained weights."""
-        settings = Path(model_path(self.recipe)) / "preprocessor_config.json"
+        settings = Path(checkpoint_of(self.recipe).path) / "preprocessor_config.json"
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)
 

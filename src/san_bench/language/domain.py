@@ -20,7 +20,7 @@ from san_bench.language.prompts import Collator, Tokenised, prompt, tokenise
 from san_bench.language.recipe import TextRecipe
 from san_bench.language.tasks import MOST_ANSWERS, TextTask, load_text_task
 from san_bench.language.tokenizer import PreparedTokenizer, prepare_tokenizer
-from san_bench.models.adapt import model_path, version
+from san_bench.models.checkpoint import Checkpoint, checkpoint_of
 from san_bench.models.weights import load_pretrained, place
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_peft.errors import SanError
@@ -83,11 +83,11 @@ class Texts(Domain):
         Raises:
             SanError: If there is none beside the model, or it lacks a token.
         """
-        path = model_path(recipe)
+        checkpoint = checkpoint_of(recipe)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **version(recipe))
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.options)
         except (OSError, ValueError) as error:
-            raise SanError(f"{path} has no tokenizer that transformers can load: {error}") from error
+            raise SanError(f"{checkpoint.path} has no tokenizer that transformers can load: {error}") from error
         return prepare_tokenizer(tokenizer, recipe.text.pad)
 
     def base_model(self) -> nn.Module:
@@ -98,14 +98,14 @@ class Texts(Domain):
                 needed and not installed.
         """
         set_seed(self.recipe.seed)
-        model = load_pretrained(AutoModelForCausalLM, model_path(self.recipe), self.recipe, **version(self.recipe))
+        model = load_pretrained(AutoModelForCausalLM, checkpoint_of(self.recipe), self.recipe)
         rows = model.get_input_embeddings().num_embeddings
         prepare_tokenizer(self.tokenizer.tokenizer, self.recipe.text.pad, rows)  # says so where there are too few
         return model
 
     def trained_model(self, folder: Path) -> nn.Module:
         """Loads a whole model that was trained."""
-        return load_pretrained(AutoModelForCausalLM, folder, self.recipe)
+        return load_pretrained(AutoModelForCausalLM, Checkpoint(folder), self.recipe)
 
     def training(self, model: Any) -> Training:
         """Returns the records as tokens.

@@ -17,7 +17,7 @@ import torch
 from san_bench.language.instructions import Questions, fingerprint
 from san_bench.language.prompts import RESPONSE, Collator, Template, prompt
 from san_bench.language.tokenizer import PreparedTokenizer
-from san_bench.run.processes import mine, together
+from san_bench.run.processes import gather_results, rank_indices
 from san_peft.errors import SanError
 
 BEAMS = 4
@@ -172,7 +172,7 @@ def generate_texts(
     settings = decoding(tokenizer.pad, tokenizer.bos, tokenizer.stops, beams, max_new_tokens)
     collate = Collator(tokenizer.pad, "left")
     device = next(model.parameters()).device
-    own, texts = mine(len(prompts)), {}
+    own, texts = rank_indices(len(prompts)), {}
     with scoring(model):
         for places, tokens in batches([tokenizer.encode(prompts[place]) for place in own], batch_size):
             batch = {name: rows.to(device) for name, rows in collate([{"input_ids": t} for t in tokens]).items()}
@@ -180,7 +180,7 @@ def generate_texts(
             start = batch["input_ids"].shape[1]
             for place, row in zip(places, written[:, start:].tolist(), strict=True):
                 texts[own[place]] = tokenizer.decode(row)
-    return together(texts, len(prompts))
+    return gather_results(texts, len(prompts))
 
 
 def decoding(pad: int, bos: int | None, stops: Sequence[int], beams: int, max_new_tokens: int) -> Any:

@@ -19,7 +19,7 @@ from san_bench.language.generation import batches, scoring
 from san_bench.language.instructions import Questions
 from san_bench.language.prompts import Collator, Template, prompt
 from san_bench.language.tokenizer import PreparedTokenizer
-from san_bench.run.processes import mine, together
+from san_bench.run.processes import gather_results, rank_indices
 from san_peft.errors import SanError
 
 
@@ -123,7 +123,7 @@ def log_likelihoods(
     """
     if batch_size < 1:
         raise SanError(f"batch_size is {batch_size}, but must be 1 or more.")
-    own = mine(len(pairs))
+    own = rank_indices(len(pairs))
     encoded = [tokenizer.encode_after(*pairs[place]) for place in own]
     for (tokens, start), pair in zip(encoded, (pairs[place] for place in own), strict=True):
         if not 0 < start < len(tokens):
@@ -140,7 +140,7 @@ def log_likelihoods(
                 chances = torch.log_softmax(logits[line, start - 1 : end - 1].float(), -1)
                 chosen = batch["input_ids"][line, start:end, None]
                 scores[own[place]] = float(chances.gather(-1, chosen).sum())
-    return together(scores, len(pairs))
+    return gather_results(scores, len(pairs))
 
 
 def load_harness() -> tuple[Any, Any]:

@@ -1,24 +1,24 @@
-"""Pretrained models by name: those that ship with the package, and those that other packages hold."""
+"""Find local pretrained models by name: shipped with this package, or inside other pip packages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 FAMILIES = ("embedded", "real")
-"""What stands before the slash in the names of models that are found on this machine."""
+"""Prefixes of the names of local models."""
 
 
 def local_model(name: str) -> Path | None:
-    """Returns the folder of a model that needs no hub, for any `from_pretrained` of transformers.
+    """Returns the folder of a local model, for any `from_pretrained` of transformers.
 
     Args:
         name: `embedded`, `embedded/NAME` or `real/NAME`; see `san_bench.models.embedded` and `san_bench.models.real`.
 
     Returns:
-        The folder, or `None` where the name is of no such family.
+        The folder, or `None` if the name has another prefix.
 
     Raises:
-        SanError: If there is no such model, or the package that holds it is not installed.
+        SanError: If the model does not exist, or the package that contains it is not installed.
 
     Example:
         >>> local_model("embedded").name, local_model("org/model")
@@ -29,7 +29,7 @@ def local_model(name: str) -> Path | None:
         from san_bench.models.embedded import embedded_path
 
         return embedded_path(which or "vit")
-    if family == "real" and not Path(name).is_dir():  # a folder of that name goes first
+    if family == "real" and not Path(name).is_dir():  # a folder of that name takes precedence
         from san_bench.models.real import real_path
 
         return real_path(which)

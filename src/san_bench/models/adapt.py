@@ -1,4 +1,4 @@
-"""From a recipe to a model: what is frozen, what is trained, and a check that it is so."""
+"""Apply the method of a recipe to a model: freeze parameters, add the adapter, and check what is trainable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +14,16 @@ from peft import PeftModel
 from torch import nn
 
 from san_bench.config.methods import Ia3, Lora, San, SanOver, Ssf
-from san_bench.config.recipe import Recipe, split_revision
-from san_bench.models import local_model
+from san_bench.config.recipe import Recipe
+from san_bench.models.checkpoint import checkpoint_of
 from san_peft.errors import SanError
 from san_peft.tuner.resolve import norms_of
 
 
 def head_of(model: Any) -> str | None:
-    """Returns the name of the task's head, which every method trains: transformers' `classifier`, or timm's own.
+    """Returns the name of the classification head, which every method trains: transformers' `classifier` or timm's.
 
-    Models of language have none: what turns their states into words is pretrained, and stays.
+    Language models have none: their output layer is pretrained and stays frozen.
     """
     inside = getattr(model, "timm_model", None)
     if inside is not None:
@@ -32,31 +31,8 @@ def head_of(model: Any) -> str | None:
     return "classifier" if hasattr(model, "classifier") else None
 
 
-def model_path(recipe: Recipe) -> str | Path:
-    """Returns what `from_pretrained` takes for the recipe's model."""
-    folder = local_model(recipe.model)
-    return split_revision(recipe.model)[0] if folder is None else folder
-
-
-def version(recipe: Recipe) -> dict[str, str]:
-    """Returns the `revision` that `from_pretrained` takes for the recipe's model, if it names one."""
-    revision = split_revision(recipe.model)[1]
-    return {} if revision is None else {"revision": revision}
-
-
-def loaded_commit(recipe: Recipe) -> str | None:
-    """Returns the commit of a model that was loaded from the hub, by its place in the cache; a folder has none."""
-    path = model_path(recipe)
-    if Path(path).is_dir():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(str(path), "config.json", **version(recipe))
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
 def checkpoint_sha256(model: nn.Module) -> str:
-    """Returns a sha256 over the names, types, shapes and bytes of a pretrained model's weights, its head left out."""
+    """Returns a sha256 over the names, dtypes, shapes and bytes of a pretrained model's weights without its head."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not _is_head(model, name):
@@ -68,10 +44,10 @@ def checkpoint_sha256(model: nn.Module) -> str:
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Hides warnings that nobody who has a recipe can act on.
+    """Suppresses warnings that a user of a recipe cannot act on.
 
-    PEFT causes one in transformers. In the other SAN tells of edges that begin in what a recipe leaves out, a frozen
-    vision tower for one.
+    One is a deprecation in transformers that PEFT triggers; the other is SAN's note on edges from modules that the
+    recipe excludes, such as a frozen vision tower.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -80,13 +56,13 @@ def calm() -> Iterator[None]:
 
 
 def with_method(model: Any, recipe: Recipe) -> nn.Module:
-    """Freezes a pretrained model, and puts an adapter on it, as the recipe's method says.
+    """Applies the recipe's method to a pretrained model: freezes parameters and adds an adapter.
 
     Returns:
-        A `PeftModel` for an adapter, else the same model with its parameters frozen or not.
+        A `PeftModel` for an adapter, else the same model with `requires_grad` set.
 
     Raises:
-        SanError: If other parameters would be trained than the method says.
+        SanError: If the trainable parameters are not those of the method.
     """
     method = recipe.method
     if method.kind in PLAIN:
@@ -97,36 +73,37 @@ def with_method(model: Any, recipe: Recipe) -> nn.Module:
         import peft
 
         with calm():
-            model = peft.get_peft_model(model, peft_config(recipe, model), **version(recipe))  # type: ignore[arg-type]
+            revision = checkpoint_of(recipe).revision
+            model = peft.get_peft_model(model, peft_config(recipe, model), revision=revision)  # type: ignore[arg-type]
     check_trainable(model, recipe)
     return model
 
 
 PLAIN = ("linear", "norm", "bitfit", "full")
-"""Methods without an adapter, whose runs save a whole model."""
+"""Methods without an adapter, whose runs save a full model."""
 
 SAN = ("san", "ssf", "san-lora", "san-dora")
-"""Methods whose adapters are SAN's."""
+"""Methods with a SAN adapter."""
 
 
 def _is_head(model: Any, name: str) -> bool:
-    """Whether a parameter or buffer belongs to the task's head."""
+    """Returns whether a parameter or buffer belongs to the classification head."""
     head = head_of(model)
     return head is not None and name.startswith(f"{head}.")
 
 
 PROJECTOR = "multi_modal_projector"
-"""What turns what a model sees into what its language model reads, as transformers names it."""
+"""Name of the multimodal projector in transformers' vision-language models."""
 
 TOWER = "vision_tower"
-"""What sees, as transformers names it."""
+"""Name of the vision tower in transformers' vision-language models."""
 
 
 def left_out(recipe: Any) -> str | None:
-    """Returns a regular expression of the modules that no method is about, or `None` where all of a model counts.
+    """Returns a regular expression of the modules that methods exclude, or `None` if they exclude nothing.
 
-    Of a model that sees and speaks they are the projector, which is trained whole or not at all, and the vision tower
-    unless the recipe wants it adapted.
+    In a vision-language model these are the projector, which is trained fully or not at all, and the vision tower
+    unless the recipe adapts it.
     """
     tower = getattr(recipe, "tower", None)
     if tower is None:
@@ -135,7 +112,7 @@ def left_out(recipe: Any) -> str | None:
 
 
 def _plain_parameters(model: nn.Module, recipe: Recipe) -> set[str]:
-    """Names of the parameters that a method without an adapter trains beside the head."""
+    """Returns the names of the parameters that a method without an adapter trains in addition to the head."""
     kind, pattern = recipe.method.kind, left_out(recipe)
     every = {name for name, _ in model.named_parameters()}
     names = {name for name in every if pattern is None or not re.fullmatch(pattern, name)}
@@ -150,12 +127,12 @@ def _plain_parameters(model: nn.Module, recipe: Recipe) -> set[str]:
 
 
 def _is_projected(name: str, recipe: Any) -> bool:
-    """Whether a parameter belongs to a projector that is trained as a whole."""
+    """Returns whether a parameter belongs to a fully trained projector."""
     return getattr(recipe, "projector_lr", None) is not None and f".{PROJECTOR}." in f".{name}"
 
 
 def peft_config(recipe: Recipe, model: nn.Module) -> Any:
-    """Returns PEFT's configuration of the recipe's adapter; a head is trained as a whole."""
+    """Returns the PEFT configuration of the recipe's adapter; the head is in `modules_to_save`."""
     method, shared = recipe.method, _shared(recipe, model)
     if isinstance(method, Lora):
         return _lora(recipe, model)
@@ -178,7 +155,7 @@ def peft_config(recipe: Recipe, model: nn.Module) -> Any:
     else:
         raise SanError(f"Method {method.kind!r} has no adapter.")
     pattern = left_out(recipe)
-    if pattern is not None and options["train_norms"]:  # those of what is left out stay frozen
+    if pattern is not None and options["train_norms"]:  # norms of excluded modules stay frozen
         norms = [name for name in norms_of(model) if not re.fullmatch(pattern, name)]
         shared["modules_to_save"] = [*shared.get("modules_to_save", []), *norms]
         options["train_norms"] = False
@@ -186,7 +163,7 @@ def peft_config(recipe: Recipe, model: nn.Module) -> Any:
 
 
 def _shared(recipe: Any, model: nn.Module) -> dict[str, Any]:
-    """What all configurations say: what is trained as a whole, what is left out, and whether the model speaks."""
+    """Returns the options that all configurations share: `modules_to_save`, `exclude_modules` and `task_type`."""
     head, pattern = head_of(model), left_out(recipe)
     if head is not None:
         return {"modules_to_save": [head]}
@@ -199,7 +176,7 @@ def _shared(recipe: Any, model: nn.Module) -> dict[str, Any]:
 
 
 def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """The options of SAN, with the graph itself where the recipe wants its order broken."""
+    """Returns the options of SAN, with an ablated graph as `propagation` if the recipe asks for an ablation."""
     from san_peft import trace
     from san_peft.propagation import ABLATIONS, ablate
 
@@ -234,13 +211,13 @@ def _lora(recipe: Recipe, model: nn.Module) -> Any:
 
 
 def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
-    """Checks that exactly the right kinds of parameter are trained.
+    """Checks that exactly the parameters of the method and the head are trainable.
 
     Returns:
-        Numbers of trained values: `head`, and `rest`.
+        Number of trainable values in the `head`, and in the `rest`.
 
     Raises:
-        SanError: If a trained parameter is not of the method, none of the method is trained, or the head is frozen.
+        SanError: If other parameters are trainable, none of the method is, or the head is frozen.
     """
     method = recipe.method
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -259,27 +236,27 @@ def check_trainable(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         strange = [name for name in loose if not any(word in name for word in words)]
         complete = any(own in name for name in trained)
     if strange:
-        raise SanError(f"{method.kind} would also train {', '.join(strange[:5])}; {len(strange)} parameters too many.")
+        raise SanError(f"{method.kind} would train {len(strange)} unexpected parameters: {', '.join(strange[:5])}.")
     if place and not head:
-        raise SanError(f"The head {place!r} would not be trained, so {method.kind} could learn no task.")
+        raise SanError(f"The head {place!r} is frozen, so {method.kind} cannot learn the task.")
     if not complete:
         frozen = sum(not p.requires_grad for p in model.parameters())
-        raise SanError(f"{method.kind} would train too little: {len(trained)} parameters, {frozen} are frozen.")
+        raise SanError(f"{method.kind} trains too few parameters: {len(trained)} are trainable, {frozen} are frozen.")
     size = sum(trained[name] for name in head)
     return {"head": size, "rest": sum(trained.values()) - size}
 
 
 def saved_activation_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Counts the bytes that one forward pass keeps for the backward pass, parameters left out.
+    """Counts the bytes of activations that one forward pass saves for the backward pass, without parameters.
 
-    Each storage counts once, however many tensors share it. Neither gradients nor the random state change; the model is
-    left in training mode.
+    A storage that several tensors share counts once. Gradients and the random state do not change; the model is left in
+    training mode.
     """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is reused
 
     def pack(tensor: torch.Tensor) -> None:
-        """Returns nothing for the graph to hold: a tensor that leads back to the graph would never be freed."""
+        """Records the storage, and returns nothing: a tensor that refers to the graph would never be freed."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage

@@ -1,4 +1,4 @@
-"""From a name to a model without weights: enough to trace it, and no download but of a configuration."""
+"""Build a model by name without weights, to trace it; downloads a configuration at most."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ TASKS = (
     "CAUSAL_LM",
     "IMAGE_CLASSIFICATION",
 )
-"""Tasks of transformers in the order in which one is chosen for a configuration that names no class."""
+"""Transformers tasks by priority, for configurations that name no model class."""
 
 FEW_PATCHES = ("llava", "llava_next", "llava_onevision", "paligemma", "vipllava")
-"""Models of text and images in which the number of patches changes only how many tokens the language model reads."""
+"""Vision-language models in which the number of patches changes only the number of image tokens."""
 
-NO_TIMM = 'timm is not installed, so none of its models is known. Install it: pip install "san-peft[vision]".'
+NO_TIMM = 'timm is not installed. To use its models: pip install "san-peft[vision]".'
 
 
 def empty_model(name: str) -> nn.Module:
-    """Builds a model by its name on the meta device, where parameters have shapes and no values.
+    """Builds a model by its name on the meta device, without allocating or loading weights.
 
     Args:
-        name: `embedded` (the ViT that comes with the package), `embedded/swin`, `embedded/convnext`, `embedded/decoder`
-            or `embedded/llava` (its other models), `real/NAME` (one of `san_bench.models.real`), a folder with a
-            `config.json` of transformers or timm, a model of timm (`vit_base_patch16_224`, `timm/...`, with or without
-            a tag), a model type of transformers (`llama`: its default configuration), or a model on the hub
-            (`org/name`), of which the configuration is loaded where it is cached or the hub is reached.
+        name: `embedded` (the shipped ViT), `embedded/swin`, `embedded/convnext`, `embedded/decoder` or
+            `embedded/llava` (the other shipped models), `real/NAME` (one of `san_bench.models.real`), a folder with a
+            `config.json` of transformers or timm, a timm model (`vit_base_patch16_224`, `timm/...`, with or without a
+            tag), a transformers model type (`llama`: its default configuration), or a model on the hub (`org/name`),
+            whose configuration comes from the cache or the hub.
 
     Returns:
-        The model. In those of `FEW_PATCHES` the vision tower is built for two by two patches: that changes nothing but
-        its position embedding, and spares the language model hundreds of image tokens.
+        The model. For `FEW_PATCHES`, the vision tower is built for 2 x 2 patches: this changes only its position
+        embedding, and saves hundreds of image tokens in the language model.
 
     Raises:
-        SanError: If the name is unknown, or the model cannot be built; the message names what is close to it.
+        SanError: If the name is unknown (the message suggests similar ones), or the model cannot be built.
 
     Example:
         >>> type(empty_model("gpt2")).__name__
@@ -67,7 +67,7 @@ def empty_model(name: str) -> nn.Module:
         missing = NO_TIMM if not _timm_names() else f"timm has no model {bare!r}.{_close(bare)}"
         raise SanError(f"{name}: {missing}")
     if name and Path(name).is_dir():
-        raise SanError(f"The folder {name} has no config.json. Give the folder that a model was saved in.")
+        raise SanError(f"The folder {name} has no config.json. Pass the folder of a saved model.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise SanError(_unknown(name))
     return _from_hub(name)
@@ -75,7 +75,7 @@ def empty_model(name: str) -> nn.Module:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keeps warnings, and what transformers logs short of an error, away from the terminal."""
+    """Suppresses warnings, and log messages of transformers below errors."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -111,8 +111,8 @@ def _close(name: str) -> str:
 def _unknown(name: str) -> str:
     timm = "" if _timm_names() else f" {NO_TIMM}"
     return (
-        f"There is no model {name!r}: it is no folder with a config.json, no model of timm and no model type of "
-        f"transformers.{_close(name)}{timm} A model on the hub is written org/name."
+        f"Unknown model {name!r}: not a folder with a config.json, a timm model or a transformers model "
+        f"type.{_close(name)}{timm} A model on the hub is written org/name."
     )
 
 
@@ -123,14 +123,14 @@ def _from_folder(folder: Path) -> nn.Module:
         raise SanError(f"{folder / 'config.json'} cannot be read: {error}.") from error
     if isinstance(facts, dict) and "architecture" in facts and "model_type" not in facts:
         return _timm_folder(folder, facts)
-    return _from_config(_load_config(str(folder), f"{folder / 'config.json'} is no configuration of transformers"))
+    return _from_config(_load_config(str(folder), f"{folder / 'config.json'} is not a transformers configuration"))
 
 
 def _timm_folder(folder: Path, facts: dict[str, Any]) -> nn.Module:
     if not _timm_names():
-        raise SanError(f"{folder} holds a model of timm. {NO_TIMM}")
+        raise SanError(f"{folder} contains a timm model. {NO_TIMM}")
     classes = {"num_classes": facts["num_classes"]} if "num_classes" in facts else {}
-    cfg = {**facts.get("pretrained_cfg", {}), **classes}  # what else stands beside it does not change what is built
+    cfg = {**facts.get("pretrained_cfg", {}), **classes}  # other keys do not affect the architecture
     return _timm(facts["architecture"], pretrained_cfg=cfg, **facts.get("model_args", {}))
 
 
@@ -141,7 +141,7 @@ def _timm(name: str, **options: Any) -> nn.Module:
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
     if tag and tag not in tags:
         raise SanError(
-            f"timm has no weights {tag!r} of {base}. Choose from {', '.join(tags) or 'none'}, or leave it out."
+            f"timm has no pretrained tag {tag!r} for {base}. Choose from {', '.join(tags) or 'none'}, or omit the tag."
         )
     return _build(name, lambda: timm.create_model(name, pretrained=False, **options))
 
@@ -160,7 +160,7 @@ def _default_of_type(model_type: str) -> nn.Module:
 def _no_default(model_type: str, error: Exception) -> str:
     return (
         f"The model type {model_type} has no default configuration ({type(error).__name__}: {_line(error)}). "
-        "Give a folder with a config.json, or a model on the hub."
+        "Pass a folder with a config.json, or a model on the hub."
     )
 
 
@@ -168,10 +168,10 @@ def _from_hub(name: str) -> nn.Module:
     return _from_config(
         _load_config(
             name,
-            f"{name} is no folder and no model of timm, and its configuration came neither from the cache nor from the "
+            f"{name} is not a folder or a timm model, and its configuration is neither cached nor available from the "
             "hub",
-            f" Ways out: check the name and the connection (HF_HUB_OFFLINE forbids it), put its config.json into a "
-            f"folder and give the folder, or give a model type such as llama.{_close(name)}",
+            f" Check the name and the connection (and HF_HUB_OFFLINE), pass a folder that contains its config.json, or "
+            f"pass a model type such as llama.{_close(name)}",
         )
     )
 
@@ -195,7 +195,7 @@ def _from_config(config: Any) -> nn.Module:
 
 
 def _fitting_class(config: Any) -> Any:
-    """Returns the class that transformers would use for the first task in `TASKS` that has one, else the bare model."""
+    """Returns transformers' class for the first task in `TASKS` that has one, else the base model class."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -205,7 +205,7 @@ def _fitting_class(config: Any) -> Any:
         found = mapping.get(config.model_type)
         if found is not None:
             return getattr(transformers, found if isinstance(found, str) else found[0])
-    raise SanError(f"transformers has no model class for the type {config.model_type} that could be traced.")
+    raise SanError(f"transformers has no model class for the model type {config.model_type} that can be traced.")
 
 
 def _merged(mappings: list[Any]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _base_classes() -> dict[str, Any]:
 def _use_few_patches(config: Any) -> None:
     if config.model_type in FEW_PATCHES:
         before, config.vision_config.image_size = config.vision_config.image_size, 2 * config.vision_config.patch_size
-        if sizes := getattr(config, "image_grid_pinpoints", None):  # as many tiles as before, of fewer patches
+        if sizes := getattr(config, "image_grid_pinpoints", None):  # the same number of tiles, with fewer patches
             few = config.vision_config.image_size
             config.image_grid_pinpoints = [[side // before * few for side in size] for size in sizes]
 

@@ -1,4 +1,4 @@
-"""Folders of models that are put together once, in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`)."""
+"""Assemble model folders once, in the assets cache of huggingface_hub (`HF_ASSETS_CACHE`)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from san_peft.errors import SanError
 
 _LOADING = threading.Lock()
-"""Two threads that load models with transformers at once can each get a wrong one."""
+"""Loading models with transformers is not thread-safe: concurrent threads may get each other's weights."""
 
 
 def assembled(family: str, name: str, key: str, assemble: Callable[[Path], None]) -> Path:
-    """Returns a folder in the cache; who asks first has it written, at once or not at all.
+    """Returns a model folder in the cache, after assembling it atomically on the first call.
 
     Args:
         family: `embedded` or `real`.
         name: Name of the model.
-        key: What it is made of and with, as a hash: another key is another folder.
+        key: Hash of the sources and versions that the model is assembled from; each key has its own folder.
         assemble: Writes the model into an empty folder.
 
     Raises:
@@ -37,14 +37,13 @@ def assembled(family: str, name: str, key: str, assemble: Callable[[Path], None]
             part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
         except (OSError, ValueError) as error:
             raise SanError(
-                f"{family}/{name} is assembled in a cache that cannot be written ({error}). Set HF_ASSETS_CACHE to a "
-                "folder that can."
+                f"The cache for {family}/{name} is not writable ({error}). Set HF_ASSETS_CACHE to a writable folder."
             ) from error
         try:
             assemble(part)
             part.rename(place)
         except OSError as error:
-            if not place.is_dir():  # else another process was faster
+            if not place.is_dir():  # else another process has assembled it meanwhile
                 raise SanError(f"{family}/{name} cannot be assembled in {folder}: {error}.") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)

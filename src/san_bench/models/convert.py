@@ -1,6 +1,6 @@
-"""From the form in which a package holds pretrained weights to a folder that transformers or timm load.
+"""Convert pretrained weights from pip packages to checkpoints that transformers or timm load.
 
-Each function takes the file of the weights and an empty folder. No file is unpickled here.
+Each function takes the weight file and an empty output folder. Nothing is unpickled here.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-"""Mean and standard deviation of the channels of ImageNet's images, on the scale 0 to 1."""
+"""ImageNet mean and standard deviation per channel, for pixels in 0 to 1."""
 
 SMILES = r"\[[^\]]+\]|Br|Cl|%[0-9]{2}|>>|."
-"""Tokens of a reaction in SMILES: atoms in brackets, chlorine and bromine, ring closures of two digits, the arrow, and
-single characters."""
+"""Regular expression of SMILES tokens: bracketed atoms, chlorine and bromine, two-digit ring closures, the reaction
+arrow, and single characters."""
 
 
 def copy(weights: Path, folder: Path) -> None:
-    """Copies a folder that transformers loads as it is."""
+    """Copies a checkpoint that transformers loads as it is."""
     for file in weights.parent.iterdir():
         if file.suffix in (".json", ".txt", ".safetensors"):
             shutil.copyfile(file, folder / file.name)
 
 
 def smollm2(weights: Path, folder: Path) -> None:
-    """Unpacks a GGUF file into float32."""
+    """Dequantises a GGUF file to float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,7 +49,7 @@ def smollm2(weights: Path, folder: Path) -> None:
 
 
 def dinov2(weights: Path, folder: Path) -> None:
-    """Takes the backbone out of an ONNX file, whose exporter has renamed the matrices that it transposed."""
+    """Extracts the backbone from an ONNX file, in which the exporter renamed the transposed weight matrices."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
@@ -74,7 +74,7 @@ def dinov2(weights: Path, folder: Path) -> None:
 
 
 def _dinov2_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The backbone's tensors by the names that transformers gives them."""
+    """Returns the backbone's tensors under transformers' parameter names."""
     import onnx
     from onnx import numpy_helper
 
@@ -105,7 +105,7 @@ def _dinov2_name(name: str) -> str:
 
 
 def efficientnet_lite0(weights: Path, folder: Path) -> None:
-    """Gives timm's model the tensors of a checkpoint that lists the same ones in the same order by other names."""
+    """Loads a checkpoint with other parameter names, but the same order, into timm's model."""
     import timm
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -113,32 +113,32 @@ def efficientnet_lite0(weights: Path, folder: Path) -> None:
     _load(model, dict(zip(own, torch_tensors(weights, list(own.values())), strict=True)), weights)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["model_args"].pop("num_classes")  # it stands beside them; transformers would pass it on twice
+    config["model_args"].pop("num_classes")  # also a top-level key; transformers would pass it twice
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def torch_tensors(file: Path, like: Sequence[Tensor]) -> list[Tensor]:
-    """Reads the tensors of a state dict that torch wrote before its version 1.6, and unpickles nothing.
+    """Reads a state dict in torch's legacy format (before version 1.6) without unpickling it.
 
-    Five pickles stand in front, of which the fourth describes the tensors and the fifth lists their storages in the
-    order in which they follow. Both are read opcode by opcode, and no object is built from them: the names of storages
-    are the texts in them that are numbers, and behind each stand length, offset, shape and strides.
+    The file starts with five pickles: the fourth describes the tensors, the fifth lists their storages in the order in
+    which they follow. Both are parsed opcode by opcode and no object is built: the names of storages are the numeric
+    strings, each followed by its length, offset, shape and strides.
 
     Args:
         file: The file.
-        like: Tensors of the types and shapes that are expected.
+        like: Tensors with the expected dtypes and shapes.
 
     Raises:
-        SanError: If the file is of another form, or holds other tensors.
+        SanError: If the file has another format, or contains other tensors.
     """
     with file.open("rb") as opened:
         try:
             pickles = [[(op.name, arg) for op, arg, _ in pickletools.genops(opened)] for _ in range(5)]
         except ValueError as error:
-            raise SanError(f"{file} is no state dict in the form that torch wrote before its version 1.6.") from error
+            raise SanError(f"{file} is not a state dict in torch's legacy format (before 1.6).") from error
         described = _storages(pickles[3])
         if len(described) != len(like):
-            raise SanError(f"{file} holds {len(described)} tensors, not {len(like)}.")
+            raise SanError(f"{file} contains {len(described)} tensors, expected {len(like)}.")
         sizes = {name: tensor.element_size() for (name, _), tensor in zip(described, like, strict=True)}
         contents = {}
         for name, _ in _storages(pickles[4]):
@@ -148,7 +148,7 @@ def torch_tensors(file: Path, like: Sequence[Tensor]) -> list[Tensor]:
     for (name, numbers), tensor in zip(described, like, strict=True):
         offset, shape, strides = numbers[1], numbers[2 : 2 + tensor.dim()], numbers[2 + tensor.dim() :][: tensor.dim()]
         if shape != list(tensor.shape):
-            raise SanError(f"{file} holds a tensor of shape {tuple(shape)} where {tuple(tensor.shape)} is expected.")
+            raise SanError(f"{file} contains a tensor of shape {tuple(shape)}, expected {tuple(tensor.shape)}.")
         flat = np.frombuffer(contents[name], dtype=str(tensor.dtype).removeprefix("torch."))
         view = np.lib.stride_tricks.as_strided(flat[offset:], shape, [step * flat.itemsize for step in strides])
         found.append(tensor.new_tensor(view.copy()))
@@ -156,7 +156,7 @@ def torch_tensors(file: Path, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _storages(opcodes: list[tuple[str, Any]]) -> list[tuple[str, list[int]]]:
-    """Names of storages in a pickle, each with the whole numbers behind it."""
+    """Returns the names of storages in a pickle, each with the integers that follow it."""
     found: list[tuple[str, list[int]]] = []
     for opcode, arg in opcodes:
         if isinstance(arg, str) and arg.isdigit():
@@ -167,7 +167,7 @@ def _storages(opcodes: list[tuple[str, Any]]) -> list[tuple[str, list[int]]]:
 
 
 def rxn_albert(weights: Path, folder: Path) -> None:
-    """Loads an ALBERT with transformers, which unpickles tensors alone, and makes a tokenizer of its vocabulary."""
+    """Loads an ALBERT with transformers, which unpickles only tensors, and builds a tokenizer from its vocabulary."""
     from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
     from tokenizers.models import WordLevel
     from transformers import AlbertForMaskedLM, PreTrainedTokenizerFast
@@ -187,4 +187,4 @@ def _load(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise SanError(f"{file} does not hold the tensors of a {type(model).__name__}: {error}") from error
+        raise SanError(f"{file} does not match the parameters of {type(model).__name__}: {error}") from error

@@ -1,8 +1,8 @@
-"""The small models that ship with the package: three of images, one of texts, and one that sees and speaks.
+"""Load the small shipped models: three vision models, a decoder language model and a vision-language model.
 
-The last is put together of the others: the ViT is its vision tower, the decoder is its language model, and what ships
-of it is a PEFT adapter, a projector between the two and a low-rank update of both. The first who asks for it has it
-assembled in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`).
+The vision-language model (LLaVA) is assembled from the ViT as its vision tower and the decoder as its language model.
+Only a PEFT adapter ships for it: the projector, and a low-rank update of both. It is assembled on first use, in the
+assets cache of huggingface_hub (`HF_ASSETS_CACHE`).
 
 Example:
     >>> embedded_path().name, embedded_path("decoder").name
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 EMBEDDED = ("vit", "swin", "convnext")
-"""The models of images."""
+"""The vision models."""
 
 MODELS = (*EMBEDDED, "decoder", "llava")
 """All models."""
 
 
 def embedded_path(name: str = "vit") -> Path:
-    """Returns the folder of a small model that ships with the package, for any `from_pretrained` of transformers.
+    """Returns the folder of a shipped model, for any `from_pretrained` of transformers.
 
     Args:
         name: One of `MODELS`.
 
     Raises:
-        SanError: If there is no such model, or the cache cannot be written that `llava` is assembled in.
+        SanError: If the model does not exist, or the cache that `llava` is assembled in is not writable.
     """
     if name not in MODELS:
         from san_bench.config.strict import suggest  # needs the extra bench; the embedded models do not
@@ -48,19 +48,19 @@ def embedded_path(name: str = "vit") -> Path:
 
 
 def asset(name: str) -> Path:
-    """Returns the folder that holds what ships of a model."""
+    """Returns the folder of a model's shipped files."""
     return Path(str(resources.files("san_bench.models") / "assets" / f"{name}-tiny-procedural"))
 
 
 def joined(tower: Path, decoder: Path) -> LlavaForConditionalGeneration:
-    """Returns a LLaVA of a ViT and a decoder, with a new projector between them.
+    """Builds a LLaVA from a ViT and a decoder, with a newly initialised projector.
 
-    The decoder gets one more token, for the place of an image: its embedding is the mean of the others, so, as the
-    output shares it, it is never the likeliest. The pooler of the tower, which nothing reads, is zero.
+    The decoder gets an image token. Its embedding is the mean of the others, so with tied output embeddings it is never
+    the most likely token. The pooler of the tower is unused and set to zero.
 
     Args:
         tower: Folder of a ViT.
-        decoder: Folder of a LLaMA that shares its embedding with its output, with its tokenizer.
+        decoder: Folder of a LLaMA with tied embeddings, and its tokenizer.
     """
     import torch
     from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, ViTModel
@@ -88,7 +88,7 @@ def joined(tower: Path, decoder: Path) -> LlavaForConditionalGeneration:
 
 
 def processor_of(tower: Path, decoder: Path) -> LlavaProcessor:
-    """Returns the processor of the model that `joined` makes of the same two."""
+    """Returns the processor of the model that `joined` builds."""
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(decoder)
@@ -100,7 +100,7 @@ def processor_of(tower: Path, decoder: Path) -> LlavaProcessor:
 
 
 def _assembled() -> Path:
-    """The folder of the LLaVA in the cache, named by what it is made of and with."""
+    """Returns the folder of the LLaVA in the cache, named by a hash of its parts."""
     parts = [asset("vit") / "model.safetensors", asset("decoder") / "model.safetensors",
              asset("llava") / "adapter_model.safetensors"]  # fmt: skip
     digest = hashlib.sha256(version("transformers").encode())
@@ -110,7 +110,7 @@ def _assembled() -> Path:
 
 
 def _assemble(folder: Path) -> None:
-    """Writes the LLaVA in half precision, as its parts are; the sums are formed in double precision."""
+    """Saves the LLaVA in half precision, like its parts; the adapter is merged in double precision."""
     import json
 
     from peft import PeftModel
@@ -119,6 +119,6 @@ def _assemble(folder: Path) -> None:
     model = PeftModel.from_pretrained(model, asset("llava")).double().merge_and_unload()
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = "float32"  # what `from_pretrained` computes in
+    config["dtype"] = "float32"  # the dtype that `from_pretrained` loads in
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     processor_of(asset("vit"), asset("decoder")).save_pretrained(folder)

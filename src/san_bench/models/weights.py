@@ -1,44 +1,43 @@
-"""Loading of pretrained models of language, with or without sight, in a type of numbers or quantised."""
+"""Load pretrained language and vision-language models in a given dtype or quantised."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from san_bench.models.checkpoint import Checkpoint
 from san_peft.errors import SanError
 from san_peft.tuner.quantized import keep_exact
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of numbers by their names in recipes; quantised weights compute in bfloat16."""
+"""Dtypes by their names in recipes; quantised weights compute in bfloat16."""
 
 
-def load_pretrained(auto: Any, path: str | Path, recipe: Any, whole: Sequence[str] = (), **version: str) -> Any:
-    """Loads a model with its weights in the recipe's type, and makes a quantised one ready to be trained on.
+def load_pretrained(auto: Any, checkpoint: Checkpoint, recipe: Any, whole: Sequence[str] = ()) -> Any:
+    """Loads a model in the recipe's dtype, and prepares a quantised one for training.
 
     Args:
-        auto: One of transformers' `AutoModelFor...`.
-        path: What `from_pretrained` takes.
+        auto: One of transformers' `AutoModelFor...` classes.
+        checkpoint: The checkpoint to load.
         recipe: A recipe with `weights` and `gradient_checkpointing`.
-        whole: Parts of a model that are not quantised.
-        version: A `revision`, of a model on the hub.
+        whole: Modules that are not quantised.
 
     Raises:
-        SanError: If it cannot be loaded, or holds no fitting weights.
+        SanError: If the model cannot be loaded, or weights are missing or have other shapes.
     """
     quantised = recipe.weights in ("nf4", "int8")
     options: dict[str, Any] = {
-        **version,
+        **checkpoint.options,
         "dtype": DTYPES.get(recipe.weights, torch.bfloat16),
-        "ignore_mismatched_sizes": True,  # they are named below
+        "ignore_mismatched_sizes": True,  # reported below
     }
     if quantised:
-        kept = ["lm_head", *whole] if whole else None  # by default transformers keeps the output alone
+        kept = ["lm_head", *whole] if whole else None  # by default transformers skips only the output layer
         options["quantization_config"] = (
             BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -51,42 +50,42 @@ def load_pretrained(auto: Any, path: str | Path, recipe: Any, whole: Sequence[st
             else BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
         )
     try:
-        model, report = auto.from_pretrained(path, output_loading_info=True, **options)
+        model, report = auto.from_pretrained(checkpoint.path, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise SanError(f"{recipe.model} cannot be loaded as a language model: {error}") from error
     strange = misfits(report)
     if strange:
         raise SanError(
-            f"{recipe.model} holds no fitting weights for {len(strange)} parameters of its {type(model).__name__}, "
-            f"such as {strange[0]}."
+            f"Weights of {recipe.model} are missing or mismatched for {len(strange)} parameters of "
+            f"{type(model).__name__}, such as {strange[0]}."
         )
-    model.config.use_cache = False  # of no use in training; generation asks for it itself
+    model.config.use_cache = False  # not needed in training; generation enables it itself
     if not quantised:
         return model
-    keep_exact(model)  # of LoRA too: its scales are read, and merged, after it has run
+    keep_exact(model)  # for LoRA too, whose scales are read and merged after training
     from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(model, recipe.gradient_checkpointing, {"use_reentrant": False})
 
 
 def train_in_float32(model: nn.Module) -> Callable[[], None]:
-    """Keeps what is trained in float32, whatever the type of the rest: half precision would round small steps away.
+    """Upcasts trainable parameters to float32, since half precision would round small updates away.
 
-    A module whose own parameters are trained casts its inputs, and its outputs back to its former type, so the modules
-    beside it see no difference.
+    A module with upcast parameters casts its inputs to float32, and its outputs back to its former dtype, so the rest
+    of the model is unaffected.
 
     Args:
-        model: The model, with what is trained marked by `requires_grad`.
+        model: The model, with `requires_grad` set on trainable parameters.
 
     Returns:
-        What rounds all of it back to its former type.
+        A function that casts the parameters back to their former dtypes.
     """
     half = (torch.bfloat16, torch.float16)
     owners = {
         module: [p for p in module.parameters(recurse=False) if p.requires_grad and p.dtype in half]
         for module in model.modules()
     }
-    types = {parameter: parameter.dtype for own in owners.values() for parameter in own}  # tied ones are here once
+    types = {parameter: parameter.dtype for own in owners.values() for parameter in own}  # tied parameters once
     handles = []
     for module, own in owners.items():
         if own:
@@ -118,16 +117,16 @@ def _cast(value: Any, kind: torch.dtype) -> Any:
 
 
 def misfits(report: dict[str, Any]) -> list[str]:
-    """Parameters that a checkpoint lacks, or has in another size, by transformers' report of a loading.
+    """Lists missing and mismatched parameters from the loading info of `from_pretrained`.
 
     Returns:
-        Their names; behind those of another size, what it is and what it should be.
+        Their names, with the actual and expected shapes of mismatched ones.
     """
     sizes = [f"{name} ({tuple(has)}, not {tuple(wants)})" for name, has, wants in report["mismatched_keys"]]
     return sorted([*report["missing_keys"], *sizes])
 
 
 def place(model: Any) -> None:
-    """Moves a model that lies in the memory of the machine to a GPU, where there is one."""
+    """Moves a model from the CPU to the GPU, if there is one."""
     if torch.cuda.is_available() and all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.to("cuda")

@@ -1,1 +1,1 @@
-"""Reports on rows and run folders: tables, figures and pages."""
+"""Report results: tables, figures and HTML pages."""

@@ -1,4 +1,4 @@
-"""The runs of a suite by backbone and method, with what is left of each: row, losses and scales."""
+"""Group the finished runs of a suite by backbone and method, with their rows, losses and scales."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from san_bench.run.results import Row, read_rows
 from san_bench.run.scales import Scales, load_scales
 
 HOSTS = {"san": "own", "ssf": "own", "lora": "lora", "san-lora": "lora", "dora": "dora", "san-dora": "dora"}
-"""What a kind of method takes its scale from: vectors of their own, LoRA or DoRA."""
+"""Where the scale of a kind of method comes from: its own vectors, LoRA or DoRA."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that has finished, with what is left of it.
+    """A finished run.
 
     Attributes:
-        rows: Its rows: one, or one for each task that it was scored on, all scored in the same way.
-        losses: Training loss of every step, in order; empty without a log.
-        scales: Its trained scales, or `None` where it has none.
+        rows: One row for each task that it was evaluated on, all with the same scoring method.
+        losses: Training loss of every step; empty without a log.
+        scales: Its trained scales, or `None`.
     """
 
     rows: tuple[Row, ...]
@@ -35,17 +35,17 @@ class FinishedRun:
 
     @property
     def row(self) -> Row:
-        """Its first row."""
+        """The first row."""
         return self.rows[0]
 
     @property
     def task(self) -> str:
-        """What it was trained on."""
+        """The training task."""
         return self.row.get("trained_on") or self.row["task"]
 
     @property
     def key(self) -> tuple[str, int]:
-        """What it was trained on, and seed."""
+        """Training task and seed."""
         return self.task, self.row["seed"]
 
 
@@ -64,17 +64,17 @@ class Group:
 
     @property
     def layers(self) -> list[str]:
-        """Layers that carry a scale in every run that has some, in the order of the model."""
+        """Layers that have a scale in all runs with scales, in the order of the model."""
         found = [run.scales.vectors for run in self.runs if run.scales is not None]
         return [layer for layer in found[0] if all(layer in vectors for vectors in found)] if found else []
 
     @property
     def propagates(self) -> bool:
-        """Whether scales act a second time in any run."""
+        """Whether scales propagate in any run."""
         return any(run.scales is not None and run.scales.propagates for run in self.runs)
 
     def matrix(self, layers: Sequence[str]) -> Float[np.ndarray, "runs channels"]:
-        """Returns the scales of some layers, one after the other, a row for each run that has scales."""
+        """Returns the concatenated scales of some layers, a row for each run with scales."""
         rows = [[run.scales.vectors[layer] for layer in layers] for run in self.runs if run.scales is not None]
         return np.array([np.concatenate(row) for row in rows], dtype=np.float64)
 
@@ -94,7 +94,7 @@ def read_groups(folder: Path) -> list[Group]:
     problems: list[str] = []
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     every = read_rows([folder])
-    ways = {row["run"]: row.get("way") for row in reversed(every)}  # of several ways to score, the first one
+    ways = {row["run"]: row.get("way") for row in reversed(every)}  # the first scoring method of each run
     for name, rows in _named(sections([row for row in every if row.get("way") == ways[row["run"]]])):
         of_run: dict[str, list[Row]] = {}
         for row in rows:
@@ -108,12 +108,12 @@ def read_groups(folder: Path) -> list[Group]:
             else:
                 groups.setdefault(name, []).append(found)
     if problems:
-        raise SanError("\n".join([f"The scales of {len(problems)} runs cannot be read:", *problems]))
+        raise SanError("\n".join([f"Cannot read the scales of {len(problems)} runs:", *problems]))
     return [Group(backbone, method, tuple(runs)) for (backbone, method), runs in groups.items()]
 
 
 def _named(parts: Sequence[Section]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
-    """Yields rows with the names of their backbone and method, which are longer where short ones would be ambiguous."""
+    """Yields rows with their backbone and method, with longer names where short ones would be ambiguous."""
     splits = {part.split for part in parts}
     for part in parts:
         models = {other.model for other in parts if other.backbone == part.backbone}
@@ -126,7 +126,7 @@ def _named(parts: Sequence[Section]) -> Iterator[tuple[tuple[str, str], list[Row
 
 
 def losses_of(run: Path) -> tuple[float, ...]:
-    """Returns the training loss of every step of a run, in order; none where it has no log."""
+    """Returns the training loss of every step of a run; empty without a log."""
     log = run / "log.jsonl"
     if not log.is_file():
         return ()
@@ -135,7 +135,7 @@ def losses_of(run: Path) -> tuple[float, ...]:
 
 
 def layer_kinds(layers: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Returns kind and depth of layers: the end of the name that tells kinds apart, and the place among its kind.
+    """Returns the kind of each layer (the shortest unique suffix of its name) and its depth among layers of that kind.
 
     Example:
         >>> layer_kinds(["patch", "blocks.0.mlp.fc1", "blocks.0.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.proj"])
@@ -155,13 +155,13 @@ def layer_kinds(layers: Iterable[str]) -> dict[str, tuple[str, int]]:
 
 
 def pairs(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
-    """Finds, for each backbone and source of scales, the method with propagation and its counterpart without.
+    """Pairs, for each backbone and source of scales, a method with propagation with one without.
 
-    Of several methods with propagation it is the first in the order of the tables; of several without, the one whose
-    number of trained parameters besides the head is closest. Both keep the tasks and seeds that both have.
+    With propagation, the first method in the order of the tables is chosen; without, the one with the closest number of
+    trained parameters outside the head. Both are restricted to common tasks and seeds.
 
     Returns:
-        Host and methods: the one with propagation first, or what there is.
+        Source of the scales and methods, the one with propagation first; a single method if there is no pair.
     """
     found = []
     for backbone in dict.fromkeys(group.backbone for group in groups):

@@ -1,4 +1,4 @@
-"""What runs are called in tables and plots, and the sentences on where their numbers come from."""
+"""Labels of runs in tables and plots, and sentences on the provenance of results."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ LABELS = {
     "lora-r8": "LoRA, rank 8",
     "full": "full fine-tuning",
 }
-"""What the recipes of the demo are called in tables and plots."""
+"""Labels of the demo's recipes in tables and plots."""
 
 
 def label(run: str) -> str:
-    """Returns what a run of the demo is called in tables and plots."""
+    """Returns the label of a demo run in tables and plots."""
     return LABELS.get(run, run)
 
 
 def origin(rows: Sequence[dict[str, Any]], command: str) -> str:
-    """Returns the command, dates, versions, commit and machine; one paragraph for each where rows differ in them.
+    """Describes command, dates, versions, commit and machine, in one paragraph per environment.
 
     Args:
-        rows: Results, as runs write them.
-        command: What made them.
+        rows: Result rows.
+        command: Command that produced them.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -1,1 +1,1 @@
-"""Train, score and resume one run; its scales, model card, trackers and provenance."""
+"""Train, evaluate and resume one run; its scales, model card, trackers and provenance."""

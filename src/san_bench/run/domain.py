@@ -1,4 +1,4 @@
-"""What a kind of data brings to a run: the model, what it reads, and how it is scored. Training is the same for all."""
+"""The interface of a data modality: loading the model and data, and scoring. The training loop is shared by all."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """What transformers' Trainer reads.
+    """Data, collators and losses for transformers' Trainer.
 
     Attributes:
-        dataset: The items to train with.
-        collate: Makes a batch to train with out of items.
-        plain: Makes a batch to score with out of items.
-        chosen_by: The items that the best epoch is chosen by, or `None`.
-        metric: What the best epoch is chosen by: `accuracy`, which should be large, or `loss`, which should be small.
-        loss: Computes loss and outputs of the model in training, or `None` for the model's own loss.
-        mean_of_parts: Whether the loss of a batch is the mean over its parts, else over all that is predicted in it.
-        average: Decay of a moving average of the weights, or `None`.
-        gradient_checkpointing: Whether activations are computed anew in the backward pass.
-        rates: Learning rates of parts of the model, by what the names of their parameters contain.
-        batches: Makes a batch sampler of a batch's size on one device, and the number of devices; by default batches
-            are drawn from all of the data.
+        dataset: Training set.
+        collate: Training collator, with augmentation if there is any.
+        plain: Evaluation collator.
+        chosen_by: Validation set for selecting the best epoch, or `None`.
+        metric: Metric for selecting the best epoch: `accuracy` (maximised) or `loss` (minimised).
+        loss: Computes the training loss and outputs, or `None` for the model's own loss.
+        mean_of_parts: Whether the loss of a batch is the mean over micro-batches, instead of over all predicted tokens
+            of the batch.
+        average: Decay of an exponential moving average of the weights, or `None`.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        rates: Learning rates of parameter groups, by a substring of the parameters' names.
+        batches: Makes a batch sampler from the batch size per device and the number of devices; by default batches are
+            sampled from the whole dataset.
     """
 
     dataset: Any
@@ -51,31 +52,31 @@ class Training:
 
 @dataclass(frozen=True)
 class Scores:
-    """How a model did.
+    """Scores of a model on a split.
 
     Attributes:
-        numbers: For the result: accuracy, how many were right, `n_test`; where several tasks were scored also `tasks`
-            with these of each.
-        files: What is kept beside it, by name.
+        numbers: Entries of the result: accuracy, number of correct predictions and `n_test`; with several tasks also
+            `tasks`, with the same numbers per task.
+        files: Contents of the files to save beside the result, such as predictions, by file name.
     """
 
     numbers: dict[str, Any]
     files: dict[str, bytes]
 
     def save(self, folder: Path) -> None:
-        """Writes the files into a folder, each of them whole or not at all."""
+        """Writes the files into a folder, each atomically."""
         for name, content in self.files.items():
             write_atomically(folder / name, content)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found of the data before a run.
+    """Findings of the data validation before a run.
 
     Attributes:
-        remarks: What a user should know, in lines.
-        errors: What stops the run.
-        files: What is kept of it in the folder of the run, by name.
+        remarks: Lines to print.
+        errors: Problems that stop the run.
+        files: Contents of the files to save in the folder of the run, by file name.
     """
 
     remarks: tuple[str, ...] = ()
@@ -88,8 +89,8 @@ class Domain(ABC):
 
     Attributes:
         recipe: The recipe.
-        task: Its data: what is trained with and what is scored.
-        items: What a batch is counted in, such as images.
+        task: Its training and evaluation data.
+        items: Plural noun for the samples of a batch, such as images.
     """
 
     recipe: Any
@@ -104,67 +105,67 @@ class Domain(ABC):
     @property
     @abstractmethod
     def n_train(self) -> int:
-        """How many items are trained with."""
+        """Number of training samples."""
 
     def inspect(self) -> Findings:
-        """Looks at what a run will read: what is wrong with it is better known before the training than after it."""
+        """Validates the data that a run will read, before the training rather than after it."""
         return Findings()
 
     @classmethod
     @abstractmethod
     def companions(cls, recipe: Any) -> Any:
-        """Loads what a model needs beside its weights: how it wants images, a tokenizer, or a processor.
+        """Loads the preprocessing of a model: an image processor, a tokenizer or a multimodal processor.
 
         Raises:
-            SanError: If it is missing, or cannot be used.
+            SanError: If it is missing or invalid.
         """
 
     def facts(self) -> dict[str, Any]:
-        """Returns what a result says beside what all results say."""
+        """Returns the entries of a result that are specific to this modality."""
         return {}
 
     @abstractmethod
     def base_model(self) -> nn.Module:
-        """Loads the pretrained model; what is new in it comes from the recipe's seed."""
+        """Loads the pretrained model; new parameters are initialised from the recipe's seed."""
 
     @abstractmethod
     def trained_model(self, folder: Path) -> nn.Module:
-        """Loads a whole model that a run has saved."""
+        """Loads a full model that a run has saved."""
 
     @abstractmethod
     def training(self, model: Any) -> Training:
-        """Makes the model ready to be trained, and returns what it is trained with."""
+        """Prepares the model for training, and returns the data, collators and losses."""
 
     @abstractmethod
     def probe(self, size: int) -> Batch:
-        """Returns a batch of what is scored, to compare outputs of two models by."""
+        """Returns a batch of evaluation data, to compare the outputs of two models."""
 
     @abstractmethod
     def score(self, model: Any, split: str) -> Scores:
-        """Scores a model.
+        """Evaluates a model on a split.
 
         Raises:
-            SanError: If there is no such split, or the model predicts values that are not finite.
+            SanError: If the split does not exist, or the model predicts values that are not finite.
         """
 
     @abstractmethod
     def save_companions(self, folder: Path) -> None:
-        """Writes what a model needs beside its weights to be used: settings of images, or a tokenizer."""
+        """Saves the preprocessing of the model: an image processor or a tokenizer."""
 
 
 def domain_of(recipe: Recipe) -> Domain:
     """Loads the data of a recipe.
 
     Raises:
-        SanError: If it is missing, or not as it must be.
+        SanError: If it is missing or invalid.
     """
-    return domain_class(recipe)(recipe)  # type: ignore[call-arg]  # each takes its recipe
+    return domain_class(recipe)(recipe)  # type: ignore[call-arg]  # each subclass takes its recipe
 
 
 def check_companions(recipe: Recipe) -> None:
-    """Looks at what lies beside the model of a recipe, as a run does before it trains; reads neither data nor weights.
+    """Checks the preprocessing files of a recipe's model, as a run does before training; reads no data or weights.
 
     Raises:
-        SanError: If something that a run needs is missing, or cannot be used.
+        SanError: If a file that a run needs is missing or invalid.
     """
     domain_class(recipe).companions(recipe)

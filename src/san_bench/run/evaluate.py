@@ -1,4 +1,4 @@
-"""Scoring: of a model in memory, and of a run that was saved."""
+"""Load, evaluate and export a finished run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from san_peft.errors import SanError
 
 
 def run_recipe(run: str | Path) -> Any:
-    """Reads the recipe of a run that has finished.
+    """Reads the recipe of a finished run.
 
     Raises:
         SanError: If the folder holds no finished run.
     """
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
-        raise SanError(f"{folder} is no run: it has no recipe.yaml. `san train RECIPE` makes one.")
+        raise SanError(f"{folder} is not a run folder: it has no recipe.yaml. `san train RECIPE` creates one.")
     if not (folder / "result.json").is_file():
         raise SanError(f"The run {folder} has not finished. `san train {folder / 'recipe.yaml'}` resumes it.")
     return load_recipe(folder / "recipe.yaml")
 
 
 def load_model(run: str | Path) -> tuple[Any, Any]:
-    """Loads the trained model of a run, through nothing but `from_pretrained`.
+    """Loads the trained model of a run with `from_pretrained`.
 
     Returns:
         The model in eval mode (a `PeftModel` for an adapter), and the run's recipe with its data.
@@ -43,18 +43,18 @@ def load_model(run: str | Path) -> tuple[Any, Any]:
 
 
 def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
-    """Loads what a run of a recipe has saved.
+    """Loads the adapter or model that a run has saved.
 
     Args:
         domain: The recipe with its data.
-        saved: Folder of the adapter or of the whole model.
-        trainable: Whether an adapter asks for gradients, as in training.
+        saved: Folder of the adapter or of the full model.
+        trainable: Whether the adapter's parameters require gradients, as in training.
 
     Returns:
         The model in eval mode, a `PeftModel` for an adapter.
 
     Raises:
-        SanError: If the adapter was made for a model of another size.
+        SanError: If the adapter's shapes do not match the model.
     """
     if domain.recipe.method.kind in PLAIN:
         return domain.trained_model(saved).eval()
@@ -71,29 +71,28 @@ def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
             raise
         said = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise SanError(
-            f"The adapter in {saved} does not fit {domain.recipe.model}, which is of another size than what it was "
-            f"trained on: {said}"
+            f"The adapter in {saved} was trained on a model with other shapes than {domain.recipe.model}: {said}"
         ) from error
 
 
 def evaluate(run: str | Path, split: str | None = None, mode: str = "both") -> dict[str, Any]:
-    """Loads a run and scores it.
+    """Loads a run and evaluates it.
 
     Args:
         run: Folder of the run.
         split: Name of a split; the recipe's `eval_split` by default.
-        mode: What of an adapter of SAN acts; see `san_peft.SanModel.set_mode`.
+        mode: Which scales of a SAN adapter are active; see `san_peft.SanModel.set_mode`.
 
     Returns:
         Accuracy, n, and the hash of the predictions.
 
     Raises:
-        SanError: If the run has not finished, or lacks the split, or has no adapter of SAN for another mode than
-            `both`.
+        SanError: If the run has not finished, the split does not exist, or a mode other than `both` is chosen for a
+            run without a SAN adapter.
     """
     kind = run_recipe(run).method.kind
     if mode != "both" and kind not in SAN:
-        raise SanError(f"Mode {mode!r} needs an adapter of SAN, but {run} has method {kind!r}.")
+        raise SanError(f"Mode {mode!r} needs a SAN adapter, but the method of {run} is {kind!r}.")
     model, domain = load_model(run)
     if mode != "both":
         model.base_model.set_mode(mode)
@@ -104,25 +103,25 @@ def evaluate(run: str | Path, split: str | None = None, mode: str = "both") -> d
 
 
 def eval_file(run: Path, split: str, mode: str = "both") -> Path:
-    """Returns where `evaluate` writes."""
+    """Returns the path of the scores that `evaluate` writes."""
     return run / f"eval-{split}{'' if mode == 'both' else f'-{mode}'}.json"
 
 
 def export(run: str | Path, out: str | Path) -> dict[str, Any]:
-    """Merges a run's adapter into its model and writes a plain transformers folder.
+    """Merges a run's adapter into its model and saves a plain transformers checkpoint.
 
     The folder also gets `export.json`: the run, its recipe's fingerprint, the difference below, and hashes of its
     weights.
 
     Args:
         run: Folder of the run.
-        out: Folder to write; it must not exist, or be empty.
+        out: Folder to write; it must be new or empty.
 
     Returns:
-        The largest difference of the outputs before and after, and the folder.
+        The maximum absolute difference of the outputs before and after merging, and the folder.
 
     Raises:
-        SanError: If the folder is in use, or merging changes the outputs.
+        SanError: If the folder is not empty, or merging changes the outputs.
     """
     folder = _free(Path(out))
     model, domain = load_model(run)
@@ -149,14 +148,14 @@ def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
 
     Args:
         run: Folder of the run.
-        out: Folder to write; it must not exist, or be empty.
+        out: Folder to write; it must be new or empty.
         rank: Rank of the LoRA adapter.
 
     Returns:
-        What was lost: of the weights' change, and of the run's predictions; and the folder.
+        The approximation error of the weight update, the agreement of the predictions, and the folder.
 
     Raises:
-        SanError: If the folder is in use, or the run has no adapter of SAN.
+        SanError: If the folder is not empty, or the run has no SAN adapter.
     """
     from peft import PeftModel
 
@@ -165,7 +164,7 @@ def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
     folder = _free(Path(out))
     kind = run_recipe(run).method.kind
     if kind not in SAN:
-        raise SanError(f"{run} is a run of {kind}, not of SAN: there is nothing to turn into LoRA.")
+        raise SanError(f"The method of {run} is {kind!r}; only SAN adapters can be converted to LoRA.")
     model, domain = load_model(run)
     probe = domain.probe(256)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,10 +186,10 @@ def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
 
 
 def _free(folder: Path) -> Path:
-    """Returns a folder that may be written.
+    """Returns the folder if it is new or empty.
 
     Raises:
-        SanError: If there is a file, or a folder that is not empty.
+        SanError: If it is a file, or a folder that is not empty.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise SanError(f"{folder} is {'a file' if folder.is_file() else 'not empty'}. Choose another with --out.")
@@ -198,13 +197,13 @@ def _free(folder: Path) -> Path:
 
 
 def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, float]:
-    """Merges an adapter and compares the outputs before and after.
+    """Merges an adapter and compares the logits before and after.
 
     Returns:
-        The plain model, and the largest difference of its logits on the probe.
+        The plain model, and the maximum absolute difference of the logits on the probe batch.
 
     Raises:
-        SanError: If they differ by more than `san_peft.export.TOLERANCE` times the largest of them.
+        SanError: If it exceeds `san_peft.export.TOLERANCE` times the largest absolute logit.
     """
     if recipe.method.kind in PLAIN:
         return model, 0.0
@@ -221,5 +220,5 @@ def merged(model: Any, recipe: Recipe, probe: dict[str, Tensor]) -> tuple[Any, f
         difference = float((plain(**probe).logits - before).abs().max())
     accepted = TOLERANCE[before.dtype] * max(1.0, float(before.abs().max()))
     if not difference <= accepted:
-        raise SanError(f"Merging changes the logits by {difference:.3g}, more than the tolerance of {accepted:.3g}.")
+        raise SanError(f"Merging changes the logits by {difference:.3g}, above the tolerance of {accepted:.3g}.")
     return plain, difference

@@ -1,4 +1,4 @@
-"""Whose run, or export, a folder holds; light, so that it can be asked before torch is imported."""
+"""Identify the run or export in a folder; imports no torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from san_bench.config.recipe import Recipe, load_recipe
 from san_bench.run.provenance import write_atomically
 
 EXPORT = "export.json"
-"""File of a merged export: of which run it is, how much merging changed its outputs, and hashes of its weights."""
+"""File of a merged export: its run, the output difference after merging, and hashes of its weights."""
 
 
 def export_facts(folder: Path) -> dict[str, Any]:
-    """Returns what a merged export says of itself.
+    """Reads the `export.json` of a merged export and verifies the hashes of its weights.
 
     Raises:
-        SanError: If the folder is none that `san export` wrote after it had compared outputs, or has other weights now.
+        SanError: If the folder is not a merged export that `san export` has verified, or its weights have changed.
     """
     from san_peft.errors import SanError
 
@@ -28,21 +28,21 @@ def export_facts(folder: Path) -> dict[str, Any]:
         exported = dict(facts["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SanError(
-            f"{folder} is no merged export whose outputs were compared with its run's: {EXPORT} is missing or says "
-            f"nothing of it. `san export RUN --merged --out FOLDER` writes one."
+            f"{folder} is not a verified merged export: {EXPORT} is missing or incomplete. "
+            f"`san export RUN --merged --out FOLDER` writes one."
         ) from error
     found = weights_sha256(folder)
     if found != exported:
         other = ", ".join(sorted({name for name, _ in found.items() ^ exported.items()}))
         raise SanError(
-            f"{folder} has other weights than `san export` compared and wrote there: {other} differ, or are missing or "
-            "new. Export the run again, to another folder."
+            f"The weights in {folder} have changed since `san export` verified them: {other} differ, are missing or "
+            "are new. Export the run again, to another folder."
         )
     return facts
 
 
 def weights_sha256(folder: Path) -> dict[str, str]:
-    """Returns a sha256 of each file of weights in a folder, by its name."""
+    """Returns the sha256 of each safetensors file in a folder, by file name."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -51,13 +51,13 @@ def weights_sha256(folder: Path) -> dict[str, str]:
 
 
 def check_free(folder: Path, recipe: Recipe) -> None:
-    """Raises `SanError` where a folder holds the run of another recipe than this."""
+    """Raises `SanError` if a folder holds the run of another recipe."""
     file = folder / "recipe.yaml"
     if not file.exists():
         return
     try:
         other, reason = load_recipe(file).fingerprint, ""
-    except ValueError as error:  # a recipe of an earlier version
+    except ValueError as error:  # written by an earlier version
         other, reason = "", f" Its recipe does not load: {str(error).splitlines()[0]}"
     if other != recipe.fingerprint:
         from san_peft.errors import SanError
@@ -69,7 +69,7 @@ def check_free(folder: Path, recipe: Recipe) -> None:
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
-    """Takes a folder for a recipe, or raises `SanError` where it holds the run of another."""
+    """Claims a folder for a recipe, or raises `SanError` if it holds the run of another one."""
     check_free(folder, recipe)
     if not (folder / "recipe.yaml").exists():
         write_atomically(folder / "recipe.yaml", recipe.to_yaml())

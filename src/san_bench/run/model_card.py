@@ -1,4 +1,4 @@
-"""The model card beside what a run has saved: what it is, what it was trained from and how, and how it scored."""
+"""Write the model card of a run: base model, method, training data, recipe and scores."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ CODE_OF_SAN = "import san_peft  # registers SAN with PEFT\nfrom peft import Peft
 
 
 def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any) -> None:
-    """Writes `README.md` into the folder of an adapter, or of a whole model.
+    """Writes the model card `README.md` into the folder of an adapter or a full model.
 
-    The metadata that PEFT wrote there stays. The hub reads the scores out of it too.
+    Metadata that PEFT wrote there is kept, and scores are added in the hub's format.
 
     Args:
-        folder: What `save_pretrained` wrote.
+        folder: Folder that `save_pretrained` wrote.
         recipe: The run's recipe.
-        result: Its result.
-        model: What was saved.
+        result: The run's result.
+        model: The saved model.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -30,7 +30,7 @@ def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any)
     data: Any = ModelCard.load(file).data if file.is_file() else ModelCardData()
     name = f"{recipe.method.kind} on {recipe.task}, seed {recipe.seed}"
     if recipe.model.partition("/")[0] in FAMILIES or Path(recipe.model).is_dir():
-        data.base_model = None  # a folder of this machine, or of the package, is no model on the hub
+        data.base_model = None  # a local or shipped folder is not a model on the hub
         data.tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]
     data.model_name = name
     rows = by_task(result)
@@ -76,10 +76,10 @@ def _text(name: str, recipe: Recipe, result: dict[str, Any], rows: list[dict[str
 
 
 def _loading(recipe: Recipe, model: Any) -> list[str]:
-    """How to load an adapter, and the edges that an adapter of SAN propagates over."""
+    """Returns lines on how to load an adapter, and on the edges of a SAN adapter."""
     kind = getattr(model, "peft_type", None)
     if kind is None:
-        return ["The folder holds a whole model; transformers loads it."]
+        return ["This folder holds a full model; load it with transformers."]
     imports = CODE_OF_SAN if kind == "SAN" else "from peft import PeftModel"
     lines = ["## Loading", "", "```python", imports, "", 'model = PeftModel.from_pretrained(base_model, "this/folder")']
     lines += ["```"]
@@ -89,7 +89,7 @@ def _loading(recipe: Recipe, model: Any) -> list[str]:
             "",
             f"## Edges: {len(edges)}",
             "",
-            "The scale of the layer on the left acts once more on the input of",
+            "The scale of the layer on the left propagates to the input channels of",
         ]
         lines += ["the layer on the right.", "", "```text", *(f"{e.anterior} -> {e.posterior}" for e in edges), "```"]
     return lines

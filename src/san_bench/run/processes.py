@@ -1,4 +1,4 @@
-"""Questions shared out among processes, each of which holds the whole model."""
+"""Shard evaluation across ranks, each of which holds the full model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import distributed
 Found = TypeVar("Found")
 
 
-def mine(count: int) -> range:
-    """Returns which of so many questions this process answers: all of them where it is the only one."""
+def rank_indices(count: int) -> range:
+    """Returns the indices of the samples that this rank evaluates, out of `count`."""
     rank, processes = _place()
     return range(rank, count, processes)
 
 
-def together(found: dict[int, Found], count: int) -> list[Found]:
-    """Returns what all processes found, in the order of the questions; every one of them has to ask.
+def gather_results(found: dict[int, Found], count: int) -> list[Found]:
+    """Gathers the results of all ranks in the order of the samples; a collective call.
 
     Args:
-        found: What this process found, by the place of the question.
-        count: How many questions there are.
+        found: Results of this rank, by the index of the sample.
+        count: Number of samples.
     """
     _, processes = _place()
     if processes > 1:
@@ -31,7 +31,7 @@ def together(found: dict[int, Found], count: int) -> list[Found]:
 
 
 def _place() -> tuple[int, int]:
-    """Rank of this process, and how many there are."""
+    """Returns the rank of this process and the world size."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit and machine; and files that are never half-written."""
+"""Record versions, commit and machine, and write files atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """Returns versions, git commit (`None` outside a checkout), processor and threads."""
+    """Returns package versions, git commit (`None` outside a checkout), CPU, threads and device."""
     import torch
 
     names = ("san-peft", "torch", "transformers", "peft", "accelerate", "numpy")
@@ -27,14 +27,14 @@ def provenance() -> dict[str, Any]:
 
 
 class Energy:
-    """Measures the energy of the processors from its making on, where Linux lets RAPL's counters be read."""
+    """Measures the energy of the CPUs since its construction, if Linux' RAPL counters are readable."""
 
     def __init__(self) -> None:
         self._files = sorted(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
         self._start = self._read()
 
     def joules(self) -> float | None:
-        """Returns the joules so far; `None` where there are no counters, or one has wrapped around."""
+        """Returns the joules so far; `None` without counters, or if one has wrapped around."""
         now = self._read()
         if self._start is None or now is None or any(b < a for a, b in zip(self._start, now, strict=True)):
             return None
@@ -43,12 +43,12 @@ class Energy:
     def _read(self) -> list[int] | None:
         try:
             return [int(file.read_text(encoding="utf-8")) for file in self._files] or None
-        except OSError:  # for the superuser alone on many machines
+        except OSError:  # readable only by root on many machines
             return None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a killed process, sees the old one or the new one; text as UTF-8."""
+    """Writes a file atomically: readers see the old or the new content, never a part. Text is UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -73,11 +73,11 @@ def _git(*words: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that tracks this file, marked where anything under `src/` differs from it."""
+    """Returns the commit of the checkout that tracks this file, marked if `src/` has uncommitted changes."""
     if not _git("ls-files", "--error-unmatch", Path(__file__).name):
         return None
     head = _git("rev-parse", "HEAD")
-    sources = Path(__file__).resolve().parents[2]  # both packages: the method decides a result as much as the runner
+    sources = Path(__file__).resolve().parents[2]  # both packages affect a result
     return f"{head}+changes" if head and _git("status", "--porcelain", "--", str(sources)) else head
 
 

@@ -1,4 +1,4 @@
-"""Results: the rows that runs leave behind, read and checked, and the table that reports are made of."""
+"""Read and validate result rows, and the table type that reports are built from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Cell:
     """One field of a table.
 
     Attributes:
-        text: What is shown.
-        value: What it is sorted by; `None` for words, and where there is no number.
-        hint: What a reader may want to know about it.
-        published: Whether it was copied from a publication, so nothing that was measured here.
+        text: Displayed text.
+        value: Sort key; `None` for text and missing numbers.
+        hint: Additional information, such as seeds or sources.
+        published: Whether it was copied from a publication instead of measured here.
     """
 
     text: str
@@ -34,13 +34,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table, free of any format.
+    """A table, independent of the output format.
 
     Attributes:
-        title: What it shows; may be empty.
+        title: Title; may be empty.
         columns: Names of the columns.
-        rows: A cell for each column.
-        notes: How to read it, and where its numbers come from.
+        rows: Rows with a cell for each column.
+        notes: Notes on how to read the table, and on the provenance of its numbers.
     """
 
     title: str
@@ -50,7 +50,7 @@ class ResultTable:
 
 
 class _Result(BaseModel):
-    """What a row must hold to stand in a table; it may hold more."""
+    """Schema of a result row; extra keys are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -92,18 +92,18 @@ class _Result(BaseModel):
 def read_rows(folders: Sequence[Path]) -> list[Row]:
     """Reads the rows of suites and runs.
 
-    A run that is found twice, by its recipe's and its data's fingerprint, counts once: as it finished last.
+    Duplicates (the same fingerprints of recipe and data) are dropped; the row that finished last is kept.
 
     Args:
-        folders: Folders of suites (which hold `rows.jsonl`), folders of runs (`result.json`), or `.jsonl` files.
+        folders: Folders of suites (with `rows.jsonl`), folders of runs (`result.json`), or `.jsonl` files.
 
     Returns:
-        The rows, in the order in which they were found.
+        The rows, in the order of the folders and files.
 
     Raises:
-        SanError: If a folder holds no results, or lines cannot be read; all of them are named.
+        SanError: If a folder holds no results, or rows are invalid; all problems are listed.
     """
-    problems = [] if folders else ["No folder was named; give one such as runs/mini-vision."]
+    problems = [] if folders else ["No folder was given; pass one such as runs/mini-vision."]
     found: dict[tuple[Any, ...], Row] = {}
     for folder in folders:
         for row in _read(folder, problems):
@@ -112,12 +112,12 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             if key not in found or row["finished"] >= found[key]["finished"]:
                 found[key] = row
     if problems:
-        raise san_error("\n".join(["Some results cannot be read; repair or remove them:", *problems]))
+        raise san_error("\n".join(["Invalid results; repair or remove them:", *problems]))
     return list(found.values())
 
 
 def by_task(result: Row) -> list[Row]:
-    """Returns a result as rows: one for each task, and each way to score it, where it holds several.
+    """Splits a result into rows: one per task and scoring method, if it holds several.
 
     Example:
         >>> tasks = {"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}}
@@ -134,24 +134,24 @@ def by_task(result: Row) -> list[Row]:
 
 
 def trainings(rows: Sequence[Row]) -> list[Row]:
-    """Returns one row of each training; where it was scored on several tasks, or in several ways, the first."""
+    """Returns the first row of each training run; a run has several rows if it was scored on several tasks."""
     keys = ("suite", "backbone", "method", "recipe_fingerprint")
     return list({tuple(row.get(key) for key in keys): row for row in reversed(rows)}.values())[::-1]
 
 
 def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
-    """Yields the good rows of one place, and adds what is wrong with the others to the problems."""
+    """Yields the valid rows of one folder or file, and appends errors of the others to `problems`."""
     files = [folder] if folder.suffix == ".jsonl" else [folder / "rows.jsonl", folder / "result.json"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        wanted = "is not there" if folder.suffix == ".jsonl" else "holds neither rows.jsonl nor result.json"
-        problems.append(f"{folder}: {wanted}. `san bench SUITE --out FOLDER` makes a folder of results.")
+        wanted = "does not exist" if folder.suffix == ".jsonl" else "has neither rows.jsonl nor result.json"
+        problems.append(f"{folder}: {wanted}. `san bench SUITE --out FOLDER` writes results.")
         return
     text = file.read_text(encoding="utf-8", errors="replace")
     whole = file.suffix == ".json"
     lines = [text] if whole else text.splitlines()
     if not any(line.strip() for line in lines):
-        problems.append(f"{file}: is empty; no run has finished.")
+        problems.append(f"{file}: empty; no run has finished.")
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -159,7 +159,8 @@ def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
                     _Result.model_validate(row)
                     yield row
             except json.JSONDecodeError as error:
-                problems.append(f"{file}{'' if whole else f':{number}'}: no JSON: {error.msg}, {len(line)} characters.")
+                where = file if whole else f"{file}:{number}"
+                problems.append(f"{where}: invalid JSON: {error.msg} ({len(line)} characters).")
             except ValidationError as error:
                 said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())
                 problems.append(f"{file}{'' if whole else f':{number}'}: {said}.")

@@ -1,4 +1,4 @@
-"""The scale vectors of a run, kept in a small file of their own so that reports need no model."""
+"""Save the scale vectors of a run in a file of their own, so that reports need no model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ FILE = "scales.safetensors"
 """File of the scales inside the folder of a run."""
 
 CARRIERS = {"SAN", "LORA"}
-"""PEFT's types of adapter with a scale: SAN's own or out of its host, and the one inside LoRA or DoRA."""
+"""PEFT types of adapters with a scale: SAN's own, or the one decomposed from LoRA or DoRA."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    r"""Trained scales of one run, and what propagation makes of them.
+    r"""Trained scales of one run, and how they propagate.
 
     Attributes:
-        vectors: Scale by layer, in the order of the model.
-        propagated: Layers whose scale is propagated to another one.
-        exponent: Exponent $k$ of a propagated scale.
-        bound: Largest distance of a propagated scale from one, or `None`.
+        vectors: Scale of each layer, in the order of the model.
+        propagated: Layers whose scale propagates to another layer.
+        exponent: Exponent $k$ of the propagated scale.
+        bound: Maximum distance of a propagated scale from one, or `None`.
 
     Example:
         >>> scales = Scales({"fc1": np.float32([2, 3]), "fc2": np.float32([4])}, frozenset({"fc1"}))
@@ -46,14 +46,13 @@ class Scales:
 
     @property
     def propagates(self) -> bool:
-        """Whether any scale acts a second time."""
+        """Whether any scale propagates with a non-zero exponent."""
         return bool(self.propagated) and self.exponent != 0
 
     def acting(self, layer: str) -> Float64[np.ndarray, " channels"]:
-        r"""Returns what a channel is multiplied by on its whole way: $\gamma^{1+k}$, or $\gamma$ without propagation.
+        r"""Returns the effective factor of each channel: $\gamma^{1+k}$, or $\gamma$ without propagation.
 
-        That is where nothing but an exact edge lies between the layer and its posterior; elsewhere it is the product
-        of the two factors all the same.
+        The factor is effective on exact edges; on other edges it is the product of both factors all the same.
         """
         scale = self.vectors[layer].astype(np.float64)
         if layer not in self.propagated:
@@ -66,7 +65,7 @@ class Scales:
 
 
 def scale_vectors(module: nn.Module) -> dict[str, Float32[np.ndarray, " channels"]]:
-    """Returns the scale of every layer of SAN by its name in a module; of a sharded one, all processes have to ask."""
+    """Returns the scale of every SAN layer by its name in a module; collective if the parameters are sharded."""
     from san_peft import SanLayer
 
     return {
@@ -77,10 +76,9 @@ def scale_vectors(module: nn.Module) -> dict[str, Float32[np.ndarray, " channels
 
 
 def scales_of(model: Any) -> Scales:
-    """Reads the scales out of a model with an adapter of SAN, LoRA or DoRA, which may be changed by it.
+    """Returns the scales of a model with a SAN, LoRA or DoRA adapter; may modify the model.
 
-    The scale of LoRA and DoRA without SAN is taken out of the adapter as SAN would, by the norms of rows; nothing is
-    propagated.
+    A LoRA or DoRA adapter without SAN is decomposed as SAN does it, by the norms of rows; nothing propagates.
 
     Args:
         model: A `PeftModel`.
@@ -95,7 +93,7 @@ def scales_of(model: Any) -> Scales:
 
 
 def save_scales(run: Path, scales: Scales) -> None:
-    """Writes the scales into the folder of a run, with the hash of the adapter that they come from."""
+    """Saves the scales into the folder of a run, with the hash of the adapter that they belong to."""
     from safetensors.numpy import save
 
     facts = {
@@ -110,20 +108,20 @@ def save_scales(run: Path, scales: Scales) -> None:
 
 
 def load_scales(run: Path) -> Scales | None:
-    """Reads the scales of a run that has finished: from its file, or from its adapter, and then the file is written.
+    """Loads the scales of a finished run from its file, or from its adapter, in which case the file is written.
 
     Args:
         run: Folder of the run.
 
     Returns:
-        The scales; `None` where the run has no adapter, or one that carries no scale.
+        The scales, or `None` if the run has no adapter with scales.
 
     Raises:
         SanError: If the file is damaged, or the adapter cannot be loaded.
     """
     if (run / FILE).is_file():
         scales, origin = _read(run / FILE)
-        if _adapter_hash(run) in (None, origin):  # without the adapter, the file is all there is
+        if _adapter_hash(run) in (None, origin):  # without an adapter there is nothing to compare with
             return scales
     config = run / "adapter" / "adapter_config.json"
     if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("peft_type") not in CARRIERS:
@@ -145,7 +143,7 @@ def _read(file: Path) -> tuple[Scales, str | None]:
     except (SafetensorError, KeyError, ValueError) as error:
         from san_peft.errors import SanError
 
-        raise SanError(f"{file} is damaged ({error}). Remove it; it is made again from the run's adapter.") from error
+        raise SanError(f"{file} is corrupt ({error}). Remove it; the run's adapter recreates it.") from error
     return Scales(vectors, frozenset(facts["propagated"]), facts["exponent"], facts["bound"]), facts["adapter"]
 
 

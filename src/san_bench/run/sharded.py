@@ -1,4 +1,4 @@
-"""What engines of training make of a model, FSDP2 and DeepSpeed, and how it becomes whole and exact again."""
+"""Train with FSDP2 and DeepSpeed: keep trained parameters in fp32, and gather full parameters afterwards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from san_peft.tuner import sharded
 
 
 class ShardedModel:
-    """The types and the places of parameters before a training and after it.
+    """Tracks the dtypes and shards of parameters during training, and restores them afterwards.
 
-    What is trained is in float32 meanwhile. DeepSpeed keeps such copies itself, and rounds all of the model to the
-    type that it computes in; elsewhere `train_in_float32` sees to it, and FSDP2 is kept from rounding what it gathers.
-    FSDP2, and DeepSpeed's ZeRO-3, cut the model up.
+    Trained parameters are kept in float32 meanwhile. DeepSpeed keeps its own fp32 copies and casts the model to its
+    compute dtype; otherwise `train_in_float32` upcasts them, and FSDP2 gets a mixed-precision policy that casts nothing
+    it gathers. FSDP2 and DeepSpeed ZeRO-3 shard the model.
 
     Args:
-        trainer: The Trainer, before it trains.
+        trainer: The Trainer, before training starts.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -31,14 +31,14 @@ class ShardedModel:
         if plugin is not None and plugin.fsdp_version == 2:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as without shards
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()  # leave dtypes to autocast, as without FSDP
 
     def finish(self) -> dict[str, Tensor] | None:
-        """Brings the trained parameters back to their types; to be called on all processes.
+        """Restores the dtypes of the trained parameters; a collective call.
 
         Returns:
-            The state of a model that is in shards, in whole tensors and in the memory of the first process; elsewhere
-            nothing. `None` of a model that is whole everywhere.
+            For a sharded model, the state dict of full tensors in the CPU memory of rank 0 (empty on other ranks);
+            `None` for an unsharded model.
         """
         model, cut = self.trainer.model, is_sharded(self.trainer.model)
         exact = self._float32_of_deepspeed() if self._back is None else {}
@@ -55,7 +55,7 @@ class ShardedModel:
         return None
 
     def _float32_of_deepspeed(self) -> dict[str, Tensor]:
-        """What DeepSpeed's optimiser has trained, in whole tensors; the models to come are not to be cut up."""
+        """Gathers the full fp32 parameters of DeepSpeed's optimizer, and stops ZeRO-3 from sharding later models."""
         unset_hf_deepspeed_config()
         whole = import_module("deepspeed.utils").safe_get_full_fp32_param
         found = {name: whole(parameter) for name, parameter in self.trainer.model.named_parameters()}
@@ -72,5 +72,5 @@ class ShardedModel:
 
 
 def is_sharded(model: Any) -> bool:
-    """Says whether any parameter of a model lies in shards on several processes."""
+    """Returns whether any parameter of a model is sharded across processes."""
     return any(sharded.is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())

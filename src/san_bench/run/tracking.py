@@ -1,7 +1,7 @@
-"""Trackers beside `log.jsonl`: W&B, trackio and TensorBoard, by the callbacks that transformers has for them.
+"""Log to W&B, trackio and TensorBoard with the callbacks of transformers.
 
-What they write lies below the folder of the run, unless `WANDB_DIR` or `TRACKIO_DIR` says otherwise. Beside the curves
-they get the recipe, and at the end of every epoch a histogram of the scales of each layer.
+Trackers write below the folder of the run, unless `WANDB_DIR` or `TRACKIO_DIR` is set. In addition to the metrics they
+get the recipe, and after every epoch a histogram of the scales of each layer.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from san_bench.run.scales import scale_vectors
 from san_peft.errors import SanError
 
 PROJECT = "san-peft"
-"""Project of the runs in W&B and trackio, unless `WANDB_PROJECT` or `TRACKIO_PROJECT` is set."""
+"""Project name in W&B and trackio, unless `WANDB_PROJECT` or `TRACKIO_PROJECT` is set."""
 
 STEP = "train/global_step"
-"""Under which transformers' callbacks log the step."""
+"""Key that transformers' callbacks log the step under."""
 
 
 def tracking(names: Sequence[str], recipe: Recipe, folder: Path) -> tuple[dict[str, Any], list[TrainerCallback]]:
-    """Returns what a Trainer needs to report to trackers.
+    """Returns the training arguments and callbacks of experiment trackers.
 
     Args:
         names: Some of `wandb`, `trackio` and `tensorboard`.
-        recipe: Of the run; the trackers get it as its configuration.
-        folder: Of the run; the trackers write below it.
+        recipe: Recipe of the run, which is logged as its configuration.
+        folder: Folder of the run, which the trackers write below.
 
     Returns:
-        Fields for `TrainingArguments`, and callbacks. The fields keep `report_to` empty, since the callbacks stand for
-        themselves.
+        Fields for `TrainingArguments`, and callbacks. `report_to` is empty, since the callbacks replace those that
+        the Trainer would add.
 
     Raises:
         SanError: If a name is unknown, or a tracker is not installed.
@@ -45,7 +45,7 @@ def tracking(names: Sequence[str], recipe: Recipe, folder: Path) -> tuple[dict[s
     missing = [name for name in names if name in TRACKERS and importlib.util.find_spec(name) is None]
     problems = []
     if unknown:
-        problems.append(f"There is no tracker {', '.join(unknown)}. Choose from {', '.join(TRACKERS)}.")
+        problems.append(f"Unknown tracker {', '.join(unknown)}. Choose from {', '.join(TRACKERS)}.")
     if missing:
         problems.append(f'Not installed: {", ".join(missing)}. pip install "san-peft[track]"')
     if problems:
@@ -74,7 +74,7 @@ class _TensorBoard(TensorBoardCallback):
 
 
 class _Wandb(WandbCallback):
-    """Writes to `wandb/`: online where there is a login, else offline, for `wandb sync`."""
+    """Writes to `wandb/`: online if logged in, else offline for a later `wandb sync`."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         super().__init__()
@@ -104,12 +104,12 @@ class _Wandb(WandbCallback):
     ) -> None:
         super().on_train_end(args, state, control, model, processing_class, **kwargs)
         if state.is_world_process_zero:
-            self._wandb.finish()  # else another run of this process would go on with this one
-            self._wandb.teardown()  # and its service might still be writing when this process ends
+            self._wandb.finish()  # else a later run in this process would continue this one
+            self._wandb.teardown()  # else its service might still write when this process ends
 
 
 def _mode() -> Literal["online", "offline"]:
-    """How W&B writes where nothing says so: it asks for no key, and calls nobody."""
+    """Returns the default mode of W&B, without prompting for a key and without a network call."""
     import wandb
 
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
@@ -120,7 +120,7 @@ class _Trackio(TrackioCallback):
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         home = os.environ.get("TRACKIO_DIR")
-        if home is None:  # trackio reads the variable once, when it is imported
+        if home is None:  # trackio reads the variable only when it is imported
             os.environ["TRACKIO_DIR"] = str(folder / "trackio")
         try:
             super().__init__()
@@ -130,7 +130,7 @@ class _Trackio(TrackioCallback):
         wanted = Path(home or folder / "trackio")
         if wanted != self._trackio.TRACKIO_DIR:
             raise SanError(
-                f"The trackio of this process writes to {self._trackio.TRACKIO_DIR}, and cannot to {wanted} any more. "
+                f"trackio already writes to {self._trackio.TRACKIO_DIR} in this process, not to {wanted}. "
                 "Start another process, or set TRACKIO_DIR to one folder for all runs before trackio is imported."
             )
         self.recipe = recipe

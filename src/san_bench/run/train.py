@@ -1,4 +1,4 @@
-"""Training of one recipe with transformers' Trainer, which can be killed and started again."""
+"""Train one recipe with transformers' Trainer, resumable after an interruption."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from san_bench.config.recipe import Recipe, split_revision
 from san_bench.models.adapt import (
     check_trainable,
     checkpoint_sha256,
-    loaded_commit,
     saved_activation_bytes,
     with_method,
 )
+from san_bench.models.checkpoint import checkpoint_of
 from san_bench.models.weights import place
-from san_bench.run.comparison import comparison
 from san_bench.run.domain import Domain, domain_of
 from san_bench.run.evaluate import trained_model
 from san_bench.run.folder import claim
@@ -32,53 +31,123 @@ from san_bench.run.model_card import write_card
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
 from san_bench.run.sharded import ShardedModel
-from san_bench.run.trainer import COMPLETE, make_trainer
+from san_bench.run.trainer import COMPLETE, Journal, make_trainer
 from san_peft.errors import SanError
+
+RESULT = "result.json"
+"""File of a finished run's result."""
 
 
 def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
-    """Trains a recipe, or finishes the training that was interrupted, and scores it once.
+    """Trains a recipe, or resumes an interrupted run, and scores it once.
 
-    The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (loss of every step), `adapter/` (`save_pretrained`: an
-    adapter, or the whole model for methods without one), what was predicted, `scales.safetensors` where there are
-    scales, `images.json` where conversations' images lie in a folder, and `result.json`. A finished run is not
-    repeated: its result is returned. Of several processes, as `accelerate launch` or `torchrun` start them, each trains
-    on its part of every batch, and the first one writes. A model that was trained in shards is saved from whole tensors
-    and scored as it was saved, whole on every device.
+    The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (the loss of every step), `adapter/` (what
+    `save_pretrained` writes: an adapter, or the whole model for methods without one), the predictions,
+    `scales.safetensors` if the adapter has scales, `images.json` if the images of conversations lie in a folder, and
+    `result.json`. A finished run is not repeated: its result is returned. Under `accelerate launch` or `torchrun` each
+    process trains on its shard of every batch, and rank 0 writes. A model trained with sharded parameters is saved from
+    full tensors, loaded again on every device and scored.
 
     Args:
-        recipe: What to run.
+        recipe: Recipe of the run.
         track: Names of trackers that also get the log; see `san_bench.run.tracking`.
 
     Returns:
-        The result: accuracy with n, and of several tasks those of each; trained parameters, seconds, memory, and where
-        all that comes from; the same once more in the blocks of PEFT's method comparison.
+        The result: accuracy with n (and per task, if there are several), trained parameters, seconds, memory,
+        fingerprints and provenance.
 
     Raises:
-        SanError: If the folder holds another recipe's run, the data is not as it must be, the loss or a prediction is
-            not finite, or memory is not enough; checkpoints stay.
+        SanError: If the folder holds the run of another recipe, the data is invalid, the loss or a prediction is not
+            finite, or memory runs out (checkpoints are kept).
     """
-    folder = Path(recipe.output)
-    result_file = folder / "result.json"
+    began, folder = time.perf_counter(), Path(recipe.output)
     processes = PartialState(cpu=not torch.cuda.is_available())
     with processes.main_process_first():
         claim(folder, recipe)
-    if result_file.exists():
-        return json.loads(result_file.read_text(encoding="utf-8"))
-    created, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    if (folder / RESULT).exists():
+        return json.loads((folder / RESULT).read_text(encoding="utf-8"))
     domain = domain_of(recipe)
     _inspect(domain, folder, processes.is_main_process)
-    count = domain.n_train  # loads the data: what is wrong with it is better known before a model is loaded
-    plain = domain.base_model()
-    pretrained = checkpoint_sha256(plain)
-    model = with_method(plain, recipe)
-    del plain
-    trained = check_trainable(model, recipe)
-    if processes.is_main_process:
-        head = f" and {trained['head']:,} of the head" if trained["head"] else ""
-        print(f"{recipe.method.kind}: trains {trained['rest']:,} parameters{head}.")
+    facts = {"n_train": domain.n_train}  # loads the data: its errors should come before the model is loaded
+    model, described = _adapted(domain, processes.is_main_process)
     trainer, journal = make_trainer(model, domain, folder, track)
     engine = ShardedModel(trainer)
+    measured = _fit(trainer, journal, folder, processes)
+    shards = engine.finish()
+    if processes.is_main_process:
+        _save(model, folder / "adapter", shards)
+        write_rows(folder / "log.jsonl", trainer.state.log_history)
+    if shards is not None:
+        del model  # else both models would be in memory
+        model = _reloaded(domain, trainer, processes)
+    activations = saved_activation_bytes(model, _batch(trainer, trainer.args.per_device_train_batch_size))
+    scores = domain.score(model, domain.recipe.eval_split)
+    result = {
+        **_identity(domain),
+        **scores.numbers,
+        **facts,
+        **domain.facts(),
+        **described,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        **measured,
+        "saved_activation_mib": round(activations / 2**20, 2),
+        "saved_bytes": sum(file.stat().st_size for file in (folder / "adapter").glob("*.safetensors")),
+        "processes": processes.num_processes,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "total_seconds": round(time.perf_counter() - began, 3),
+        **provenance(),
+    }
+    if processes.is_main_process:
+        scores.save(folder)
+        write_card(folder / "adapter", recipe, result, model)
+        if getattr(model, "peft_type", None) in CARRIERS:
+            save_scales(folder, scales_of(model))  # may change the model
+        write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    processes.wait_for_everyone()
+    return result
+
+
+def _identity(domain: Domain) -> dict[str, Any]:
+    """Names what a result is of: method, task, model, splits and settings, with their fingerprints."""
+    recipe = domain.recipe
+    return {
+        "run": Path(recipe.output).name,
+        "method": recipe.method.kind,
+        "kind": recipe.method.kind,
+        "task": recipe.task,
+        "model": recipe.model,
+        "model_revision": checkpoint_of(recipe).commit,
+        "backbone": Path(split_revision(recipe.model)[0]).name,
+        "protocol": recipe.protocol,
+        "selection": recipe.selection,
+        "split": recipe.eval_split,
+        "train_split": recipe.train_split,
+        "seed": recipe.seed,
+        "lr": recipe.optimizer.lr,
+        "recipe_fingerprint": recipe.fingerprint,
+        "task_fingerprint": domain.fingerprint,
+    }
+
+
+def _adapted(domain: Domain, prints: bool) -> tuple[Any, dict[str, Any]]:
+    """Loads the pretrained model, applies the method, and counts the trained parameters."""
+    model = domain.base_model()
+    pretrained = checkpoint_sha256(model)
+    model = with_method(model, domain.recipe)
+    trained = check_trainable(model, domain.recipe)
+    if prints:
+        head = f" and {trained['head']:,} of the head" if trained["head"] else ""
+        print(f"{domain.recipe.method.kind}: trains {trained['rest']:,} parameters{head}.")
+    return model, {
+        "checkpoint_sha256": pretrained,
+        "trainable_parameters": sum(trained.values()),
+        "trainable_head": trained["head"],
+    }
+
+
+def _fit(trainer: Any, journal: Journal, folder: Path, processes: PartialState) -> dict[str, Any]:
+    """Trains from the last checkpoint, if there is one, and measures time, memory and energy."""
     with processes.main_process_first():
         checkpoint = _last_checkpoint(folder / "checkpoints")
     before = _rss()
@@ -89,70 +158,31 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(folder, trainer.state.global_step, error) from error
     seconds, step, peak = journal.seconds, journal.step_seconds, _peak_rss()
-    joules = energy.joules()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    shards = engine.finish()
-    if processes.is_main_process:
-        _save(model, folder / "adapter", shards)
-        write_rows(folder / "log.jsonl", trainer.state.log_history)
-    if shards is not None:
-        model = trainer.model = trainer.model_wrapped = None  # else both would be in memory
-        trainer.accelerator.free_memory()
-        processes.wait_for_everyone()
-        model = trained_model(domain, folder / "adapter", trainable=True)
-        place(model)
-    activations = saved_activation_bytes(model, _batch(trainer, trainer.args.per_device_train_batch_size))
-    scores = domain.score(model, domain.recipe.eval_split)
-    result = {
-        "run": folder.name,
-        "method": recipe.method.kind,
-        "kind": recipe.method.kind,
-        "task": recipe.task,
-        "model": recipe.model,
-        "model_revision": loaded_commit(recipe),
-        "backbone": Path(split_revision(recipe.model)[0]).name,
-        "protocol": recipe.protocol,
-        "selection": domain.recipe.selection,
-        "split": domain.recipe.eval_split,
-        **scores.numbers,
-        "train_split": domain.recipe.train_split,
-        "n_train": count,
-        **domain.facts(),
-        "trainable_parameters": sum(trained.values()),
-        "trainable_head": trained["head"],
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+    return {
         "train_seconds": round(seconds, 3),
         "step_seconds": step and round(step, 4),
-        "resumed_from_step": int(checkpoint.name.split("-")[-1]) if checkpoint else 0,
+        "resumed_from_step": _step(checkpoint) if checkpoint else 0,
         "steps": trainer.state.global_step,
-        "final_loss": losses[-1],
-        "saved_activation_mib": round(activations / 2**20, 2),
+        "final_loss": [row["loss"] for row in trainer.state.log_history if "loss" in row][-1],
         "peak_rss_mib": round(peak, 1),
         "peak_rss_growth_mib": round(peak - before, 1),
-        "energy_joules": joules,
-        "seed": recipe.seed,
-        "lr": recipe.optimizer.lr,
-        "recipe_fingerprint": recipe.fingerprint,
-        "task_fingerprint": domain.fingerprint,
-        "checkpoint_sha256": pretrained,
-        "processes": processes.num_processes,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **provenance(),
+        "peak_gpu_reserved_mib": round(max(journal.memory, default=0) / 2**20, 1),
+        "energy_joules": energy.joules(),
     }
-    if processes.is_main_process:
-        result |= comparison(recipe, result, model, created, time.perf_counter() - began, journal.memory)
-        scores.save(folder)
-        write_card(folder / "adapter", recipe, result, model)
-        if getattr(model, "peft_type", None) in CARRIERS:
-            save_scales(folder, scales_of(model))  # may change the model
-        write_atomically(result_file, json.dumps(result, indent=2) + "\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _reloaded(domain: Domain, trainer: Any, processes: PartialState) -> Any:
+    """Frees a model with sharded parameters and loads what was saved, whole on every device."""
+    trainer.model = trainer.model_wrapped = None
+    trainer.accelerator.free_memory()
     processes.wait_for_everyone()
-    return result
+    model = trained_model(domain, Path(domain.recipe.output) / "adapter", trainable=True)
+    place(model)
+    return model
 
 
 def _inspect(domain: Domain, folder: Path, writes: bool) -> None:
-    """Keeps and tells what was found of the data, and raises `SanError` where it stops the run."""
+    """Validates the data: saves and prints the findings, and raises `SanError` if any of them stops the run."""
     found = domain.inspect()
     if writes:
         for name, content in found.files.items():
@@ -165,35 +195,39 @@ def _inspect(domain: Domain, folder: Path, writes: bool) -> None:
 
 def _out_of_memory(folder: Path, step: int, error: BaseException) -> SanError:
     kept = _last_checkpoint(folder / "checkpoints")
-    goes_on = (
-        f"The same command goes on from step {kept.name.split('-')[-1]}."
+    resumes = (
+        f"The same command resumes from step {_step(kept)}."
         if kept
-        else "There is no checkpoint to go on from; checkpoint_steps makes some."
+        else "There is no checkpoint to resume from; set checkpoint_steps to save some."
     )
     said = str(error).strip().splitlines() or ["out of memory"]
     return SanError(
-        f"Memory is not enough in step {step + 1} of {folder}: {said[0].rstrip('.')}. {goes_on} A larger "
-        "optimizer.accumulation needs less, and so do gradient_checkpointing and quantised weights of language models; "
-        "that is another recipe, which needs another output."
+        f"Out of memory in step {step + 1} of {folder}: {said[0].rstrip('.')}. {resumes} To use less memory, increase "
+        "optimizer.accumulation, enable gradient_checkpointing or quantise the weights of a language model. That is "
+        "another recipe, so give it another output."
     )
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """Newest checkpoint that was written to its end; what a kill left half-written is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    """Returns the newest complete checkpoint, and removes incomplete ones."""
+    found = sorted(folder.glob("checkpoint-*"), key=_step)
     for path in found:
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)
     return next((path for path in reversed(found) if path.exists()), None)
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
+
+
 def _save(model: Any, folder: Path, tensors: dict[str, torch.Tensor] | None) -> None:
-    """Saves what `from_pretrained` loads, in a folder that appears only when it is complete.
+    """Saves a model for `from_pretrained`, into a folder that appears only once it is complete.
 
     Args:
         model: The model.
-        folder: Where to.
-        tensors: The state to save in place of the model's own.
+        folder: Folder to write.
+        tensors: State dict to save instead of the model's own.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     for stale in (temporary, folder):
@@ -204,13 +238,13 @@ def _save(model: Any, folder: Path, tensors: dict[str, torch.Tensor] | None) -> 
 
 
 def _batch(trainer: Any, size: int) -> dict[str, torch.Tensor]:
-    """The first items to train with, as they are scored."""
+    """Returns the first training items as an evaluation batch."""
     items = [trainer.train_dataset[i] for i in range(min(size, len(trainer.train_dataset)))]
     return {key: tensor.to(trainer.args.device) for key, tensor in trainer.training.plain(items).items()}
 
 
 def _rss() -> float:
-    """Resident memory of this process in MiB; where only the peak is known, that."""
+    """Returns the resident memory of this process in MiB, or its peak if only that is known."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return _peak_rss()
@@ -218,6 +252,6 @@ def _rss() -> float:
 
 
 def _peak_rss() -> float:
-    """Largest resident memory of this process so far, in MiB."""
+    """Returns the peak resident memory of this process in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,4 +1,4 @@
-"""transformers' Trainer as a recipe wants it: optimiser, schedule, mixing, average of weights, selection, journal."""
+"""Configure transformers' Trainer for a recipe: optimizer, schedule, mixup, EMA, model selection and logging."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from san_bench.run.tracking import tracking
 from san_peft.errors import SanError
 
 COMPLETE = "complete"
-"""Marker inside a checkpoint that was written to its end; it holds the seconds of training so far."""
+"""Marker file of a complete checkpoint; holds the seconds of training so far."""
 
 AVERAGE = "average.safetensors"
-"""The moving average of the trained weights inside a checkpoint."""
+"""File of the exponential moving average of the trained weights inside a checkpoint."""
 
 
 class _Bar(ProgressCallback):
-    """Trainer's progress bar with the loss beside it in place of a line per log."""
+    """Progress bar with the loss as its postfix, instead of a line per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -41,20 +41,19 @@ class _Bar(ProgressCallback):
 
 
 class _Trainer(Trainer):
-    """Trainer of a recipe.
+    """Trainer with the losses, weight decay and parameter groups of a recipe.
 
-    It resumes whole models too (transformers saves a ViT under older names, which its resuming skips), may
-    decay no vector, and takes the loss that the data wants.
+    It also resumes full models: transformers saves a ViT under legacy names, which its own resuming skips.
     """
 
     def __init__(self, recipe: Recipe, training: Training, **options: Any) -> None:
         super().__init__(optimizer_cls_and_kwargs=_optimizer(recipe), **options)
         self.recipe, self.training = recipe, training
         if training.mean_of_parts:
-            self.model_accepts_loss_kwargs = False  # the mean over each part, divided by the number of parts
+            self.model_accepts_loss_kwargs = False  # mean over micro-batches instead of over tokens
 
     def get_train_dataloader(self) -> DataLoader:
-        """The data in batches to train with; those to score with may be made otherwise."""
+        """Returns the training batches, which may use another collator than evaluation."""
         if self.training.batches is not None:
             return self.accelerator.prepare(self._own_batches())
         scoring, self.data_collator = self.data_collator, self.training.collate
@@ -75,7 +74,7 @@ class _Trainer(Trainer):
         )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimiser, in which parts of the model may have learning rates of their own."""
+        """Creates the optimizer, with parameter groups for parts that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -91,7 +90,7 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss, or in training what the data wants in its place."""
+        """Returns the model's own loss, or in training the loss of the data, if it defines one."""
         if not model.training or self.training.loss is None:
             counted = None if self.training.mean_of_parts else num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, counted)
@@ -99,7 +98,7 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Neither biases nor norms, and vectors where the recipe says so."""
+        """Returns the parameters with weight decay: matrices and conv kernels, vectors if the recipe says so."""
         if self.recipe.optimizer.decay_vectors:
             return super().get_decay_parameter_names(model)
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
@@ -119,11 +118,11 @@ class _Trainer(Trainer):
 
 
 class Journal(TrainerCallback):
-    """Writes `log.jsonl`, marks checkpoints as complete, and stops a training whose loss is not finite.
+    """Writes `log.jsonl`, marks checkpoints as complete, and stops the training if the loss is not finite.
 
     Attributes:
-        memory: Bytes that the allocator of the GPU held after each step; empty without one.
-        ends: When the steps since the last start ended, on the clock of `time.perf_counter`.
+        memory: Reserved GPU memory in bytes after each step; empty on the CPU.
+        ends: End times of the steps since the last start, from `time.perf_counter`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,30 +132,30 @@ class Journal(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Seconds of training, including those before an interruption."""
         return self.earlier + time.perf_counter() - self.start
 
     @property
     def step_seconds(self) -> float | None:
-        """Median seconds from the end of a step to the end of the next; `None` of fewer than two steps."""
+        """Median seconds per step; `None` for fewer than two steps."""
         between = [after - before for before, after in pairwise(self.ends)]
         return median(between) if between else None
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Starts the clock, at the seconds that a checkpoint was written after."""
+        """Starts the clock, from the training time that a checkpoint records."""
         self.earlier = float((checkpoint / COMPLETE).read_text(encoding="utf-8")) if checkpoint else 0.0
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Stops at a loss that is not finite."""
+        """Raises `SanError` if the loss is not finite."""
         if logs and not math.isfinite(float(logs.get("loss", 0))):
             raise SanError(
                 f"The loss of {self.folder} is not finite in step {state.global_step}. "
-                f"Try a smaller optimizer.lr than {args.learning_rate:g}, with another output."
+                f"Try an optimizer.lr below {args.learning_rate:g}, with another output."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Notes the time, and the memory of the GPU."""
+        """Records the time and the reserved GPU memory."""
         self.ends.append(time.perf_counter())
         if torch.cuda.is_available():
             self.memory.append(torch.cuda.memory_reserved())
@@ -171,7 +170,7 @@ class Journal(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Saves amid epochs too, where Trainer saves after each epoch to choose one of them.
+    """Also saves checkpoints within epochs, where Trainer saves after each epoch to select the best one.
 
     Args:
         steps: Steps between two checkpoints.
@@ -181,16 +180,16 @@ class Checkpoints(TrainerCallback):
         self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for a checkpoint."""
+        """Requests a checkpoint every `steps` steps."""
         control.should_save = control.should_save or state.global_step % self.steps == 0
 
 
 class Average(TrainerCallback):
-    """timm's exponential moving average of the weights, kept in checkpoints, and what is scored in the end.
+    """Maintains timm's exponential moving average (EMA) of the weights, which replaces the weights after training.
 
     Args:
-        model: What is trained.
-        decay: Share of the average that every step keeps.
+        model: The model to train.
+        decay: Decay of the moving average per step.
     """
 
     def __init__(self, model: Any, decay: float) -> None:
@@ -200,21 +199,21 @@ class Average(TrainerCallback):
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reads the average of the checkpoint that the training goes on from, if any."""
+        """Loads the EMA of the checkpoint that the training resumes from, if any."""
         if state.global_step:
             self.average.module.load_state_dict(load_file(self._file(args, state)), strict=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Takes the new weights into the average."""
+        """Updates the EMA."""
         self.average.update(model, step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the average into the checkpoint."""
+        """Saves the EMA into the checkpoint."""
         if state.is_world_process_zero:
             save_file(self._trained(), self._file(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Puts the average into the place of the weights."""
+        """Replaces the weights with the EMA."""
         model.load_state_dict(self._trained(), strict=False)
 
     def _file(self, args: Any, state: Any) -> Path:
@@ -226,16 +225,16 @@ class Average(TrainerCallback):
 
 
 def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] = ()) -> tuple[Trainer, Journal]:
-    """Builds the Trainer of a recipe, and its journal; the order of the data follows from the recipe's seed alone.
+    """Builds the Trainer and journal of a recipe; the order of the data depends only on the recipe's seed.
 
     Args:
-        model: What is trained.
+        model: The model to train.
         domain: The recipe with its data.
         folder: Folder of the run.
         track: Names of trackers.
 
     Raises:
-        SanError: If the batch cannot be divided among the devices, or half precision is asked of the CPU.
+        SanError: If the batch size is not divisible by the number of micro-batches, or fp16 is chosen without a GPU.
     """
     recipe: Any = domain.recipe
     optimizer, gpu = recipe.optimizer, torch.cuda.is_available()
@@ -248,9 +247,8 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
     parts = optimizer.accumulation * devices
     if optimizer.batch_size % parts:
         raise SanError(
-            f"A batch of {optimizer.batch_size} {domain.items} cannot be divided into {parts} parts "
-            f"({optimizer.accumulation} accumulated on {devices} devices). Change optimizer.batch_size or "
-            "optimizer.accumulation."
+            f"A batch of {optimizer.batch_size} {domain.items} is not divisible by {parts}: {optimizer.accumulation} "
+            f"gradient accumulation steps x {devices} devices. Change optimizer.batch_size or optimizer.accumulation."
         )
     tracked, trackers = tracking(track, recipe, folder)
     selects, saves = recipe.selection != "last", "steps" if recipe.checkpoint_steps else "no"
@@ -301,7 +299,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
     )
     if training.average is not None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise SanError("No moving average can be kept of weights in shards. Set ema to null.")
+            raise SanError("An EMA of sharded weights is not supported. Set ema to null.")
         trainer.add_callback(Average(model, training.average))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -310,7 +308,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Settings of gradient checkpointing, which newer versions of transformers call activation checkpointing."""
+    """Returns the arguments for gradient checkpointing, which newer transformers calls activation checkpointing."""
     known = {field.name for field in fields(TrainingArguments)}
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
@@ -331,5 +329,5 @@ def _optimizer(recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, A
 
 
 def _accuracy(result: Any) -> dict[str, float]:
-    """Share of the labels that the logits are largest for."""
+    """Computes the top-1 accuracy."""
     return {"accuracy": float((result[0].argmax(-1) == result[1]).mean())}

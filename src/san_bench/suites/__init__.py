@@ -1,1 +1,1 @@
-"""Many runs: suites, the engines that carry them out, and the demo."""
+"""Run benchmark suites on this machine or on a Ray cluster, and the demo."""

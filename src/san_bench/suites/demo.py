@@ -1,6 +1,6 @@
-"""The demo: SAN and its peers on handwritten digits, trained, reloaded, merged and compared.
+"""Run the demo: train SAN and baselines on handwritten digits, reload and merge the adapters, compare all.
 
-Every method is trained in a process of its own, so that its peak of memory is its own.
+Every method is trained in its own process, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ NEEDED = ("sklearn", "matplotlib")
 
 
 def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Trains methods on one task from one seed, checks what was saved, and compares them.
+    """Trains methods on one task with one seed, verifies the saved adapters, and compares the methods.
 
-    The folder gets one run per method, `results.jsonl` (a row per run with all its provenance), `table.md`,
-    `curves.png` and, where there are scales, `scales.png`. Runs that have finished are not repeated; one that was
-    interrupted is done again.
+    The folder gets one run per method, `results.jsonl` (a row per run with its provenance), `table.md`, `curves.png`
+    and, if any method has scales, `scales.png`. Finished runs are not repeated; an interrupted one is.
 
     Args:
         out: Folder to write to.
@@ -37,8 +36,8 @@ def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
         The rows.
 
     Raises:
-        SanError: If a method is unknown, the extra `demo` is missing, the folder holds runs of other recipes, or an
-            adapter predicts other classes once it is loaded, or changes the outputs when it is merged.
+        SanError: If a method is unknown, the extra `demo` is not installed, the folder holds runs of other recipes, or
+            an adapter predicts other classes after reloading or changes the outputs when merged.
     """
     recipes = chosen(out, methods)
     from san_bench.report.groups import losses_of
@@ -53,9 +52,9 @@ def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
             checks, scales[name] = in_fresh_process(_examine, recipe.output)
             row.update(checks)
             console.print(
-                f"{name}, loaded again: all {row['n_test']} predicted classes are the same, logits differ by "
-                f"{row['reload_max_abs_difference']:.2g} at most. Merged: {row['merge_changed_classes']} classes "
-                f"change, logits differ by {row['merge_max_abs_difference']:.2g} at most."
+                f"{name}, reloaded: all {row['n_test']} predicted classes are the same, logits differ by at most "
+                f"{row['reload_max_abs_difference']:.2g}. Merged: {row['merge_changed_classes']} classes "
+                f"change, logits differ by at most {row['merge_max_abs_difference']:.2g}."
             )
         rows.append(row)
     _report(out, rows, losses, scales)
@@ -63,10 +62,10 @@ def demo(out: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
-    """Returns the recipes by name, with their output under `out`, if nothing that they need is missing."""
+    """Returns the recipes by name, with their output under `out`, after checking methods, packages and folders."""
     known = [name.removeprefix("demo/") for name in shipped() if name.startswith("demo/")]
     if not methods:
-        raise san_error(f"Name one method at least: {', '.join(known)}.")
+        raise san_error(f"Choose at least one method: {', '.join(known)}.")
     for name in methods:
         if name not in known:
             raise san_error(f"The demo has no method {name!r}.{suggest(name, known)}")
@@ -82,8 +81,8 @@ def chosen(out: Path, methods: Sequence[str]) -> dict[str, Recipe]:
             strange.append(name)
     if strange:
         raise san_error(
-            f"{out} holds runs of other recipes than today's, so they cannot be compared: {', '.join(strange)}. "
-            f"Keep them and pass another folder, such as --out {out}-2, or remove {out}."
+            f"{out} holds runs of other versions of these recipes, which cannot be compared: {', '.join(strange)}. "
+            f"Pass another folder, such as --out {out}-2, or remove {out}."
         )
     return recipes
 
@@ -95,7 +94,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Loads a run's adapter, compares its predictions with the run's, merges it, and returns both and the scales."""
+    """Reloads a run's adapter, compares its predictions with the run's, merges it, and returns checks and scales."""
     from san_bench.image.domain import load_predictions, predict
     from san_bench.run.evaluate import load_model
     from san_peft import SanLayer, merge_and_verify
@@ -107,8 +106,8 @@ def _examine(run: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     wrong = int((loaded.argmax(-1) != expected.argmax(-1)).sum())
     if wrong:
         raise san_error(
-            f"The adapter in {run} predicts another class than the run did for {wrong} of {len(split)} images. "
-            "Was it changed since? Remove the folder to train it again."
+            f"The reloaded adapter in {run} predicts another class for {wrong} of {len(split)} images than the run "
+            "did. If it was changed since, remove the folder to train it again."
         )
     scales: dict[str, list[float]] = {}
     for fqn, layer in model.named_modules():

@@ -1,8 +1,8 @@
-"""Where the runs of a suite are carried out: here, each in a process of its own, or on a Ray cluster.
+"""Execute the runs of a suite, each in its own process on this machine.
 
-An engine calls one function with the value of each job and yields an outcome as soon as a job ends. Another process
-finds the function by its import path, so it stands at the top of a module; no code is sent. A job that raises, or whose
-process is killed, is an outcome like any other.
+An engine calls one function with the value of each job and yields an outcome as soon as a job ends. Worker processes
+import the function by its path, so it must be defined at the top level of a module; no code is sent. A job that raises,
+or whose process is killed, yields an outcome with an error.
 
 Example:
     >>> import math
@@ -31,21 +31,21 @@ from typing import Any, Protocol
 from san_bench.config.strict import san_error
 
 PRELOAD = ["san_bench.run.train", "peft", "san_peft"]
-"""What the server that processes are forked from imports once, for all of them."""
+"""Modules that the fork server imports once for all processes."""
 
 PATIENCE = 5.0
-"""Seconds that a process has to end after it was asked to, before it is killed."""
+"""Seconds between terminating and killing a process."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job.
+    """Outcome of a job.
 
     Attributes:
-        job: Its name.
-        value: What the function returned.
-        error: Why it returned nothing, else `None`. Errors of SAN are their message; others come with their type in the
-            first line, and their last frames below.
+        job: Name of the job.
+        value: Return value of the function.
+        error: Error message, or `None`. A `SanError` is its message alone; other errors are preceded by their type and
+            followed by the last frames of their traceback.
     """
 
     job: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Carries out jobs."""
+    """Executes jobs."""
 
     def run(self, function: Callable[[Any], Any], jobs: Mapping[str, Any]) -> Iterator[Outcome]:
         """Calls a function with the value of each job, and yields each outcome as it comes, in any order."""
@@ -63,14 +63,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """Runs jobs on this machine, each in a fresh process, so that its peak of memory is its own.
+    """Runs jobs on this machine, each in a fresh process, so that its peak memory is its own.
 
-    Where there are CUDA devices each job sees one of them, the one with the fewest jobs; so with more workers than
-    devices several share one. Processes end when the iteration is given up or interrupted, and when this process dies.
+    With CUDA, each job sees one device: the one with the fewest jobs. With more workers than devices, several jobs
+    share a device. The processes end when the iteration is stopped or interrupted, or when this process dies.
 
     Attributes:
-        workers: Jobs at the same time.
-        threads: Threads of torch in each; `None` leaves them to torch.
+        workers: Number of parallel jobs.
+        threads: Torch threads per job; `None` leaves the number to torch.
     """
 
     workers: int
@@ -105,7 +105,7 @@ class LocalEngine:
 
 
 def in_fresh_process(function: Callable[[Any], Any], value: Any) -> Any:
-    """Calls a function in a new process and returns what it returns.
+    """Calls a function in a new process and returns its result.
 
     Raises:
         SanError: If the function raises, or the process is killed.
@@ -117,10 +117,10 @@ def in_fresh_process(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def import_path(function: Callable[..., Any]) -> str:
-    """Returns the path by which another process imports a function, such as `math:sqrt`.
+    """Returns the import path of a function, such as `math:sqrt`.
 
     Raises:
-        SanError: If there is none.
+        SanError: If another process cannot import the function.
     """
     module, name = function.__module__, getattr(function, "__qualname__", "<no name>")
     try:
@@ -128,7 +128,7 @@ def import_path(function: Callable[..., Any]) -> str:
     except (AttributeError, ImportError, ValueError):
         found = None
     if found is not function:
-        raise san_error(f"Another process cannot import {module}.{name}. Define it at the top of a module.")
+        raise san_error(f"Another process cannot import {module}.{name}. Define it at the top level of a module.")
     return f"{module}:{name}"
 
 
@@ -136,10 +136,10 @@ def attempt(path: str, value: Any, threads: int | None) -> tuple[Any, str | None
     """Calls the function of an import path, in the process of a job.
 
     Returns:
-        What it returns, or `None` and the error.
+        Its return value and `None`, or `None` and the error message.
     """
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for a torch that is imported from now on
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # if torch is not imported yet
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
     try:
@@ -149,8 +149,8 @@ def attempt(path: str, value: Any, threads: int | None) -> tuple[Any, str | None
 
 
 def describe(error: BaseException) -> str:
-    """Writes an error as one text: the message of a `SanError`; else type and message, then the last frames."""
-    errors = sys.modules.get("san_peft.errors")  # not imported anew: that would take seconds, for torch
+    """Formats an error: the message of a `SanError`, else type, message and the last frames of the traceback."""
+    errors = sys.modules.get("san_peft.errors")  # importing it would import torch, which takes seconds
     if errors is not None and isinstance(error, errors.SanError):
         return str(error)
     frames = "".join(traceback.format_tb(error.__traceback__, limit=-3))
@@ -161,8 +161,8 @@ class _Child:
     """The process of a job."""
 
     def __init__(self, job: str, call: tuple[str, Any, int | None], device: str | None) -> None:
-        # On Linux it is forked from a server that has imported torch and trained nothing, which saves seconds; but not
-        # where there are GPUs, as bitsandbytes looks for them when it is imported, and no fork can use them then.
+        # On Linux, fork from a server that has already imported torch, which saves seconds. Not with GPUs: importing
+        # bitsandbytes initialises CUDA, which forked processes cannot use.
         forked = sys.platform == "linux" and device is None
         context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
         if forked:
@@ -177,11 +177,11 @@ class _Child:
 
     @property
     def sources(self) -> list[Any]:
-        """What to wait for: the end of the process, and before it the reply."""
+        """The connections to wait for: the reply and the end of the process."""
         return [self.process.sentinel, *([self.inbox] if self.inbox else [])]
 
     def has_ended(self) -> bool:
-        """Takes the reply if it has come; only then can the process end."""
+        """Receives the reply if there is one, and returns whether the process has ended."""
         ended = not self.process.is_alive()
         if self.inbox and self.inbox.poll():
             try:
@@ -189,24 +189,24 @@ class _Child:
             except EOFError:
                 self.reply = None
             except Exception as error:
-                self.reply = None, f"What it returned cannot be read. {describe(error)}"
+                self.reply = None, f"The return value cannot be unpickled. {describe(error)}"
             self.inbox.close()
             self.inbox = None
         return ended
 
     def outcome(self) -> Outcome:
-        """What came of the job, once its process has ended."""
+        """Returns the outcome of the job after its process has ended."""
         if self.reply is not None:
             return Outcome(self.job, *self.reply)
         code = self.process.exitcode or 0
         name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        hint = " Was memory short?" if code == -signal.SIGKILL else ""
-        return Outcome(self.job, None, f"The process of {self.job} {name} before it returned anything.{hint}")
+        hint = " It may have run out of memory." if code == -signal.SIGKILL else ""
+        return Outcome(self.job, None, f"The process of {self.job} {name} before it returned a result.{hint}")
 
 
 def _work(outbox: Connection, device: str | None, path: str, value: Any, threads: int | None) -> None:
-    """Carries out one job in its process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
+    """Executes one job in its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -214,7 +214,7 @@ def _work(outbox: Connection, device: str | None, path: str, value: Any, threads
     try:
         outbox.send(reply)
     except Exception as error:
-        outbox.send((None, f"What it returned cannot be sent. {describe(error)}"))
+        outbox.send((None, f"The return value cannot be pickled. {describe(error)}"))
 
 
 def _end_with_parent() -> None:
@@ -225,7 +225,7 @@ def _end_with_parent() -> None:
 
 
 def _devices() -> list[str]:
-    """Names of the CUDA devices that this process may use, for `CUDA_VISIBLE_DEVICES`."""
+    """Returns the visible CUDA devices, as entries of `CUDA_VISIBLE_DEVICES`."""
     import torch
 
     count = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Runs of a suite on a Ray cluster of several machines, or on a Ray of this machine's own."""
+"""Execute the runs of a suite on a Ray cluster, or in a local Ray instance."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from san_bench.config.strict import san_error
 from san_bench.suites.engines import Outcome, attempt, import_path
 
 RETRIES = 3
-"""How often a job starts again whose worker was lost."""
+"""Maximum restarts of a job whose worker was lost."""
 
 STORE_BYTES = 100 * 2**20
-"""Memory for the objects that the tasks of the own Ray pass around: values and results of jobs alone."""
+"""Object store memory of a local Ray instance; it holds only the values and results of jobs."""
 
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Runs jobs as tasks of Ray, each in a fresh process, on as many machines as the cluster has.
+    """Runs jobs as Ray tasks, each in a fresh process, on all machines of the cluster.
 
-    A cluster that `ray start` began is joined: the one at `address`, or that `RAY_ADDRESS` names, or on this machine.
-    Where there is none, a Ray of this process's own starts, and ends with the jobs. A job whose worker or machine is
-    lost starts again, three times at most. Its code is imported, not sent: the machines have the same packages.
+    The engine connects to a running cluster: the one at `address`, at `RAY_ADDRESS`, or on this machine. If there is
+    none, a local Ray instance is started, and stopped after the last job. A job whose worker or machine is lost is
+    restarted up to three times. Code is imported, not sent, so all machines need the same packages.
 
     Attributes:
-        workers: Jobs at the same time in a Ray of its own. A cluster runs as many as it has processors and GPUs for.
-        cpus_per_job: Processors that a job takes; torch gets as many threads.
-        gpus_per_job: GPUs that a job takes, such as 0.5 for two jobs on each; a job sees those that it got.
-        address: Address of the cluster's first machine, such as `10.0.0.1:6379`, or `local` for a Ray of its own.
+        workers: Number of parallel jobs in a local Ray instance; a cluster runs as many as its CPUs and GPUs allow.
+        cpus_per_job: CPUs per job, and torch threads.
+        gpus_per_job: GPUs per job, such as 0.5 for two jobs on each GPU; a job sees only its own GPUs.
+        address: Address of the cluster's head node, such as `10.0.0.1:6379`, or `local` for a local Ray instance.
     """
 
     workers: int
@@ -43,8 +43,8 @@ class RayEngine:
         """Calls a function with the value of each job, and yields each outcome as it comes, in any order.
 
         Raises:
-            SanError: If Ray is not installed, a cluster cannot be reached or could never run a job, or its machines
-                could not import the function.
+            SanError: If Ray is not installed, the cluster cannot be reached or has too few resources for a job, or
+                its machines cannot import the function.
         """
         path = import_path(function)
         if importlib.util.find_spec("ray") is None:
@@ -72,7 +72,7 @@ class RayEngine:
                 ray.shutdown()
 
     def _connect(self) -> None:
-        """Joins a cluster, or starts a Ray of its own."""
+        """Connects to a cluster, or starts a local Ray instance."""
         import ray
 
         wanted = self.address or os.environ.get("RAY_ADDRESS") or "auto"
@@ -86,9 +86,9 @@ class RayEngine:
                 nobody_here = wanted == "auto" and isinstance(error, ConnectionError)
                 if not nobody_here:
                     raise san_error(
-                        f"No Ray cluster can be joined at {wanted}: {error}. Start one there with `ray start --head`, "
-                        "or choose another address or RAY_ADDRESS (`local` is a Ray of this process). "
-                        "If the cluster asks for a token, set RAY_AUTH_MODE=token here as well."
+                        f"Cannot connect to a Ray cluster at {wanted}: {error}. Start one with `ray start --head`, or "
+                        "choose another address or RAY_ADDRESS (`local` starts a Ray instance on this machine). "
+                        "If the cluster requires a token, set RAY_AUTH_MODE=token here as well."
                     ) from error
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
@@ -96,12 +96,12 @@ class RayEngine:
             num_cpus=max(1, round(self.workers * self.cpus_per_job)),
             object_store_memory=STORE_BYTES,
             include_dashboard=False,
-            _system_config={"task_oom_retries": RETRIES},  # else a job that Ray ends for want of memory starts for ever
+            _system_config={"task_oom_retries": RETRIES},  # the default retries out-of-memory jobs forever
             **options,
         )
 
     def _check_room(self) -> None:
-        """Raises `SanError` where no machine could hold a job: Ray would wait for one for ever."""
+        """Raises `SanError` if no machine has the resources of a job; Ray would wait forever."""
         import ray
 
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -109,20 +109,20 @@ class RayEngine:
         if not any(all(machine.get(kind, 0) >= count for kind, count in need.items()) for machine in machines):
             have = "; ".join(f"{m.get('CPU', 0):g} CPU and {m.get('GPU', 0):g} GPU" for m in machines)
             raise san_error(
-                f"A job takes {self.cpus_per_job:g} CPU and {self.gpus_per_job:g} GPU, but no machine of the Ray "
-                f"cluster has as many. Machines: {have}."
+                f"A job needs {self.cpus_per_job:g} CPU and {self.gpus_per_job:g} GPU, more than any machine of the "
+                f"Ray cluster has. Machines: {have}."
             )
 
 
 def _check_reachable(address: str) -> None:
-    """Raises `OSError` where nobody listens at `host:port`: Ray would try for minutes."""
+    """Raises `OSError` if nothing listens at `host:port`; Ray would retry for minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _outcome(job: str, reference: Any) -> Outcome:
-    """What came of a task that has ended."""
+    """Returns the outcome of a finished task."""
     import ray
     from ray.exceptions import RayError
 
@@ -130,4 +130,4 @@ def _outcome(job: str, reference: Any) -> Outcome:
         return Outcome(job, *ray.get(reference))
     except RayError as error:
         cause = " ".join(str(error).split())
-        return Outcome(job, None, f"Ray gave {job} up ({type(error).__name__}): {cause}")
+        return Outcome(job, None, f"Ray failed to run {job} ({type(error).__name__}): {cause}")

@@ -1,4 +1,4 @@
-"""Running a suite: what is done is skipped, what fails does not stop the rest, and the search for learning rates."""
+"""Run a suite and its learning rate search; finished runs are skipped, and failures do not stop the rest."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ def bench(
     keep_models: bool = False,
     command: str | None = None,
 ) -> list[Row]:
-    """Runs what is chosen of a suite.
+    """Runs a suite, or a part of it.
 
     The folder gets `suite.yaml`, `runs/<task>/<backbone>/<method>/<address>/` with the run folders, `rows.jsonl` with a
-    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so a run that
-    is there is not repeated, whoever made it; one that was cut off is resumed or repeated. With `search` the trials
-    come first, in `search/`, and the rates they choose go to `rates.json`, which later calls use.
+    row for each finished run, and `failures.jsonl`. An address is a hash of the recipe and of the data, so an existing
+    run is not repeated, and an interrupted one is resumed or repeated. With `search`, the trials run first, in
+    `search/`, and the selected learning rates go to `rates.json`, which later calls use.
 
     Args:
         suite: The suite.
-        name: What its results are called.
-        choice: Which part of it.
+        name: Name of its results.
+        choice: The methods, models, tasks and seeds to run.
         out: Folder to write to.
-        engine: Where the runs are carried out.
-        search: Searches for the learning rates first.
-        keep_models: Keeps the whole models that methods without an adapter save.
-        command: What was typed; it is added to `commands.txt`, for reports.
+        engine: Engine that executes the runs.
+        search: Whether to search the learning rates first.
+        keep_models: Whether to keep the full models that methods without an adapter save.
+        command: Command line, which is added to `commands.txt` for reports.
 
     Returns:
         The rows of all finished runs of the choice.
 
     Raises:
-        SanError: If the choice cannot be run, or every run fails.
+        SanError: If the choice is invalid, or every run fails.
     """
-    # Other processes, and machines, may start elsewhere.
+    # Other processes and machines may have another working directory.
     out, choice = out.absolute(), replace(choice, data=choice.data and choice.data.absolute())
     console, rates_file = Console(stderr=True), out / "rates.json"
     rates: Rates = json.loads(rates_file.read_text(encoding="utf-8")) if rates_file.exists() else {}
@@ -110,7 +110,7 @@ def _carry_out(
     todo = {key: job for key, job in jobs.items() if key not in rows}
     others = [row for row in _read(out / "rows.jsonl") if row["run"] not in jobs]
     failures: dict[str, Row] = {row["run"]: row for row in _read(out / "failures.jsonl") if row["run"] not in jobs}
-    console.print(f"{len(jobs)} runs, of which {len(rows)} are done. Written to {out}.", highlight=False)
+    console.print(f"{len(jobs)} runs, {len(rows)} already finished. Output: {out}", highlight=False)
 
     def store() -> None:
         write_rows(out / "rows.jsonl", [*others, *(row for key in jobs for row in rows.get(key, []))])
@@ -130,14 +130,14 @@ def _carry_out(
     failed = [key for key in jobs if key in failures]
     if failed and not rows:
         raise SanError(
-            f"All {len(failed)} runs failed; {out / 'failures.jsonl'} says why. The first: "
+            f"All {len(failed)} runs failed, see {out / 'failures.jsonl'}. The first error: "
             f"{failures[failed[0]]['error']}"
         )
     return [row for key in jobs for row in rows.get(key, [])]
 
 
 def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator[Any]:
-    """The outcomes, with a bar over all of them and the time that is left."""
+    """Yields the outcomes, with a progress bar over all runs."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("runs", total=len(jobs))
@@ -147,8 +147,8 @@ def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator
 
 
 def run_job(job: dict[str, Any]) -> list[Row]:
-    """Carries out one run of a suite, in a process of its own, and returns its rows, one for each task and way."""
-    os.environ["TQDM_DISABLE"] = "1"  # one bar is enough, and it is the suite's
+    """Executes one run of a suite in its own process; returns its rows, one per task and scoring method."""
+    os.environ["TQDM_DISABLE"] = "1"  # the suite has its own progress bar
     from san_bench.models.adapt import PLAIN
     from san_bench.run.evaluate import eval_file, evaluate
     from san_bench.run.train import train
@@ -167,7 +167,7 @@ def run_job(job: dict[str, Any]) -> list[Row]:
 
 
 def _rows(job: Row) -> list[Row] | None:
-    """The rows of a run that has finished and was scored in every mode, from its files; else `None`."""
+    """Reads the rows of a run that has finished and was evaluated in every mode; else returns `None`."""
     from san_bench.run.evaluate import eval_file
 
     folder, split = Path(job["recipe"]["output"]), job["recipe"]["eval_split"]
@@ -188,7 +188,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _fingerprints(runs: Sequence[PlannedRun]) -> dict[str, str]:
-    """Fingerprint of each task's data, which also shows that all of it can be loaded before anything runs."""
+    """Returns the fingerprint of each task's data; loading all of it also validates it before the first run."""
     from san_bench.run.domain import domain_of
 
     prints, problems = {}, []

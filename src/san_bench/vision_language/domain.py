@@ -17,10 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from san_bench.language.generation import batches, decoding, scoring
 from san_bench.language.prompts import Collator
-from san_bench.models.adapt import PROJECTOR, TOWER, model_path, version
+from san_bench.models.adapt import PROJECTOR, TOWER
+from san_bench.models.checkpoint import Checkpoint, checkpoint_of
 from san_bench.models.weights import load_pretrained, place
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
-from san_bench.run.processes import mine, together
+from san_bench.run.processes import gather_results, rank_indices
 from san_bench.vision_language.batches import ModalityBatches
 from san_bench.vision_language.encoding import (
     ConversationCollator,
@@ -126,15 +127,15 @@ class Conversations(Domain):
             SanError: If there is none beside the model, it is none of a LLaVA, or the recipe has images padded that it
                 cuts into tiles.
         """
-        path = model_path(recipe)
+        checkpoint = checkpoint_of(recipe)
         try:
-            processor = AutoProcessor.from_pretrained(path, **version(recipe))
+            processor = AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.options)
         except (OSError, ValueError) as error:
-            raise SanError(f"{path} has no processor that transformers can load: {error}") from error
+            raise SanError(f"{checkpoint.path} has no processor that transformers can load: {error}") from error
         try:
             check_processor(processor, recipe.conversation.pad_to_square)
         except SanError as error:
-            raise SanError(f"The processor of {path} cannot be used. {error}") from error
+            raise SanError(f"The processor of {checkpoint.path} cannot be used. {error}") from error
         return processor
 
     @cached_property
@@ -162,8 +163,8 @@ class Conversations(Domain):
         """
         _ = self.processor  # what is wrong with it is better known before the weights are loaded than after it
         set_seed(self.recipe.seed)
-        path, whole = model_path(self.recipe), (PROJECTOR, TOWER)
-        model = load_pretrained(AutoModelForImageTextToText, path, self.recipe, whole, **version(self.recipe))
+        whole = (PROJECTOR, TOWER)
+        model = load_pretrained(AutoModelForImageTextToText, checkpoint_of(self.recipe), self.recipe, whole)
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         if missing := [name for name in (TOWER, PROJECTOR) if name not in names]:
             raise SanError(
@@ -173,7 +174,7 @@ class Conversations(Domain):
 
     def trained_model(self, folder: Path) -> nn.Module:
         """Loads a whole model that was trained."""
-        return load_pretrained(AutoModelForImageTextToText, folder, self.recipe, (PROJECTOR, TOWER))
+        return load_pretrained(AutoModelForImageTextToText, Checkpoint(folder), self.recipe, (PROJECTOR, TOWER))
 
     def training(self, model: Any) -> Training:
         """Returns the conversations as tensors, in batches of one modality and of like length."""
@@ -254,7 +255,7 @@ class Conversations(Domain):
         settings = decoding(self._pad, tokenizer.bos_token_id, ends, 1, most)
         device = next(model.parameters()).device
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        own, texts = mine(len(asked.questions)), {}
+        own, texts = rank_indices(len(asked.questions)), {}
         # Sorted by the length of the text alone: no image is opened before its batch comes.
         lengths = [tokenizer(asked.questions[part].text)["input_ids"] for part in own]
         with scoring(model):
@@ -269,7 +270,7 @@ class Conversations(Domain):
                     start = ready["input_ids"].shape[1]
                     for part, row in zip(group, written[:, start:].tolist(), strict=True):
                         texts[part] = tokenizer.decode(row, skip_special_tokens=True).strip()
-        return together(texts, len(asked.questions))
+        return gather_results(texts, len(asked.questions))
 
     def save_companions(self, folder: Path) -> None:
         """Writes the processor."""

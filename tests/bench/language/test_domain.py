@@ -66,8 +66,6 @@ def test_a_result_says_what_was_trained_and_how_it_answered(runs, kind):
     assert result["ways"]["likelihood"]["instructions"]["correct"] == sum(row["correct"] for row in chosen)
     tokens = domain_of(evaluating.run_recipe(folder)).tokens("train")
     assert result["train_tokens"] == 2 * sum(len(one["input_ids"]) for one in tokens.examples)
-    assert result["run_info"]["train_config"]["text"]["loss_on"] == "answer"
-    assert result["train_info"]["metrics"][0]["train total tokens"] == result["train_tokens"]
 
 
 def test_methods_train_what_they_should_and_nothing_of_the_output(place, tmp_path):
@@ -182,7 +180,7 @@ def test_a_card_says_what_an_adapter_is(runs, place):
     }
     assert f"| instructions | test | generation | {result['accuracy']:.4f} | 6 |" in card.text
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert "a whole model" in (runs["full"][1] / "adapter" / "README.md").read_text()
+    assert "a full model" in (runs["full"][1] / "adapter" / "README.md").read_text()
     lora = (runs["lora"][1] / "adapter" / "README.md").read_text()
     assert "PeftModel.from_pretrained" in lora
     assert "san_peft" not in lora

@@ -101,7 +101,7 @@ def test_a_folder_that_timm_wrote(tmp_path):
 
 def test_a_tag_that_timm_does_not_have():
     pytest.importorskip("timm")
-    with pytest.raises(SanError, match=r"no weights 'nope' of vit_tiny_patch16_224. Choose from .*augreg_in21k"):
+    with pytest.raises(SanError, match=r"'nope' for vit_tiny_patch16_224\. .*augreg_in21k"):
         empty_model("vit_tiny_patch16_224.nope")
 
 
@@ -121,7 +121,7 @@ def test_without_timm_its_names_ask_for_it(name, monkeypatch):
 def test_without_timm_its_folders_ask_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda _: None)
     (tmp_path / "config.json").write_text('{"architecture": "resnet50"}', encoding="utf-8")
-    with pytest.raises(SanError, match=r'a model of timm.*pip install "san-peft\[vision\]"'):
+    with pytest.raises(SanError, match=r'timm.*pip install "san-peft\[vision\]"'):
         empty_model(str(tmp_path))
 
 
@@ -133,13 +133,13 @@ def test_without_timm_its_folders_ask_for_it(tmp_path, monkeypatch):
     [("lama", "llama"), ("resnt50", "resnet50"), ("embeded", "embedded"), ("vit_bse_patch16_224", "vit_base_patch16")],
 )
 def test_unknown_names_are_answered_with_close_ones(name, close):
-    with pytest.raises(SanError, match=rf"There is no model '{name}'.*Did you mean .*{close}"):
+    with pytest.raises(SanError, match=rf"'{name}'.*Did you mean .*{close}"):
         empty_model(name)
 
 
 @pytest.mark.parametrize("name", ["qqqqqqqq", "./nowhere", "/nowhere/at/all", "a/b/c", ""])
 def test_names_that_resemble_nothing_say_what_was_looked_for(name):
-    with pytest.raises(SanError, match=r"no folder with a config.json, no model of timm and no model type"):
+    with pytest.raises(SanError, match=r"config\.json.*timm.*transformers"):
         empty_model(name)
 
 
@@ -147,7 +147,7 @@ def test_a_model_on_the_hub_without_a_connection_names_the_ways_out():
     with pytest.raises(SanError) as caught:
         empty_model("nobody/llama")
     text = str(caught.value)
-    for part in ("nobody/llama is no folder", "neither from the cache nor from the hub", "connection", "config.json"):
+    for part in ("nobody/llama", "HF_HUB_OFFLINE", "config.json"):
         assert part in text
     assert "Did you mean llama" in text
 
@@ -167,10 +167,10 @@ def test_a_folder_of_another_name_does_not_hide_a_model(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("{", r"config.json cannot be read"),
-        ("[]", r"no configuration of transformers"),
-        ('{"model_type": "nothing-known"}', r"no configuration of transformers .*nothing-known"),
-        ('{"hidden_size": 4}', r"no configuration of transformers"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', r"no configuration of transformers|cannot be built"),
+        ("[]", r"config\.json"),
+        ('{"model_type": "nothing-known"}', r"config\.json .*nothing-known"),
+        ('{"hidden_size": 4}', r"config\.json"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', r"config\.json|cannot be built"),
     ],
 )
 def test_a_configuration_that_is_broken(tmp_path, text, message):

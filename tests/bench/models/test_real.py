@@ -72,7 +72,7 @@ def test_what_is_missing_is_named_with_one_command(monkeypatch):
 def test_the_weights_are_compared_and_nothing_is_imported(package, monkeypatch):
     model = known(monkeypatch)
     digest = hashlib.sha256(b"weights").hexdigest()
-    with pytest.raises(SanError, match=rf"weights\.bin has the sha256 {digest}, but .* with 0{{64}}"):
+    with pytest.raises(SanError, match=rf"weights\.bin .*{digest}.* 0{{64}}"):
         real_path("pretend")
     known(monkeypatch, sha256=digest)
     place = real_path("pretend")
@@ -81,7 +81,7 @@ def test_the_weights_are_compared_and_nothing_is_imported(package, monkeypatch):
     (package / "models" / "weights.bin").unlink()
     assert real_path("pretend") == place, "it is in the cache"
     known(monkeypatch, sha256="1" * 64)
-    with pytest.raises(SanError, match=rf"pretend holds no {model.weights}"):
+    with pytest.raises(SanError, match=rf"pretend .*{model.weights}"):
         real_path("pretend")
 
 

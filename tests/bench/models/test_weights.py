@@ -88,7 +88,7 @@ def test_weights_of_another_size_than_the_config_says_are_named_with_both_sizes(
     file.write_text(json.dumps({**config, "intermediate_size": 48}))
     with pytest.raises(SanError) as error:
         domain_of(recipe_of(place, tmp_path / "run", model=str(tmp_path / "model"))).base_model()
-    assert "holds no fitting weights for 6 parameters of its LlamaForCausalLM" in str(error.value)
+    assert "6 parameters of LlamaForCausalLM" in str(error.value)
     assert "down_proj.weight ((32, 64), not (32, 48))" in str(error.value)
 
 
@@ -99,7 +99,7 @@ def test_an_adapter_on_a_model_of_another_size_is_named(kind, place, tmp_path):
     config = llama(len(llama2())).config
     config.intermediate_size = 48
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(SanError, match=r"of another size than what it was trained on|leads from 64 to 64") as error:
+    with pytest.raises(SanError, match=r"other shapes|leads from 64 to 64") as error:
         load_model(tmp_path / "run")
     assert "48" in str(error.value)
     assert "64" in str(error.value)
@@ -182,7 +182,7 @@ def goes_on(make, tmp_path, monkeypatch):
     """Trains with a stop after step 5 and a checkpoint of step 4, and without; the two must be one."""
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Journal, "on_step_end", memory_ends_after_step_5)
-        with pytest.raises(SanError, match=r"Memory is not enough in step 6 .* goes on from step 4"):
+        with pytest.raises(SanError, match=r"step 6 .* step 4"):
             train(make(tmp_path / "run"))
     resumed, whole = train(make(tmp_path / "run")), train(make(tmp_path / "whole"))
     assert resumed["resumed_from_step"] == 4

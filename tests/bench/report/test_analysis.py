@@ -225,7 +225,7 @@ def test_all_damaged_scales_are_named(tmp_path):
     folder = write_suite(tmp_path, [row("f/a", "san", seed) for seed in range(3)], scales=scales_of_row)
     for seed in (0, 2):
         (folder / row("f/a", "san", seed)["run"] / FILE).write_bytes(b"")
-    with pytest.raises(SanError, match=r"scales of 2 runs cannot be read:(.|\n)*0{15}0: .*damaged(.|\n)*0{15}2: "):
+    with pytest.raises(SanError, match=r"scales of 2 runs:(.|\n)*0{15}0: .*scales\.safetensors(.|\n)*0{15}2: "):
         figures(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -83,35 +82,9 @@ def test_the_result_has_its_origin(one):
     assert result["saved_activation_mib"] > 0
     assert 0 < result["step_seconds"] < result["train_seconds"]
     assert result["peak_rss_mib"] > result["peak_rss_growth_mib"]
-
-
-def test_the_result_reads_as_one_of_pefts_method_comparison(one):
-    """The fields that its scripts ask for, of the types that its tables want."""
-    recipe, result = one
-    run, train, meta = (result[block] for block in ("run_info", "train_info", "meta_info"))
-    assert datetime.fromisoformat(run["created_at"]) <= datetime.fromisoformat(result["finished"])
-    assert run["total_time"] >= train["train_time"] == result["train_seconds"]
-    assert run["train_config"]["model_id"] == "embedded"
-    assert run["train_config"]["optimizer"]["lr"] == result["lr"]
-    assert recipe.output not in json.dumps(run)
-    if recipe.method.kind in build.PLAIN:
-        assert run["peft_config"] is None
-    else:
-        stored = json.loads((Path(recipe.output) / "adapter" / "adapter_config.json").read_text())
-        assert run["peft_config"]["peft_type"] == stored["peft_type"]
-    assert (run["peft_branch"], run["error_msg"]) == (None, "")
-    names = ("accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th")
-    assert [train[name] > 0 for name in names] == [torch.cuda.is_available()] * 3
-    assert train["file_size"] == sum(f.stat().st_size for f in (Path(recipe.output) / "adapter").glob("*.safetensors"))
-    assert train["status"] == "success"
-    last = train["metrics"][-1]
-    assert (last["test accuracy"], last["train loss"]) == (result["accuracy"], result["final_loss"])
-    assert (last["train samples"], last["train total tokens"]) == (8 * 16, 0)
-    versions = meta["package_info"]
-    assert versions["torch-version"].startswith(torch.__version__.partition("+")[0])
-    assert {"transformers-version", "datasets-version", "peft-version", "bitsandbytes-version"} <= set(versions)
-    assert meta["model_info"]["sha"] == result["checkpoint_sha256"]
-    assert meta["system_info"]["accelerator"] == ("N/A" if result["device"] == "cpu" else result["device"])
+    assert (result["peak_gpu_reserved_mib"] > 0) == torch.cuda.is_available()
+    assert result["saved_bytes"] == sum(f.stat().st_size for f in (folder / "adapter").glob("*.safetensors"))
+    assert result["total_seconds"] >= result["train_seconds"]
 
 
 def test_the_log_has_every_step(one):
@@ -262,7 +235,7 @@ def test_the_closest_lora_by_the_command(kind, runs, tmp_path, capsys):
 
 
 def test_a_run_without_san_has_no_closest_lora(runs, tmp_path):
-    with pytest.raises(SanError, match="is a run of linear, not of SAN"):
+    with pytest.raises(SanError, match="'linear'"):
         export_lora(runs["linear"][0].output, tmp_path / "out", 2)
     assert not list(tmp_path.iterdir())
 
@@ -341,7 +314,7 @@ def test_a_run_that_has_not_finished_is_not_scored(tmp_path):
 @pytest.mark.parametrize("name", ["san", "full"])
 def test_a_loss_that_is_not_finite_stops_at_once(name, tmp_path):
     recipe = short_recipe(name, tmp_path / name, optimizer__lr=1e15)
-    with pytest.raises(SanError, match=r"not finite in step [2-7]\. Try a smaller optimizer.lr than 1e\+15"):
+    with pytest.raises(SanError, match=r"step [2-7]\b.*optimizer\.lr below 1e\+15"):
         train(recipe)
     assert not (tmp_path / name / "result.json").exists()
 

@@ -40,7 +40,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
         short_recipe("san", tmp_path, optimizer__accumulation=3)
     recipe = short_recipe("san", tmp_path, precision="fp16")
     if not torch.cuda.is_available():
-        with pytest.raises(SanError, match="fp16 needs a GPU"):
+        with pytest.raises(SanError, match="fp16"):
             make_trainer(built(recipe), Images(recipe, small_task()), tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_a_job_that_raises_says_why_and_the_rest_goes_on(engine):
 def test_what_cannot_go_on_is_given_up_and_the_rest_goes_on(engine):
     found = outcomes(engine, jobs.double_or_die, {"a": 1, "killed": -1})
     assert found["a"].value == 2
-    assert found["killed"].error.startswith("Ray gave killed up (WorkerCrashedError): ")
+    assert found["killed"].error.startswith("Ray failed to run killed (WorkerCrashedError): ")
     assert found["killed"].value is None
 
 
@@ -68,7 +68,7 @@ def test_torch_gets_as_many_threads_as_processors(engine):
 
 
 def test_what_no_machine_can_hold_is_refused(engine):
-    with pytest.raises(SanError, match=r"takes 1 CPU and 0\.5 GPU, but no machine .* Machines: 2 CPU and 0 GPU\."):
+    with pytest.raises(SanError, match=r"1 CPU and 0\.5 GPU.* 2 CPU and 0 GPU\."):
         list(RayEngine(workers=2, gpus_per_job=0.5).run(jobs.double, {"a": 1}))
 
 
@@ -112,10 +112,10 @@ def test_a_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # nobody listens
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(SanError, match=rf"No Ray cluster can be joined at {address}: .*refused.*ray start --head"):
+        with pytest.raises(SanError, match=rf"{address}: .*refused.*ray start --head"):
             RayEngine(workers=1, address=address)._connect()
         monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(SanError, match=f"No Ray cluster can be joined at {address}"):
+        with pytest.raises(SanError, match=address):
             RayEngine(workers=1)._connect()
 
 

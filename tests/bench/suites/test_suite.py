@@ -138,7 +138,7 @@ def test_what_is_done_is_skipped_and_what_fails_stops_nothing(suite, tmp_path):
 
 
 def test_all_failing_is_an_error(suite, tmp_path):
-    with pytest.raises(SanError, match=r"All 1 runs failed; \S*failures.jsonl says why. The first: no luck"):
+    with pytest.raises(SanError, match=r"1 runs .*failures\.jsonl.*: no luck"):
         bench(suite, "mini-vision", Choice(("san",), tasks=COUNT, overrides=SMALL), tmp_path, Here(("san",)))
 
 
@@ -182,7 +182,7 @@ def test_trained_adapters_are_scored_in_the_modes_of_a_suite(suite, tmp_path):
     both = evaluate(tmp_path / san["run"])["accuracy"]
     assert (both, san["accuracy"]) == (san["accuracy"], pytest.approx(both))
     assert evaluate(tmp_path / san["run"], mode="neuron")["accuracy"] == san["modes"]["neuron"] != both
-    with pytest.raises(SanError, match=r"Mode 'off' needs an adapter of SAN, but .* has method 'linear'"):
+    with pytest.raises(SanError, match=r"'off'.*'linear'"):
         evaluate(tmp_path / linear["run"], mode="off")
 
 
@@ -191,7 +191,7 @@ def test_the_command_runs_in_processes(tmp_path, capsys):
     words = ["bench", "mini-vision", "--models", "vit", "--methods", "linear", "--tasks", *COUNT]
     words += ["--out", str(tmp_path / "out")]
     cli.main([*words, "--set", "optimizer.lr=0.01", "optimizer.epochs=1"])
-    assert "1 runs are done" in capsys.readouterr().out
+    assert "rows.jsonl" in capsys.readouterr().out
     (command,) = (tmp_path / "out" / "commands.txt").read_text().splitlines()
     assert command.startswith("san bench mini-vision --out ")
     cli.main(["table", str(tmp_path / "out")])

@@ -1,1 +1,1 @@
-"""Figures: accuracy, losses, trained scales, similarity of scale vectors."""
+"""Plot accuracy, training loss, trained scales and their similarity."""

@@ -1,7 +1,7 @@
-"""Analyses of a suite that has run: numbers, and the pictures that are drawn from them.
+"""Analyse a finished suite: compute the numbers, and draw figures from them.
 
-What a suite folder has data for is analysed, and nothing else: rows give bars of accuracy, the runs' logs give curves,
-the runs' adapters give everything on scales.
+Each analysis needs its data in the suite folder: rows for accuracy, logs for training curves, adapters for everything
+about scales.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORDER = ("san", "san-reversed", "san-skip-one", "san-permuted", "san-shuffled", "san-none")
-"""Methods of the ablation of order, as they are drawn."""
+"""Methods of the propagation order ablation, in the order of the bars."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a report.
+    """A figure of a report with its caption.
 
     Attributes:
-        name: Its file's name, without an ending.
-        caption: What it shows, from how many runs.
-        figure: The drawing.
+        name: File name without suffix.
+        caption: Content, and number of runs.
+        figure: The matplotlib figure.
     """
 
     name: str
@@ -48,14 +48,13 @@ class Picture:
 
 
 def analyse(folder: Path) -> dict[str, Any]:
-    """Returns the numbers behind the pictures of a suite, ready for JSON.
+    """Computes the numbers behind the figures of a suite, serialisable as JSON.
 
     Args:
         folder: Folder of the suite, or of a single run.
 
     Returns:
-        Lists of records by the name of the analysis, empty where there is no data: `accuracy`, `curves`, `variance`,
-        `similarity` and `engrams`.
+        Lists of records by analysis: `accuracy`, `curves`, `variance`, `similarity` and `engrams`; empty without data.
 
     Raises:
         SanError: If rows or scales cannot be read.
@@ -64,7 +63,7 @@ def analyse(folder: Path) -> dict[str, Any]:
 
 
 def numbers(groups: Sequence[Group]) -> dict[str, list[Record]]:
-    """Returns what `analyse` returns, of groups that have been read."""
+    """Computes the numbers of `analyse` from groups."""
     return {
         "accuracy": _accuracy(groups),
         "curves": [record for group in groups for record in _curves(group)],
@@ -75,7 +74,7 @@ def numbers(groups: Sequence[Group]) -> dict[str, list[Record]]:
 
 
 def _accuracy(groups: Sequence[Group]) -> list[Record]:
-    """Mean over the tasks that all methods of a backbone have, each the mean of its seeds; spread over seeds."""
+    """Computes mean accuracy over the tasks that all methods of a backbone share, with the spread over seeds."""
     records = []
     for backbone in dict.fromkeys(group.backbone for group in groups):
         here = [group for group in groups if group.backbone == backbone]
@@ -102,7 +101,7 @@ def _accuracy(groups: Sequence[Group]) -> list[Record]:
 
 
 def _curves(group: Group) -> list[Record]:
-    """Loss over the steps, averaged over blocks of steps, as mean, lowest and highest over the seeds of a task."""
+    """Computes the loss, averaged over blocks of steps, with mean, minimum and maximum over the seeds of a task."""
     by_task: dict[str, list[tuple[float, ...]]] = {}
     for run in group.runs:
         if run.losses:
@@ -128,7 +127,7 @@ def _curves(group: Group) -> list[Record]:
 
 
 def _variance(group: Group) -> list[Record]:
-    """Variance of the entries of each layer's scale, and of what acts in the end, each a mean over runs."""
+    """Computes the variance over channels of each layer's scale and of its effective scale, averaged over runs."""
     records = []
     for layer, (kind, depth) in layer_kinds(group.layers).items():
         scales = [run.scales for run in group.scaled if run.scales is not None]
@@ -151,7 +150,7 @@ def _variance(group: Group) -> list[Record]:
 
 
 def _similarity(group: Group) -> list[Record]:
-    """Similarity within and between tasks; in all layers together, tested, and in each."""
+    """Computes similarity within and between tasks, for all layers together (with a test) and for each layer."""
     tasks, seeds = [run.task for run in group.scaled], [run.row["seed"] for run in group.scaled]
     if len(set(seeds)) < 2:
         return []
@@ -180,7 +179,7 @@ def _without_p(comparison: Any) -> Record:
 
 
 def _engrams(group: Group) -> list[Record]:
-    """Places of runs on a plane, for three runs or more of two tasks or more."""
+    """Computes the PCA map of runs, for at least three runs of at least two tasks."""
     runs = group.scaled
     if len(runs) < 3 or len({run.task for run in runs}) < 2:
         return []
@@ -192,11 +191,11 @@ def _engrams(group: Group) -> list[Record]:
     return [{"backbone": group.backbone, "method": group.method, "shares": list(shares), "points": points}]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- figures
 
 
 def figures(folder: Path) -> list[Picture]:
-    """Draws every picture that a suite has data for.
+    """Draws every figure that a suite has data for.
 
     Args:
         folder: Folder of the suite, or of a single run.
@@ -209,7 +208,7 @@ def figures(folder: Path) -> list[Picture]:
 
 
 def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
-    """Draws the pictures of a suite into files, with `analysis.json` beside them: captions and numbers.
+    """Saves the figures of a suite, with captions and numbers in `analysis.json`.
 
     Args:
         folder: Folder of the suite, or of a single run.
@@ -247,15 +246,15 @@ def _draw(groups: Sequence[Group], found: dict[str, list[Record]]) -> list[Pictu
             from san_bench.report.figures.plots import learning_curves
 
             caption = (
-                f"Training loss on {backbone}, mean over blocks of steps: a line is the mean over seeds, its band runs "
-                f"from the lowest to the highest of them. n = {_span(curves, 'n_runs')} per method and task."
+                f"Training loss on {backbone}, averaged over blocks of steps. Lines: mean over seeds; bands: minimum "
+                f"to maximum over seeds. n = {_span(curves, 'n_runs')} per method and task."
             )
             pictures.append(Picture(f"curves-{end}", caption, learning_curves(curves, methods)))
     return pictures
 
 
 def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Picture]:
-    """Bars over backbones, and the ablation of order where there is one."""
+    """Draws bars by backbone, and the propagation order ablation if there is one."""
     from san_bench.report.figures.plots import accuracy_bars, order_bars
 
     counts = "; ".join(
@@ -263,15 +262,15 @@ def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Pictur
         for backbone, mine in _by(records, "backbone").items()
     )
     how = (
-        "mean over the tasks that all methods have, of the mean over seeds; whiskers: standard deviation over seeds of "
-        f"the mean over tasks; dots: seeds. Runs per method, {counts}."
+        "mean over the tasks that all methods share; whiskers: standard deviation of this mean over seeds; dots: "
+        f"seeds. Runs per method, {counts}."
     )
     ordered = [record for record in records if record["method"] in ORDER]
     pictures = []
     if any(record["method"] not in ORDER for record in records):
         pictures.append(Picture("accuracy", f"Accuracy by backbone: {how}", accuracy_bars(records, methods)))
     if {record["method"] for record in ordered} & set(ORDER[1:5]):
-        caption = f"Accuracy when the order of propagation is broken: {how} Dotted: without propagation."
+        caption = f"Accuracy with ablated propagation order: {how} Dotted line: without propagation."
         pictures.append(Picture("order", caption, order_bars(ordered, ORDER)))
     elif ordered and not pictures:
         pictures.append(Picture("accuracy", f"Accuracy by backbone: {how}", accuracy_bars(records, methods)))
@@ -279,7 +278,7 @@ def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Pictur
 
 
 def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[str]) -> list[Picture]:
-    """Histograms and variance of every layer, with and without propagation."""
+    """Draws histograms and variance of every layer, with and without propagation."""
     from san_bench.report.figures.scale_plots import layer_histograms, variance_by_depth
 
     scales: dict[str, dict[str, list[Any]]] = {}
@@ -290,29 +289,28 @@ def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[s
     n, tasks = len(chosen[0].runs), len({run.task for run in chosen[0].runs})
     runs = f"n = {_many(n, 'run')} of {_many(tasks, 'task')} each"
     caption = (
-        f"Trained scales γ of {who}, on {backbone}, layer by layer from the input (depth 0) on; {runs}, pooled. "
-        "Dotted: one, where every scale starts."
+        f"Distribution of trained scales γ of {who}, on {backbone}, by layer from the input (depth 0); {runs}, pooled. "
+        "Dotted line: initial value 1."
     )
     pictures = [Picture(f"histograms-{end}", caption, layer_histograms(scales, methods))]
     caption = (
-        f"Variance over the channels of a layer, of {who}, on {backbone}, a mean over runs; {runs}. Solid: of the "
-        "scale γ. Dashed: of γ to the power 1 + k, which is what a propagated scale comes to, so lower variance of γ "
-        "alone is in part mechanical."
+        f"Variance over the channels of a layer, of {who}, on {backbone}, averaged over runs; {runs}. Solid: scale γ. "
+        "Dashed: effective scale γ to the power 1 + k of a propagated scale, so part of the lower variance of γ is "
+        "mechanical."
     )
     records = [record for group in chosen for record in _variance(group)]
     return [*pictures, Picture(f"variance-{end}", caption, variance_by_depth(records, methods))]
 
 
 def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], methods: list[str]) -> list[Picture]:
-    """Variance, similarity and the map of all methods that have scales."""
+    """Draws variance, similarity and the PCA map of all methods with scales."""
     from san_bench.report.figures.scale_plots import engram_map, similarity_by_layer, variance_summary
 
     pictures = []
     if variance := here["variance"]:
         caption = (
-            f"Variance of trained scales on {backbone}: a dot is a layer, its mean over n runs; a large marker is the "
-            "geometric mean over layers. Left: of the scale γ. Right: of γ to the power 1 + k, which is what a "
-            "propagated scale comes to."
+            f"Variance of trained scales on {backbone}. Dots: layers, averaged over n runs; large markers: geometric "
+            "mean over layers. Left: scale γ. Right: effective scale γ to the power 1 + k of a propagated scale."
         )
         pictures.append(Picture(f"variance-{end}", caption, variance_summary(variance, methods)))
     if cosine := [record for record in here["similarity"] if record["measure"] == "cosine"]:
@@ -325,16 +323,16 @@ def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], meth
                 f"{_number(match['intra'])} and {_number(match['inter'])}"
             )
         caption = (
-            f"Similarity of scale vectors on {backbone}: cosine of γ - 1 for two runs of other seeds, of one task or "
-            f"of two. Thin lines, all layers together: {'; '.join(parts)}. p is the share of {PERMUTATIONS:,} "
-            "permutations of tasks within seeds in which runs of one task are as much more alike."
+            f"Similarity of scale vectors on {backbone}: cosine of γ - 1 between runs with different seeds, within and "
+            f"between tasks. Thin lines, all layers together: {'; '.join(parts)}. p: permutation test with "
+            f"{PERMUTATIONS:,} permutations of tasks within seeds."
         )
         pictures.append(Picture(f"similarity-{end}", caption, similarity_by_layer(cosine)))
     if engrams := here["engrams"]:
         counts = "; ".join(f"{record['method']}: n = {_many(len(record['points']), 'run')}" for record in engrams)
         caption = (
-            f"Map of the scale vectors of all layers on {backbone}, by their first two principal components: a point "
-            f"is a run, colour and marker are its task. In brackets: share of the variance. {counts}."
+            f"First two principal components of the scale vectors of all layers on {backbone}. Points: runs; colour "
+            f"and marker: task; in parentheses: explained variance. {counts}."
         )
         pictures.append(Picture(f"engrams-{end}", caption, engram_map(engrams)))
     return pictures

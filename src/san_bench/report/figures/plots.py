@@ -1,7 +1,7 @@
-"""Drawings: what goes where on paper, in colours that the colour-blind tell apart. No statistics are made here.
+"""Draw figures from computed numbers, in a colour-blind-safe palette.
 
-Every drawing is a matplotlib figure that is bound to no window. Methods differ by colour and by marker, dashes or
-hatching as well, so that they stay apart in grey.
+Every plot is a matplotlib figure without a window. Methods also differ by marker, line style or hatching, so that
+figures work in greyscale.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 7,
 }
 SAVING: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "san"}
-"""Text in a PDF stays text; an SVG is the same each time it is drawn."""
+"""Settings for text in PDF files, and for reproducible SVG files."""
 
 WINDOW = 10
-"""Steps over which a curve of the demo's loss is averaged."""
+"""Window of the moving average of the demo's loss, in steps."""
 
 Record = Mapping[str, Any]
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure, atomically, in the format that the file's ending names: png, svg or pdf."""
+    """Saves a figure atomically, in the format of the file's suffix: png, svg or pdf."""
     form = path.suffix.removeprefix(".")
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
     buffer = io.BytesIO()
@@ -64,14 +64,14 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def grid(count: int, width: float, height: float, across: int = 4, share: bool = False) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with panels of a size in inches; what is left over in the last row is empty.
+    """Creates a figure with a grid of panels.
 
     Args:
         count: Number of panels.
-        width: Of a panel.
-        height: Of a panel.
-        across: Most panels in a row.
-        share: Whether all panels have one vertical axis.
+        width: Width of a panel, in inches.
+        height: Height of a panel, in inches.
+        across: Maximum number of panels in a row.
+        share: Whether all panels share their vertical axis.
     """
     across = min(across, count)
     down = math.ceil(count / across)
@@ -83,19 +83,19 @@ def grid(count: int, width: float, height: float, across: int = 4, share: bool =
 
 
 def legend(figure: Figure, handles: Sequence[Any], across: int = 4) -> None:
-    """Puts a legend below all panels, if there is anything to tell apart."""
+    """Adds a legend below all panels, if there are any handles."""
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(across, len(handles)), handlelength=2.8)
 
 
 def method_lines(records: Sequence[Record], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
-    """Returns handles of a legend for the methods of some records, as `look_of` draws them."""
+    """Returns legend handles for the methods of some records."""
     here = {record["method"] for record in records}
     return [Line2D([], [], label=m, **look_of(i, marker)) for i, m in enumerate(methods) if m in here]
 
 
 def short_names(tasks: Iterable[str]) -> dict[str, str]:
-    """Returns tasks once each, without the family in front where all have the same.
+    """Returns unique tasks with their short names, without the prefix if all share it.
 
     Example:
         >>> short_names(["vtab/dtd", "vtab/svhn", "vtab/dtd"]), short_names(["vtab/dtd", "digits"])
@@ -107,7 +107,7 @@ def short_names(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def look_of(place: int, marker: bool = True) -> dict[str, Any]:
-    """Returns how the method at a place is drawn."""
+    """Returns colour, line style and marker of the method at an index."""
     look = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.4}
     return {**look, "marker": MARKERS[place % len(MARKERS)], "markersize": 4} if marker else look
 
@@ -117,11 +117,11 @@ def look_of(place: int, marker: bool = True) -> dict[str, Any]:
 
 @rc_context(STYLE)
 def accuracy_bars(records: Sequence[Record], methods: Sequence[str]) -> Figure:
-    """Draws accuracy by backbone as bars from zero, with its spread, its seeds and its number.
+    """Draws bars of accuracy by backbone, with spread, seeds and values.
 
     Args:
         records: With `backbone`, `method`, `mean`, `sd` or `None`, and `seeds`, the accuracy of each seed.
-        methods: All methods; the place of one decides its look.
+        methods: All methods; the index of a method determines its style.
     """
     backbones = list(dict.fromkeys(record["backbone"] for record in records))
     here = [method for method in methods if any(record["method"] == method for record in records)]
@@ -150,7 +150,7 @@ def accuracy_bars(records: Sequence[Record], methods: Sequence[str]) -> Figure:
 
 @rc_context(STYLE)
 def order_bars(records: Sequence[Record], names: Sequence[str]) -> Figure:
-    """Draws the ablation of order: a panel for each backbone, a bar for each order of propagation.
+    """Draws the propagation order ablation: a panel for each backbone, a bar for each order.
 
     Args:
         records: As for `accuracy_bars`.
@@ -178,7 +178,7 @@ def order_bars(records: Sequence[Record], names: Sequence[str]) -> Figure:
 
 
 def _spread(axes: Axes, at: Any, records: Sequence[Record], width: float, crowded: bool = False) -> None:
-    """Spread, seeds and number over bars of a width that stand at `at`."""
+    """Adds spread, seeds and values to the bars at positions `at`."""
     for place, record in zip(at, records, strict=True):
         if record["sd"] is not None:
             axes.errorbar(place, record["mean"], record["sd"], color="black", capsize=2, linewidth=0.9)
@@ -218,8 +218,8 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
     """Draws the training loss over steps: a panel for each task, a line for each method, a band over its seeds.
 
     Args:
-        records: With `task`, `method`, and one number for each of some steps: `steps`, `mean`, `low` and `high`.
-        methods: All methods; the place of one decides its look.
+        records: With `task`, `method`, and the lists `steps`, `mean`, `low` and `high`.
+        methods: All methods; the index of a method determines its style.
     """
     tasks = short_names(record["task"] for record in records)
     figure, panels = grid(len(tasks), 2.7, 2.2)
@@ -240,7 +240,7 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
 
 
 def loss_curves(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draws the training loss of several runs over the steps.
+    """Draws the training loss of several runs.
 
     Args:
         losses: Loss of every step, by run.
@@ -261,8 +261,8 @@ def loss_curves(losses: Mapping[str, Sequence[float]], path: Path) -> None:
 def scale_histograms(scales: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
     """Draws the distribution of trained scales, one panel for each kind of layer.
 
-    Where a scale acts twice, as SAN's does on the way from an anterior to a posterior layer, a channel is scaled by its
-    square; so the legend has the variance of both.
+    A propagated scale multiplies a channel twice, in the anterior and in the posterior layer, so the legend has the
+    variance of the scale and of its square.
 
     Args:
         scales: Entries of all scale vectors, by run and by kind of layer such as `fc1`.
@@ -296,6 +296,6 @@ def _panel(axes: Axes, kind: str, values: Mapping[str, Float[np.ndarray, " n"]])
 
 
 def _smooth(values: Float[np.ndarray, " n"]) -> tuple[Any, Any]:
-    """Steps and the mean over the last `WINDOW` values, or over all values where there are fewer."""
+    """Computes the moving average over `WINDOW` steps, or over all if there are fewer."""
     width = min(WINDOW, len(values))
     return np.arange(width, len(values) + 1), np.convolve(values, np.ones(width) / width, mode="valid")

@@ -1,4 +1,4 @@
-"""Drawings of trained scales: how they are distributed, how alike they are, and where runs lie on a map."""
+"""Plot trained scales: distribution, variance, similarity and PCA map."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from san_bench.report.figures.plots import (
 def layer_histograms(
     scales: Mapping[str, Mapping[str, Sequence[Float[np.ndarray, " n"]]]], methods: Sequence[str]
 ) -> Figure:
-    """Draws the distribution of scales in every layer: a panel for each kind, a row for each layer, one on the other.
+    """Draws histograms of the scales of every layer: a panel for each kind of layer, a row for each layer.
 
-    All histograms of a panel share their bins and their unit of height. Entries beyond the 0.1% that lie furthest out
-    on either side are counted in the outermost bins.
+    All histograms of a panel share their bins and height unit. Entries outside the 0.1% and 99.9% quantiles are counted
+    in the outermost bins.
 
     Args:
-        scales: Entries by kind of layer and by method; of each, one array for every layer, from the input on.
-        methods: All methods; the place of one decides its look.
+        scales: Entries by kind of layer and method, one array per layer, from the input to the output.
+        methods: All methods; the index of a method determines its style.
     """
     deepest = max(len(layers) for by_method in scales.values() for layers in by_method.values())
     figure, panels = grid(len(scales), 2.4, 1.2 + 0.22 * deepest)
@@ -68,11 +68,11 @@ def layer_histograms(
 
 @rc_context(STYLE)
 def variance_summary(records: Sequence[Record], methods: Sequence[str]) -> Figure:
-    """Draws the variance of every layer, of scales and of what acts in the end, side by side on one axis.
+    """Draws the variance of every layer, of scales and of effective scales side by side.
 
     Args:
         records: With `method`, `layer`, `variance`, `acting` and `n_runs`.
-        methods: All methods; the place of one decides its look.
+        methods: All methods; the index of a method determines its style.
     """
     runs = {record["method"]: record["n_runs"] for record in records}
     figure = Figure(figsize=(7.2, 1.3 + 0.32 * len(runs)), layout="constrained")
@@ -98,11 +98,11 @@ def variance_summary(records: Sequence[Record], methods: Sequence[str]) -> Figur
 
 @rc_context(STYLE)
 def variance_by_depth(records: Sequence[Record], methods: Sequence[str]) -> Figure:
-    """Draws the variance over depth: a panel for each kind of layer, lines for scales and for what acts in the end.
+    """Draws the variance over depth: a panel for each kind of layer, lines for scales and effective scales.
 
     Args:
         records: With `method`, `kind`, `depth`, `variance` and `acting`.
-        methods: All methods; the place of one decides its look.
+        methods: All methods; the index of a method determines its style.
     """
     kinds = list(dict.fromkeys(record["kind"] for record in records))
     looks = []
@@ -125,10 +125,10 @@ def variance_by_depth(records: Sequence[Record], methods: Sequence[str]) -> Figu
 
 @rc_context(STYLE)
 def similarity_by_layer(records: Sequence[Record]) -> Figure:
-    """Draws similarity in each layer: a panel for each method, a line within tasks and one between them.
+    """Draws similarity by layer: a panel for each method, a line within tasks and one between them.
 
     Args:
-        records: With `method`, `intra`, `inter` and `p`, each of which may be `None`, and `layers` with the first two.
+        records: With `method`, `intra`, `inter` and `p`, which may be `None`, and `layers` with `intra` and `inter`.
     """
     figure, panels = grid(len(records), 2.7, 2.3, share=True)
     shown = {"intra": "within a task", "inter": "between tasks"}
@@ -150,7 +150,7 @@ def similarity_by_layer(records: Sequence[Record]) -> Figure:
 
 @rc_context(STYLE)
 def engram_map(records: Sequence[Record]) -> Figure:
-    """Draws runs as points on a plane: a panel for each method, a colour and marker for each task.
+    """Draws the PCA map of runs: a panel for each method, a colour and marker for each task.
 
     Args:
         records: With `method`, `shares` of the two axes, and `points` with `task`, `x` and `y`.

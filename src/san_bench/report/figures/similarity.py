@@ -1,6 +1,6 @@
-"""How alike scale vectors are: within a task, between tasks, and on a map.
+"""Measure the similarity of scale vectors within and between tasks, and embed them with PCA.
 
-A scale vector is centred at one, where every scale starts: what is compared is what training changed.
+Scale vectors are centred at their initial value one, so that the change by training is compared.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from jaxtyping import Float
 Matrix = Float[np.ndarray, "runs runs"]
 
 PERMUTATIONS = 9999
-"""How often tasks change places for a p-value, whose smallest value is then 1 / 10,000."""
+"""Number of permutations; the smallest p-value is 1 / 10,000."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Similarity of pairs of runs that share the task, against that of pairs that do not.
+    """Similarity of pairs of runs on the same task, and on different tasks.
 
     Attributes:
-        intra: Mean over pairs of runs of one task; `None` without such a pair, or where a vector has no direction.
-        inter: The same, over pairs of runs of two tasks.
-        n_intra: Number of pairs of runs of one task.
-        n_inter: Number of pairs of runs of two tasks.
-        p: Share of permutations with as large a difference of intra and inter, or `None` where one is missing.
+        intra: Mean over pairs on the same task; `None` without pairs, or if a vector is zero after centring.
+        inter: Mean over pairs on different tasks; likewise.
+        n_intra: Number of pairs on the same task.
+        n_inter: Number of pairs on different tasks.
+        p: p-value of the permutation test, or `None` if either mean is missing.
     """
 
     intra: float | None
@@ -38,11 +38,11 @@ class Comparison:
 
 
 def cosines(scales: Float[np.ndarray, "runs channels"]) -> Matrix:
-    r"""Returns the cosine of every two scale vectors, centred at one.
+    r"""Returns the cosine similarity matrix of scale vectors, centred at one.
 
     $$ \cos(a - 1,\; b - 1) $$
 
-    A vector without any change has no direction: its cosines are not a number.
+    The cosines of a vector of ones are NaN.
 
     Example:
         >>> cosines(np.array([[2.0, 1.0], [1.0, 3.0], [0.0, 1.0]])).tolist()
@@ -52,7 +52,7 @@ def cosines(scales: Float[np.ndarray, "runs channels"]) -> Matrix:
 
 
 def correlations(scales: Float[np.ndarray, "runs channels"]) -> Matrix:
-    """Returns Pearson's correlation of every two scale vectors: the cosine after centring each at its own mean.
+    """Returns the Pearson correlation matrix of scale vectors: the cosine after centring each at its own mean.
 
     Example:
         >>> correlations(np.array([[1.0, 2.0], [1.0, 1.5], [3.0, 2.0]])).round(6).tolist()
@@ -69,19 +69,19 @@ def _cosines(vectors: Float[np.ndarray, "runs channels"]) -> Matrix:
 
 
 def compare(similarity: Matrix, tasks: Sequence[str], seeds: Sequence[int], test: bool = False) -> Comparison:
-    """Compares pairs within tasks with pairs between tasks.
+    """Compares the similarity of runs within tasks and between tasks.
 
-    Only pairs of two seeds count, between tasks as well: runs of one seed start from the same random numbers, so pairs
-    of one seed could be alike for that reason, and within a task there are none.
+    Only pairs with different seeds count: runs with the same seed share their random initialisation, which could make
+    them similar, and within a task there are no such pairs.
 
-    The test permutes the tasks among the runs of each seed, as they could be if the task did not matter, and asks how
-    often the difference of the means is as large as it is. Its p-value is (1 + as large) / (1 + permutations).
+    The permutation test shuffles the tasks among the runs of each seed, and counts how often the difference of the
+    means is at least as large. The p-value is (1 + count) / (1 + permutations).
 
     Args:
-        similarity: Of every two runs.
+        similarity: Similarity matrix of the runs.
         tasks: Task of each run.
-        seeds: Seed of each run; a task has no seed twice.
-        test: Whether to test that runs of one task are more alike.
+        seeds: Seed of each run; unique within a task.
+        test: Whether to test that runs on the same task are more similar.
 
     Example:
         >>> matrix = cosines(np.array([[2.0, 1.0], [3.0, 1.0], [1.0, 2.0], [1.0, 4.0]]))
@@ -102,7 +102,7 @@ def compare(similarity: Matrix, tasks: Sequence[str], seeds: Sequence[int], test
 
 
 def _as_large(values: Any, first: Any, second: Any, label: Any, seed: Any) -> int:
-    """Counts permutations with as large a sum over pairs of one task; their number is the same in every permutation."""
+    """Counts permutations with at least as large a sum over pairs on the same task (whose number is constant)."""
     draw = np.random.default_rng(0)
     sum_found = values[label[first] == label[second]].sum()
     count = 0
@@ -120,15 +120,15 @@ def _mean(values: Float[np.ndarray, " pairs"]) -> float | None:
 
 
 def embed(scales: Float[np.ndarray, "runs channels"]) -> tuple[Float[np.ndarray, "runs 2"], tuple[float, float]]:
-    """Places runs on a plane by the two largest principal components of their scale vectors.
+    """Projects runs onto the first two principal components of their scale vectors.
 
-    The sign of a component is free; here the run that lies furthest out is on its positive side.
+    The sign of each component is chosen such that the run with the largest absolute coordinate is positive.
 
     Args:
-        scales: All scale vectors of a run, one after the other.
+        scales: Concatenated scale vectors of each run.
 
     Returns:
-        Two coordinates for each run, and the share of the variance that each of the two explains.
+        Two coordinates for each run, and the explained variance ratio of each component.
 
     Example:
         >>> places, shares = embed(np.array([[1.0, 7.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]))

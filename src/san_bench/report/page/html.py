@@ -1,4 +1,4 @@
-"""The report of a suite as one page that holds everything itself: tables, pictures, recipes, runs, and their origin."""
+"""Write the report of a suite as a self-contained HTML page: tables, figures, recipes, runs and provenance."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from san_bench.report.figures.analysis import Picture
 
 ORIGIN = ("commit", "python", "versions", "cpu", "threads", "device")
-"""Keys of a row that say where it was measured."""
+"""Keys of a row that describe its environment."""
 
 RUN = ("method", "task", "backbone", "seed")
-"""Keys that name a run, and a failure of one."""
+"""Keys that identify a run or a failure."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in one run or in several.
+    """An error of one or several runs.
 
     Attributes:
-        error: What was said.
+        error: Error message.
         runs: The runs, and whether each has finished since.
     """
 
@@ -53,21 +53,21 @@ class Failure:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows.
+    """Contents of a report.
 
     Attributes:
         title: Name of the suite.
-        when: From when the results are.
-        command: What made the results, and then this page.
+        when: Dates of the results.
+        command: Commands that produced the results and this page.
         facts: Counts with their names.
-        tables: Of the results; what stands before the last colon of a title is the title of a section.
-        pictures: Drawings with their captions.
+        tables: Result tables; the part of a title before its last colon is the title of the section.
+        pictures: Figures with their captions.
         recipes: Settings of each method.
-        runs: A line for each run.
-        failures: What went wrong.
-        data: A line for each version of a task's data or of a backbone's checkpoint.
-        origins: Where runs were measured.
-        plan: Text of the suite's own file.
+        runs: A row for each run.
+        failures: Errors with their runs.
+        data: A row for each version of a task's data or of a backbone's checkpoint.
+        origins: Environments of the runs.
+        plan: Contents of the suite file.
     """
 
     title: str
@@ -85,7 +85,7 @@ class Page:
 
     @property
     def sections(self) -> dict[str, list[tuple[str, ResultTable]]]:
-        """The tables with what is left of their titles, by the title of their section."""
+        """The tables with their short titles, by the title of their section."""
         found: dict[str, list[tuple[str, ResultTable]]] = {}
         for table in self.tables:
             section, _, name = table.title.rpartition(": ")
@@ -93,21 +93,21 @@ class Page:
         return found
 
     def short(self, section: str) -> str:
-        """Returns a section's title without what stands in brackets, unless two sections would share it."""
+        """Returns a section's title without the part in parentheses, unless it would be ambiguous."""
         bare = [re.sub(r" \(.*\)", "", title) for title in self.sections]
         mine = re.sub(r" \(.*\)", "", section) or "Results"
         return mine if bare.count(mine) <= 1 else section
 
 
 def write_report(folder: Path, out: Path) -> None:
-    """Writes the report of a suite, or of a single run, as one file that needs no network.
+    """Writes the report of a suite, or of a single run, as a self-contained HTML file.
 
     Args:
         folder: Folder of the suite or of the run.
         out: HTML file to write, atomically.
 
     Raises:
-        SanError: If there are no results, what is there cannot be read, or the file cannot be written.
+        SanError: If there are no results, they are invalid, or the file cannot be written.
     """
     text = report_to_html(read_page(folder, out))
     try:
@@ -117,14 +117,14 @@ def write_report(folder: Path, out: Path) -> None:
 
 
 def read_page(folder: Path, out: Path) -> Page:
-    """Reads what the report of a folder shows.
+    """Reads the contents of a report from a folder.
 
     Args:
         folder: Folder of the suite or of the run.
-        out: File that the page will be written to, which the page's command names.
+        out: File that the page will be written to, for the displayed command.
 
     Raises:
-        SanError: If there are no results, or what is there cannot be read.
+        SanError: If there are no results, or they are invalid.
     """
     failures = _read_failures(folder / "failures.jsonl")
     finished = folder / "rows.jsonl"
@@ -155,7 +155,7 @@ def read_page(folder: Path, out: Path) -> Page:
 
 
 def report_to_html(page: Page) -> str:
-    """Returns the page as the text of one HTML file, which by its own policy can load nothing from elsewhere."""
+    """Renders the page as HTML, with a content security policy that forbids external resources."""
     import jinja2
 
     loader = jinja2.PackageLoader("san_bench.report.page")
@@ -173,9 +173,9 @@ def report_to_html(page: Page) -> str:
 
 
 def _to_svg(picture: Picture, name: str) -> str:
-    """Draws a picture as the element `svg`, whose paper, ink and greys are the page's, light or dark.
+    """Renders a figure as an `svg` element with the light or dark colours of the page.
 
-    Ids get the picture's name in front, since all pictures share one page.
+    Ids are prefixed with the name of the figure, so that they are unique on the page.
     """
     from matplotlib import rc_context
 
@@ -196,7 +196,7 @@ def _to_svg(picture: Picture, name: str) -> str:
 
 
 def _grey(match: re.Match[str]) -> str:
-    """Returns the mixture of the page's ink and paper that stands for a grey."""
+    """Returns the CSS mix of the page's text and background colours for a grey."""
     ink = round(100 * (1 - int(match[1], 16) / 255))
     return {0: "var(--paper)", 100: "var(--ink)"}.get(ink, f"color-mix(in srgb, var(--ink) {ink}%, var(--paper))")
 
@@ -216,7 +216,7 @@ def _when(rows: Sequence[Row]) -> str:
 
 
 def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
-    """Reads the recipes of runs that are there; `output`, which decides nothing, is left out."""
+    """Reads the recipes of existing run folders, without `output`."""
     suite = (folder / "rows.jsonl").is_file()
     found: dict[str, list[Any]] = {}
     problems = []
@@ -230,12 +230,12 @@ def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
             else:
                 found.setdefault(row["method"], []).append({k: v for k, v in recipe.items() if k != "output"})
     if problems:
-        raise san_error("\n".join([f"{len(problems)} recipes cannot be read; repair or remove them:", *problems]))
+        raise san_error("\n".join([f"{len(problems)} invalid recipes; repair or remove them:", *problems]))
     return Compared(tuple(found), tuple(side_by_side(list(found.values()))))
 
 
 def _origins(rows: Sequence[Row]) -> Compared:
-    """Sorts runs by where they were measured."""
+    """Groups runs by environment."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(json.dumps([row[key] for key in ORIGIN], sort_keys=True), []).append(row)
@@ -248,7 +248,7 @@ def _origins(rows: Sequence[Row]) -> Compared:
 
 
 def _data(rows: Sequence[Row]) -> ResultTable:
-    """Lists what was trained on, and what was trained: two lines of one name were not the same."""
+    """Lists datasets and checkpoints with their hashes; different versions of the same name get separate rows."""
     data: dict[tuple[str, ...], int] = {}
     checkpoints: dict[tuple[str, ...], int] = {}
     for row in rows:
@@ -291,7 +291,7 @@ def _runs(rows: Sequence[Row]) -> ResultTable:
             )
             for row in rows
         ),
-        ("Recipe: the first twelve digits of its fingerprint. Folder: within the suite's.",),
+        ("Recipe: first 12 digits of the fingerprint. Folder: relative to the suite folder.",),
     )
 
 
@@ -300,13 +300,13 @@ def _number(value: float | None, form: str) -> Cell:
 
 
 def _failures(failures: Sequence[Row], rows: Sequence[Row]) -> tuple[Failure, ...]:
-    """Sorts failures by what was wrong; a run that failed the same way twice is named once."""
+    """Groups failures by error; a run that failed twice with the same error is listed once."""
     finished = {tuple(row[key] for key in RUN) for row in rows}
     found: dict[str, dict[str, bool]] = {}
     for failure in failures:
         names = [str(failure.get(key, "unknown")) for key in RUN]
         run = f"{', '.join(names[:-1])}, seed {names[-1]}"
-        error = str(failure.get("error") or "No reason was written down.").strip()
+        error = str(failure.get("error") or "No error message was recorded.").strip()
         found.setdefault(error, {})[run] = tuple(failure.get(key) for key in RUN) in finished
     return tuple(Failure(error, tuple(runs.items())) for error, runs in found.items())
 
@@ -320,19 +320,19 @@ def _read_failures(file: Path) -> list[Row]:
             try:
                 failure = json.loads(line)
             except json.JSONDecodeError as error:
-                problems.append(f"{file}:{number}: no JSON: {error.msg}, {len(line)} characters.")
+                problems.append(f"{file}:{number}: invalid JSON: {error.msg} ({len(line)} characters).")
                 continue
             if isinstance(failure, dict):
                 failures.append(failure)
             else:
-                problems.append(f"{file}:{number}: holds no keys and values.")
+                problems.append(f"{file}:{number}: not a mapping.")
     if problems:
-        raise san_error("\n".join(["Some failures cannot be read; repair or remove these lines:", *problems]))
+        raise san_error("\n".join(["Invalid failures; repair or remove these lines:", *problems]))
     return failures
 
 
 def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """Returns what was called: as the suite wrote it down, else the short form that follows from the rows."""
+    """Returns the recorded commands of the suite, or else a short form derived from the rows."""
     file = folder / "commands.txt"
     if file.is_file():
         return file.read_text(encoding="utf-8").splitlines()
@@ -341,7 +341,7 @@ def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a mapping; `ValueError` says what is wrong otherwise."""
+    """Reads a YAML mapping, or raises `ValueError`."""
     import yaml
 
     try:

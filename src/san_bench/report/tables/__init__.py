@@ -1,1 +1,1 @@
-"""Tables of results: what can be compared, means, intervals, paired differences."""
+"""Build tables of results: means, confidence intervals, paired differences and cost."""

@@ -1,4 +1,4 @@
-"""The tables of a section: accuracy by task with its means, paired differences, and cost."""
+"""Build the tables of a section: accuracy by task with means, paired differences, and cost."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Seeds = Mapping[int, Row]
 Tasks = Mapping[str, Seeds]
 
 READING = (
-    "Top-1 accuracy in %: mean ± sample standard deviation over n seeds; a number without ± is one seed. "
-    "A cell whose n is another than its line's says so. Parameters are those that are trained, without the head."
+    "Top-1 accuracy in %: mean ± sample standard deviation over n seeds; a number without ± is from one seed. "
+    "A cell states its n if it differs from the row's. Parameters are the trained ones without the head."
 )
 MEANS = (
-    "Means are taken within each seed that has all their tasks, then over these seeds: ± is how much the mean itself "
-    "moves. Papers use either the mean over all tasks or the mean of the groups' means; compare like with like."
+    "Means are computed within each seed that has all tasks, then over these seeds, so ± is the spread of the mean "
+    "itself. Papers report either the mean over all tasks or the mean of the group means; compare like with like."
 )
-LEGACY = "best-test (legacy): the epoch was chosen by the split that is reported, so the number is too high."
+LEGACY = "best-test (legacy): the epoch was selected on the reported split, so the number is too high."
 PAPERS = (
-    "Published lines were copied from the sources in brackets, without spread, where the suite and the backbone are "
-    "the same; weights, preprocessing and selection may differ. Unconfirmed: not read in the source, may be wrong. "
-    "Derived: follows from other numbers by arithmetic."
+    "Published rows were copied from the sources in brackets, without spread, for the same suite and backbone; "
+    "weights, preprocessing and selection may differ. Unconfirmed: not read in the source, may be wrong. "
+    "Derived: computed from other published numbers."
 )
 MARK = "†"
-"""Stands at scores that were taken on another split than the papers'."""
+"""Marks scores on another split than the papers'."""
 
 COSTS = (
     ("Training, s", "train_seconds"),
@@ -47,7 +47,7 @@ COSTS = (
     ("Peak memory, MiB", "peak_rss_mib"),
     ("Energy, J", "energy_joules"),
 )
-"""Columns of the table of costs, and the keys of rows that they show."""
+"""Columns of the cost table, with their keys in rows."""
 
 MODES = {
     "both": "as trained",
@@ -55,18 +55,18 @@ MODES = {
     "synapse": "propagated scales alone",
     "off": "none",
 }
-"""What of an adapter of SAN acts in scoring, in words."""
+"""Active scales of a SAN adapter in each evaluation mode."""
 
 
 @dataclass(frozen=True)
 class _Value:
-    """What a field shows: an estimate with a hint, or the words that stand in its place."""
+    """Content of a cell: an estimate with a hint, or words instead of it."""
 
     estimate: Estimate | None
     words: str
 
     def cell(self, most: int, decimals: int, factor: float = 1.0) -> Cell:
-        """Returns the field; n is written where it is not the most of the line."""
+        """Returns the cell; n is stated if it differs from the row's."""
         if self.estimate is None:
             return Cell(self.words)
         mean, sd, n = factor * self.estimate.mean, self.estimate.sd, self.estimate.n
@@ -76,7 +76,7 @@ class _Value:
 
 @dataclass(frozen=True)
 class _Field:
-    """A column of accuracies: its name, the tasks it is over, and how it is had from rows and from a paper."""
+    """A column of accuracies: its name, its tasks, and functions that compute it from rows and from a paper."""
 
     name: str
     tasks: tuple[str, ...]
@@ -85,7 +85,7 @@ class _Field:
 
 
 def means_table(section: Section, papers: Sequence[Published]) -> ResultTable:
-    """Returns the means over all tasks and, where there are several groups, over each and over the groups."""
+    """Builds the table of means over all tasks and, with several groups, over each group and over the groups."""
     groups = _several(section)
     fields = [
         *(
@@ -102,14 +102,14 @@ def means_table(section: Section, papers: Sequence[Published]) -> ResultTable:
 
 
 def _several(section: Section) -> Mapping[str, Sequence[str]]:
-    """The groups, where there are several: the mean of a single one is that of all tasks."""
+    """Returns the groups if there are several; the mean of a single group is that of all tasks."""
     return section.groups if len(section.groups) > 1 else {}
 
 
 def task_tables(section: Section, papers: Sequence[Published]) -> list[ResultTable]:
-    """Returns accuracy by task: a table for each group, or one with the mean where tasks have no groups.
+    """Builds the tables of accuracy by task: one per group, or a single one with the mean if tasks have no groups.
 
-    Tasks and groups without any result get no column.
+    Tasks and groups without results are left out.
     """
     there = {row["task"] for row in section.rows}
     if section.groups:
@@ -123,14 +123,14 @@ def task_tables(section: Section, papers: Sequence[Published]) -> list[ResultTab
 
 
 def difference_table(section: Section, reference: str | None) -> ResultTable | None:
-    """Returns what every method gains or loses against a reference on the same task, backbone and seed.
+    """Builds the table of paired differences to a reference method on the same task, backbone and seed.
 
     Args:
         section: The results.
         reference: A method; by default `san`, else the first method of kind san, else the first method.
 
     Returns:
-        The table; `None` where the section lacks the reference, or has nothing else.
+        The table, or `None` if the section lacks the reference or other methods.
     """
     chosen = reference or _default_reference(section)
     others = {line: tasks for line, tasks in section.lines.items() if line.method != chosen}
@@ -148,11 +148,12 @@ def difference_table(section: Section, reference: str | None) -> ResultTable | N
             cells.append(_difference([pairs[task] for task in part if task in pairs]))
         rows.append((*cells, *_wins(pairs)))
     notes = [
-        f"Points of accuracy, method minus {chosen}, of runs that share task, backbone, seed, protocol and selection; "
-        f"in round brackets: how many pairs. Square brackets: 95% interval of a bootstrap that draws tasks, then seeds "
-        f"within them, {RESAMPLES:,} times, all tasks weighing the same. Fewer than {LEAST_PAIRS} pairs, or two tasks, "
-        f"get ± sample standard deviation of the pairs instead. Better, equal and worse count tasks by their mean.",
-        *([f"{alone} runs have no partner among those of {chosen} and do not count here."] if alone else []),
+        f"Accuracy in percentage points, method minus {chosen}, over runs with the same task, backbone, seed, protocol "
+        "and selection; the number of pairs is in parentheses. In brackets: 95% interval of a bootstrap that resamples "
+        f"tasks, then seeds within them, {RESAMPLES:,} times, with equal weight for all tasks. With fewer than "
+        f"{LEAST_PAIRS} pairs, or two tasks: ± sample standard deviation of the pairs. Better, equal and worse count "
+        "tasks by their mean.",
+        *([f"{alone} runs have no matching run of {chosen} and are left out."] if alone else []),
         *([LEGACY] if any(line.selection == "best-test" for line in section.lines) else []),
     ]
     return ResultTable(
@@ -164,7 +165,7 @@ def difference_table(section: Section, reference: str | None) -> ResultTable | N
 
 
 def modes_table(section: Section) -> ResultTable | None:
-    """Returns what of trained adapters of SAN is how accurate; `None` where no run was scored in other modes."""
+    """Builds the table of accuracy by active scales of SAN adapters; `None` if no run was evaluated in other modes."""
     scored = {
         line: {t: {s: r for s, r in seeds.items() if r.get("modes")} for t, seeds in tasks.items()}
         for line, tasks in section.lines.items()
@@ -190,7 +191,7 @@ def modes_table(section: Section) -> ResultTable | None:
         tuple(rows),
         (
             READING,
-            "One training, scored in every mode: parts of the adapter are switched off after it.",
+            "Each trained adapter is evaluated in every mode: scales are disabled after training.",
             *_origin(section),
         ),
     )
@@ -201,7 +202,7 @@ def _in_mode(row: Row, mode: str) -> Row:
 
 
 def cost_table(section: Section) -> ResultTable:
-    """Returns parameters, time, memory and energy, a line for each method and machine."""
+    """Builds the table of parameters, time, memory and energy, with a row for each method and machine."""
     lines: dict[tuple[Line, str], list[Row]] = {}
     for line, tasks in section.lines.items():
         for seeds in tasks.values():
@@ -217,7 +218,7 @@ def cost_table(section: Section) -> ResultTable:
         head.append(_range([row["trainable_parameters"] for row in rows]))
         made.append((*head, *(value.cell(len(rows), 1) for value in values)))
     reading = (
-        "Mean ± sample standard deviation over the runs on one machine, tasks and seeds together; compare methods that "
+        "Mean ± sample standard deviation over all runs (tasks and seeds) on one machine; compare only methods that "
         "ran the same tasks on the same machine."
     )
     return ResultTable(
@@ -231,7 +232,7 @@ def cost_table(section: Section) -> ResultTable:
 def _accuracy(
     section: Section, what: str, fields: Sequence[_Field], papers: Sequence[Published], reading: Sequence[str]
 ) -> ResultTable:
-    """Puts what was measured above what was published."""
+    """Builds a table of measured rows followed by published ones."""
     decimals = decimals_of(section.family)
     papers = [paper for paper in papers if any(field.printed(paper) is not None for field in fields)]
     sources = [*dict.fromkeys(paper.source for paper in papers)]
@@ -281,24 +282,24 @@ def _mean_field(name: str, parts: Sequence[Sequence[str]], printed: Callable[[Pu
 
 
 def _marked(cell: Cell, field: _Field) -> Cell:
-    """Marks a score that holds one of another split than the papers'."""
+    """Marks a score that includes one on another split than the papers'."""
     other = cell.value is not None and any(map(_other_split, field.tasks))
     return replace(cell, text=f"{cell.text} {MARK}") if other else cell
 
 
 def _other_split(task: str) -> str:
-    """What a task is scored on where papers report another split; empty elsewhere."""
+    """Describes the split of a task if papers report another one; else returns an empty string."""
     family, _, name = task.rpartition("/")
     one = BENCHMARKS.get(name) if family == "llava" else None
-    return "" if one is None or one.same else f"{name} is scored on {one.local_split}, in papers on {one.paper_split}"
+    return "" if one is None or one.same else f"{name} uses {one.local_split}, papers use {one.paper_split}"
 
 
 def _other_splits(fields: Sequence[_Field]) -> list[str]:
-    """What the mark means in a table; nothing where it is not needed."""
+    """Explains the mark if a table needs it."""
     said = dict.fromkeys(text for field in fields for task in field.tasks if (text := _other_split(task)))
     if not said:
         return []
-    return [f"{MARK} Another split than the papers', so not to be compared with published numbers: {'; '.join(said)}."]
+    return [f"{MARK} Another split than the papers', not comparable with published numbers: {'; '.join(said)}."]
 
 
 def _over_seeds(seeds: Seeds) -> _Value:
@@ -314,7 +315,7 @@ def _over_seeds(seeds: Seeds) -> _Value:
 
 
 def _mean(tasks: Tasks, parts: Sequence[Sequence[str]]) -> _Value:
-    """Mean over parts of the mean over each part's tasks, over the seeds that have all of them."""
+    """Averages over parts the mean of each part's tasks, for the seeds that have all of them."""
     wanted = [task for part in parts for task in part]
 
     def of_seed(seed: int) -> float:
@@ -337,7 +338,7 @@ def _paired(seeds: Seeds, base: Seeds) -> list[float]:
 
 
 def _difference(pairs: Sequence[Sequence[float]], name: str = "") -> Cell:
-    """A mean difference with its interval, or its spread where there are too few pairs for one."""
+    """Formats a mean difference with its interval, or with its spread if there are too few pairs."""
     if not pairs:
         return Cell("–")
     mean, every = 100 * mean_difference(pairs), estimate([value for task in pairs for value in task])
@@ -349,7 +350,7 @@ def _difference(pairs: Sequence[Sequence[float]], name: str = "") -> Cell:
 
 
 def _wins(pairs: Mapping[str, Sequence[float]]) -> list[Cell]:
-    """Tasks that got better, stayed equal and got worse, and the two extremes."""
+    """Counts better, equal and worse tasks, and finds the largest gain and loss."""
     means = {task: round(statistics.fmean(values), 12) for task, values in pairs.items()}
     if not means:
         return [Cell("–")] * 3

@@ -1,8 +1,7 @@
-"""What a handful of runs says: mean with spread and n, intervals of shares and of paired differences."""
+"""Estimate means with spread and n, and confidence intervals of proportions and paired differences."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,41 +9,38 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
-"""How often pairs are drawn again for an interval."""
+"""Number of bootstrap resamples."""
 
 LEAST_PAIRS = 5
-"""Fewer pairs than these, and pairs of two tasks, get no interval: resampling them knows too few outcomes."""
+"""Minimum number of pairs for an interval. Pairs of two tasks also get none: resampling has too few outcomes."""
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    r"""Returns the Wilson interval of a share, 95% for the default `z`.
-
-    $$ \frac{\hat p + z^2/2n \pm z \sqrt{\hat p (1 - \hat p) / n + z^2 / 4n^2}}{1 + z^2/n} $$
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Returns the 95% Wilson interval of a proportion.
 
     Args:
-        correct: How many were right.
-        n: Of how many.
-        z: Quantile of the normal distribution.
+        correct: Number of correct predictions.
+        n: Number of predictions.
 
     Example:
         >>> low, high = wilson(90, 100)
         >>> f"{low:.3f} {high:.3f}"
         '0.826 0.945'
     """
-    share = correct / n
-    middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((middle + sign * width) / (1 + z * z / n) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    from scipy.stats import binomtest
+
+    low, high = binomtest(correct, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean that never goes without its n.
+    """A mean with its spread and n.
 
     Attributes:
-        mean: Of the values.
-        sd: Sample standard deviation, with n - 1 below; `None` for a single value, which has no spread.
-        n: How many values.
+        mean: Mean of the values.
+        sd: Sample standard deviation (with n - 1); `None` for a single value.
+        n: Number of values.
     """
 
     mean: float
@@ -53,7 +49,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Returns mean, sample standard deviation and n of one value or more.
+    """Returns mean, sample standard deviation and n of at least one value.
 
     Example:
         >>> estimate([1.0, 3.0])
@@ -65,27 +61,27 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def mean_difference(differences: Sequence[Sequence[float]]) -> float:
-    """Returns the mean over tasks of each task's mean over seeds, so that all tasks weigh the same."""
+    """Returns the mean over tasks of each task's mean over seeds, so that all tasks have equal weight."""
     return statistics.fmean(statistics.fmean(task) for task in differences)
 
 
 def bootstrap_interval(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float] | None:
-    r"""Returns the 95% interval of `mean_difference`, from a bootstrap of two levels.
+    r"""Returns the 95% interval of `mean_difference`, from a two-level bootstrap.
 
-    Tasks are drawn with replacement, then seeds within every task that was drawn. So the interval covers what other
-    seeds would change, and what other tasks of the same kind would; with a single task it covers seeds alone.
+    Tasks are resampled with replacement, then seeds within each task. So the interval covers the variation over seeds
+    and over tasks of the same kind; with a single task it covers seeds alone.
 
-    Percentiles of few tasks are too narrow, so they are taken further out, as Hesterberg (2015, "What teachers should
-    know about the bootstrap") proposes: for k tasks, or for k seeds of a single task, at
+    Percentile intervals of few tasks are too narrow, so the percentiles are expanded as Hesterberg (2015, "What
+    teachers should know about the bootstrap") proposes: for k tasks, or for k seeds of a single task, to
 
     $$ \Phi\bigl(\mp \sqrt{k / (k - 1)} \; t_{k - 1,\, 0.975}\bigr) $$
 
     Args:
-        differences: Paired differences, a sequence of seeds for each task.
-        seed: Of the draws; the same input gives the same interval.
+        differences: Paired differences of each seed, for each task.
+        seed: Random seed of the bootstrap.
 
     Returns:
-        Its lower and upper end; `None` for fewer than `LEAST_PAIRS` pairs, and for two tasks.
+        Lower and upper end; `None` for fewer than `LEAST_PAIRS` pairs, or two tasks.
 
     Example:
         >>> low, high = bootstrap_interval([[0.01, 0.02, 0.03], [0.02, 0.04, 0.03], [0.05, 0.03, 0.04]])
@@ -97,7 +93,7 @@ def bootstrap_interval(differences: Sequence[Sequence[float]], seed: int = 0) ->
     sizes = np.array([len(task) for task in differences])
     if sizes.sum() < LEAST_PAIRS or len(sizes) == 2:
         return None
-    from scipy.special import ndtr, stdtrit  # comes with scikit-learn, which the suites need
+    from scipy.special import ndtr, stdtrit
 
     values = np.zeros((len(sizes), sizes.max()))
     for row, task in zip(values, differences, strict=True):

@@ -1,4 +1,4 @@
-"""Published numbers to stand beside one's own, each with its source and with what is known about it."""
+"""Look up published results to compare with, each with its source and status."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Published:
     """A row of a published table.
 
     Attributes:
-        backbone: As papers name it; `*` where the row stands beside every backbone.
-        method: The method, with the paper that ran it where there are several.
-        source: Where the numbers were read.
-        confirmed: Whether they were read there. Otherwise they are recalled or derived, and may be wrong.
-        accuracy: Top-1 in %, by task; without the tasks that the source does not have.
-        groups: Mean over each group's tasks; computed from the tasks where those are there.
-        mean_of_tasks: Mean over all tasks of the suite, where those are there.
-        mean_of_groups: Mean over the means of groups.
+        backbone: Name of the backbone in papers; `*` if the row applies to every backbone.
+        method: The method, with the paper that ran it if several did.
+        source: Source of the numbers.
+        confirmed: Whether they were read in the source. Otherwise they are recalled or derived, and may be wrong.
+        accuracy: Top-1 accuracy in % by task, for the tasks in the source.
+        groups: Mean over each group's tasks; computed from the tasks if those are known.
+        mean_of_tasks: Mean over all tasks of the suite, if those are known.
+        mean_of_groups: Mean over the group means.
         parameters: Trained parameters without the head, in millions.
         weights: Tag of the checkpoint.
-        selection: What the checkpoint or the settings were chosen on; `None` where the source does not say.
-        derived: Whether the numbers follow from others by arithmetic.
-        note: What a reader should know.
+        selection: Split used for model selection; `None` if the source does not say.
+        derived: Whether the numbers were computed from other published numbers.
+        note: Additional remark.
     """
 
     backbone: str
@@ -48,7 +48,7 @@ class Published:
 
 
 def published(suite: str, backbone: str | None) -> list[Published]:
-    """Returns what was published for a suite on a backbone; nothing where that is unknown.
+    """Returns the published rows of a suite and backbone; empty if there are none.
 
     Args:
         suite: `vtab`, `fgvc`, `gic`, `commonsense` or `llava`.
@@ -69,18 +69,18 @@ def published(suite: str, backbone: str | None) -> list[Published]:
 
 
 def tasks_of(suite: str) -> dict[str, str | None]:
-    """Returns all tasks of a suite with their groups, in the order of the papers; nothing for an unknown suite."""
+    """Returns all tasks of a suite with their groups, in the order of the papers; empty for an unknown suite."""
     groups = _data()["suites"].get(suite, {"groups": {}})["groups"]
     return {task: group or None for group, tasks in groups.items() for task in tasks}
 
 
 def decimals_of(suite: str) -> int:
-    """Returns how many decimals a suite's papers print, 1 for an unknown suite."""
+    """Returns the number of decimals in a suite's papers, 1 for an unknown suite."""
     return _data()["suites"].get(suite, {"decimals": 1})["decimals"]
 
 
 def claims(suite: str) -> list[str]:
-    """Returns what SAN's authors claim for a suite, in sentences."""
+    """Returns the claims of SAN's authors on a suite."""
     shipped = _data()
     return [
         f"{'Derived from ' if claim['derived'] else ''}{shipped['sources']['san']}: {claim['about']}: {claim['claim']}."
@@ -90,9 +90,9 @@ def claims(suite: str) -> list[str]:
 
 
 def backbone_of(model: str | None) -> str | None:
-    """Returns what papers call a checkpoint, or `None` where they used another.
+    """Returns the papers' name of a checkpoint, or `None` if they used another one.
 
-    Checkpoints that were tuned on ImageNet-1k after their pretraining are others.
+    Checkpoints that were fine-tuned on ImageNet-1k after pretraining are different ones.
 
     Args:
         model: A recipe's model: a tag, or a folder of that name.

@@ -1,4 +1,4 @@
-"""A table as text: for the terminal, as Markdown, as LaTeX with booktabs, and as CSV."""
+"""Render tables for the terminal, as Markdown, as LaTeX with booktabs, and as CSV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LATEX = str.maketrans(
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "`": r"\textasciigrave{}",
-        "[": "{[}",  # at the start of a line, a bracket would be an argument of the line break before it
+        "[": "{[}",  # after a line break, LaTeX would read a bracket as its argument
         "<": "$<$",
         ">": "$>$",
         "±": r"$\pm$",
@@ -29,16 +29,16 @@ LATEX = str.maketrans(
         "†": r"$\dagger$",
     }
 )
-"""Characters that mean something else in LaTeX, and those that not every font has."""
+"""Characters to escape in LaTeX, or that not every font has."""
 
 
 def numeric(table: ResultTable) -> list[bool]:
-    """Says of every column whether it holds numbers, and so stands to the right."""
+    """Returns for each column whether it is numeric, and so right-aligned."""
     return [any(row[place].value is not None for row in table.rows) for place in range(len(table.columns))]
 
 
 def to_rich(table: ResultTable) -> rich.table.Table:
-    """Returns the table for the terminal, without its notes; what was published is dim."""
+    """Renders a table for the terminal, without its notes; published rows are dim."""
     shown = rich.table.Table(title=Text(table.title) if table.title else None, title_justify="left")
     for column, right in zip(table.columns, numeric(table), strict=True):
         shown.add_column(Text(column), justify="right" if right else "left")
@@ -56,7 +56,7 @@ def show(tables: Sequence[ResultTable], console: Console) -> None:
 
 
 def to_markdown(table: ResultTable) -> str:
-    r"""Returns the table in Markdown, with its notes below.
+    r"""Renders a table as Markdown, with its notes below.
 
     Example:
         >>> from san_bench.run.results import Cell
@@ -75,7 +75,7 @@ def to_markdown(table: ResultTable) -> str:
 
 
 def to_latex(table: ResultTable) -> str:
-    """Returns the table for a document that loads `booktabs`; a rule stands before what was published."""
+    """Renders a table as LaTeX with `booktabs`, with a rule above the published rows."""
     lines = [
         r"\begin{table}",
         *([rf"\caption{{{table.title.translate(LATEX)}}}"] if table.title else []),
@@ -97,9 +97,9 @@ def to_latex(table: ResultTable) -> str:
 
 
 def to_csv(tables: Sequence[ResultTable]) -> str:
-    """Returns tables as one CSV: a line for every cell that holds something, and one for every note.
+    """Renders tables as one CSV in long format: a line for every cell, and one for every note.
 
-    `row` counts the rows of a table from 1, and is 0 for its notes; `name` is the row's first cell.
+    `row` counts from 1 within a table, and is 0 for notes; `name` is the row's first cell.
 
     Example:
         >>> from san_bench.run.results import Cell

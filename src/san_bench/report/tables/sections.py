@@ -1,4 +1,4 @@
-"""Rows sorted into what can stand in one table, after a check that they can be compared."""
+"""Sort rows into sections of comparable results, and check that they are comparable."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from san_bench.report.tables.published import tasks_of
 from san_bench.run.results import Row
 
 KINDS = ("full", "linear", "norm", "bitfit", "ia3", "ssf", "lora", "dora", "san-lora", "san-dora", "san")
-"""The order of methods in tables, by kind."""
+"""Order of methods in tables, by kind."""
 
 GROUPS = ("natural", "specialised", "structured")
-"""The order of groups."""
+"""Order of groups."""
 
 BACKBONES = ("vit", "swin", "convnext")
-"""The order of backbones."""
+"""Order of backbones."""
 
 ALIKE = ("task_fingerprint", "train_split", "n_test")
-"""What must be the same in all rows of one task."""
+"""Keys that must agree in all rows of a task."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What has a line of its own: a method, and how its settings and its checkpoint were chosen."""
+    """A row of a table: a method with its protocol and model selection."""
 
     method: str
     protocol: str | None
@@ -35,22 +35,22 @@ class Line:
 
     @property
     def chosen(self) -> str:
-        """Protocol and selection in words; what was chosen on the test split is labelled."""
+        """Protocol and selection; selection on the test split is labelled."""
         return ", ".join(word for word in (self.protocol, selection_words(self.selection)) if word)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Results that can be compared: one family of tasks, one backbone, one split.
+    """Comparable results: one family of tasks, one backbone, one split.
 
     Attributes:
         suite: Name of the suite.
-        family: What the names of its tasks begin with, such as `vtab`; empty for a task without a family.
-        backbone: Its short name.
-        model: The recipes' model.
-        split: What was scored.
-        way: How answers were found, where there are several ways.
-        tasks: All tasks of the family, those without results included, with their groups.
+        family: Prefix of its tasks' names, such as `vtab`; empty for a task without a prefix.
+        backbone: Short name of the backbone.
+        model: Model of the recipes.
+        split: Evaluation split.
+        way: Scoring method, if there are several.
+        tasks: All tasks of the family, including those without results, with their groups.
         lines: Rows by line, task and seed.
     """
 
@@ -65,12 +65,12 @@ class Section:
 
     @property
     def rows(self) -> list[Row]:
-        """All rows, in the order of lines and tasks."""
+        """All rows, ordered by line and task."""
         return [row for tasks in self.lines.values() for seeds in tasks.values() for row in seeds.values()]
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Tasks by group; empty where any task has no group."""
+        """Tasks by group; empty if any task has no group."""
         if None in self.tasks.values():
             return {}
         found: dict[str, list[str]] = {}
@@ -80,14 +80,14 @@ class Section:
 
     @property
     def title(self) -> str:
-        """What the tables of this section are called."""
+        """Title of the section's tables."""
         family = f"{self.family} of {self.suite}" if self.family not in {"", self.suite} else self.suite
         model = "" if self.model == self.backbone else f" ({self.model})"
         return f"{family}, {self.backbone}{model}, {self.split}{f' by {self.way}' if self.way else ''}"
 
 
 def selection_words(selection: str | None) -> str:
-    """Returns a selection in words: `best-test` is labelled as legacy, since it chooses on what it reports."""
+    """Returns the label of a selection: `best-test` is legacy, since it selects on the reported split."""
     return "best-test (legacy)" if selection == "best-test" else selection or ""
 
 
@@ -95,11 +95,11 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     """Sorts rows into sections.
 
     Args:
-        rows: Results, such as `read_rows` returns.
+        rows: Result rows, such as those of `read_rows`.
 
     Raises:
-        SanError: If rows cannot be compared: a task with other data, another checkpoint under the same name, or a
-            seed that one method has twice. All of them are named.
+        SanError: If rows are not comparable: different data of a task, different checkpoints of the same name, or
+            duplicate seeds of a method. All problems are listed.
     """
     parts: dict[tuple[str, str, str, str, str, str], list[Row]] = {}
     tasks: dict[tuple[str, str], dict[str, str | None]] = {}
@@ -115,8 +115,8 @@ def sections(rows: Sequence[Row]) -> list[Section]:
         problems += _problems(parts[key])
         made.append(Section(*key, _ordered(key[1], tasks[key[0], key[1]]), _lines(parts[key], problems)))
     if problems:
-        advice = "Make tables of their folders one by one, or remove the runs that do not belong."
-        raise san_error("\n".join(["Some results cannot be compared.", *problems, advice]))
+        advice = "Run `san table` on each folder, or remove the runs that do not belong."
+        raise san_error("\n".join(["Some results are not comparable.", *problems, advice]))
     return made
 
 
@@ -132,7 +132,7 @@ def _rank(order: Sequence[str], word: str | None) -> int:
 
 
 def _problems(rows: Sequence[Row]) -> list[str]:
-    """What speaks against comparing these rows, in sentences."""
+    """Lists the reasons why these rows are not comparable."""
     said = []
     where = f"{rows[0]['backbone']}, {rows[0]['split']}"
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -176,7 +176,7 @@ def _lines(rows: Sequence[Row], problems: list[str]) -> dict[Line, dict[str, dic
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    """Where a row belongs, so that tables do not depend on which run was ready first."""
+    """Returns the sort key of a row, so that tables do not depend on the order in which runs finished."""
     natural = [(int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", row["method"])]
     how = (row.get("protocol") or "", row.get("selection") or "")
     return (_rank(KINDS, row.get("kind")), natural, how, row["task"], row["seed"])

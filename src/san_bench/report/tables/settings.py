@@ -1,4 +1,4 @@
-"""Settings side by side: what methods, or the machines that ran them, have in common, and what differs."""
+"""Compare settings side by side: of methods, or of the machines that ran them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST = 8
-"""Different values of one setting that are written out."""
+"""Maximum number of values of a setting that are listed."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,9 @@ class Setting:
     """One setting of several columns.
 
     Attributes:
-        name: Its dotted key.
-        values: A text for each column: what its members have, in the order of their first appearance; empty where
-            none of them has the setting.
-        differs: Whether columns have different values.
+        name: Dotted key.
+        values: Values in each column, in the order of their first appearance; empty if it has no such setting.
+        differs: Whether the columns have different values.
     """
 
     name: str
@@ -30,10 +29,10 @@ def side_by_side(columns: Sequence[Sequence[Mapping[str, Any]]]) -> list[Setting
     """Compares groups of nested mappings, such as the recipes of each method.
 
     Args:
-        columns: For each column its members.
+        columns: Members of each column.
 
     Returns:
-        A setting for each dotted key, in the order of the first mapping that has all of its neighbours.
+        A setting for each dotted key; a key keeps its position relative to the keys before it.
 
     Example:
         >>> san = [{"method": {"kind": "san"}, "seed": seed} for seed in (0, 1)]
@@ -67,7 +66,7 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _keys(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All keys; one that only later columns have stands behind the key that is before it there."""
+    """Returns all keys; a key that only later columns have follows the key before it there."""
     keys: list[str] = []
     for values in found:
         place = 0
@@ -79,7 +78,7 @@ def _keys(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _words(values: Mapping[str, Any]) -> str:
-    """Writes values out; of many numbers the range, of many words the first ones."""
+    """Lists values; of many numbers the range, of many words the first ones."""
     if len(values) <= MOST:
         return ", ".join(values)
     if all(isinstance(value, int | float) for value in values.values()):
@@ -89,7 +88,7 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    """Writes a value as YAML does."""
+    """Formats a value as YAML."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_word, value))}]"
     if value is None:

@@ -1,4 +1,4 @@
-"""Tables of results, each number with what it is worth: of a suite, and of the demo."""
+"""Build and print the result tables of suites and of the demo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from san_bench.run.provenance import write_atomically
 from san_bench.run.results import Cell, ResultTable, Row, read_rows
 
 WIDTH = 200
-"""Columns of what is printed where there is no terminal."""
+"""Width of the output without a terminal."""
 
 COLUMNS = (
     "Method",
@@ -39,21 +39,21 @@ COLUMNS = (
 
 
 def tables(rows: Sequence[Row], published: bool = True, reference: str | None = None) -> list[ResultTable]:
-    """Makes the tables of suites, for each backbone: means, accuracy by task, paired differences, cost.
+    """Builds the tables of suites for each backbone: means, accuracy by task, paired differences and cost.
 
     Args:
-        rows: Results, such as `read_rows` returns.
-        published: Whether to add published numbers where suite and backbone are theirs.
-        reference: Method that the others are compared with; by default `san`, else the first method of kind san, else
-            the first.
+        rows: Result rows, such as those of `read_rows`.
+        published: Whether to add published numbers for the same suite and backbone.
+        reference: Baseline of the paired differences; by default `san`, else the first method of kind san, else the
+            first method.
 
     Raises:
-        SanError: If rows cannot be compared, or no row has the reference.
+        SanError: If rows are not comparable, or no row has the reference.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     if reference is not None and reference not in methods:
         hint = did_you_mean(reference, methods)
-        raise san_error(f"No result has the method {reference!r}.{hint} There are {', '.join(sorted(methods))}.")
+        raise san_error(f"No result has the method {reference!r}.{hint} Methods: {', '.join(sorted(methods))}.")
     made: list[ResultTable] = []
     for section in sections(rows):
         fits = published and section.split == "test" and section.way in ("", "generation")
@@ -77,22 +77,22 @@ def table_command(
     """Prints or writes the tables of suites and runs.
 
     Args:
-        folders: What `read_rows` reads.
-        form: Of the text.
+        folders: Folders or files for `read_rows`.
+        form: Output format.
         published: Whether to add published numbers.
-        reference: Method that the others are compared with.
-        only: How the last parts of the titles begin that are wanted, such as `means` and `difference`; all by default.
+        reference: Baseline of the paired differences.
+        only: Prefixes of the table names to keep, such as `means` and `difference`; all tables by default.
         out: File to write; standard output by default.
 
     Raises:
-        SanError: If there are no results, or they cannot be read or compared.
+        SanError: If there are no results, or they are invalid or not comparable.
     """
     made = tables(read_rows(folders), published, reference)
     kinds = [table.title.rpartition(": ")[2] for table in made]
     unknown = [word for word in only if not any(kind.startswith(word) for kind in kinds)]
     if unknown:
         known = list(dict.fromkeys(kinds))
-        raise san_error(f"No table is called {', '.join(unknown)}. There are {', '.join(known)}.")
+        raise san_error(f"There is no table {', '.join(unknown)}. Tables: {', '.join(known)}.")
     if only:
         made = [table for table, kind in zip(made, kinds, strict=True) if kind.startswith(tuple(only))]
     if form == "rich":
@@ -113,7 +113,7 @@ def table_command(
 
 
 def demo_cells(row: Row) -> tuple[Cell, ...]:
-    """Returns a result of the demo as the cells of `COLUMNS`."""
+    """Formats a result of the demo as the cells of `COLUMNS`."""
     low, high = wilson(row["correct"], row["n_test"])
     trained, head = row["trainable_parameters"], row["trainable_head"]
     return (
@@ -130,30 +130,30 @@ def demo_cells(row: Row) -> tuple[Cell, ...]:
 
 
 def demo_table(rows: Sequence[Row], command: str) -> ResultTable:
-    """Returns the demo's table, with how to read it and where its numbers come from."""
+    """Builds the demo's table, with notes and provenance."""
     return ResultTable("", COLUMNS, tuple(map(demo_cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
 
 
 def demo_to_rich(rows: Sequence[Row]) -> rich.table.Table:
-    """Returns the demo's table for the terminal."""
+    """Renders the demo's table for the terminal."""
     return render.to_rich(demo_table(rows, ""))
 
 
 def demo_to_markdown(rows: Sequence[Row], command: str) -> str:
-    """Returns the demo's table in Markdown, followed by how to read it and by where its numbers come from."""
+    """Renders the demo's table as Markdown, followed by notes and provenance."""
     return render.to_markdown(demo_table(rows, command))
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """Returns how the demo's numbers are to be read: from how many seeds and images, and what was measured."""
+    """Returns the notes of the demo's table: seeds, images, intervals and what was measured."""
     n, seeds = _listed(row["n_test"] for row in rows), _listed(row["seed"] for row in rows)
     return (
-        f"One run per method, with seed {seeds}, scored once on n = {n} test images. The interval is Wilson's and "
-        "covers the draw of the images alone; another seed moves every accuracy too, so methods whose intervals "
-        "overlap are not ranked by this table. Learning rates were chosen on validation images, from the same grid for "
-        "all methods. Saved activations are what one forward pass of one batch keeps for the backward pass. Peak "
-        "memory growth is the largest resident memory in training minus that before it, with what the allocator keeps; "
-        "every method had its own process."
+        f"One run per method with seed {seeds}, evaluated once on n = {n} test images. The Wilson interval covers only "
+        "the sampling of the test images; accuracy also varies with the seed, so this table does not rank methods with "
+        "overlapping intervals. Learning rates were chosen on the validation split, from the same grid for all "
+        "methods. Saved activations: memory that the forward pass of one batch keeps for the backward pass. Peak "
+        "memory growth: peak resident memory in training minus that before it, including memory cached by the "
+        "allocator; every method ran in its own process."
     )
 
 

@@ -225,20 +225,20 @@ def test_each_benchmark_says_whether_its_split_is_the_papers():
 def test_the_command_of_lmms_eval(tmp_path):
     export = tmp_path / "my export"
     export.mkdir()
-    with pytest.raises(SanError, match="is no merged export"):
+    with pytest.raises(SanError, match=r"config\.json"):
         lmms_command(export, "out")
     (export / "config.json").write_text('{"model_type": "llava"}')
     for content in (None, "no JSON", "[]", '{"run": "llava"}'):
         if content is not None:
             (export / "export.json").write_text(content)
-        with pytest.raises(SanError, match=r"export.json is missing or says nothing of it\. `san export RUN --merged"):
+        with pytest.raises(SanError, match=r"export\.json.*`san export RUN --merged"):
             lmms_command(export, "out")
     (export / "model.safetensors").write_bytes(b"weights")
     known = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
     for other in ({}, {"model.safetensors": "0"}, {**known, "more.safetensors": "0"}):
         facts = {"run": "llava", "max_abs_difference": 1e-6, "weights_sha256": other}
         (export / "export.json").write_text(json.dumps(facts))
-        with pytest.raises(SanError, match=r"other weights than .*: mo\S+ differ, or are missing or new"):
+        with pytest.raises(SanError, match=r"mo\S+\.safetensors"):
             lmms_command(export, "out")
     (export / "export.json").write_text(json.dumps({**facts, "weights_sha256": known}))
     text = lmms_command(export, "out", processes=8)
@@ -258,7 +258,7 @@ def test_the_command_of_lmms_eval(tmp_path):
     with pytest.raises(SanError, match="holds a model of type 'vit'; lmms-eval's llava_hf loads llava alone"):
         lmms_command(export, "out")
     (export / "adapter_config.json").write_text("{}")
-    with pytest.raises(SanError, match="is no merged export"):
+    with pytest.raises(SanError, match=r"config\.json"):
         lmms_command(export, "out")
     (export / "adapter_config.json").unlink()
     (export / "config.json").write_text('{"model_type": "llava"}')
