@@ -16,13 +16,13 @@ class Submission:
     source: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run, which is loaded and asked; or a file of answers as LLaVA writes them (.jsonl)."""
     benchmark: Annotated[Positional[str], arg(metavar="BENCHMARK")]
-    """vqav2, vizwiz or mmbench."""
+    """vqav2 or mmbench."""
     questions: Annotated[Positional[Path], arg(metavar="QUESTIONS")]
-    """LLaVA's .jsonl of the test split, VQAv2's or VizWiz's own .json, or MMBench's .tsv."""
+    """LLaVA's .jsonl of the test split, VQAv2's own .json, or MMBench's .tsv."""
     out: Path
     """File to write: .json, of mmbench .xlsx."""
     images: Path | None = None
-    """Folder of the images; test2015 (vqav2) or test (vizwiz) beside the questions by default."""
+    """Folder of the images; test2015 beside the questions by default (vqav2)."""
 
     def run(self) -> None:
         """Asks, writes and names the file."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from san_bench.language.instructions import Questions, fingerprint
+from san_bench.language.instructions import Questions
 from san_bench.language.prompts import RESPONSE, Collator, Template, prompt
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import mine, together
@@ -36,14 +35,12 @@ class TaskAnswers:
         correct: Answers that are right.
         unanswered: Texts without an answer. They count as wrong.
         rows: Every question with the right answer, the generated text, the answer in it, and whether it is right.
-        fingerprint: Of the records.
     """
 
     task: str
     correct: int
     unanswered: int
     rows: tuple[dict[str, Any], ...]
-    fingerprint: str
 
     @property
     def n(self) -> int:
@@ -54,16 +51,6 @@ class TaskAnswers:
     def accuracy(self) -> float:
         """Share of the questions that are answered right."""
         return self.correct / self.n
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the numbers for a result."""
-        return {
-            "accuracy": self.accuracy,
-            "correct": self.correct,
-            "n": self.n,
-            "unanswered": self.unanswered,
-            "data_fingerprint": self.fingerprint,
-        }
 
 
 def answer_task(
@@ -117,7 +104,7 @@ def answer_task(
             }
         )
     correct = sum(row["correct"] for row in rows)
-    return TaskAnswers(task, correct, sum(row["predicted"] is None for row in rows), tuple(rows), fingerprint(records))
+    return TaskAnswers(task, correct, sum(row["predicted"] is None for row in rows), tuple(rows))
 
 
 def response(text: str) -> str:
@@ -128,18 +115,6 @@ def response(text: str) -> str:
         'the correct answer is true'
     """
     return text.rpartition(RESPONSE)[2].strip()
-
-
-def summarise(answers: Sequence[TaskAnswers]) -> dict[str, Any]:
-    """Returns the numbers of all tasks, and the unweighted mean of their accuracies.
-
-    Raises:
-        SanError: If there is no task, or one of them twice.
-    """
-    names = [one.task for one in answers]
-    if not names or len(set(names)) < len(names):
-        raise SanError(f"A mean needs tasks, each once, but there are {', '.join(names) or 'none'}.")
-    return {"mean": fmean(one.accuracy for one in answers), "tasks": {one.task: one.summary() for one in answers}}
 
 
 def generate_texts(

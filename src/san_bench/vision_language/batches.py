@@ -20,16 +20,15 @@ from san_peft.errors import SanError
 class ModalityBatches(Sampler[list[int]]):
     """A batch sampler: every batch is of conversations with an image, or of those without.
 
-    The conversations of a modality are shuffled and cut into megabatches; each of these is sorted by length and cut
-    into steps, one batch per process; the steps of both modalities are shuffled. So the batches of a step are of one
-    modality and of similar lengths in all processes, and none waits for another.
+    Shuffles the conversations of each modality, cuts them into steps, sorts each step by length, deals it to the
+    processes in turn, and shuffles the steps of both modalities. All processes thus get one modality and similar
+    lengths in a step, and none waits for another.
 
-    Every index comes once in an epoch. What is left at the end of a modality makes smaller batches, of equal size but
-    for one. The exception: with several processes, a modality that cannot give each of them one more index repeats
-    some; `repeated` counts them.
+    Every index occurs once per epoch. The remainder of a modality makes smaller batches. If it has fewer indices than
+    there are processes, some indices are repeated; `repeated` counts them.
 
-    It has no `batch_size`, since not all batches are of one size; accelerate then deals whole batches to the processes,
-    in turn. Give it to a `DataLoader` as `batch_sampler`.
+    There is no `batch_size` attribute, since batches differ in size; accelerate then deals whole batches to the
+    processes. Pass it to a `DataLoader` as `batch_sampler`.
 
     Args:
         with_image: Whether each conversation has an image.
@@ -37,8 +36,6 @@ class ModalityBatches(Sampler[list[int]]):
         batch_size: Conversations of a full batch, on one process.
         seed: Seed of the shuffling; the epoch is added to it by `set_epoch`.
         world_size: Number of processes.
-        megabatch: Steps that are sorted by length together. One only balances the processes, as LLaVA does; more also
-            save padding.
 
     Raises:
         SanError: If the two sequences differ in length or are empty, or a number is below one.
@@ -51,17 +48,16 @@ class ModalityBatches(Sampler[list[int]]):
         batch_size: int,
         seed: int,
         world_size: int = 1,
-        megabatch: int = 1,
     ) -> None:
         if len(with_image) != len(lengths) or not lengths:
             raise SanError(f"{len(with_image)} modalities and {len(lengths)} lengths do not make batches.")
-        for name, number in (("batch_size", batch_size), ("world_size", world_size), ("megabatch", megabatch)):
+        for name, number in (("batch_size", batch_size), ("world_size", world_size)):
             if number < 1:
                 raise SanError(f"{name} is {number}; it must be 1 or more.")
         pictured = np.asarray(with_image, bool)
         self._members = [np.flatnonzero(pictured), np.flatnonzero(~pictured)]
         self._lengths = np.asarray(lengths)
-        self._size, self._processes, self._megabatch, self._seed = batch_size, world_size, megabatch, seed
+        self._size, self._processes, self._seed = batch_size, world_size, seed
         self._epoch = 0
         self._sizes = [_step_sizes(len(members), batch_size, world_size) for members in self._members]
 
@@ -88,15 +84,15 @@ class ModalityBatches(Sampler[list[int]]):
         random = np.random.default_rng([self._seed, self._epoch])
         steps: list[list[list[int]]] = []
         for members, sizes in zip(self._members, self._sizes, strict=True):
-            order = self._sorted_in_megabatches(random.permutation(members))
+            order = self._sorted_in_steps(random.permutation(members))
             order = np.resize(order, sum(sizes)) if sizes else order  # repeats the first where there are too few
             for step in np.split(order, np.cumsum(sizes)[:-1]) if sizes else ():
                 steps.append([step[process :: self._processes].tolist() for process in range(self._processes)])
         for step in random.permutation(len(steps)):
             yield from steps[step]
 
-    def _sorted_in_megabatches(self, order: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        width = self._size * self._processes * self._megabatch
+    def _sorted_in_steps(self, order: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        width = self._size * self._processes
         parts = [order[start : start + width] for start in range(0, len(order), width)]
         return np.concatenate([part[np.argsort(-self._lengths[part], kind="stable")] for part in parts or [order]])
 

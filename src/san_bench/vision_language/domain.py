@@ -287,7 +287,7 @@ class Conversations(Domain):
 
     def _left(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
         """A batch of prompts, filled up at the left."""
-        batch = Collator(self._pad, "left")([{"input_ids": example["input_ids"].tolist()} for example in examples])
+        batch = Collator(self._pad, "left")(examples)
         return {**batch, **stack_images(examples)}
 
 

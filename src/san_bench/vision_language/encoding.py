@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.language.prompts import IGNORED
+from san_bench.language.prompts import IGNORED, Collator
 from san_bench.vision_language.images import mean_colour, pad_to_square, read_image, read_size
 from san_bench.vision_language.records import MARKER, Conversation
 from san_bench.vision_language.template import form_of, in_tiles, write, write_question
@@ -192,21 +191,13 @@ class Lengths:
     Attributes:
         tokens: Tokens of each conversation, those of its image included, before it is cut off.
         cut: Indices of those that are cut off.
-        silent: Indices of those of which no token of an answer is left, so that nothing is learnt from them.
         image_end: Tokens up to the end of the image where there are most; 0 without images. If it is more than what
             is left of a conversation, the cut goes through an image.
     """
 
     tokens: tuple[int, ...]
     cut: tuple[int, ...]
-    silent: tuple[int, ...]
     image_end: int
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.cut):,} of {len(self.tokens):,} conversations are cut off, and {len(self.silent):,} of them "
-            "before their first answer"
-        )
 
 
 def measure(
@@ -233,23 +224,18 @@ def measure(
     check_processor(processor)
     taken = _taken(records, processor, images)
 
-    def count(chosen: Sequence[int], ask: bool = False) -> list[tuple[int, int]]:
-        """Tokens of each, of `ask` up to its first answer; and those of them up to the end of its image."""
-        counts: list[tuple[int, int]] = []
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            texts = [write(_opening(records[i]) if ask else records[i], processor, ask).text for i in part]
-            for index, ids in zip(part, _ids(texts, processor), strict=True):
-                more = taken[index] - 1 if taken[index] else 0
-                end = ids.index(processor.image_token_id) + 1 + more if taken[index] else 0
-                counts.append((len(ids) + more, end))
-        return counts
-
-    whole = count(range(len(records)))
-    cut = [index for index, (number, _) in enumerate(whole) if number > max_length]
-    silent = [index for index, (number, _) in zip(cut, count(cut, ask=True), strict=True) if number >= max_length]
-    ends = [end for _, end in whole]
-    return Lengths(tuple(number for number, _ in whole), tuple(cut), tuple(silent), max(ends, default=0))
+    tokens: list[int] = []
+    image_end = 0
+    for start in range(0, len(records), batch_size):
+        part = range(len(records))[start : start + batch_size]
+        texts = [write(records[index], processor).text for index in part]
+        for index, ids in zip(part, _ids(texts, processor), strict=True):
+            more = taken[index] - 1 if taken[index] else 0
+            if taken[index]:
+                image_end = max(image_end, ids.index(processor.image_token_id) + 1 + more)
+            tokens.append(len(ids) + more)
+    cut = [index for index, number in enumerate(tokens) if number > max_length]
+    return Lengths(tuple(tokens), tuple(cut), image_end)
 
 
 def _ids(texts: Sequence[str], processor: Any) -> list[list[int]]:
@@ -311,15 +297,7 @@ class ConversationCollator:
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the batch, with what `stack_images` makes of the images."""
-        ids: list[Int64[Tensor, " n"]] = [example["input_ids"] for example in examples]
-        labels: list[Int64[Tensor, " n"]] = [example["labels"] for example in examples]
-        pad = torch.nn.utils.rnn.pad_sequence
-        batch = {
-            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad(labels, batch_first=True, padding_value=IGNORED),
-        }
-        return {**batch, **stack_images(examples)}
+        return {**Collator(self.pad_token_id, "right")(examples), **stack_images(examples)}
 
 
 def stack_images(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -334,7 +312,3 @@ def stack_images(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         tiled = parts[0].ndim == 4
         out[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if tiled else torch.stack(parts)
     return out
-
-
-def _opening(record: Conversation) -> Conversation:
-    return Conversation(record.id, record.turns[:2], record.image)

@@ -10,8 +10,8 @@ Example:
     ...     "image": "coco/train2017/000000033471.jpg",
     ...     "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}],
     ... }
-    >>> parse_conversation(record).turns[1]
-    Turn(role='gpt', text='A bus.')
+    >>> problems_of(record)
+    []
     >>> problems_of({**record, "image": None})
     ['the marker <image> stands in turn 0, but there is no image']
 """
@@ -133,17 +133,6 @@ def read_conversations(path: str | Path) -> tuple[list[Conversation], list[BadRe
         else:
             records.append(_converted(record))
     return records, bad
-
-
-def parse_conversation(record: Any) -> Conversation:
-    """Returns a record as a conversation.
-
-    Raises:
-        SanError: If it is not right; the message says all that is wrong with it.
-    """
-    if problems := problems_of(record):
-        raise SanError(str(BadRecord(0, record.get("id") if isinstance(record, dict) else None, tuple(problems))))
-    return _converted(record)
 
 
 def problems_of(record: Any) -> list[str]:

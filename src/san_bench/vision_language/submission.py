@@ -31,11 +31,6 @@ class Server:
 
 SERVERS = {
     "vqav2": Server(vqa_files.load_vqav2, "test2015", ".json"),
-    "vizwiz": Server(
-        lambda path: (vqa_files.read_questions if path.suffix == ".jsonl" else vqa_files.load_vizwiz)(path),
-        "test",
-        ".json",
-    ),
     "mmbench": Server(vqa_files.load_mmbench, "", ".xlsx"),
 }
 """The benchmarks that have one."""
@@ -49,8 +44,7 @@ def submission(
     Args:
         source: Folder of a run, which is loaded and asked; or a file of answers as LLaVA writes them (`.jsonl`).
         name: One of `SERVERS`.
-        questions: Of `vqav2` LLaVA's JSON lines or the official file, of `vizwiz` LLaVA's JSON lines or `test.json`, of
-            `mmbench` its table.
+        questions: For `vqav2`, LLaVA's JSON lines or the official file; for `mmbench`, its table.
         out: File to write.
         images: Folder of the images; by default the server's, beside the questions. MMBench's are in its table.
 
@@ -76,8 +70,7 @@ def submission(
         answers = _ask(Path(source), name, asked, Path(images or Path(questions).parent / server.images))
     if name == "mmbench":
         return vqa_uploads.write_mmbench(path, questions, asked, answers)
-    write = {"vqav2": vqa_uploads.write_vqav2, "vizwiz": vqa_uploads.write_vizwiz}[name]
-    write(path, asked, answers)
+    vqa_uploads.write_vqav2(path, asked, answers)
     return path
 
 

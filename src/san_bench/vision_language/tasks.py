@@ -239,7 +239,7 @@ _LOADERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
         "data/images",
     ),
     "vizwiz": (lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
-    "sqa": (lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"), "images/test"),
+    "sqa": (lambda folder: vqa_files.load_sqa(folder, folder / "llava_test_CQM-A.json"), "images/test"),
     "textvqa": (
         lambda folder: vqa_files.load_textvqa(
             folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"

@@ -250,8 +250,6 @@ def test_a_run_answers_the_questions_of_a_server(place, runs, tmp_path):
     again = submission(tmp_path / "answers.jsonl", "vqav2", questions, tmp_path / "again.json")
     assert json.loads(out.read_text()) == json.loads(again.read_text())
     assert [row["question_id"] for row in json.loads(out.read_text())] == [12, 13]
-    submission(run, "vizwiz", questions, tmp_path / "vizwiz.json", images)
-    assert [row["image"] for row in json.loads((tmp_path / "vizwiz.json").read_text())] == ["12.png", "13.png"]
     with pytest.raises(SanError, match=r"up.json is there already"):
         submission(run, "vqav2", questions, out, images)
     with pytest.raises(SanError, match=r"is no run: it has no recipe.yaml"):

@@ -228,14 +228,12 @@ def vqa_accuracy(answer: str, references: Sequence[str], normalise: Callable[[st
     return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
 
 
-def score_pope(questions: Sequence[Question], answers: Sequence[str | None], strict: bool = False) -> Score:
+def score_pope(questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
     """Scores POPE: the mean of the F1 of its sets, and accuracy, precision, recall, F1 and share of yes of each.
 
     Args:
         questions: The questions, each of one of `CATEGORIES`, with `yes` or `no` as what is right.
         answers: The model's answers.
-        strict: Takes only the word yes or no alone, in any case; other answers are neither, and wrong. Otherwise
-            LLaVA's rule, by which each answer is one of the two. An empty one is none in both.
 
     Raises:
         SanError: If the numbers differ, there is no question, one has no right answer, or a category is another.
@@ -243,7 +241,7 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str | None], str
     _check(questions, answers)
     if strange := sorted({question.category for question in questions} - set(CATEGORIES)):
         raise san_error(f"POPE has no category {', '.join(strange)}.{suggest(strange[0], CATEGORIES)}")
-    said = [_yes_or_no(answer, strict) for answer in answers]
+    said = [_yes_or_no(answer) for answer in answers]
     details: dict[str, float] = {}
     scores = []
     for category in CATEGORIES:
@@ -255,14 +253,13 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str | None], str
     return Score("pope", sum(scores) / len(scores), len(questions), said.count(None), details)
 
 
-def score_mmbench(questions: Sequence[Question], answers: Sequence[str | None], circular: bool = True) -> Score:
-    """Scores MMBench.
+def score_mmbench(questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
+    """Scores MMBench: a question counts as right only if it is right under all its rotations.
 
     Args:
         questions: The questions, with the letter that is right; ids that differ by multiples of `CIRCLE` are rotations
             of one question.
         answers: The model's answers.
-        circular: Counts a question as right only if it is right under all its rotations; otherwise each on its own.
 
     Raises:
         SanError: If the numbers differ, there is no question, or one has no right answer or no whole number as id.
@@ -275,8 +272,7 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str | None], 
             raise san_error(f"MMBench numbers its questions, but one has the id {question.id!r}.")
         letter = choice_letter(answer or "", question.options) if _given(answer) else None
         unanswered += letter is None
-        circle = question.id % CIRCLE if circular else question.id
-        circles.setdefault(circle, []).append(letter == question.answers[0])
+        circles.setdefault(question.id % CIRCLE, []).append(letter == question.answers[0])
     right = sum(all(circle) for circle in circles.values())
     return Score("mmbench", right / len(circles), len(circles), unanswered, {"rows": len(questions)})
 
@@ -334,12 +330,9 @@ def _science_point(answer: str, question: Question) -> float | None:
     return None if letter is None else float(letter == question.answers[0])
 
 
-def _yes_or_no(answer: str | None, strict: bool) -> str | None:
+def _yes_or_no(answer: str | None) -> str | None:
     if not _given(answer):
         return None
-    if strict:
-        word = (answer or "").strip().lower()
-        return word if word in ("yes", "no") else None
     return "no" if says_no(answer or "") else "yes"
 
 

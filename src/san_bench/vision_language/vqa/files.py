@@ -60,43 +60,38 @@ def load_vqav2(questions: str | Path, annotations: str | Path | None = None) -> 
     return _answered(asked, right, lambda question: question.id, annotations)
 
 
-def load_vizwiz(annotations: str | Path, questions: str | Path | None = None) -> list[Question]:
-    """Reads VizWiz; an image has one question.
+def load_vizwiz(annotations: str | Path) -> list[Question]:
+    """Reads VizWiz and writes its questions as LLaVA asks them.
 
     Args:
-        annotations: `val.json` or `test.json`; the latter has no answers.
-        questions: LLaVA's JSON lines; without them the questions are made of the annotations, as LLaVA asks them.
+        annotations: `val.json`.
 
     Raises:
         SanError: If a file cannot be read, or lacks something.
     """
     rows = read_json_list(Path(annotations))
     require_keys(annotations, rows, ("image", "question"))
-    right = {row["image"]: _people(annotations, row) for row in rows}
-    if questions is None:
-        return [
-            Question(n, row["image"], f"{row['question']}\n{UNANSWERABLE}\n{SHORT}", right[row["image"]])
-            for n, row in enumerate(rows)
-        ]
-    return _answered(read_questions(questions), right, lambda question: question.image, annotations)
+    return [
+        Question(n, row["image"], f"{row['question']}\n{UNANSWERABLE}\n{SHORT}", _people(annotations, row))
+        for n, row in enumerate(rows)
+    ]
 
 
-def load_textvqa(questions: str | Path, annotations: str | Path, ocr: bool = True) -> list[Question]:
+def load_textvqa(questions: str | Path, annotations: str | Path) -> list[Question]:
     """Reads TextVQA.
 
     Args:
-        questions: LLaVA's JSON lines, whose ids are those of the images.
+        questions: LLaVA's JSON lines with reference OCR tokens, whose ids are those of the images.
         annotations: `TextVQA_0.5.1_val.json`.
-        ocr: Insists on reference OCR tokens in the questions, as in the papers.
 
     Raises:
-        SanError: If a file cannot be read, or lacks something.
+        SanError: If a file cannot be read or lacks something, or no question has OCR tokens.
     """
     asked = read_questions(questions)
-    if ocr and not any(OCR in question.text for question in asked):
+    if not any(OCR in question.text for question in asked):
         raise san_error(
             f"{questions}: no question has a line {OCR!r}, which the papers' setting has. "
-            "Take llava_textvqa_val_v051_ocr.jsonl, or ask without with ocr=False."
+            "Use llava_textvqa_val_v051_ocr.jsonl."
         )
     rows = read_part(Path(annotations), "data")
     require_keys(annotations, rows, ("image_id", "question", "answers"))
@@ -104,22 +99,12 @@ def load_textvqa(questions: str | Path, annotations: str | Path, ocr: bool = Tru
     return _answered(asked, right, lambda question: (question.id, _textvqa_question(question.text)), annotations)
 
 
-def textvqa_prompt(question: str, tokens: Sequence[str]) -> str:
-    r"""Returns a question of TextVQA as LLaVA asks it.
-
-    Example:
-        >>> textvqa_prompt("what brand is it?", ["DAKOTA", "DIGITAL"]).splitlines()[:2]
-        ['What brand is it?', 'Reference OCR token: DAKOTA, DIGITAL']
-    """
-    return f"{question.capitalize()}\n{OCR}{', '.join(tokens)}\n{SHORT}"
-
-
-def load_gqa(annotations: str | Path, questions: str | Path | None = None) -> list[Question]:
+def load_gqa(annotations: str | Path, questions: str | Path) -> list[Question]:
     """Reads GQA.
 
     Args:
-        annotations: `testdev_balanced_questions.json`, which holds the answers too.
-        questions: LLaVA's JSON lines; without them the questions are made of the annotations, as LLaVA asks them.
+        annotations: `testdev_balanced_questions.json`, which holds the answers.
+        questions: LLaVA's JSON lines.
 
     Raises:
         SanError: If a file cannot be read, or lacks something.
@@ -127,11 +112,9 @@ def load_gqa(annotations: str | Path, questions: str | Path | None = None) -> li
     found = read_json(Path(annotations))
     if not isinstance(found, dict):
         raise san_error(f"{annotations} is no file of GQA: it holds no questions by id.")
-    require_keys(annotations, list(found.values()), ("imageId", "question", "answer"))
+    require_keys(annotations, list(found.values()), ("answer",))
     right = {key: (row["answer"],) for key, row in found.items()}
-    if questions is not None:
-        return _answered(read_questions(questions), right, lambda question: str(question.id), annotations)
-    return [Question(k, f"{r['imageId']}.jpg", f"{r['question']}\n{SHORT}", right[k]) for k, r in found.items()]
+    return _answered(read_questions(questions), right, lambda question: str(question.id), annotations)
 
 
 def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
@@ -162,13 +145,13 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
     return [out[index] for index in sorted(out)]
 
 
-def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | None = None) -> list[Question]:
+def load_sqa(folder: str | Path, questions: str | Path, split: str = "test") -> list[Question]:
     """Reads the questions of ScienceQA that have an image.
 
     Args:
         folder: Folder of `problems.json` and `pid_splits.json`.
-        split: One of the splits there.
-        questions: LLaVA's `llava_test_CQM-A.json`; without it the questions are made as lmms-eval asks them.
+        questions: LLaVA's `llava_test_CQM-A.json`.
+        split: One of the splits in `pid_splits.json`.
 
     Returns:
         The questions; the images are below `images/SPLIT`.
@@ -180,26 +163,25 @@ def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | No
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
     if split not in splits:
         raise san_error(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}.")
-    texts = {}
-    if questions is not None:
-        for row in read_json_list(Path(questions)):
-            texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
-    wanted = ("question", "choices", "answer", "hint", "image")
-    require_keys(folder / "problems.json", [problems.get(key) for key in splits[split]], wanted)
+    texts = {
+        row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
+        for row in read_json_list(Path(questions))
+    }
+    require_keys(folder / "problems.json", [problems.get(key) for key in splits[split]], ("choices", "answer", "image"))
     out = []
     for key in splits[split]:
         problem = problems[key]
         if problem["image"] is None:
             continue
-        if questions is not None and key not in texts:
+        if key not in texts:
             raise san_error(f"{questions} does not ask the question {key}, which {split} has.")
-        context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         options = tuple(problem["choices"])
         _require_option(
             folder / "problems.json", key, problem["answer"], dict(zip(range(len(LETTERS)), options, strict=False))
         )
-        text = texts.get(key) or context + problem["question"] + _choices(options)
-        out.append(Question(key, f"{key}/{problem['image']}", text, (LETTERS[problem["answer"]],), "default", options))
+        out.append(
+            Question(key, f"{key}/{problem['image']}", texts[key], (LETTERS[problem["answer"]],), "default", options)
+        )
     return out
 
 

@@ -62,13 +62,6 @@ def write_vqav2(path: str | Path, questions: Sequence[Question], answers: Sequen
     write_atomically(Path(path), json.dumps(rows))
 
 
-def write_vizwiz(path: str | Path, questions: Sequence[Question], answers: Sequence[str | None]) -> None:
-    """Writes what VizWiz's server takes: a list of `image` and `answer`, normalised as LLaVA does."""
-    pairs = zip(questions, answers, strict=True)
-    rows = [{"image": q.image, "answer": normalise_for_upload(answer or "")} for q, answer in pairs]
-    write_atomically(Path(path), json.dumps(rows))
-
-
 def write_mmbench(
     path: str | Path, table: str | Path, questions: Sequence[Question], answers: Sequence[str | None]
 ) -> Path:

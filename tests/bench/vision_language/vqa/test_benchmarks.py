@@ -18,7 +18,6 @@ from san_bench.vision_language.vqa.benchmarks import (
     Score,
     lmms_command,
     score_benchmark,
-    score_mmbench,
     score_pope,
     vqa_accuracy,
 )
@@ -174,10 +173,6 @@ def test_pope_is_the_mean_of_three_f1():
         "yes_ratio": 0.5,
     }
     assert found.details["random/f1"] == found.details["random/accuracy"] == 0
-    strict = score_pope(pope(), said, strict=True)
-    # adversarial: yes, none, none, no: precision 1, recall 1/2, f1 2/3
-    assert (strict.score, strict.unanswered) == (pytest.approx((2 / 3 + 1 + 0) / 3), 2)
-    assert strict.details["adversarial/accuracy"] == 0.5
     with pytest.raises(SanError, match="POPE has no category rare"):
         score_pope([replace(pope()[0], category="rare")], ["yes"])
 
@@ -199,9 +194,8 @@ def test_mmbench_turns_the_options_and_wants_all_to_be_right():
     ]
     assert questions[1].text == f"What?\nA. dog\nB. bus\nC. cat\n{LETTER}"
     assert vqa_files.with_rotations(questions) == questions
-    always_b = ["B"] * 5
     assert score_benchmark("mmbench", questions, ["B", "dog", "c.", "A", "B"]).score == 1
-    assert score_mmbench(questions, always_b, circular=False).score == 2 / 5  # 7 and 1,000,008
+    assert score_benchmark("mmbench", questions, ["B"] * 5).score == 0  # 7 and 1,000,008 alone are right
     assert score_benchmark("mmbench", questions, ["B", "A", "C", "A", None]) == Score("mmbench", 0.5, 2, 1, {"rows": 5})
 
 
