@@ -262,5 +262,5 @@ def test_the_command_says_what_it_found(data, capsys, tmp_path):
 
 def test_nothing_is_fetched_but_the_way_is_said(data, tmp_path):
     (problem,) = fetch("commonsense/boolq", tmp_path / "other")
-    assert "BoolQ must be got by hand" in str(problem)
+    assert "download BoolQ manually" in str(problem)
     assert fetch("commonsense/boolq", data, small()) == []

@@ -57,7 +57,7 @@ def test_own_records_have_answers_that_can_be_sought_or_free_ones(tmp_path, plac
     assert asked.read_answer("no answer") is None
     with pytest.raises(SanError, match="no questions of the split 'other'; it has those of val, test"):
         task.asked("other")
-    with pytest.raises(SanError, match="needs its data"):
+    with pytest.raises(SanError, match="vtab/cifar"):
         load_text_task("commonsense")
 
 
