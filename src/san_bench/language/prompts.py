@@ -1,8 +1,8 @@
-"""From a record to what a language model reads: the prompt, its tokens, and what of them the loss is on.
+"""Prompts, tokenization, and loss masks for language models.
 
-Both templates are Alpaca's. `clean` is the usual one. `legacy` is what the published code of commonsense reasoning
-makes of it, to the last blank: all lines of the template but the first are indented by 16, and training differs from
-evaluation in blanks at the end of the first line and on the empty ones.
+Both templates are Alpaca's. `clean` is the usual one. `legacy` reproduces the published commonsense code exactly: all
+lines except the first are indented by 16 spaces, and training and evaluation differ in whitespace at the end of the
+first line and on empty lines.
 
 Example:
     >>> from san_bench.language.instructions import Record
@@ -40,25 +40,25 @@ LossOn = Literal["full", "answer"]
 PREAMBLE = "Below is an instruction that describes a task"
 REQUEST = "Write a response that appropriately completes the request."
 RESPONSE = "### Response:"
-"""Header after which a model writes."""
+"""Header before the response."""
 
 INDENT = " " * 16
-"""What stands before all lines of the legacy template but the first, the response included."""
+"""Indentation of all lines of the legacy template except the first, including the response."""
 
 CUTOFF = 256
-"""Tokens of a record in the published training, beginning and end included."""
+"""Maximum tokens of a record in the published training, including BOS and EOS."""
 
 IGNORED = -100
-"""Label of a token that the loss is not on."""
+"""Label of tokens without loss."""
 
 
 def prompt(record: Record, template: Template, phase: Phase) -> str:
-    """Returns the text that a model goes on from. In training, the record's output follows it without a gap.
+    """Returns the prompt of a record. In training, the output is appended directly.
 
     Args:
-        record: The instruction.
+        record: The record.
         template: `legacy` as published, or `clean`.
-        phase: Matters to `legacy` alone.
+        phase: Only affects `legacy`.
     """
     middle = ", paired with an input that provides further context. " if record.input else ". "
     first = f"{PREAMBLE}{middle}{REQUEST}"
@@ -77,11 +77,11 @@ def prompt(record: Record, template: Template, phase: Phase) -> str:
 
 @dataclass(frozen=True)
 class Tokenised(Dataset):
-    """Records as tokens, for transformers' Trainer.
+    """Tokenized records for the transformers `Trainer`.
 
     Attributes:
-        examples: `input_ids`, `attention_mask` and `labels` of each record that is trained on.
-        cut: Places of the records, in the order given, of which the length limit left something out.
+        examples: `input_ids`, `attention_mask` and `labels` of each training record.
+        cut: Indices of truncated records.
     """
 
     examples: tuple[dict[str, list[int]], ...]
@@ -101,20 +101,21 @@ def tokenise(
     loss_on: LossOn,
     cutoff: int = CUTOFF,
 ) -> Tokenised:
-    """Makes training examples of records: the beginning, the prompt, the output, and the end if nothing was cut off.
+    """Tokenizes records: BOS, prompt, output, and EOS unless truncated.
 
     Args:
         records: The records.
-        tokenizer: A tokenizer made ready.
-        template: How a prompt looks.
-        loss_on: `full` for all tokens, as published; `answer` for the output and the end.
-        cutoff: The most tokens of an example; what is beyond is cut off at the right.
+        tokenizer: A prepared tokenizer.
+        template: Prompt template.
+        loss_on: `full` for all tokens, as published; `answer` for output and EOS.
+        cutoff: Maximum number of tokens; longer records are truncated on the right. With `loss_on` `answer`, records
+            without any output token left are skipped.
 
     Returns:
-        The examples, in the order of the records, and which records were cut off.
+        The examples, in the order of the records, and the truncated records.
 
     Raises:
-        SanError: If nothing of any answer is left within the cutoff.
+        SanError: If truncation removes all answers.
     """
     examples: list[dict[str, list[int]]] = []
     cut: list[int] = []
@@ -134,8 +135,8 @@ def tokenise(
         examples.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": list(labels)})
     if lost == len(records):
         raise SanError(
-            f"With at most {cutoff} tokens, nothing is left of the answer of any of the {len(records):,} records. "
-            "Raise the cutoff."
+            f"With a cutoff of {cutoff} tokens, none of the {len(records):,} records has any answer tokens left. "
+            "Increase the cutoff."
         )
     return Tokenised(tuple(examples), tuple(cut))
 

@@ -232,7 +232,7 @@ def test_what_cannot_be_trained_is_said_at_once(place, tmp_path):
         recipe_of(place, tmp_path, method={"kind": "linear"})
     with pytest.raises(SanError, match="full trains the weights, and nf4 cannot be trained"):
         recipe_of(place, tmp_path, "full", weights="nf4")
-    with pytest.raises(SanError, match="lm-eval has the tasks of commonsense"):
+    with pytest.raises(SanError, match="scoring: lm-eval"):
         recipe_of(place, tmp_path, scoring__ways=["lm-eval"])
     with pytest.raises(SanError, match=r"unknown task 'mini-langage'\. Did you mean 'mini-language'"):
         recipe_of(place, tmp_path, task="mini-langage")
@@ -251,12 +251,12 @@ def test_a_model_that_is_not_one_is_an_error_that_names_it(place, tmp_path):
     tokenizer.save_pretrained(tmp_path / "small")
     llama(len(tokenizer) - 4).save_pretrained(tmp_path / "small")
     last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    with pytest.raises(SanError, match="embeddings have no row: padding"):
+    with pytest.raises(SanError, match="embedding: padding"):
         domain_of(recipe_of(place, tmp_path, model=str(tmp_path / "small"), text__pad=last)).base_model()
 
 
 def test_a_cutoff_that_leaves_no_answer_is_an_error(place, tmp_path):
-    with pytest.raises(SanError, match="nothing is left of the answer of any of the 18 records"):
+    with pytest.raises(SanError, match="18 records"):
         train(recipe_of(place, tmp_path / "run", text__cutoff=8))
 
 

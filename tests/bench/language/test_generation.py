@@ -254,7 +254,7 @@ def test_results_of_lm_eval_get_our_names():
         "social_i_qa": {"acc": 0.5, "acc_stderr": 0.1, "n": 4},
         "ARC-Easy": {"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.75, "n": 8},
     }
-    with pytest.raises(SanError, match="no number of questions, of boolq, piqa; it has results of social_iqa, piqa"):
+    with pytest.raises(SanError, match=r"boolq, piqa.*social_iqa, piqa"):
         read_harness(output, ["boolq", "siqa", "piqa"])
 
 

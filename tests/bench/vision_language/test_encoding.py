@@ -163,7 +163,7 @@ def test_what_cannot_be_encoded_is_explained():
         encode(SEEN, None, ours, 100)
     with pytest.raises(SanError, match="conversation 2 has no image, but one was given"):
         encode(UNSEEN, Image.new("RGB", (2, 2)), ours, 100)
-    with pytest.raises(SanError, match="is none of a LLaVA: no patch_size"):
+    with pytest.raises(SanError, match=r"LLaVA.* patch_size"):
         encode(UNSEEN, None, ours.tokenizer, 100)
     ours.patch_size = None
     with pytest.raises(SanError, match="no patch_size"):
@@ -275,5 +275,5 @@ def test_accelerate_deals_whole_batches_to_the_processes():
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"world_size": 0}, {"lengths": [1]}])
 def test_batches_that_cannot_be_made(change):
     options = {"with_image": [True, True], "lengths": [1, 1], "batch_size": 1, "seed": 0, **change}
-    with pytest.raises(SanError, match=r"it must be 1 or more|do not make batches"):
+    with pytest.raises(SanError, match=r"it must be 1 or more|1 entries|2 entries"):
         ModalityBatches(**options)

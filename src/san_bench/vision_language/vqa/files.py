@@ -1,7 +1,7 @@
-"""Files of the benchmarks: their questions, and what is right.
+"""Loaders for benchmark files: questions and reference answers.
 
-The layouts are those of LLaVA's evaluation (haotian-liu/LLaVA, docs/Evaluation.md, scripts/v1_5/eval) and of the data
-sets themselves. Every loader gives all questions in the order of their file.
+Layouts follow LLaVA's evaluation (haotian-liu/LLaVA, docs/Evaluation.md, scripts/v1_5/eval) and the datasets. Loaders
+return all questions in the order of the file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from san_bench.vision_language.vqa.rows import (
 )
 
 OCR = "Reference OCR token: "
-"""What TextVQA's words in the image stand behind, in LLaVA's questions."""
+"""Prefix of the OCR tokens in LLaVA's questions of TextVQA."""
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """Reads LLaVA's questions: JSON lines with `question_id`, `image`, `text` and `category`.
 
     Raises:
-        SanError: If the file cannot be read, or lines lack something; the message lists them.
+        SanError: If the file cannot be read, or keys are missing.
     """
     rows = read_lines(Path(path))
     require_keys(path, rows, ("question_id", "text"))
@@ -90,7 +90,7 @@ def load_textvqa(questions: str | Path, annotations: str | Path) -> list[Questio
     asked = read_questions(questions)
     if not any(OCR in question.text for question in asked):
         raise san_error(
-            f"{questions}: no question has a line {OCR!r}, which the papers' setting has. "
+            f"{questions}: no question has a line {OCR!r}, which the published setting has. "
             "Use llava_textvqa_val_v051_ocr.jsonl."
         )
     rows = read_part(Path(annotations), "data")
@@ -111,7 +111,7 @@ def load_gqa(annotations: str | Path, questions: str | Path) -> list[Question]:
     """
     found = read_json(Path(annotations))
     if not isinstance(found, dict):
-        raise san_error(f"{annotations} is no file of GQA: it holds no questions by id.")
+        raise san_error(f"{annotations} is not a GQA file: it does not map IDs to questions.")
     require_keys(annotations, list(found.values()), ("answer",))
     right = {key: (row["answer"],) for key, row in found.items()}
     return _answered(read_questions(questions), right, lambda question: str(question.id), annotations)
@@ -126,7 +126,7 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
             in the order of LLaVA's questions of that category.
 
     Raises:
-        SanError: If a file cannot be read, lacks something, is about other questions, or a label is no yes or no.
+        SanError: If a file cannot be read, lacks something, has other questions, or a label is not yes or no.
     """
     asked = read_questions(questions)
     out: dict[int, Question] = {}
@@ -146,18 +146,18 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
 
 
 def load_sqa(folder: str | Path, questions: str | Path, split: str = "test") -> list[Question]:
-    """Reads the questions of ScienceQA that have an image.
+    """Reads the ScienceQA questions with an image.
 
     Args:
-        folder: Folder of `problems.json` and `pid_splits.json`.
+        folder: Folder with `problems.json` and `pid_splits.json`.
         questions: LLaVA's `llava_test_CQM-A.json`.
         split: One of the splits in `pid_splits.json`.
 
     Returns:
-        The questions; the images are below `images/SPLIT`.
+        The questions; images are in `images/SPLIT`.
 
     Raises:
-        SanError: If a file cannot be read, or lacks something, or an answer is none of the options.
+        SanError: If a file cannot be read or lacks something, or an answer is not one of the options.
     """
     folder = Path(folder)
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
@@ -186,10 +186,10 @@ def load_sqa(folder: str | Path, questions: str | Path, split: str = "test") -> 
 
 
 def load_mmbench(table: str | Path) -> list[Question]:
-    """Reads MMBench's table, with the images decoded from base64; a cell of a few digits names another row's image.
+    """Reads the table of MMBench with base64 images; an image cell may instead contain the index of another row.
 
     Raises:
-        SanError: If it cannot be read, lacks a column, an answer is none of the options, or an image is no base64.
+        SanError: If it cannot be read, lacks a column, an answer is not one of the options, or an image is not base64.
     """
     header, rows = read_table(Path(table))
     if missing := [name for name in ("index", "question", "A", "B", "image") if name not in header]:
@@ -209,7 +209,7 @@ def load_mmbench(table: str | Path) -> list[Question]:
         try:
             image = base64.b64decode(images.get(row["image"], row["image"]), validate=True)
         except binascii.Error as error:
-            raise san_error(f"{table}, index {row['index']}: the image is no base64: {error}.") from error
+            raise san_error(f"{table}, index {row['index']}: the image is not base64: {error}.") from error
         category = row.get("category") or "default"
         text = stem + _choices(options)
         out.append(Question(int(row["index"]), image, text, answers, category, tuple(options)))
@@ -217,9 +217,9 @@ def load_mmbench(table: str | Path) -> list[Question]:
 
 
 def with_rotations(questions: Sequence[Question]) -> list[Question]:
-    """Adds the rotations of MMBench's questions that have none, for the circular rule.
+    """Adds missing rotations of MMBench questions, for circular evaluation.
 
-    A rotation moves the first option to the end, once more in each; its id is larger by another `CIRCLE`.
+    Each rotation moves one more option to the end and adds `CIRCLE` to the ID.
     """
     turned = {int(question.id) % CIRCLE for question in questions if int(question.id) >= CIRCLE}
     out = []
@@ -260,7 +260,7 @@ def _answered(
     key: Callable[[Question], Any],
     path: str | Path,
 ) -> list[Question]:
-    """Gives each question what is right."""
+    """Adds reference answers to questions."""
     missing = [key(question) for question in questions if key(question) not in right]
     if missing:
         raise san_error(f"{path} lacks {len(missing):,} of {len(questions):,} questions, such as {missing[0]!r}.")
@@ -268,10 +268,10 @@ def _answered(
 
 
 def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What people answered: texts, or mappings with an `answer`; nothing where answers are kept secret.
+    """Returns the human answers: strings, or mappings with an `answer`; empty if answers are not public.
 
     Raises:
-        SanError: If there is something else.
+        SanError: If the format is invalid.
     """
     given: Any = row.get("answers", [])
     texts: list[Any] = (
@@ -280,21 +280,21 @@ def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         name = row.get("question_id", row.get("image", row.get("image_id")))
         raise san_error(
-            f"{path}: the answers to {name!r} are {str(given)[:60]}; they have to be a list of texts, or of mappings "
+            f"{path}: the answers to {name!r} are {str(given)[:60]}; expected a list of strings, or of mappings "
             "with an answer."
         )
     return tuple(texts)
 
 
 def _require_option(path: str | Path, key: str | int, answer: Any, options: Mapping[Any, str]) -> None:
-    """Insists that an answer is one of the options.
+    """Raises if an answer is not one of the options.
 
     Raises:
-        SanError: If not; the message lists the options, each with its text.
+        SanError: If it is not; the message lists the options.
     """
     if answer not in list(options):
         known = ", ".join(f"{name} ({text})" if text else str(name) for name, text in options.items()) or "no option"
-        raise san_error(f"{path}: the answer to the question {key!r} is {answer!r}; it has to be one of {known}.")
+        raise san_error(f"{path}: the answer to the question {key!r} is {answer!r}; expected one of {known}.")
 
 
 def _empty(cell: str | None) -> bool:

@@ -206,7 +206,7 @@ def test_scores_that_cannot_be_are_explained():
         score_benchmark("gqa", short(("a",)), ["a", "b"])
     with pytest.raises(SanError, match="1 of 2 questions have no public answer, such as 1"):
         score_benchmark("vqav2", short(("a",), ()), ["a", "b"])
-    with pytest.raises(SanError, match="MMBench numbers its questions"):
+    with pytest.raises(SanError, match="ID 'x'"):
         score_benchmark("mmbench", [replace(mmbench()[0], id="x")], ["a"])
 
 
@@ -249,7 +249,7 @@ def test_the_command_of_lmms_eval(tmp_path):
     with pytest.raises(SanError, match="no benchmark 'sqaa'"):
         lmms_command(export, "out", ["sqaa"])
     (export / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(SanError, match="holds a model of type 'vit'; lmms-eval's llava_hf loads llava alone"):
+    with pytest.raises(SanError, match="type 'vit'"):
         lmms_command(export, "out")
     (export / "adapter_config.json").write_text("{}")
     with pytest.raises(SanError, match="is no merged export"):
@@ -257,7 +257,7 @@ def test_the_command_of_lmms_eval(tmp_path):
     (export / "adapter_config.json").unlink()
     (export / "config.json").write_text('{"model_type": "llava"}')
     export.rename(tmp_path / "a,b")
-    with pytest.raises(SanError, match="splits its arguments at commas"):
+    with pytest.raises(SanError, match="commas"):
         lmms_command(tmp_path / "a,b", "out")
 
 

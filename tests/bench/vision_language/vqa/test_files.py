@@ -100,7 +100,7 @@ def test_answers_that_do_not_fit_are_explained(tmp_path):
     assert vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", row), questions) == ["a", None]
     with pytest.raises(SanError, match="answers the question 0 twice"):
         vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", row, row), questions)
-    with pytest.raises(SanError, match="answers 1 questions that are not asked, such as 9"):
+    with pytest.raises(SanError, match="answers 1 unknown questions, such as 9"):
         vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", {**row, "question_id": 9}), questions)
     with pytest.raises(SanError, match="1 of 2 rows have no text, the first is row 1"):
         vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", row, {"question_id": 1}), questions)
@@ -154,7 +154,7 @@ def test_pope(tmp_path):
     path = tmp_path / "coco_pope_popular.json"
     whole = path.read_text()
     path.write_text(whole.replace('"label": "no"', '"label": "maybe"'))
-    said = r"coco_pope_popular.json: the answer to the question 1 is 'maybe'; it has to be one of yes, no\."
+    said = r"coco_pope_popular.json: the answer to the question 1 is 'maybe'.* yes, no\."
     with pytest.raises(SanError, match=said):
         vqa_files.load_pope(tmp_path / "llava_pope_test.jsonl", tmp_path)
     path.write_text(whole)
@@ -183,7 +183,7 @@ def test_scienceqa(tmp_path):
         vqa_files.load_sqa(tmp_path, dump(tmp_path / "few.json", own[:1]))
     with pytest.raises(SanError, match="has no split 'val', only train, test"):
         vqa_files.load_sqa(tmp_path, asked, "val")
-    said = r"problems.json: the answer to the question '4' is {}; it has to be one of 0 \(cat\), 1 \(bus\)\."
+    said = r"problems.json: the answer to the question '4' is {}; .* 0 \(cat\), 1 \(bus\)\."
     for answer in (2, -1, "B"):
         dump(tmp_path / "problems.json", {**problems, "4": {**base, "answer": answer}})
         with pytest.raises(SanError, match=said.format(repr(answer))):
@@ -218,12 +218,10 @@ def test_mmbench(table):
     assert (questions[2].text, questions[2].answers) == (f"Why\nso?\nA. x\nB. y\n{LETTER}", ())
     assert vqa_files.with_rotations(questions[:2]) == questions[:2]
     table.write_text("index\tquestion\tA\tB\timage\tanswer\n1\tWhat?\tx\ty\tAAAA\tC\n")
-    with pytest.raises(
-        SanError, match=r"tsv: the answer to the question '1' is 'C'; it has to be one of A \(x\), B \(y\)"
-    ):
+    with pytest.raises(SanError, match=r"tsv: the answer to the question '1' is 'C'.* A \(x\), B \(y\)"):
         vqa_files.load_mmbench(table)
     table.write_text("index\tquestion\tA\tB\timage\n1\tWhat?\tx\ty\t#!\n")
-    with pytest.raises(SanError, match="index 1: the image is no base64"):
+    with pytest.raises(SanError, match="index 1: the image is not base64"):
         vqa_files.load_mmbench(table)
     table.write_text("index\tquestion\n1\tWhat?\n")
     with pytest.raises(SanError, match="has no column A, B, image"):
@@ -244,7 +242,7 @@ def test_mmbenchs_upload_is_a_table_without_openpyxl(table, tmp_path, monkeypatc
         path = vqa_uploads.write_mmbench(tmp_path / "up.xlsx", table, vqa_files.load_mmbench(table), ["B", None, "A"])
     assert path == tmp_path / "up.tsv"
     said = lines(tmp_path / "said.jsonl", {"question_id": 7, "text": "B"}, {"question_id": 8, "text": "A"})
-    with pytest.raises(SanError, match=r"up.tsv is there already. Choose another file with --out"):
+    with pytest.raises(SanError, match=r"up.tsv already exists"):
         submission(said, "mmbench", table, tmp_path / "up.xlsx")
     with pytest.warns(UserWarning, match="openpyxl is not installed"):
         assert submission(said, "mmbench", table, tmp_path / "other.xlsx").read_bytes() == path.read_bytes()
@@ -265,5 +263,5 @@ def test_mmbenchs_upload_is_a_spreadsheet_with_openpyxl(table, tmp_path, monkeyp
 @pytest.mark.parametrize("answers", ["red", [{"reply": "red"}], [3], None])
 def test_answers_that_are_none_are_named(tmp_path, answers):
     row = {"image": "a.jpg", "question": "What is it?", "answers": answers}
-    with pytest.raises(SanError, match=r"val.json: the answers to 'a.jpg' are .*; they have to be a list of texts"):
+    with pytest.raises(SanError, match=r"val.json: the answers to 'a.jpg' are "):
         vqa_files.load_vizwiz(dump(tmp_path / "val.json", [row]))
