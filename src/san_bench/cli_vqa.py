@@ -16,13 +16,13 @@ class Submission:
     source: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run that generates the answers, or a .jsonl file of answers in LLaVA's format."""
     benchmark: Annotated[Positional[str], arg(metavar="BENCHMARK")]
-    """vqav2, vizwiz or mmbench."""
+    """vqav2 or mmbench."""
     questions: Annotated[Positional[Path], arg(metavar="QUESTIONS")]
-    """Questions of the test split: LLaVA's .jsonl, VQAv2's or VizWiz's own .json, or MMBench's .tsv."""
+    """Questions of the test split: LLaVA's .jsonl, VQAv2's own .json, or MMBench's .tsv."""
     out: Path
     """File to write: .json, or .xlsx for mmbench."""
     images: Path | None = None
-    """Folder of the images; by default test2015 (vqav2) or test (vizwiz) next to the questions."""
+    """Folder of the images; by default test2015 (vqav2) next to the questions."""
 
     def run(self) -> None:
         """Generates answers, writes the file and prints its path."""

@@ -1,4 +1,4 @@
-"""The kinds of data that runs train on: one table of where each has its recipe, its domain and its data check."""
+"""Registry of the kinds of data: recipe class, domain class and data check of each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data. What it names is imported when it is asked for, since most of it imports torch.
+    """A kind of data. Entries are import paths, resolved on use, since most of them import torch.
 
     Attributes:
-        key: A key that recipes of this kind have, and no others.
-        recipe: The class of its recipes, as `module:class`.
-        domain: The class that loads, trains and scores its data.
-        check: The function that checks its data; takes the arguments of `san_bench.datacheck.check.examine`.
-        checks: Names of the suites that this function knows, the part before a slash.
+        key: A key that only recipes of this kind have.
+        recipe: Recipe class, as `module:class`.
+        domain: Class that loads, trains on and scores its data.
+        check: Function that checks its data, with the arguments of `san_bench.datacheck.check.examine`.
+        checks: Suites that `check` handles: the part of the name before the slash.
     """
 
     key: str
@@ -50,21 +50,21 @@ KINDS = {
         checks=("vtab", "fgvc", "gic", "folder", "datasets"),
     ),
 }
-"""All kinds by the name of their package; a recipe without any of the keys is one of images."""
+"""All kinds by package name; a recipe with none of the keys is an image recipe."""
 
 
 def recipe_class(data: Mapping[str, Any]) -> Any:
-    """Returns the class that a recipe's keys belong to."""
+    """Returns the recipe class for a mapping of recipe keys."""
     kind = next((kind for kind in KINDS.values() if kind.key in data), KINDS["image"])
     return resolve_name(kind.recipe)
 
 
 def domain_class(recipe: Any) -> Any:
-    """Returns the class that loads, trains and scores what a recipe names."""
+    """Returns the domain class for a recipe."""
     return resolve_name(next(kind.domain for kind in KINDS.values() if hasattr(recipe, kind.key)))
 
 
 def check_of(suite: str) -> Any:
-    """Returns the function that checks the data of a suite such as `vtab` or `llava/gqa`, or `None`."""
+    """Returns the data check for a suite such as `vtab` or `llava/gqa`, or `None`."""
     name = suite.partition("/")[0]
     return next((resolve_name(kind.check) for kind in KINDS.values() if name in kind.checks), None)

@@ -42,8 +42,8 @@ def run(capsys, *words):
         ("trace here --scheme exact --json", cli.Trace("here", "exact", json=True)),
         ("export runs/demo/san --out there --merged", cli.Export(Path("runs/demo/san"), Path("there"), True)),
         (
-            "submission runs/llava vizwiz test.json --out up.json --images there",
-            cli.Submission(Path("runs/llava"), "vizwiz", Path("test.json"), Path("up.json"), Path("there")),
+            "submission runs/llava vqav2 test.json --out up.json --images there",
+            cli.Submission(Path("runs/llava"), "vqav2", Path("test.json"), Path("up.json"), Path("there")),
         ),
         (
             "lmms-eval plain --benchmarks gqa sqa --processes 8",

@@ -1,1 +1,1 @@
-"""Recipes, suites and protocols: strict YAML, and what decides a run. No torch."""
+"""Recipes, suites and protocols: strict YAML that defines a run. No torch."""

@@ -1,4 +1,4 @@
-"""Methods: what a run trains, as recipes and suites name it."""
+"""Fine-tuning methods and their hyperparameters, as recipes and suites name them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from san_bench.config.strict import Strict
 Propagation = Literal[
     "all", "exact", "feedforward", "reference", "none", "reversed", "skip-one", "permuted", "shuffled"
 ]
-"""A scheme, or one of the ways to break the order of propagation, drawn with the recipe's seed."""
+"""A propagation scheme, or an ablation that breaks the order of propagation, drawn with the recipe's seed."""
 
 Targets = Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | Literal["all-linear"]
 
@@ -39,7 +39,7 @@ class Lora(Strict):
     """LoRA, or DoRA.
 
     Attributes:
-        targets: Endings of the names of the layers, or `all-linear`: every dense layer but the head.
+        targets: Suffixes of layer names, or `all-linear`: every linear layer except the head.
     """
 
     kind: Literal["lora", "dora"]
@@ -50,7 +50,7 @@ class Lora(Strict):
 
 
 class SanOver(Strict):
-    """SAN over LoRA or DoRA: the scale is taken out of the host and propagated."""
+    """SAN over LoRA or DoRA: the scale is decomposed from the host adapter and propagated."""
 
     kind: Literal["san-lora", "san-dora"]
     rank: int = Field(ge=1)
@@ -65,7 +65,7 @@ class SanOver(Strict):
 
 
 class Ia3(Strict):
-    """(IA)^3: learned scales on outputs, and on the inputs of `feedforward`, which is part of `targets`."""
+    """(IA)^3: learned scales on the outputs of `targets`; for those in `feedforward`, on the inputs."""
 
     kind: Literal["ia3"]
     targets: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
@@ -73,9 +73,9 @@ class Ia3(Strict):
 
 
 class Plain(Strict):
-    """No adapter: `linear` trains the head alone, `norm` the normalisations too, `bitfit` the biases, `full` all.
+    """Baselines without an adapter: `linear` trains the head, `norm` also norms, `bitfit` also biases, `full` all.
 
-    A model of language has no head of its own, so `linear` would train nothing there.
+    A language model has no new head, so `linear` would train nothing there.
     """
 
     kind: Literal["linear", "norm", "bitfit", "full"]

@@ -1,8 +1,7 @@
-"""Recipes: everything that decides a run, in one strict and frozen YAML file.
+"""Recipes: the complete configuration of a run, in one strict and frozen YAML file.
 
-Every key must be there, no other key may be, and nothing outside the file decides the result but the data, whose
-fingerprint a result carries. All errors of a file come at once, each with its line, the place in the recipe, and the
-likely word where one was mistyped.
+Every key is required, unknown keys are errors, and only the data, whose fingerprint is part of the result, comes from
+outside the file. All errors are reported at once, each with its line, its key, and a suggestion for a mistyped word.
 
 Example:
     >>> recipe = load_recipe("demo/san")
@@ -30,22 +29,22 @@ from san_bench.kinds import recipe_class
 
 
 class Optimizer(Strict):
-    """The optimiser and its schedule, which changes the learning rate at every step.
+    """Optimizer and learning rate schedule, which steps once per optimizer step.
 
     Attributes:
         kind: AdamW, or SGD with momentum 0.9.
-        lr: Largest learning rate, after the warm-up.
-        weight_decay: Of matrices and kernels.
-        decay_vectors: Decays vectors as well, apart from biases and norms: scales, which are stored as their offset
-            from one, are then pulled towards one.
-        epochs: Passes over the data.
-        batch_size: Images, or records, in a step, over all devices and accumulated parts.
-        accumulation: Into how many parts a batch is divided.
-        warmup: Share of the steps in which the learning rate rises from `warmup_lr`.
-        warmup_lr: Where it rises from, as a share of `lr`.
-        schedule: How it falls.
-        min_lr: What it falls to, as a share of `lr`; `cosine` alone can end above zero.
-        max_grad_norm: Where gradients are clipped; 0 for no clipping.
+        lr: Peak learning rate, reached after the warm-up.
+        weight_decay: Weight decay for weight matrices and conv kernels.
+        decay_vectors: Also decays vectors other than biases and norms. Scales are stored as their offset from one, so
+            decay pulls them towards one.
+        epochs: Number of epochs.
+        batch_size: Effective batch size: examples per optimizer step, over all devices and accumulation steps.
+        accumulation: Gradient accumulation steps.
+        warmup: Fraction of the steps used for warm-up.
+        warmup_lr: Learning rate at the first step, as a fraction of `lr`.
+        schedule: Learning rate schedule after the warm-up.
+        min_lr: Final learning rate, as a fraction of `lr`; only `cosine` can end above zero.
+        max_grad_norm: Maximum gradient norm for clipping; 0 turns clipping off.
     """
 
     kind: Literal["adamw", "sgd"]
@@ -66,12 +65,12 @@ class Optimizer(Strict):
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation|{self.accumulation} parts do not divide a batch of {self.batch_size}")
         if self.schedule != "cosine" and (self.min_lr or self.warmup_lr):
-            raise ValueError(f"schedule|min_lr and warmup_lr are for cosine; with {self.schedule} they must be 0")
+            raise ValueError(f"schedule|min_lr and warmup_lr need cosine; with {self.schedule} they must be 0")
         return self
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
-    """Divides a model's name into that of its repository and its revision; a folder has none.
+    """Splits `NAME@REVISION` into name and revision; a local folder has no revision.
 
     Example:
         >>> split_revision("huggyllama/llama-7b@4782ad2")
@@ -84,22 +83,22 @@ def split_revision(model: str) -> tuple[str, str | None]:
 
 
 class Recipe(Strict):
-    """What every run has: what is trained, on what, how, and where the result goes.
+    """Settings common to all runs.
 
     Attributes:
-        task: Name of what is trained on.
-        data: Folder of the data; `null` for tasks that come with the package. No part of the fingerprint: a result
-            carries the fingerprint of the data itself.
-        model: What is fine-tuned. A name on the hub may end with `@` and a revision: a commit, a branch or a tag.
-        method: What is trained.
-        optimizer: The optimiser and its schedule.
+        task: Name of the task.
+        data: Data folder; `null` for tasks that ship with the package. Not part of the fingerprint: a result has a
+            fingerprint of the data itself.
+        model: Pretrained model. A name on the hub may end with `@` and a revision: a commit, branch or tag.
+        method: Fine-tuning method.
+        optimizer: Optimizer and schedule.
         protocol: Name of the protocol that the settings come from, or `null`.
-        seed: Seeds what is new in the model, the adapter, the augmentation and the order of the data.
-        precision: Of the arithmetic.
+        seed: Seed for new parameters, augmentation and data order.
+        precision: Dtype for training and evaluation; 16-bit types use autocast.
         compile: Uses `torch.compile`.
-        data_workers: Processes that prepare data; with 0 the training process does.
-        checkpoint_steps: Steps between checkpoints, 0 for none; resuming continues from the last one.
-        output: Folder of the run; no part of the fingerprint.
+        data_workers: Data loader worker processes; 0 loads in the training process.
+        checkpoint_steps: Steps between checkpoints, 0 for none. A run resumes from the last one.
+        output: Output folder; not part of the fingerprint.
     """
 
     task: str = Field(min_length=1)
@@ -132,40 +131,40 @@ class Recipe(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Writes the recipe as YAML, keys in the order of the class."""
+        """Returns the recipe as YAML, with keys in the order of the class."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 VALIDATION = {"train800val200": "train800+val200", "trainval": "train+val"}
-"""Splits that join a training and a validation split, with the names of both."""
+"""Splits that join a training and a validation split, and the names of both."""
 
 
 def check_splits(train_split: str, eval_split: str, selection: str) -> None:
-    """Raises `ValueError` where a model would be scored, or chosen, by what it was trained with."""
+    """Raises `ValueError` if a model would be scored or selected on its training data."""
     train = VALIDATION.get(train_split, train_split)
     if eval_split in train.split("+"):
         apart = train.split("+")[0]
-        raise ValueError(f"eval_split|{eval_split} is part of {train_split}; train with {apart}, or score on test")
+        raise ValueError(f"eval_split|{eval_split} is part of {train_split}; train on {apart}, or score on test")
     if selection == "best-val" and train_split in VALIDATION:
         raise ValueError(
-            f"selection|{train_split} contains the validation split, so best-val would choose by what was "
-            f"trained with; train with {VALIDATION[train_split].split('+')[0]}"
+            f"selection|{train_split} contains the validation split, so best-val would select on training data; "
+            f"train on {VALIDATION[train_split].split('+')[0]}"
         )
 
 
 def check_weights(kind: str, weights: str) -> None:
-    """Raises `ValueError` where a method cannot train a model of language whose weights are kept so."""
+    """Raises `ValueError` if a method cannot train a language model with weights of this dtype."""
     if kind == "linear":
-        raise ValueError("method|linear trains a new head alone, and a language model has none; take another")
+        raise ValueError("method|linear trains only a new head, and a language model has none; choose another method")
     if kind in ("full", "norm", "bitfit") and weights in ("nf4", "int8", "fp16"):
         raise ValueError(f"weights|{kind} trains the weights, and {weights} cannot be trained")
 
 
 def shipped(kind: str | None = "recipes") -> dict[str, Path]:
-    """Returns the files of a kind that come with the package, by name, such as `demo/san`.
+    """Returns the shipped files of a kind by name, such as `demo/san`.
 
     Args:
-        kind: `recipes`, `suites` or `protocols`; `None` for all, with the kind in the names of the last two.
+        kind: `recipes`, `suites` or `protocols`; `None` for all, with the kind as prefix of the last two.
     """
     root = Path(str(resources.files("san_bench"))) / "recipes"
     folder = root if kind in (None, "recipes") else root / kind
@@ -175,14 +174,14 @@ def shipped(kind: str | None = "recipes") -> dict[str, Path]:
 
 
 def find(name: str | Path, kind: str | None = "recipes") -> Path:
-    """Finds a file by its path, or by the name under which it ships.
+    """Finds a file by its path or its shipped name.
 
     Args:
         name: The path or the name.
         kind: Where to look; see `shipped`.
 
     Raises:
-        SanError: If there is neither.
+        SanError: If neither exists.
     """
     known = shipped(kind)
     if Path(name).is_file():
@@ -196,17 +195,17 @@ def find(name: str | Path, kind: str | None = "recipes") -> Path:
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Any:
-    """Reads and checks a recipe.
+    """Loads and validates a recipe.
 
     Args:
-        name: Path of a YAML file, or the name of a shipped recipe.
-        overrides: Values by dotted key, or as `key=value` texts whose values are read as YAML.
+        name: Path of a YAML file, or name of a shipped recipe.
+        overrides: Values by dotted key, or `key=value` strings whose values are parsed as YAML.
 
     Returns:
-        The recipe, frozen: an `ImageRecipe` or a `TextRecipe`, as its keys say.
+        The frozen recipe: an `ImageRecipe`, `TextRecipe` or `ConversationRecipe`, depending on its keys.
 
     Raises:
-        SanError: If anything is wrong with it; the message lists every problem with its place.
+        SanError: If it is invalid; the message lists every problem and its location.
     """
     file = read_file(find(name), overrides)
     return check_file(recipe_class(file.data), file)

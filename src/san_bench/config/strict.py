@@ -1,6 +1,6 @@
-"""Strict and frozen models read from YAML: every problem at once, each with its line, its place and the likely word.
+"""Strict, frozen models read from YAML. All problems are reported at once, with line, key and suggestion.
 
-Recipes, protocols and suites are such files. Every key must be there, and no other key may be.
+Used for recipes, protocols and suites. Every key is required, and unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 
 class Strict(BaseModel):
-    """A model of which every key has to be given, no other may be, and none changes."""
+    """Frozen base model: every key is required and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -31,10 +31,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[t
     """Reads a mapping from a YAML file.
 
     Returns:
-        The data, the line of every key, and the problems that YAML itself lets pass.
+        The data, the line of every key, and problems that YAML itself accepts, such as duplicate keys.
 
     Raises:
-        SanError: If the file is not YAML, or no mapping.
+        SanError: If the file is not YAML, or not a mapping.
     """
     data, lines, problems = None, {}, []
     try:
@@ -42,20 +42,22 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[t
         if isinstance(root, yaml.MappingNode):
             lines, problems = _lines(root)
             data = _Loader("").construct_document(root)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise san_error(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if data is None:
-        raise san_error(f"{path}: a recipe is a mapping of keys to values. `san recipes --copy demo/san` gives one.")
+        raise san_error(
+            f"{path}: expected a mapping of keys to values. `san recipes --copy demo/san` writes an example."
+        )
     return data, lines, problems
 
 
 def read_model(model: type[Model], path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Model:
-    """Reads and checks a model.
+    """Reads and validates a model.
 
     Args:
-        model: What the file holds.
+        model: Class of the model.
         path: YAML file.
         overrides: Values by dotted key, or as `key=value` texts whose values are read as YAML.
 
@@ -67,13 +69,13 @@ def read_model(model: type[Model], path: Path, overrides: Mapping[str, Any] | Se
 
 @dataclass(frozen=True)
 class File:
-    """What a file holds, before it is checked.
+    """Content of a YAML file before validation.
 
     Attributes:
         path: The file.
-        data: The mapping in it, with other values where some were given.
-        lines: The line of every key; `None` for those that were given.
-        problems: What YAML itself lets pass.
+        data: The mapping, with overrides applied.
+        lines: Line of every key; `None` for overrides.
+        problems: Problems that YAML itself accepts.
     """
 
     path: Path
@@ -83,7 +85,7 @@ class File:
 
 
 def read_file(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> File:
-    """Reads a YAML file and puts other values into it; see `read_model`."""
+    """Reads a YAML file and applies overrides; see `read_model`."""
     data, lines, problems = read_yaml(path)
     for key, value in parse_overrides(overrides).items():
         put(data, key, value)
@@ -95,21 +97,21 @@ def read_file(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> 
 
 
 def check_file(model: type[Model], file: File) -> Model:
-    """Checks what a file holds; see `read_model`."""
+    """Validates the content of a file; see `read_model`."""
     return check(model, file.data, lambda loc: _place(file.path, file.lines, loc), file.problems)
 
 
 def check(model: type[Model], data: Any, place: Any = None, problems: Sequence[tuple[Loc, str]] = ()) -> Model:
-    """Checks data against a model.
+    """Validates data against a model.
 
     Args:
-        model: The model.
-        data: What should be one.
-        place: Says where a key stands; its dotted name by default.
-        problems: What is known to be wrong already.
+        model: Class of the model.
+        data: Data to validate.
+        place: Returns the location of a key; its dotted name by default.
+        problems: Problems found earlier.
 
     Raises:
-        SanError: With every problem and its place.
+        SanError: If there are problems; the message lists every one and its location.
     """
     place, found = place or (lambda loc: ".".join(loc) or model.__name__), list(problems)
     try:
@@ -126,38 +128,38 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
     """Sets a value by its dotted key.
 
     Raises:
-        SanError: If a key on the way holds a value.
+        SanError: If a parent key is not a mapping.
     """
     place = data
     *parents, last = key.split(".")
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise san_error(f"--set {key}: {parent!r} holds a value, no keys.")
+            raise san_error(f"--set {key}: {parent!r} is a value and has no keys.")
     place[last] = value
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Mapping[str, Any]:
-    """Returns overrides as values by dotted key; see `read_model`."""
+    """Returns overrides as a mapping by dotted key; see `read_model`."""
     if isinstance(overrides, Mapping):
         return overrides
     return dict(_parse_override(text) for text in overrides)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns a question after the known word that is close to a mistyped one; nothing where none is close."""
+    """Returns " Did you mean ...?" with the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns the known word that is close to a mistyped one, and all of them, to end an error with."""
+    """Returns the end of an error message: the closest known word and all choices."""
     words = list(known)
     return f"{did_you_mean(word, words)} Choose from {', '.join(words)}."
 
 
 def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
-    """Returns a task's name without its suite's before it.
+    """Returns the name of a task without its suite prefix.
 
     Raises:
         SanError: If the suite has no such task.
@@ -170,14 +172,14 @@ def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
 
 
 def san_error(message: str) -> Exception:
-    """Returns a `SanError`, whose import brings in torch, so only when it is needed."""
+    """Returns a `SanError`; the import is deferred because it imports torch."""
     from san_peft.errors import SanError
 
     return SanError(message)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose floats may be written 1e-3, as in YAML 1.2."""
+    """Loads YAML with floats such as 1e-3, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -196,7 +198,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _lines(root: yaml.MappingNode) -> tuple[dict[Loc, int | None], list[tuple[Loc, str]]]:
-    """Line of every key, and the keys that are there twice (YAML would silently take the last)."""
+    """Returns the line of every key, and duplicate keys (YAML would silently keep the last)."""
     lines: dict[Loc, int | None] = {}
     twice: list[tuple[Loc, str]] = []
 
@@ -205,7 +207,7 @@ def _lines(root: yaml.MappingNode) -> tuple[dict[Loc, int | None], list[tuple[Lo
             for key, value in node.value:
                 here = (*loc, str(key.value))
                 if here in lines:
-                    twice.append((here, f"is there twice, first in line {lines[here]}"))
+                    twice.append((here, f"is a duplicate key, first in line {lines[here]}"))
                 lines[here] = key.start_mark.line + 1
                 yield from walk(value, here)
 
@@ -222,17 +224,17 @@ def _place(path: Path, lines: Mapping[Loc, int | None], loc: Loc) -> str:
 
 
 def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
-    """Place and text of one of pydantic's errors; the tags of unions are taken out of the place."""
+    """Returns location and text of a pydantic error; union tags are removed from the location."""
     raw = [str(part) for part in error["loc"]]
     loc, model, kinds = _resolve(root, raw)
     kind, given = error["type"], error.get("input")
     if kind == "value_error":
-        key, _, text = str(error["ctx"]["error"]).partition("|")  # a validator names the key that it means
+        key, _, text = str(error["ctx"]["error"]).partition("|")  # validators prefix the key: "key|text"
         return (*loc, *([key] if text else [])), f"{text or key}."
     if kind == "extra_forbidden":
         return loc, f"unknown key.{suggest(loc[-1], model.model_fields)}"
     if kind == "missing":
-        return loc, "is missing; a recipe leaves nothing to defaults."
+        return loc, "is missing; there are no default values."
     if kind == "union_tag_invalid":
         tag = given.get("kind") if isinstance(given, Mapping) else given
         return (*loc, "kind"), f"unknown {loc[-1]} {tag!r}.{suggest(str(tag), kinds)}"
@@ -240,12 +242,12 @@ def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
         return (*loc, "kind"), f"is missing. Choose from {', '.join(kinds)}."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return loc, f"{given!r} is not a choice.{suggest(str(given), choices)}"
+        return loc, f"{given!r} is not valid.{suggest(str(given), choices)}"
     return loc, f"{error['msg'][0].lower()}{error['msg'][1:]}, but it is {given!r}."
 
 
 def _resolve(model: type[BaseModel], raw: Sequence[str]) -> tuple[Loc, type[BaseModel], dict[str, type[BaseModel]]]:
-    """Follows the place of an error: the keys without tags, the model that its last key is of, and kinds to choose."""
+    """Resolves an error location: keys without union tags, model of the last key, and possible kinds."""
     loc: list[str] = []
     kinds: dict[str, type[BaseModel]] = {}
     rest = list(raw)
@@ -280,7 +282,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _kinds(models: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
-    """The models of a union that a `kind` tells apart, by kind."""
+    """Returns the models of a union discriminated by `kind`."""
     return {
         str(kind): model
         for model in models

@@ -1,4 +1,4 @@
-"""Suites: tasks, models, methods and a protocol, in one strict YAML file, and the recipes that follow from it.
+"""Suites: tasks, models, methods and a protocol in one strict YAML file, expanded into recipes.
 
 Example:
     >>> suite = load_suite("mini-vision")
@@ -25,17 +25,17 @@ from san_bench.config.strict import Strict, check, parse_overrides, put, read_mo
 from san_bench.kinds import recipe_class
 
 Rates = dict[str, dict[str, float | dict[str, float]]]
-"""Learning rates: by backbone and method, one for all tasks or one for each."""
+"""Learning rates by backbone and method: one for all tasks, or one per task."""
 
 
 class Search(Strict):
-    """How learning rates are chosen: on validation images, with the same effort for every method.
+    """Learning rate search on validation data, with the same budget for every method.
 
     Attributes:
-        tasks: Tasks that trials train on; empty for all. Where a choice has none of them, the trials take all it has.
-        seeds: Seeds of the trials, other than those of the suite.
-        grid: Learning rates by method; `default` for those that are not named.
-        per: One rate for each `task`, or one for the whole `suite`.
+        tasks: Tasks of the trials; empty for all. If a selection contains none of them, trials use all its tasks.
+        seeds: Seeds of the trials, separate from those of the suite.
+        grid: Learning rates by method; `default` for all others.
+        per: One rate per `task`, or one for the whole `suite`.
     """
 
     tasks: Annotated[tuple[str, ...], Field(strict=False)]
@@ -46,25 +46,25 @@ class Search(Strict):
     @model_validator(mode="after")
     def _is_complete(self) -> Search:
         if "default" not in self.grid:
-            raise ValueError("grid|needs a default for the methods that it does not name")
+            raise ValueError("grid|needs a default for methods without an entry")
         if self.tasks and self.per == "task":
-            raise ValueError("tasks|must be empty where each task has a rate of its own (per: task)")
+            raise ValueError("tasks|must be empty with one rate per task (per: task)")
         return self
 
 
 class Suite(Strict):
-    """What a table compares.
+    """A benchmark suite: everything a results table compares.
 
     Attributes:
-        protocol: Name of a shipped protocol, or a file: everything of a recipe that is the same in all runs.
+        protocol: Shipped protocol or file: the recipe settings that all runs share.
         groups: Tasks by group.
-        mix: What one training covers all tasks with, such as `mini-language`; `null` where each task is trained alone.
-        models: Models by short name, the backbone.
-        methods: What is trained, by the name in tables.
-        modes: In which modes trained adapters of SAN are scored beside `both`.
-        settings: Values in place of the protocol's for single tasks, by task and dotted key.
-        search: How learning rates are chosen.
-        rates: The rates that were chosen.
+        mix: Training mix that covers all tasks in one run, such as `mini-language`; `null` for one run per task.
+        models: Models by backbone name.
+        methods: Methods by their name in tables.
+        modes: Ablation modes in which SAN adapters are scored besides `both`.
+        settings: Overrides of the protocol by task and dotted key.
+        search: Learning rate search.
+        rates: Selected learning rates.
     """
 
     protocol: str
@@ -82,9 +82,9 @@ class Suite(Strict):
         for place, named in (("settings", self.settings), ("search", self.search.tasks)):
             strange = [task for task in named if task not in self.tasks]
             if strange:
-                raise ValueError(f"{place}|{', '.join(strange)} is no task of the suite")
+                raise ValueError(f"{place}|{', '.join(strange)} is not a task of the suite")
         if self.mix and (self.settings or self.search.tasks or self.search.per == "task"):
-            raise ValueError("mix|with one training for all tasks, single ones have no settings, trials or rates")
+            raise ValueError("mix|one run covers all tasks, so a single task cannot have settings, trials or rates")
         return self
 
     @property
@@ -95,16 +95,16 @@ class Suite(Strict):
 
 @dataclass(frozen=True)
 class Choice:
-    """Part of a suite; an empty part is all of it.
+    """Selection from a suite; an empty field selects everything.
 
     Attributes:
         methods: Names of methods.
         models: Names of backbones.
         tasks: Names of tasks.
-        seeds: How many seeds, from 0.
-        data: Folder of the data.
-        protocol: Another protocol than the suite's.
-        overrides: Other values in the recipes, by dotted key or as `key=value` texts.
+        seeds: Number of seeds, counted from 0.
+        data: Data folder.
+        protocol: Replaces the protocol of the suite.
+        overrides: Recipe values by dotted key, or `key=value` strings.
     """
 
     methods: tuple[str, ...] = ()
@@ -118,12 +118,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a suite: its recipe, without a place yet, and what tables call its parts.
+    """One run of a suite: its recipe, with no output folder yet, and its names in tables.
 
     Attributes:
-        task: What is trained on: a task, or the suite's mix.
-        groups: The group of each task that may be scored.
-        backbone: Short name of the model.
+        task: Training task, or the mix of the suite.
+        groups: Group of each task that can be scored.
+        backbone: Backbone name of the model.
         method: Name of the method.
         recipe: Its recipe.
     """
@@ -136,24 +136,24 @@ class PlannedRun:
 
 
 def load_suite(name: str | Path) -> Suite:
-    """Reads and checks a suite, by its file or the name under which it ships.
+    """Loads and validates a suite by its path or shipped name.
 
     Raises:
-        SanError: If there is none, or anything is wrong with it; the message lists every problem with its place.
+        SanError: If it does not exist or is invalid; the message lists every problem and its location.
     """
     return read_model(Suite, find(name, "suites"))
 
 
 def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[PlannedRun]:
-    """Returns the runs of a suite: every task, backbone, method and seed that is chosen, one seed after the other.
+    """Returns the selected runs of a suite, ordered by seed.
 
     Args:
         suite: The suite.
-        choice: Which part of it.
-        rates: Learning rates in place of the suite's.
+        choice: Selection of runs.
+        rates: Learning rates that replace those of the suite.
 
     Raises:
-        SanError: If a name is unknown, a learning rate is missing, or a recipe would be wrong.
+        SanError: If a name is unknown, a learning rate is missing, or a recipe is invalid.
     """
     rates = {
         backbone: {**suite.rates.get(backbone, {}), **(rates or {}).get(backbone, {})} for backbone in suite.models
@@ -175,11 +175,11 @@ def plan(suite: Suite, choice: Choice, rates: Rates | None = None) -> list[Plann
             f"No learning rate is known for {', '.join(dict.fromkeys(missing))}. Search for them first, with --search, "
             "or give one with --set optimizer.lr=..."
         )
-    return sorted(runs, key=lambda run: run.recipe.seed)  # what is stopped has the first seeds of everything
+    return sorted(runs, key=lambda run: run.recipe.seed)  # a suite that is stopped early has complete first seeds
 
 
 def plan_search(suite: Suite, choice: Choice) -> list[PlannedRun]:
-    """Returns the trials of the search for learning rates; see `Search`."""
+    """Returns the trials of the learning rate search; see `Search`."""
     search, overrides, protocol = suite.search, parse_overrides(choice.overrides), _protocol(suite, choice)
     cells, runs = _cells(suite, choice), []
     for cell in [cell for cell in cells if cell[0] in search.tasks] or cells:
@@ -191,14 +191,14 @@ def plan_search(suite: Suite, choice: Choice) -> list[PlannedRun]:
 
 
 def best_rates(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> Rates:
-    """Chooses learning rates by the mean accuracy of trials; the smaller where means are equal.
+    """Selects learning rates by mean accuracy of the trials; ties go to the smaller rate.
 
     Args:
         suite: The suite.
-        rows: Results of the trials of `plan_search`. A trial that failed counts as accuracy 0, by being absent.
+        rows: Results of the trials of `plan_search`. A failed trial is absent and so counts as accuracy 0.
     """
     scores: dict[tuple[str, str, str], dict[float, float]] = {}
-    for row in (row for row in rows if row.get("way") == rows[0].get("way")):  # of several, the first one counts
+    for row in (row for row in rows if row.get("way") == rows[0].get("way")):  # of several scorings, the first counts
         for place in ("", row["task"]):
             by_rate = scores.setdefault((row["backbone"], row["method"], place), {})
             by_rate[row["lr"]] = by_rate.get(row["lr"], 0.0) + row["accuracy"]
@@ -230,7 +230,7 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
         wrong.append(f"The number of seeds must be 1 or more, but it is {choice.seeds}.")
     if suite.mix and choice.tasks:
         wrong.append(
-            f"One training on {suite.mix} covers all tasks of the suite, so none can be chosen. Leave --tasks out."
+            f"One run on {suite.mix} covers all tasks of the suite, so tasks cannot be selected. Leave --tasks out."
         )
     if wrong:
         raise san_error("\n".join(wrong))
@@ -240,7 +240,7 @@ def _cells(suite: Suite, choice: Choice) -> list[tuple[str, str, str]]:
 
 
 def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What runs train with and are scored on, and what trials do, by the names of the task's splits."""
+    """Returns the training and evaluation splits of runs, and those of trials."""
     fit, val = ("train800", "val200") if task.startswith(("digits", "mini-vision/", "vtab/")) else ("train", "val")
     joined = next(name for name, parts in VALIDATION.items() if parts == f"{fit}+{val}")
     return {"train_split": joined, "eval_split": "test"}, {"train_split": fit, "eval_split": val}
@@ -248,7 +248,7 @@ def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
 
 @dataclass(frozen=True)
 class _Protocol:
-    """What all recipes of a suite have in common, and what is wrong with its file."""
+    """Recipe settings that all runs share, and problems of the file."""
 
     name: str
     data: dict[str, Any]

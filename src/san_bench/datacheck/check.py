@@ -1,4 +1,4 @@
-"""Checks data against its manifest, by the check of its kind."""
+"""Validates data against its manifest."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from san_peft.errors import SanError
 
 
 def examine(suite: str, folder: Path, images: bool = True, workers: int | None = None, **options: Any) -> list[Found]:
-    """Checks data, and notes every problem at once.
+    """Validates data and collects all problems.
 
     Args:
-        suite: `vtab`, `fgvc`, `gic` or `commonsense`; one data set of them, such as `vtab/cifar`; `folder` or
-            `datasets` for images of one's own; or `llava`, one of its benchmarks such as `llava/gqa`, or
-            `conversations`.
-        folder: Its folder.
-        images: Also read and decode every image, and look for duplicates.
-        workers: Threads that read images; by default as many as there are processors, up to eight.
+        suite: `vtab`, `fgvc`, `gic` or `commonsense`; one of their datasets, such as `vtab/cifar`; `folder` or
+            `datasets` for your own images; `llava` or one of its benchmarks, such as `llava/gqa`; or `conversations`.
+        folder: Data folder.
+        images: Also decodes every image and finds duplicates.
+        workers: Threads that read images; by default one per CPU core, up to eight.
         **options: See `san_bench.image.check.examine`: `manifest`, `write_checksums`, `checksums`, `progress`.
 
     Returns:
-        What was found of each data set, with its problems, in the order of the tasks.
+        Report for each dataset, in the order of the tasks.
 
     Raises:
-        SanError: If there is no such suite or folder, or checksums are wanted of texts.
+        SanError: If the suite or folder does not exist, or checksums are requested for text data.
     """
     check = check_of(suite)
     if check is None:
         known = [name for kind in reversed(KINDS.values()) for name in kind.checks]
-        raise SanError(f"There is no data called {suite!r} to check.{suggest(suite.partition('/')[0], known)}")
+        raise SanError(f"Unknown data {suite!r}.{suggest(suite.partition('/')[0], known)}")
     return check(suite, folder, images, workers, **options)
 
 
@@ -45,7 +44,7 @@ def check_command(
     write_checksums: Path | None = None,
     checksums: Path | None = None,
 ) -> None:
-    """Checks, prints what was found and every problem, and exits with code 1 if there is an error."""
+    """Validates data, prints the report, and exits with code 1 if there are errors."""
     found = examine(
         suite,
         folder,

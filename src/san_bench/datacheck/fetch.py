@@ -1,7 +1,7 @@
-"""Fetches data where its licence and a maintained source allow it, and says for the rest where to get what.
+"""Downloads datasets where license and source allow it, and says where to get the others.
 
-What is fetched lies in a folder `.fetching` until every file is there and a check has nothing against it; then it is
-renamed into place. The same command goes on from what an interrupted one has fetched.
+A download stays in the folder `.fetching` until it is complete and valid; then it is renamed into place. The same
+command resumes an interrupted download.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ from san_bench.datacheck.manifest import SUITES, Facts, Manifest, find_folder, l
 from san_peft.errors import SanError
 
 STAGE = ".fetching"
-"""Folder of what is not complete yet."""
+"""Folder of incomplete downloads."""
 
 
 def fetch(what: str, folder: Path, manifest: Manifest | None = None) -> list[Problem]:
-    """Fetches a suite, one of its data sets, or any data set of the Hugging Face hub.
+    """Downloads a suite, one of its datasets, or any dataset on the Hugging Face hub.
 
     Args:
-        what: `fgvc`, `gic`, `vtab` or `commonsense`; one data set of them, such as `gic/cifar100`; or the name of a
-            data set on the hub, such as `timm/eurosat-rgb`, which then is a task `datasets` of its own.
-        folder: Folder of the suite, or the one that gets a folder for the data set.
-        manifest: What the data must be; the suite's own by default.
+        what: `fgvc`, `gic`, `vtab` or `commonsense`; one of their datasets, such as `gic/cifar100`; or the name of a
+            dataset on the hub, such as `timm/eurosat-rgb`, to be used as the task `datasets`.
+        folder: Folder of the suite, or the parent of the dataset's folder.
+        manifest: Expected data; by default the manifest of the suite.
 
     Returns:
-        What is not there now, each with the way to get it. Empty if all is there.
+        Datasets that are still missing, each with the way to get it; empty if complete.
 
     Raises:
-        SanError: If there is no such data set, the disk has too little room, the source does not answer, or what it
-            gave is not as it must be.
+        SanError: If the dataset is unknown, disk space is insufficient, or the download fails or is invalid.
     """
     kind, _, task = what.partition("/")
     if kind not in SUITES:
         if not task:
-            raise SanError(f"There is no data called {what!r} to fetch.{suggest(kind, SUITES)}")
+            raise SanError(f"Unknown dataset {what!r}.{suggest(kind, SUITES)}")
         _fetch_from_hub(what, what, folder, task, None)
         return []
     manifest = manifest or load_manifest(kind)
     if task:
-        manifest[task]  # an unknown task is an error of its own
+        manifest[task]  # raises for an unknown task
     problems = []
     for name in [task] if task else manifest.tasks:
         facts, full = manifest[name], f"{kind}/{name}"
@@ -57,12 +56,12 @@ def fetch(what: str, folder: Path, manifest: Manifest | None = None) -> list[Pro
             _fetch_by_torchvision(full, facts, folder, manifest)
         else:
             where = facts.get or "see below"
-            problems.append(Problem(full, f"{facts.title} must be got by hand ({where}); licence: {facts.licence}"))
+            problems.append(Problem(full, f"download {facts.title} manually ({where}); license: {facts.licence}"))
     return problems
 
 
 def fetch_command(what: str, folder: Path) -> None:
-    """Fetches, prints what must be got by hand, and exits with code 1 if something is missing."""
+    """Downloads data, prints what must be downloaded manually, and exits with code 1 if anything is missing."""
     problems = fetch(what, folder)
     for problem in problems:
         print(problem)
@@ -70,7 +69,7 @@ def fetch_command(what: str, folder: Path) -> None:
         kind = what.partition("/")[0]
         print(f"{load_manifest(kind).get}\nThen: san data check {what} {folder}")
         sys.exit(1)
-    print(f"{what} is in {folder}, and checked.")
+    print(f"{what} is in {folder} and valid.")
 
 
 def _is_there(folder: Path, facts: Facts) -> bool:
@@ -88,23 +87,21 @@ def _fetch_from_hub(full: str, repository: str, folder: Path, name: str, manifes
     from huggingface_hub import HfApi, snapshot_download
 
     if (folder / name).exists():
-        raise SanError(
-            f"{folder / name} is there already. Move it away, or check it: san data check datasets {folder / name}"
-        )
+        raise SanError(f"{folder / name} already exists. Move it, or check it: san data check datasets {folder / name}")
     target = folder / STAGE / name
     try:
         info = HfApi().dataset_info(repository, files_metadata=True)
         size = sum(file.size or 0 for file in info.siblings or [])
-        licence = getattr(info.card_data, "license", None) or "none stated"
-        print(f"{full}: {size / 1e6:,.0f} MB from huggingface.co/datasets/{repository}, licence: {licence}", flush=True)
+        licence = getattr(info.card_data, "license", None) or "not stated"
+        print(f"{full}: {size / 1e6:,.0f} MB from huggingface.co/datasets/{repository}, license: {licence}", flush=True)
         _expect_room(folder, size)
         snapshot_download(repository, repo_type="dataset", revision=info.sha, local_dir=target)
     except (OSError, ValueError, httpx.HTTPError) as error:
         if isinstance(error, SanError):
             raise
         raise SanError(
-            f"{repository} could not be fetched from the Hugging Face hub: {str(error).rstrip('.')}. What has arrived "
-            f"lies in {target}, and the same command goes on from there."
+            f"{repository} could not be downloaded from the Hugging Face hub: {str(error).rstrip('.')}. "
+            f"The same command resumes the download in {target}."
         ) from error
     shutil.rmtree(target / ".cache", ignore_errors=True)
     _put_in_place(full, folder, name, manifest)
@@ -114,15 +111,15 @@ def _fetch_by_torchvision(full: str, facts: Facts, folder: Path, manifest: Manif
     from torchvision import datasets
 
     name, stage = facts.folders[0], folder / STAGE
-    print(f"{full}: {facts.title} by torchvision from {facts.get}, licence: {facts.licence}", flush=True)
+    print(f"{full}: {facts.title} with torchvision from {facts.get}, license: {facts.licence}", flush=True)
     _expect_room(folder, facts.megabytes * 1_000_000)
     stage.mkdir(parents=True, exist_ok=True)
     try:
         getattr(datasets, str(facts.torchvision))(str(stage), download=True)
     except (OSError, RuntimeError) as error:
         raise SanError(
-            f"{facts.title} could not be fetched from {facts.get}: {str(error).rstrip('.')}. The same command tries "
-            f"again; files that are complete in {stage} are kept."
+            f"{facts.title} could not be downloaded from {facts.get}: {str(error).rstrip('.')}. Run the same command "
+            f"again; complete files in {stage} are kept."
         ) from error
     for archive in (stage / name).glob("*.tgz"):
         archive.unlink()
@@ -133,7 +130,7 @@ def _expect_room(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise SanError(f"{folder} has {free / 1e6:,.0f} MB left, but {size / 1e6:,.0f} MB are needed. Make room.")
+        raise SanError(f"{folder} has {free / 1e6:,.0f} MB of free disk space, but {size / 1e6:,.0f} MB are needed.")
 
 
 def _put_in_place(full: str, folder: Path, name: str, manifest: Manifest | None) -> None:
@@ -142,7 +139,7 @@ def _put_in_place(full: str, folder: Path, name: str, manifest: Manifest | None)
     errors = [str(problem) for one in found for problem in one.problems if problem.level == "error"]
     if errors:
         raise SanError(
-            f"What was fetched is not as it must be. It stays in {stage / name}; delete it to begin anew.\n  "
+            f"The downloaded {full} is invalid. It is in {stage / name}; delete it to start over.\n  "
             + "\n  ".join(errors)
         )
     (stage / name).rename(folder / name)

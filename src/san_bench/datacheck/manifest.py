@@ -1,4 +1,4 @@
-"""What the data sets of a suite must be: counts, classes, groups, folders, licences, each list with its source.
+"""Manifests: expected sizes, classes, groups, folders and licenses of the datasets of a suite, with sources.
 
 Example:
     >>> vtab = load_manifest("vtab")
@@ -24,22 +24,22 @@ SUITES = ("vtab", "fgvc", "gic", "commonsense")
 
 @dataclass(frozen=True)
 class Facts:
-    """What one data set must be, and where it comes from.
+    """Expected properties and source of a dataset.
 
     Attributes:
-        title: Its name in print.
-        group: Group of the suite that its score is averaged in, or `None`.
+        title: Display name.
+        group: Group of the suite in which its score is averaged, or `None`.
         classes: Number of classes, or of answers.
-        splits: Images, or records, of each split.
-        folders: Names that its folder goes by; case and signs between letters do not matter.
-        licence: Its licence, in a few words.
+        splits: Number of images or records per split.
+        folders: Accepted folder names; case and punctuation are ignored.
+        licence: License, in a few words.
         get: Where to get it, if that differs from the rest of the suite.
-        hub: Data set of the Hugging Face hub that may be fetched.
-        torchvision: Class of `torchvision.datasets` that may fetch it.
-        megabytes: Space that fetching by torchvision needs.
-        answers: The answers that a record of a text task may have.
-        sought: What the published protocol looks for in a generated text, in this order.
-        lm_eval: Name of the task in lm-eval.
+        hub: Dataset on the Hugging Face hub that can be downloaded.
+        torchvision: Class of `torchvision.datasets` that can download it.
+        megabytes: Disk space for the download with torchvision.
+        answers: Valid answers of a text task.
+        sought: Patterns that the published protocol searches for in generated text, in this order.
+        lm_eval: Task name in lm-eval.
     """
 
     title: str
@@ -59,13 +59,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The data sets of a suite.
+    """The datasets of a suite.
 
     Attributes:
         suite: Name of the suite.
-        source: Where counts, classes and names come from.
+        source: Source of sizes, classes and names.
         get: How to get the data.
-        tasks: The data sets by name.
+        tasks: The datasets by name.
     """
 
     suite: str
@@ -81,10 +81,10 @@ class Manifest:
 
 @cache
 def load_manifest(suite: str) -> Manifest:
-    """Reads the manifest of a suite that comes with the package.
+    """Loads the manifest of a suite.
 
     Raises:
-        SanError: If there is none.
+        SanError: If the suite has no manifest.
     """
     if suite not in SUITES:
         raise SanError(f"There is no manifest of {suite!r}.{suggest(suite, SUITES)}")
@@ -99,14 +99,14 @@ def load_manifest(suite: str) -> Manifest:
 
 
 def find_folder(data: Path, facts: Facts) -> Path:
-    """Finds the folder of a data set in the folder of its suite, or takes that folder where it has its name.
+    """Finds the folder of a dataset inside the folder of its suite; `data` may also be the dataset folder itself.
 
     Args:
         data: Folder of the suite.
-        facts: The data set.
+        facts: The dataset.
 
     Raises:
-        SanError: If there is none, or there are several.
+        SanError: If there is no matching folder, or several.
     """
     if not data.is_dir():
         raise SanError(f"There is no folder {data}.")
@@ -126,7 +126,7 @@ def find_folder(data: Path, facts: Facts) -> Path:
 
 
 def plain(name: str) -> str:
-    """Returns a name's letters and digits in lower case, by which names are compared."""
+    """Normalizes a name for comparison: lower-case letters and digits only."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

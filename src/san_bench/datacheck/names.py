@@ -1,4 +1,4 @@
-"""Names of splits, as files and folders have them."""
+"""Names of splits in files and folders."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **{name: name for name in ("trainval", "train800", "val200", "train800val200")},
 }
-"""Names of splits in the wild, and what they are called here."""
+"""Maps common names of splits to ours."""
 
 
 def by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Returns the files of each split: by their own names, such as train-00000-of-00002.parquet, or their folders'.
+    """Groups files by split, from their own names, such as train-00000-of-00002.parquet, or their folders.
 
     Raises:
-        SanError: If a split's files lie in several folders.
+        SanError: If the files of a split are in several folders.
     """
     parts: dict[str, list[Path]] = {}
     for path in files:
@@ -31,5 +31,5 @@ def by_split(files: list[Path]) -> dict[str, list[Path]]:
         folders = sorted({path.parent for path in paths})
         if len(folders) > 1:
             names = ", ".join(map(str, folders))
-            raise SanError(f"There are several configurations of {split}: {names}. Name the folder of one of them.")
+            raise SanError(f"There are several configurations of {split}: {names}. Choose the folder of one.")
     return parts

@@ -1,6 +1,6 @@
-"""Checks data against its manifest: lists, counts, classes, every image, images that occur twice, checksums.
+"""Validates image data: lists, sizes, classes, every image, duplicates, checksums.
 
-Checksums are lines of a sha256 and a path, as `sha256sum` writes and checks them.
+Checksum files have the format of `sha256sum`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
 TOLERATED_OVERLAP = 0.01
-"""Share of a split whose images may occur in another one before that is an error.
+"""Fraction of a split that may also occur in another split before that is an error.
 
-Genuine data sets may have some: dSprites' 40 orientations go from 0 to 360 degrees with both ends, which look alike.
-A copy of one split in place of another is far above it.
+Genuine datasets have some overlap: the 40 orientations of dSprites include both 0 and 360 degrees. A split that was
+replaced by a copy of another one is far above it.
 """
 
 CHUNK = 64
-"""Images that a thread reads at a time."""
+"""Images per task of a worker thread."""
 
 
 def examine(
@@ -47,24 +47,24 @@ def examine(
     checksums: Path | None = None,
     progress: bool = False,
 ) -> list[Found]:
-    """Checks the data of a suite, and notes every problem at once.
+    """Validates the data of a suite and collects all problems.
 
     Args:
-        suite: `vtab`, `fgvc` or `gic`; one data set of them, such as `vtab/cifar`; or `folder` or `datasets` for images
-            of one's own.
-        folder: Its folder.
-        images: Also read and decode every image, and look for those that occur twice.
-        workers: Threads that read images; by default as many as there are processors, up to eight.
-        manifest: What the data must be; the suite's own by default.
-        write_checksums: File to write the checksums of all lists, tables and images to.
-        checksums: File of checksums to compare with.
-        progress: Shows a bar.
+        suite: `vtab`, `fgvc` or `gic`; one of their datasets, such as `vtab/cifar`; or `folder` or `datasets` for your
+            own images.
+        folder: Data folder.
+        images: Also decodes every image and finds duplicates.
+        workers: Threads that read images; by default one per CPU core, up to eight.
+        manifest: Expected data; by default the manifest of the suite.
+        write_checksums: File to write, with the checksums of all lists, tables and images.
+        checksums: Checksum file to compare with.
+        progress: Shows a progress bar.
 
     Returns:
-        What was found of each data set, with its problems, in the order of the tasks.
+        Report for each dataset, in the order of the tasks.
 
     Raises:
-        SanError: If there is no such suite or folder, or checksums are wanted without images.
+        SanError: If the suite or folder does not exist, or checksums are requested without images.
     """
     from rich.progress import Progress
 
@@ -97,13 +97,13 @@ def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
     if suite in folders.OWN:
         return [folders.read(suite, folder)]
     if kind not in SUITES:
-        raise SanError(f"There is no image data called {suite!r} to check.{suggest(kind, [*SUITES, *folders.OWN])}")
+        raise SanError(f"Unknown image data {suite!r}.{suggest(kind, [*SUITES, *folders.OWN])}")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     manifest = manifest or load_manifest(kind)
     read = {"vtab": vtab.read, "fgvc": fgvc.read, "gic": folders.read}[kind]
     if task:
-        manifest[task]  # an unknown task is an error of its own
+        manifest[task]  # raises for an unknown task
     found = []
     for name in [task] if task else manifest.tasks:
         try:
@@ -111,12 +111,12 @@ def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
         except SanError as error:
             found.append(Found(f"{kind}/{name}", problems=[Problem(f"{kind}/{name}", str(error))]))
     if len(found) > 1 and not any(one.folder for one in found):
-        raise SanError(f"{folder} holds none of the {len(found)} data sets of {kind}. {found[0].problems[0].text}")
+        raise SanError(f"{folder} contains none of the {len(found)} datasets of {kind}. {found[0].problems[0].text}")
     return found
 
 
 def _parts(found: Found) -> list[tuple[str, Split]]:
-    """The splits of a data set that hold images of their own, not those of two others."""
+    """Returns the splits with images of their own, without those that join others."""
     return [(n, s) for n, s in found.splits.items() if n != "trainval" and not isinstance(s, JoinedSplit)]
 
 
@@ -131,7 +131,7 @@ def _look_for_files(found: Found) -> None:
 def _survey(
     found: Found, name: str, split: Split, pool: ThreadPoolExecutor, advance: Callable[[int], None]
 ) -> list[str | None]:
-    """Reads every image of a split, notes what is missing or unreadable, and returns the sha256 of the others."""
+    """Reads every image of a split, adds missing and unreadable ones as problems, and returns the sha256 of each."""
     chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
     digests: list[str | None] = []
     missing, broken = [], []
@@ -159,13 +159,13 @@ def _look(read: Callable[[int], tuple[bytes, bool]], indices: range) -> list[str
                 with Image.open(io.BytesIO(content)) as image:
                     image.load()
             results.append(hashlib.sha256(content).hexdigest())
-        except Exception as error:  # whatever stops an image from being decoded is the finding
+        except Exception as error:  # any decoding error is a finding
             results.append(error)
     return results
 
 
 def _reader(split: Split) -> Callable[[int], tuple[bytes, bool]]:
-    """Returns what gives the bytes of an image, and whether they are encoded."""
+    """Returns a function from an index to the bytes of the image and whether they are encoded."""
     if isinstance(split, FileSplit):
         return lambda index: ((split.root / split.files[index]).read_bytes(), True)
     if isinstance(split, ArraySplit):
@@ -234,7 +234,7 @@ def _checksums(found: Found, columns: dict[str, list[str | None]], folder: Path)
 
 def _parse(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise SanError(f"There is no file of checksums {path}. A check with --write-checksums makes one.")
+        raise SanError(f"There is no checksum file {path}. Create one with --write-checksums.")
     sums = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
@@ -247,12 +247,12 @@ def _parse(path: Path) -> dict[str, str]:
 def _compare(
     suite: str, expected: dict[str, str], sums: dict[str, str], found: list[Found], folder: Path, path: Path
 ) -> list[Problem]:
-    """Compares checksums; where one data set was checked, only those of its files count."""
+    """Compares checksums; for a single dataset, only those of its files."""
     below = [one.folder.relative_to(folder).as_posix() for one in found if one.folder]
     if "/" in suite:
         expected = {name: s for name, s in expected.items() if any(b == "." or name.startswith(f"{b}/") for b in below)}
     differences = {
-        "have other contents": sorted(name for name in set(expected) & set(sums) if expected[name] != sums[name]),
+        "have changed": sorted(name for name in set(expected) & set(sums) if expected[name] != sums[name]),
         "are missing or unreadable": sorted(set(expected) - set(sums)),
         "are new": sorted(set(sums) - set(expected)),
     }

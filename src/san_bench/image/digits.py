@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn as a task."""
+"""The handwritten digits of scikit-learn as a task."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from san_bench.image.mini.canvas import enlarge
 from san_bench.image.splits import ArraySplit, VisionTask, stratified
 
 DIGITS_SEED = 2024
-"""Seed of the stratified split of the digits. Another seed is another task."""
+"""Seed of the stratified split of the digits. Another seed gives another task."""
 
 
 def load_digits_task() -> VisionTask:
     """Loads scikit-learn's handwritten digits as 32x32 RGB images.
 
-    The 1,797 scans of 8x8 pixels and 17 grey levels are enlarged four times, linearly between pixel centres, and the
-    grey level is repeated in all three channels. A stratified draw with `DIGITS_SEED` takes 1,000 for training, of
-    which a second one takes 200 for validation; the other 797 are the test split.
+    The 1,797 scans of 8x8 pixels and 17 grey levels are upsampled four times bilinearly and repeated in three channels.
+    A stratified split with `DIGITS_SEED` takes 1,000 for training, 200 of them for validation; the other 797 are the
+    test split.
 
     Returns:
-        The task with its four splits.
+        The task with four splits.
     """
     from sklearn.datasets import load_digits
 

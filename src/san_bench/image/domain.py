@@ -1,4 +1,4 @@
-"""Image classification: a pretrained model with a fresh head, images in batches, and logits that are scored."""
+"""Image classification: a pretrained model with a new head, training data, and evaluation from logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recipe_task(recipe: ImageRecipe) -> VisionTask:
 
 
 def prepared(split: Split, recipe: ImageRecipe) -> Prepared:
-    """Returns a split as the model of a recipe reads it in scoring."""
+    """Returns a split with the evaluation preprocessing of a recipe."""
     return Prepared(split, Images.companions(recipe))
 
 
@@ -62,7 +62,7 @@ def predict(model: Any, split: Split, recipe: ImageRecipe) -> Float[Tensor, "n c
 
 
 def score_logits(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, Any]:
-    """Returns accuracy, how many were right of how many, and a hash of the predicted classes."""
+    """Returns accuracy, number correct, number of images, and a hash of the predicted classes."""
     predicted = logits.argmax(-1)
     correct = int((predicted == torch.from_numpy(split.labels)).sum())
     digest = hashlib.sha256(predicted.numpy().astype("<i8").tobytes()).hexdigest()
@@ -70,36 +70,36 @@ def score_logits(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, 
 
 
 def load_predictions(run: Path) -> Float[Tensor, "n classes"]:
-    """Reads the logits that a run saved."""
+    """Loads the saved logits of a run."""
     return load_file(Path(run) / "predictions.safetensors")["logits"]
 
 
 def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
-    """Loads the pretrained model in float32 with a fresh head, whose weights come from the recipe's seed.
+    """Loads the pretrained model in float32 with a new head, initialized with the seed of the recipe.
 
-    A folder or name of timm's loads as transformers' `TimmWrapperForImageClassification`.
+    timm models load as `TimmWrapperForImageClassification` of transformers.
     """
     set_seed(recipe.seed)
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the head is new on purpose
+    transformers_logging.set_verbosity_error()  # a new head is expected
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         checkpoint = checkpoint_of(recipe)
         config = AutoConfig.from_pretrained(checkpoint.path, num_labels=task.num_classes, **checkpoint.options)
         if isinstance(options := getattr(config, "model_args", None), dict):
-            options.pop("num_classes", None)  # timm writes the old head's size here, which would stand twice
+            options.pop("num_classes", None)  # the size of timm's old head would be given twice
         _set_drop_path(config, recipe)
         model, report = AutoModelForImageClassification.from_pretrained(
             checkpoint.path,
             **checkpoint.options,
             config=config,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # of the head alone, see below
+            ignore_mismatched_sizes=True,  # only for the head, checked below
             output_loading_info=True,
         )
     except (OSError, ImportError) as error:
-        raise SanError(f"{recipe.model} cannot be loaded as a model of images: {error}") from error
+        raise SanError(f"{recipe.model} cannot be loaded as an image classification model: {error}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -114,12 +114,12 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
 
 
 def _set_drop_path(config: Any, recipe: ImageRecipe) -> None:
-    """Writes the rate of stochastic depth into a configuration.
+    """Sets the stochastic depth rate of a model configuration.
 
     Raises:
-        SanError: If a rate is wanted and the model has none.
+        SanError: If the model does not support it.
     """
-    if hasattr(config, "pretrained_cfg"):  # timm's, through transformers
+    if hasattr(config, "pretrained_cfg"):  # timm wrapper of transformers
         if recipe.drop_path:
             config.model_args = {**(config.model_args or {}), "drop_path_rate": recipe.drop_path}
     elif hasattr(config, "drop_path_rate"):
@@ -127,18 +127,18 @@ def _set_drop_path(config: Any, recipe: ImageRecipe) -> None:
     elif recipe.drop_path:
         raise SanError(
             f"drop_path is {recipe.drop_path:g}, but {config.model_type} of transformers has no stochastic depth. Set "
-            "it to 0, or take the model from timm."
+            "it to 0, or use the timm model."
         )
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch to train with out of its items.
+    """Collates a training batch.
 
     Attributes:
-        mix: timm's mixing of a batch of even size, or `None`.
+        mix: Mixup and cutmix of timm, for batches of even size, or `None`.
         num_classes: Number of classes.
-        channels_last: Whether images lie channels-last in memory.
+        channels_last: Uses the channels-last memory format.
     """
 
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
@@ -146,11 +146,11 @@ class Collate:
     channels_last: bool
 
     def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns `pixel_values`, and `labels`: classes, or their shares where images are mixed."""
+        """Returns `pixel_values` and `labels`: class indices, or soft labels with mixup or cutmix."""
         batch = default_collate(items)
         if self.mix is not None and len(items) % 2 == 0:
             batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"])
-        elif self.mix is not None:  # an odd rest of an epoch cannot be paired
+        elif self.mix is not None:  # the last batch of an epoch may be odd
             batch["labels"] = F.one_hot(batch["labels"], self.num_classes).float()
         if self.channels_last:
             batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
@@ -158,7 +158,7 @@ class Collate:
 
 
 class Images(Domain):
-    """A recipe of image classification with its task.
+    """Image classification domain of a recipe.
 
     Args:
         recipe: The recipe.
@@ -173,11 +173,11 @@ class Images(Domain):
 
     @property
     def n_train(self) -> int:
-        """Number of images to train with."""
+        """Number of training images."""
         return len(self.task[self.recipe.train_split])
 
     def inspect(self) -> Findings:
-        """Looks for how the model wants images."""
+        """Checks that preprocessing settings are available."""
         try:
             self.companions(self.recipe)
         except SanError as error:
@@ -186,24 +186,24 @@ class Images(Domain):
 
     @classmethod
     def companions(cls, recipe: ImageRecipe) -> InputSettings:
-        """Returns how the model wants images.
+        """Returns the preprocessing settings.
 
         Raises:
-            SanError: If neither the recipe nor what lies beside the model says so.
+            SanError: If neither recipe nor checkpoint has them.
         """
         checkpoint = checkpoint_of(recipe)
         return input_settings(recipe.input, checkpoint.path, **checkpoint.options)
 
     def base_model(self) -> nn.Module:
-        """Loads the pretrained model with a fresh head; see `base_model`."""
+        """Loads the pretrained model with a new head; see `base_model`."""
         return base_model(self.recipe, self.task)
 
     def trained_model(self, folder: Path) -> nn.Module:
-        """Loads a whole model with its head."""
+        """Loads a fully trained model with its head."""
         return AutoModelForImageClassification.from_pretrained(folder)
 
     def training(self, model: Any) -> Training:
-        """Returns the images to train with; a channels-last recipe changes how the model's kernels lie in memory."""
+        """Returns the training setup; with `channels_last`, also converts the memory format of the model."""
         recipe, selects = self.recipe, self.recipe.selection != "last"
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -224,11 +224,11 @@ class Images(Domain):
         )
 
     def probe(self, size: int) -> Batch:
-        """Returns the first images that are scored."""
+        """Returns the first evaluation images."""
         return {"pixel_values": prepared(self.task[self.recipe.eval_split], self.recipe).batch(size)}
 
     def score(self, model: Any, split: str) -> Scores:
-        """Returns accuracy, n and a hash of the predictions, and the logits as `predictions.safetensors`."""
+        """Returns accuracy, n, a hash of the predictions, and the logits as `predictions.safetensors`."""
         chosen = self.task[split]
         logits = predict(model, chosen, self.recipe)
         if not logits.isfinite().all():
@@ -239,7 +239,7 @@ class Images(Domain):
         return Scores(score_logits(logits, chosen), {"predictions.safetensors": save({"logits": logits.contiguous()})})
 
     def save_companions(self, folder: Path) -> None:
-        """Copies the settings of images that lie beside the pretrained weights."""
+        """Copies the `preprocessor_config.json` of the pretrained model."""
         settings = Path(checkpoint_of(self.recipe).path) / "preprocessor_config.json"
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)
@@ -247,10 +247,10 @@ class Images(Domain):
 
 @dataclass(frozen=True)
 class Loss:
-    """The cross-entropy in training.
+    """Training loss: cross-entropy.
 
     Attributes:
-        mixed: Whether images are mixed; their labels are smoothed already.
+        mixed: Whether mixup or cutmix is on; labels are then already smoothed.
         smoothing: Label smoothing.
     """
 
@@ -259,7 +259,7 @@ class Loss:
 
     @property
     def of(self) -> Callable[[Any, Batch], tuple[Tensor, Any]] | None:
-        """Computes loss and outputs; `None` where the model's own loss will do."""
+        """Function that computes loss and outputs; `None` to use the loss of the model."""
         return self._of if self.mixed or self.smoothing else None
 
     def _of(self, model: Any, batch: Batch) -> tuple[Tensor, Any]:
@@ -269,7 +269,7 @@ class Loss:
 
 
 def _chosen_by(recipe: ImageRecipe, task: VisionTask) -> str:
-    """Name of the split that the best epoch is chosen on."""
+    """Returns the split for selecting the best epoch."""
     if recipe.selection == "best-test":
         return recipe.eval_split
     names = [joined.split("+")[1] for joined in VALIDATION.values()]

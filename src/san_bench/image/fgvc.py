@@ -1,14 +1,14 @@
-"""FGVC: CUB-200-2011, NABirds, Oxford Flowers102, Stanford Dogs and Stanford Cars, from the copies that people have.
+"""FGVC: CUB-200-2011, NABirds, Oxford Flowers102, Stanford Dogs and Stanford Cars, in the layouts in circulation.
 
-In this order a folder is read by
+Layouts, in order of precedence:
 
 - the split files `train.json`, `val.json` and `test.json` of Visual Prompt Tuning, which map images to classes;
 - the official lists: text files of CUB and NABirds, MATLAB files of the others;
-- folders `train/` and `test/` with a folder of images for each class;
+- folders `train/` and `test/` with one folder of images per class;
 - tables of the `datasets` library, or parquet or Arrow files, named after the splits.
 
-Class ids are numbered anew from 0 in their sorted order. Only the first brings the validation images that others have
-used, where the data set has none of its own; otherwise as many are cut from training, with the classes in proportion.
+Classes are renumbered from 0 in sorted order. Only the first layout has the validation images used in the literature
+for datasets without a validation split; otherwise a stratified split of the same size is taken from training.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from san_bench.image.splits import FileSplit, JoinedSplit, VisionTask, task_of
 from san_peft.errors import SanError
 
 Rows = dict[str, list[tuple[str, Any]]]
-"""Images with the class ids of their data set, by split."""
+"""Images with the original class ids, by split."""
 
 
 def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
-    """Loads a data set of FGVC.
+    """Loads a dataset of FGVC.
 
     Args:
         task: `cub`, `nabirds`, `flowers`, `dogs` or `cars`.
-        data: Folder that holds a folder for each data set.
-        manifest: What the data must be; FGVC's own by default.
+        data: Folder with one folder per dataset.
+        manifest: Expected data; by default that of FGVC.
 
     Returns:
         The task `fgvc/<task>`, with the splits `train`, `val`, `trainval` and `test`.
 
     Raises:
-        SanError: If there is no such task or folder, or the data is not as it must be.
+        SanError: If the task or folder does not exist, or the data is invalid.
     """
     return task_of(read(task, data, manifest))
 
 
 def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
-    """Reads what there is of a data set, as `load` does, and notes what is not as it must be.
+    """Reads a dataset as `load` does, and collects validation problems.
 
     Raises:
-        SanError: If there is no such task or folder, or nothing in it can be read.
+        SanError: If the task or folder does not exist, or the folder has no readable data.
     """
     facts = (manifest or load_manifest("fgvc"))[task]
     folder = find_folder(data, facts)
@@ -64,8 +64,8 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
         return found
     elif not (read_folders(found, folder) or read_tables(found, folder)):
         raise SanError(
-            f"{folder} holds no {facts.title} that can be read. Expected are the files train.json, val.json and "
-            "test.json of Visual Prompt Tuning, the official lists, folders train/ and test/ of classes, or tables."
+            f"{folder} has no readable copy of {facts.title}. Expected train.json, val.json and test.json of Visual "
+            "Prompt Tuning, the official lists, class folders in train/ and test/, or tables."
         )
     if not found.problems and set(found.splits) != {"train", "val", "trainval", "test"}:
         standard(found, facts.splits["val"])
@@ -83,16 +83,16 @@ def _read_json(found: Found) -> Rows | None:
     rows: Rows = {}
     for split, path in paths.items():
         if path not in there:
-            found.add(f"the split file {path.name} is missing beside {', '.join(p.name for p in there)}")
+            found.add(f"the split file {path.name} is missing next to {', '.join(p.name for p in there)}")
             continue
         found.files.append(path)
         try:
             names = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            found.add(f"{path.name} is no JSON: {error}")
+            found.add(f"{path.name} is not JSON: {error}")
             continue
         if not isinstance(names, dict) or not names:
-            found.add(f"{path.name} maps no images to classes")
+            found.add(f"{path.name} does not map images to classes")
             continue
         rows[split] = list(names.items())
     if not rows:
@@ -114,7 +114,8 @@ def _read_birds(found: Found) -> Rows | None:
     apart = set(names) ^ set(labels) | set(names) ^ set(training)
     if apart:
         found.add(
-            f"{', '.join(p.name for p in paths)} do not list the same images; these are not in all", sorted(apart)
+            f"{', '.join(p.name for p in paths)} do not list the same images; these are not in every list",
+            sorted(apart),
         )
         return None
     rows: Rows = {"train": [], "test": []}
@@ -179,11 +180,11 @@ OFFICIAL: dict[str, Callable[[Found], Rows | None]] = {
     "dogs": _read_dogs,
     "cars": _read_cars,
 }
-"""Readers of the official lists; each returns `None` where there are none, and notes those that are missing."""
+"""Readers of the official lists; each returns `None` if there are none, and reports missing ones."""
 
 
 def _number(found: Found, rows: Rows) -> None:
-    """Makes splits of rows, with the class ids of all splits together numbered from 0 in sorted order."""
+    """Builds splits from rows, with class ids renumbered from 0 in sorted order over all splits."""
     folder = _folder(found)
     ids = {label for part in rows.values() for _, label in part}
     order = sorted(ids, key=int) if all(str(label).isdecimal() for label in ids) else sorted(ids, key=str)
@@ -197,12 +198,12 @@ def _number(found: Found, rows: Rows) -> None:
 
 
 def _all_there(found: Found, paths: list[Path]) -> bool:
-    """Whether all official lists are there; where only some are, notes those that are missing."""
+    """Returns whether all official lists exist; if only some do, reports the missing ones."""
     there = [path for path in paths if path.is_file()]
     found.files += there
     if there and len(there) < len(paths):
         missing = [path.name for path in paths if path not in there]
-        found.add(f"the official list {', '.join(missing)} is missing beside {', '.join(p.name for p in there)}")
+        found.add(f"the official list {', '.join(missing)} is missing next to {', '.join(p.name for p in there)}")
     return len(there) == len(paths)
 
 
@@ -214,7 +215,7 @@ def _mat(path: Path) -> dict[str, Any]:
     try:
         return loadmat(str(path), squeeze_me=True)
     except damaged as error:
-        raise SanError(f"{path} cannot be read as a MATLAB file: {error}. Get it again.") from error
+        raise SanError(f"{path} cannot be read as a MATLAB file: {error}. Download it again.") from error
 
 
 def _folder(found: Found) -> Path:

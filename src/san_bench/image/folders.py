@@ -1,7 +1,6 @@
-"""Data sets with no list files of their own: CIFAR-100, ImageNet-1k, any image folder, any data set of `datasets`.
+"""Datasets without list files: CIFAR-100, ImageNet-1k, any image folder, any dataset of the `datasets` library.
 
-All of them have the splits `train`, `val`, `trainval` and `test`; `san_bench.image.layouts.standard` says where they
-come from when the data brings fewer.
+All have the splits `train`, `val`, `trainval` and `test`; `san_bench.image.layouts.standard` creates missing ones.
 """
 
 from __future__ import annotations
@@ -20,32 +19,32 @@ from san_bench.image.splits import ArraySplit, VisionTask, task_of
 from san_peft.errors import SanError
 
 OWN = ("folder", "datasets")
-"""Tasks for data of one's own."""
+"""Tasks for your own data."""
 
 
 def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
-    """Loads `cifar100`, `imagenet-1k`, an image folder, or a data set of the `datasets` library.
+    """Loads `cifar100`, `imagenet-1k`, an image folder, or a dataset of the `datasets` library.
 
     Args:
-        task: `cifar100` or `imagenet-1k`, or `folder` or `datasets` for data of one's own.
-        data: Folder that holds the data set's folder; for `folder` and `datasets` the data set itself, for the latter
-            also the name of one on the Hugging Face hub.
-        manifest: What the first two must be; their own by default.
+        task: `cifar100` or `imagenet-1k`, or `folder` or `datasets` for your own data.
+        data: Parent of the dataset folder; for `folder` and `datasets` the dataset folder itself, for `datasets` also
+            a name on the Hugging Face hub.
+        manifest: Expected data of the first two; by default their own manifest.
 
     Returns:
         The task.
 
     Raises:
-        SanError: If there is no such task or data, or the data is not as it must be.
+        SanError: If the task or data does not exist, or the data is invalid.
     """
     return task_of(read(task, data, manifest))
 
 
 def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
-    """Reads what there is of a task, as `load` does, and notes what is not as it must be.
+    """Reads a task as `load` does, and collects validation problems.
 
     Raises:
-        SanError: If there is no such task or data, or nothing in it can be read.
+        SanError: If the task or data does not exist, or there is no readable data.
     """
     if task in OWN:
         found = Found(task, data)
@@ -61,8 +60,8 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     if not ((task == "cifar100" and _read_batches(found, folder)) or read_folders(found, folder)):
         if not read_tables(found, folder):
             raise SanError(
-                f"{folder} holds no {facts.title} that can be read. Expected are folders train/ and test/ (ImageNet: "
-                "val/) of classes, or parquet or Arrow tables"
+                f"{folder} has no readable copy of {facts.title}. Expected class folders in train/ and test/ "
+                "(ImageNet: val/), or parquet or Arrow tables"
                 + (", or torchvision's cifar-100-python/." if task == "cifar100" else ".")
             )
     standard(found, facts.splits["val"])
@@ -71,7 +70,7 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
 
 
 def _read_batches(found: Found, folder: Path) -> bool:
-    """Reads CIFAR-100 as torchvision stores it. They are pickles: torchvision compares checksums first."""
+    """Reads CIFAR-100 in torchvision's format. The files are pickles; torchvision verifies checksums first."""
     root = folder.parent if folder.name == "cifar-100-python" else folder
     batches = root / "cifar-100-python"
     if not batches.is_dir():
@@ -83,7 +82,7 @@ def _read_batches(found: Found, folder: Path) -> bool:
             stored = CIFAR100(str(root), train=split == "train", download=False)
         except RuntimeError as error:
             raise SanError(
-                f"{batches} is incomplete, or its checksums are not CIFAR-100's. Unpack cifar-100-python.tar.gz there "
+                f"{batches} is incomplete or has wrong checksums. Unpack cifar-100-python.tar.gz there "
                 "again, or use the parquet copy: `san data fetch gic/cifar100 DIR`."
             ) from error
         found.splits[split] = ArraySplit(stored.data, np.asarray(stored.targets, np.int64))
@@ -97,8 +96,8 @@ def _read_folder(found: Found, folder: Path) -> None:
         raise SanError(f"There is no folder {folder}.")
     if not read_folders(found, folder):
         raise SanError(
-            f"{folder} is no image folder. It needs folders of splits, train/ and test/ say, with a folder of images "
-            "for each class in each; or the folders of classes alone. Tables are read as the task `datasets`."
+            f"{folder} is not an image folder. Expected one folder per split, such as train/ and test/, each with one "
+            "folder of images per class; or the class folders alone. For tables, use the task `datasets`."
         )
 
 
@@ -107,7 +106,7 @@ def _read_datasets(found: Found, data: Path) -> None:
         return
     name = data.as_posix()
     if not data.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise SanError(f"There is no folder {data}, and it is no name of a data set on the Hugging Face hub.")
+        raise SanError(f"There is no folder {data}, and it is not a valid dataset name on the Hugging Face hub.")
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -115,9 +114,9 @@ def _read_datasets(found: Found, data: Path) -> None:
         tables = datasets.load_dataset(name)
     except (DatasetsError, OSError, ValueError) as error:
         where = (
-            "holds no data set that can be read"
+            "contains no readable dataset"
             if data.is_dir()
-            else "is no folder here, and not to be had from the hub"
+            else "is neither a local folder nor available on the Hugging Face hub"
         )
         raise SanError(f"{name} {where}: {error}") from error
     found.folder = data if data.is_dir() else None

@@ -1,4 +1,4 @@
-"""The ways in which images and labels lie on disk: list files, folders of classes, tables; and cuts into splits."""
+"""Readers for image datasets on disk (list files, class folders, tables), and stratified splitting."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     import datasets
 
 CUT_SEED = 2024
-"""Seed of the cuts where a data set brings no validation or no test split. Another seed is another task."""
+"""Seed for splits that a dataset lacks. Another seed gives another task."""
 
 LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
-"""Columns that hold the label, in the order in which they are looked for."""
+"""Names of label columns, in order of precedence."""
 
 
 def read_list(found: Found, split: str, path: Path) -> None:
-    """Reads a list file of a split: on each line the path of an image below the list's folder, a space, and the label.
+    """Reads the list file of a split: on each line an image path relative to the list, a space, and the label.
 
-    Lines that are none, and a list that is missing or empty, become problems.
+    Invalid lines and a missing list are added as problems.
     """
     if not path.is_file():
         found.add(f"the list {path.name} is missing")
@@ -48,13 +48,13 @@ def read_list(found: Found, split: str, path: Path) -> None:
 
 
 def read_folders(found: Found, folder: Path) -> bool:
-    """Reads a folder of splits with a folder of images for each class, or a folder of classes without splits.
+    """Reads split folders with one folder of images per class, or class folders without splits.
 
-    Classes are the names of their folders, sorted: as numbers if all of them are, otherwise as text.
+    Classes are the sorted folder names, in numerical order if all are numbers.
 
     Args:
-        found: Gets the splits, under the names of `NAMES`, or the one split `all`; and the number of classes.
-        folder: The folder.
+        found: Report that receives the splits, named as in `NAMES` or `all`, and the number of classes.
+        folder: Dataset folder.
 
     Returns:
         Whether there was anything of the kind.
@@ -72,33 +72,33 @@ def read_folders(found: Found, folder: Path) -> bool:
     index = {name: i for i, name in enumerate(classes)}
     for name, path in parts.items():
         if not inside[name]:
-            found.add(f"{path.name} has no folders of classes")
+            found.add(f"{path.name} has no class folders")
             continue
         samples = make_dataset(str(path), {c: index[c] for c in inside[name]}, IMG_EXTENSIONS, allow_empty=True)
         files = [Path(file).relative_to(folder).as_posix() for file, _ in samples]
         found.splits[name] = FileSplit(folder, files, np.asarray([label for _, label in samples], np.int64))
         new = set(inside[name]) - set(inside.get("train", inside.get("trainval", classes)))
         if new and name in ("val", "test"):
-            found.add(f"{path.name} has classes that are not in training", sorted(new))
+            found.add(f"{path.name} has classes that are not in the training split", sorted(new))
     if not any(len(split) for split in found.splits.values()):
         found.splits.clear()
         return False
-    found.layout, found.classes = "folders of classes", len(classes)
+    found.layout, found.classes = "class folders", len(classes)
     return True
 
 
 def read_tables(found: Found, folder: Path) -> bool:
-    """Reads what `save_to_disk` of the `datasets` library wrote, or parquet or Arrow files named after their splits.
+    """Reads a dataset saved by `datasets` (`save_to_disk`), or parquet or Arrow files named after their splits.
 
     Args:
-        found: Gets the splits, under the names of `NAMES`, the number of classes, and the files.
-        folder: The folder.
+        found: Report that receives the splits, named as in `NAMES`, the number of classes and the files.
+        folder: Dataset folder.
 
     Returns:
         Whether there was anything of the kind.
 
     Raises:
-        SanError: If a table cannot be read, or has no column of images or labels.
+        SanError: If a table cannot be read, or has no image or label column.
     """
     saved = [path.parent for path in sorted([*folder.glob("state.json"), *folder.glob("*/state.json")])]
     files = [path for s in ("parquet", "arrow") for path in sorted(folder.rglob(f"*.{s}")) if not _hidden(path, folder)]
@@ -129,20 +129,20 @@ def read_tables(found: Found, folder: Path) -> bool:
 
 
 def table_splits(tables: dict[str, datasets.Dataset]) -> tuple[dict[str, Split], int]:
-    """Finds the columns of images and labels, and makes splits of tables.
+    """Converts tables to splits, after finding the image and label columns.
 
     The image column is the only one of type `Image`, or of bytes. The label column is the only `ClassLabel`, or the
-    first of `LABELS` that there is. Labels without names of classes are numbered in their sorted order. A split without
-    labels, all of them -1, is left out.
+    first existing one in `LABELS`. Labels without class names are numbered in sorted order. Unlabelled splits, in which
+    all labels are -1, are skipped.
 
     Args:
-        tables: The tables by name; they have the same columns.
+        tables: Tables by name, with the same columns.
 
     Returns:
-        The splits, and the number of classes.
+        The splits and the number of classes.
 
     Raises:
-        SanError: If the columns are not clear.
+        SanError: If the columns are missing or ambiguous.
     """
     import datasets
 
@@ -151,21 +151,19 @@ def table_splits(tables: dict[str, datasets.Dataset]) -> tuple[dict[str, Split],
     raw = [name for name, kind in features.items() if _holds_bytes(kind)]
     if len(images or raw) != 1:
         raise SanError(
-            f"One column of images is needed, but there are {len(images or raw)} among {', '.join(features)}. "
-            "Keep one with `select_columns` and save the data set again."
+            f"Expected one image column, but found {len(images or raw)} among {', '.join(features)}. "
+            "Keep one with `select_columns` and save the dataset again."
         )
     image = (images or raw)[0]
     named = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     label = named[0] if len(named) == 1 else next((name for name in LABELS if name in features), None)
     if label is None:
-        raise SanError(
-            f"No column of labels is clear among {', '.join(features)}. Rename the one that it is to 'label'."
-        )
+        raise SanError(f"Found no unique label column among {', '.join(features)}. Rename it to 'label'.")
     values = {name: list(table.select_columns([label])[:][label]) for name, table in tables.items()}
     values = {name: column for name, column in values.items() if any(value != -1 for value in column)}
     empty = sum(value is None for column in values.values() for value in column)
     if empty:
-        raise SanError(f"The column {label!r} has {empty:,} rows without a label. Leave them out of the data set.")
+        raise SanError(f"The column {label!r} has {empty:,} rows without a label. Remove them from the dataset.")
     kind = features[label]
     if isinstance(kind, datasets.ClassLabel):
         classes = len(kind.names)
@@ -179,16 +177,15 @@ def table_splits(tables: dict[str, datasets.Dataset]) -> tuple[dict[str, Split],
 
 
 def standard(found: Found, val: int | None = None) -> None:
-    """Brings splits to `train`, `val`, `trainval` and `test`.
+    """Completes the splits to `train`, `val`, `trainval` and `test`.
 
-    Where there is training and validation but no test, as in ImageNet, that validation split is what is reported, so
-    it becomes `test`, and nothing is chosen on it. Where there is neither, a fifth of the images becomes `test`. Where
-    `val` is missing, it is cut from training. Both cuts keep the classes in proportion and always fall on the same
-    images.
+    With training and validation but no test split, as in ImageNet, the validation split becomes `test`, since papers
+    report it. With neither, a fifth of the images becomes `test`. A missing `val` is split from training. Both splits
+    are stratified and deterministic.
 
     Args:
-        found: Has the splits under the names of `NAMES`, or as `all`.
-        val: Images of `val` where it is cut; a tenth by default.
+        found: Report with splits named as in `NAMES`, or `all`.
+        val: Size of `val` if it is split from training; a tenth by default.
     """
     have = found.splits
     full = have.get("trainval") or have.get("all")
@@ -211,13 +208,13 @@ def standard(found: Found, val: int | None = None) -> None:
 
 
 def cut(split: Split, count: int) -> tuple[Split, Split]:
-    """Takes `count` images with the classes in proportion; returns them and the rest, both in the split's order."""
+    """Draws a stratified sample of `count` images; returns sample and rest, both in the original order."""
     chosen, rest = stratified(np.arange(len(split)), split.labels, count, CUT_SEED)
     return take(split, chosen), take(split, rest)
 
 
 def take(split: Split, indices: Int64[np.ndarray, " k"]) -> Split:
-    """Returns the images at `indices` as a split of their own."""
+    """Returns the subset of a split at `indices`."""
     labels = split.labels[indices]
     if isinstance(split, FileSplit):
         return FileSplit(split.root, [split.files[i] for i in indices], labels)
@@ -225,11 +222,11 @@ def take(split: Split, indices: Int64[np.ndarray, " k"]) -> Split:
         return ArraySplit(split.images[indices], labels)
     if isinstance(split, TableSplit):
         return TableSplit(split.table.select(indices), split.column, labels)
-    raise TypeError(f"No images can be taken from a {type(split).__name__}.")
+    raise TypeError(f"Cannot take a subset of a {type(split).__name__}.")
 
 
 def first_folder(candidates: Sequence[Path], file: str) -> Path:
-    """Returns the first folder that holds a file, or the first of all where none does."""
+    """Returns the first folder that contains a file, or else the first folder."""
     return next((folder for folder in candidates if (folder / file).is_file()), candidates[0])
 
 

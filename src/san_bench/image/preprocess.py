@@ -1,4 +1,4 @@
-"""From an image to what a model reads: resized and normalised by recipe and checkpoint, augmented in training.
+"""Image preprocessing: resizing and normalization by recipe and checkpoint, and training augmentation.
 
 Example:
     >>> from san_bench.models.embedded import embedded_path
@@ -33,20 +33,20 @@ STATISTICS = {
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-"""Means and standard deviations of the channels, on the scale 0 to 1."""
+"""Channel means and standard deviations, for pixel values from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """How images become the input of a model, in scoring and, but for augmentation, in training.
+    """Preprocessing settings for evaluation and, except for augmentation, for training.
 
     Attributes:
         size: Height and width in pixels.
-        mean: What normalisation subtracts from each channel, on the scale 0 to 1.
-        std: What it then divides by.
+        mean: Channel means for normalization, for pixel values from 0 to 1.
+        std: Channel standard deviations.
         interpolation: `bilinear`, `bicubic`, or another of Pillow's filters.
-        crop_pct: Share of the shorter side that a centre crop keeps.
-        squash: Resizes to the size whatever the shape, and crops nothing.
+        crop_pct: Fraction of the shorter side kept by the center crop.
+        squash: Resizes to a square, ignoring the aspect ratio, without a crop.
     """
 
     size: int
@@ -58,19 +58,19 @@ class InputSettings:
 
     @property
     def filter(self) -> Image.Resampling:
-        """Pillow's filter of the interpolation."""
+        """The Pillow filter for the interpolation."""
         return Image.Resampling[self.interpolation.upper()]
 
 
 def checkpoint_input(model: str | Path, revision: str = "main") -> InputSettings:
-    """Reads from a checkpoint how its model wants images: transformers' `preprocessor_config.json`, or timm's settings.
+    """Reads the preprocessing settings of a checkpoint, from `preprocessor_config.json` or timm's configuration.
 
     Args:
         model: A folder, or a name that transformers resolves.
-        revision: Of a model on the hub: a commit, branch or tag.
+        revision: Commit, branch or tag of a model on the hub.
 
     Raises:
-        SanError: If it says nothing of the size or the normalisation, or cannot be loaded.
+        SanError: If it has no size or normalization, or cannot be loaded.
     """
     try:
         return InputSettings(**_facts(model, revision))
@@ -78,14 +78,14 @@ def checkpoint_input(model: str | Path, revision: str = "main") -> InputSettings
         if isinstance(error, OSError) and not Path(model).is_dir():
             raise SanError(f"The configuration of {model} cannot be loaded: {error}") from error
         raise SanError(
-            f"{model} does not say how it wants images: {_reason(error, model)}. Set input.size, "
-            "input.normalization and input.interpolation in the recipe, or put a preprocessor_config.json into the "
+            f"{model} has no preprocessing settings: {_reason(error, model)}. Set input.size, "
+            "input.normalization and input.interpolation in the recipe, or add a preprocessor_config.json to the "
             "folder."
         ) from error
 
 
 def input_settings(recipe_input: Input, model: str | Path, revision: str = "main") -> InputSettings:
-    """Returns how a recipe wants images: what it says, and what the checkpoint says where it leaves that open."""
+    """Returns the preprocessing settings of a recipe, completed by those of the checkpoint."""
     chosen: dict[str, Any] = {"squash": recipe_input.resize == "squash"}
     if recipe_input.size is not None:
         chosen["size"] = recipe_input.size
@@ -101,17 +101,17 @@ def input_settings(recipe_input: Input, model: str | Path, revision: str = "main
 
 
 def for_checkpoint(split: Split, model: str | Path) -> Prepared:
-    """Returns a split as a checkpoint wants it: resized to its size, normalised as it was."""
+    """Returns a split with the preprocessing of a checkpoint."""
     return Prepared(split, checkpoint_input(model))
 
 
 class Prepared(Dataset):
-    """A split as the tensors that a model and transformers' Trainer read.
+    """A split as model inputs, for the transformers `Trainer`.
 
     Args:
         split: The images.
-        settings: How they are resized and normalised.
-        augmentation: What is done to them in training; `None` in scoring.
+        settings: Preprocessing settings.
+        augmentation: Training augmentation; `None` for evaluation.
     """
 
     def __init__(self, split: Split, settings: InputSettings, augmentation: Augmentation | None = None) -> None:
@@ -136,7 +136,7 @@ class Prepared(Dataset):
         return {"pixel_values": self._after(pixels), "labels": self._targets[index]}
 
     def batch(self, count: int, start: int = 0) -> Float32[Tensor, "count 3 size size"]:
-        """Returns `pixel_values` of `count` images from `start` on, or of as many as there are."""
+        """Returns `pixel_values` of up to `count` images, beginning at `start`."""
         end = min(start + count, len(self))
         return torch.stack([self[index]["pixel_values"] for index in range(start, end)])
 
@@ -145,7 +145,7 @@ class Prepared(Dataset):
 
 
 def mixing(augmentation: Augmentation, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Returns timm's mixup and cutmix of a batch, which also smooths the labels; `None` where neither is wanted."""
+    """Returns timm's mixup and cutmix, which also apply label smoothing; `None` if both are off."""
     if not (augmentation.mixup or augmentation.cutmix):
         return None
     from timm.data.mixup import Mixup
@@ -163,7 +163,7 @@ def _changes_nothing(augmentation: Augmentation) -> bool:
 def _transforms(
     settings: InputSettings, augmentation: Augmentation | None
 ) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Tensor], Tensor]]:
-    """What happens to the image before normalisation, and to the tensor after it; other processes can be sent both."""
+    """Returns transforms before and after normalization; both can be pickled for data loader workers."""
     if augmentation is None or _changes_nothing(augmentation):
         return partial(_resize_and_crop, settings=settings), _same
     from torchvision import transforms
@@ -209,7 +209,7 @@ def _resize_and_crop(image: Image.Image, settings: InputSettings) -> Image.Image
 
 
 def _facts(model: str | Path, revision: str) -> dict[str, Any]:
-    """What a checkpoint says, as fields of `InputSettings`."""
+    """Returns the settings of a checkpoint as fields of `InputSettings`."""
     file = Path(model) / "preprocessor_config.json"
     if file.is_file():
         return _from_transformers(json.loads(file.read_text(encoding="utf-8")))
@@ -230,7 +230,7 @@ def _facts(model: str | Path, revision: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception, model: str | Path) -> str:
-    """Why there are no settings, in short where a folder has none at all."""
+    """Returns why there are no settings, in short if a folder has no configuration file."""
     for name in ("config.json", "preprocessor_config.json"):
         if not isinstance(error, TypeError) and Path(model).is_dir() and not (Path(model) / name).is_file():
             return f"it has no {name}"

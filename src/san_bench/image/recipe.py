@@ -16,23 +16,23 @@ from san_bench.config.recipe import Recipe, check_splits
 from san_bench.config.strict import Strict, suggest
 
 TASKS = ("digits", "folder", "datasets")
-"""Tasks that are of no suite."""
+"""Tasks outside a suite."""
 
 SUITES = ("mini-vision/", "vtab/", "fgvc/", "gic/")
-"""What the names of the other tasks start with."""
+"""Prefixes of all other task names."""
 
 
 class Input(Strict):
-    """How an image becomes what the model reads.
+    """Image preprocessing.
 
     Attributes:
-        size: Height and width in pixels; `null` for the checkpoint's.
-        resize: `squash` to the size whatever the shape, or `crop`: the shorter side to size / `crop_pct`, then the
-            centre.
-        crop_pct: Share of the shorter side that is kept; `null` for the checkpoint's.
-        interpolation: Of the resizing.
-        normalization: Mean and standard deviation: the checkpoint's, ImageNet's, 0.5 and 0.5 (`inception`), or none,
-            which leaves 0 to 1.
+        size: Height and width in pixels; `null` for the setting of the checkpoint.
+        resize: `squash` resizes to a square, ignoring the aspect ratio; `crop` resizes the shorter side to
+            size / `crop_pct`, then center-crops.
+        crop_pct: Fraction of the shorter side kept by the center crop; `null` for the setting of the checkpoint.
+        interpolation: Interpolation for resizing.
+        normalization: Mean and standard deviation: of the checkpoint, of ImageNet, 0.5 and 0.5 (`inception`), or `none`
+            for the range 0 to 1.
     """
 
     size: int | None = Field(ge=1)
@@ -43,15 +43,15 @@ class Input(Strict):
 
 
 class Augmentation(Strict):
-    """What is done to images in training alone, by torchvision and timm.
+    """Training augmentation, with torchvision and timm.
 
     Attributes:
-        crop: `none`: as in scoring; `random`: a random in place of the centre crop; `random-resized`: of random size
-            and shape.
-        smallest_crop: Smallest share of the area that `random-resized` takes.
-        flip: Mirrors half of the images.
-        randaugment: timm's description, such as `rand-m9-mstd0.5-inc1`, or `null`.
-        erasing: Probability that a rectangle is replaced by noise.
+        crop: `none`: as in evaluation; `random`: random instead of center crop; `random-resized`: random size and
+            aspect ratio.
+        smallest_crop: Smallest area fraction of `random-resized`.
+        flip: Random horizontal flip.
+        randaugment: RandAugment configuration of timm, such as `rand-m9-mstd0.5-inc1`, or `null`.
+        erasing: Probability of random erasing.
         mixup: Alpha of mixup, 0 for none.
         cutmix: Alpha of cutmix, 0 for none.
         smoothing: Label smoothing.
@@ -68,23 +68,23 @@ class Augmentation(Strict):
 
 
 class ImageRecipe(Recipe):
-    """One run of image classification; what is not said here says `Recipe`.
+    """Recipe of an image classification run; see `Recipe` for the common settings.
 
     Attributes:
-        task: Name of a task; see `san_bench.image.tasks.load_task`.
-        train_split: Split to train with.
-        eval_split: Split to score once, after training.
-        model: `embedded` (the small ViT of the package), `embedded/swin`, `embedded/convnext`,
+        task: Task name; see `san_bench.image.tasks.load_task`.
+        train_split: Training split.
+        eval_split: Split for the evaluation after training.
+        model: `embedded` (the small ViT that ships with the package), `embedded/swin`, `embedded/convnext`,
             `real/dinov2-small` or `real/efficientnet-lite0` (see `san_bench.models.real`), a folder, or a name that
-            transformers resolves, such as `timm/vit_base_patch16_224.augreg_in21k`. Its weights are in float32.
-        method: What is trained; the task's head always is.
-        input: How an image becomes what the model reads.
-        augmentation: What is done to images in training alone.
-        drop_path: Rate of stochastic depth, for models that have it.
-        ema: Decay of the exponential moving average of the trained weights, which is then what is scored; or `null`.
-        selection: `last`: the weights after the last step. `best-val`: those of the epoch that is best on the task's
-            validation split. `best-test`: of the epoch that is best on `eval_split`, as older papers do.
-        channels_last: Keeps images and kernels channels-last in memory.
+            transformers resolves, such as `timm/vit_base_patch16_224.augreg_in21k`. Weights are loaded in float32.
+        method: Fine-tuning method; the classification head is always trained.
+        input: Image preprocessing.
+        augmentation: Training augmentation.
+        drop_path: Stochastic depth rate, for models that support it.
+        ema: Decay of the exponential moving average of the weights, which is then evaluated; or `null`.
+        selection: Checkpoint selection. `last`: after the last step. `best-val`: best epoch on the validation split.
+            `best-test`: best epoch on `eval_split`, as in older papers.
+        channels_last: Uses the channels-last memory format.
     """
 
     train_split: Literal["train800", "train800val200", "train", "trainval"]
@@ -109,9 +109,9 @@ class ImageRecipe(Recipe):
     def _scored_on_unseen_images(self) -> ImageRecipe:
         check_splits(self.train_split, self.eval_split, self.selection)
         if self.ema is not None and self.selection != "last":
-            raise ValueError(
-                f"selection|an average over steps goes with last, not with {self.selection}; set ema to null"
-            )
+            raise ValueError(f"selection|ema needs last, not {self.selection}; set ema to null")
         if self.optimizer.batch_size % 2 and (self.augmentation.mixup or self.augmentation.cutmix):
-            raise ValueError(f"optimizer|mixup and cutmix pair images, but batch_size is {self.optimizer.batch_size}")
+            raise ValueError(
+                f"optimizer|mixup and cutmix need an even batch_size, but it is {self.optimizer.batch_size}"
+            )
         return self

@@ -1,10 +1,10 @@
-"""Splits of images with their labels, and image classification tasks that are made of them.
+"""Splits of labelled images, and image classification tasks made of them.
 
-A split gives images and labels as they are stored. Resizing, normalisation and augmentation are settings of the recipe
-and the checkpoint, see `san_bench.image.preprocess`.
+A split returns images and labels as stored. Resizing, normalization and augmentation are settings of the recipe and the
+checkpoint; see `san_bench.image.preprocess`.
 
-Splits are named as in VTAB where a task has 1,000 images to train with: `train800` and `val200` to choose settings,
-`train800val200` to train with them, `test` to report once. Elsewhere they are `train`, `val`, `trainval` and `test`.
+Tasks with 1,000 training images use the split names of VTAB: `train800` and `val200` for hyperparameter search,
+`train800val200` for training, `test` for the final evaluation. Others use `train`, `val`, `trainval` and `test`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 
 def stored_bytes(path: Path) -> int:
-    """Returns the size of a file in bytes, -1 where it is missing, as fingerprints count it."""
+    """Returns the size of a file in bytes, or -1 if it is missing; used by fingerprints."""
     return path.stat().st_size if path.is_file() else -1
 
 
 class Split(ABC):
-    """Images with their labels, decoded when they are asked for.
+    """Labelled images, decoded on access.
 
     Attributes:
-        labels: Class of each image, counted from 0.
-        joined: Whether its images are those of other splits.
+        labels: Class index of each image, from 0.
+        joined: Whether its images belong to other splits.
     """
 
     labels: Int64[np.ndarray, " n"]
@@ -50,28 +50,28 @@ class Split(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Returns an image in RGB, in its own size.
+        """Returns an RGB image in its original size.
 
         Raises:
             SanError: If it is missing or cannot be decoded; the message names it.
         """
 
     def item_name(self, index: int) -> str:
-        """Returns what to call an image in a message: its file, or its row."""
+        """Returns the name of an image for messages: its file or row."""
         return f"row {index}"
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A sha256 of what decides the content: see each kind of split."""
+        """The sha256 of the content; see each kind of split."""
 
 
 class ArraySplit(Split):
-    """Images of one size in memory; the fingerprint covers every byte.
+    """In-memory images of one size; the fingerprint covers every byte.
 
     Args:
-        images: RGB images as bytes.
-        labels: Class of each image.
+        images: RGB images.
+        labels: Class index of each image.
     """
 
     def __init__(self, images: UInt8[np.ndarray, "n height width 3"], labels: Int64[np.ndarray, " n"]) -> None:
@@ -79,7 +79,7 @@ class ArraySplit(Split):
         self.images, self.labels = images, labels
 
     def image(self, index: int) -> Image.Image:
-        """Returns an image in RGB."""
+        """Returns an RGB image."""
         return Image.fromarray(self.images[index])
 
     @property
@@ -92,12 +92,12 @@ class ArraySplit(Split):
 
 
 class FileSplit(Split):
-    """Images in files; the fingerprint covers names, sizes in bytes and labels.
+    """Image files; the fingerprint covers names, sizes in bytes and labels.
 
     Args:
-        root: Folder that the files are relative to.
-        files: Path of each image below `root`, with forward slashes.
-        labels: Class of each image.
+        root: Root folder.
+        files: Path of each image relative to `root`, with forward slashes.
+        labels: Class index of each image.
     """
 
     def __init__(self, root: Path, files: Sequence[str], labels: Int64[np.ndarray, " n"]) -> None:
@@ -105,7 +105,7 @@ class FileSplit(Split):
         self.root, self.files, self.labels = Path(root), tuple(files), labels
 
     def item_name(self, index: int) -> str:
-        """Returns the path of an image below the root."""
+        """Returns the path of an image relative to the root."""
         return self.files[index]
 
     def image(self, index: int) -> Image.Image:
@@ -114,14 +114,14 @@ class FileSplit(Split):
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, depending on the format
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises different errors by format
             raise SanError(
-                f"The image {path} cannot be read: {error}. `san data check` lists all such files."
+                f"The image {path} cannot be read: {error}. `san data check` lists all unreadable files."
             ) from error
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 over a line per file: name, bytes, label. A file that is missing counts -1 bytes."""
+        """The sha256 over one line per file: name, bytes, label. A missing file has -1 bytes."""
         digest = hashlib.sha256()
         for name, label in zip(self.files, self.labels, strict=True):
             digest.update(f"{name}\t{stored_bytes(self.root / name)}\t{label}\n".encode())
@@ -129,12 +129,12 @@ class FileSplit(Split):
 
 
 class TableSplit(Split):
-    """Rows of a table of the `datasets` library, as Arrow or parquet files hold them.
+    """Rows of a table of the `datasets` library, from Arrow or parquet files.
 
     Args:
         table: The rows.
-        image: Name of the column of images.
-        labels: Class of each row.
+        image: Name of the image column.
+        labels: Class index of each row.
     """
 
     def __init__(self, table: datasets.Dataset, image: str, labels: Int64[np.ndarray, " n"]) -> None:
@@ -146,11 +146,11 @@ class TableSplit(Split):
         try:
             return self.table[int(index)][self.column].convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise SanError(f"Row {index} of the column {self.column!r} holds no readable image: {error}.") from error
+            raise SanError(f"Row {index} of the column {self.column!r} has no readable image: {error}.") from error
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 over a line per row: stored bytes of its image, label. Where the table lies is no part."""
+        """The sha256 over one line per row: stored bytes of the image, label; independent of the location."""
         import datasets
         import pyarrow.compute as pc
 
@@ -167,7 +167,7 @@ class TableSplit(Split):
 
 
 class JoinedSplit(Split):
-    """Several splits one after the other.
+    """Concatenation of several splits.
 
     Args:
         splits: The splits, in order.
@@ -181,7 +181,7 @@ class JoinedSplit(Split):
         self._ends = np.cumsum([len(split) for split in splits])
 
     def image(self, index: int) -> Image.Image:
-        """Returns an image of the split that the index falls into."""
+        """Returns an image of the split that contains the index."""
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.splits[which].image(int(index - (self._ends[which] - len(self.splits[which]))))
 
@@ -193,11 +193,11 @@ class JoinedSplit(Split):
 
 @dataclass(frozen=True)
 class VisionTask:
-    """One data set with its splits and its metric, which is accuracy.
+    """A dataset with its splits; the metric is accuracy.
 
     Attributes:
-        name: What `load_task` knows it by.
-        num_classes: Number of classes; labels count from 0.
+        name: Task name.
+        num_classes: Number of classes; labels start at 0.
         splits: The splits by name.
     """
 
@@ -206,7 +206,7 @@ class VisionTask:
     splits: dict[str, Split]
 
     def __post_init__(self) -> None:
-        """Checks that every label is a class.
+        """Validates the labels.
 
         Raises:
             SanError: If a label is below 0, or `num_classes` or more.
@@ -215,7 +215,7 @@ class VisionTask:
             wrong = np.flatnonzero((split.labels < 0) | (split.labels >= self.num_classes))
             if len(wrong):
                 raise SanError(
-                    f"Task {self.name!r}, split {name}: {len(wrong)} of {len(split)} labels are no class, such as "
+                    f"Task {self.name!r}, split {name}: {len(wrong)} of {len(split)} labels are invalid, such as "
                     f"{split.labels[wrong[0]]} at index {wrong[0]}. It has {self.num_classes} classes, from 0."
                 )
 
@@ -231,10 +231,10 @@ class VisionTask:
 
 
 def task_of(found: Found) -> VisionTask:
-    """Returns the task that was found.
+    """Returns the task of a report.
 
     Raises:
-        SanError: If its data has errors; the message holds them all.
+        SanError: If its data has errors; the message lists them all.
     """
     found.check()
     return VisionTask(found.name, found.classes, found.splits)
@@ -243,9 +243,9 @@ def task_of(found: Found) -> VisionTask:
 def stratified(
     members: Int64[np.ndarray, " n"], labels: Int64[np.ndarray, " all"], count: int, seed: int
 ) -> tuple[Int64[np.ndarray, " count"], Int64[np.ndarray, " rest"]]:
-    """Takes `count` members with the classes in proportion (largest remainder); returns them and the rest, sorted.
+    """Draws a stratified sample of `count` members (largest remainder); returns sample and rest, both sorted.
 
-    The order in which a class is drawn comes from a hash of (seed, member), so no library version changes the split.
+    The draw is ordered by a hash of (seed, member), so the split does not depend on library versions.
     """
     key = [hashlib.sha256(f"{seed}:{member}".encode()).digest() for member in members]
     shuffled = members[sorted(range(len(members)), key=key.__getitem__)]

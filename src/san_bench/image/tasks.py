@@ -21,22 +21,22 @@ from san_bench.image.splits import VisionTask
 from san_peft.errors import SanError
 
 TASKS: dict[str, Callable[[], VisionTask]] = {"digits": load_digits_task}
-"""The tasks outside any suite that need nothing but this package, by name."""
+"""Tasks outside a suite that ship with the package, by name."""
 
 SUITES = {"vtab": vtab, "fgvc": fgvc, "gic": folders, "folder": folders, "datasets": folders}
-"""Modules that load a task, by the part of its name before the slash; each has `load(task, data)`."""
+"""Modules with `load(task, data)`, by the part of the task name before the slash."""
 
 
 def load_task(name: str, data: Path | None = None) -> VisionTask:
     """Loads a task by its name.
 
     Args:
-        name: A name in `TASKS`, or one below `mini-vision/`, `vtab/`, `fgvc/` or `gic/`; or `folder` or `datasets`, for
-            any image folder and any data set of the `datasets` library.
-        data: Folder of the data. The first two kinds have theirs inside the package.
+        name: A name in `TASKS`; a task of `mini-vision/`, `vtab/`, `fgvc/` or `gic/`; or `folder` or `datasets` for any
+            image folder or any dataset of the `datasets` library.
+        data: Data folder; not needed for tasks in `TASKS` and `mini-vision/`.
 
     Raises:
-        SanError: If there is no such task, or its data is missing or not as it must be.
+        SanError: If the task is unknown, or its data is missing or invalid.
     """
     suite, _, task = name.partition("/")
     if name in TASKS:
@@ -46,5 +46,5 @@ def load_task(name: str, data: Path | None = None) -> VisionTask:
     if suite not in SUITES:
         raise SanError(f"There is no task {name!r}.{suggest(name, [*TASKS, 'mini-vision/count', *SUITES])}")
     if data is None:
-        raise SanError(f"The task {name!r} needs its data: name the folder as `data`, or with --data.")
+        raise SanError(f"The task {name!r} needs a data folder: set `data`, or pass --data.")
     return SUITES[suite].load(task or suite, Path(data))

@@ -1,13 +1,13 @@
-"""VTAB-1k: 19 tasks of 1,000 training images, from the copies that people have.
+"""VTAB-1k: 19 tasks of 1,000 training images, in the layouts in circulation.
 
-Three layouts are read, each with one folder per task under either set of names in use (`cifar` or `cifar_100`):
+Supports three layouts, each with one folder per task under either set of names in use (`cifar` or `cifar_100`):
 
 - the community's: `images/` and the lists `train800.txt`, `val200.txt`, `train800val200.txt`, `test.txt`;
 - tables of the `datasets` library, or parquet or Arrow files, named after the splits;
-- folders `train800/`, `val200/` and `test/` with a folder of images for each class.
+- folders `train800/`, `val200/` and `test/` with one folder of images per class.
 
-The last two need no `train800val200`. All sizes must be exact, so the first 800 images of some other copy of CIFAR-100,
-say, are never taken for VTAB-1k's.
+The last two need no `train800val200`. All sizes must match exactly, so that the first 800 images of another copy of
+CIFAR-100 are never mistaken for VTAB-1k.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
     """Loads a task of VTAB-1k.
 
     Args:
-        task: Name of the task, such as `cifar`; the manifest has them all.
-        data: Folder that holds a folder for each task.
-        manifest: What the data must be; VTAB-1k's own by default.
+        task: Name of the task in the manifest, such as `cifar`.
+        data: Folder with one folder per task.
+        manifest: Expected data; by default that of VTAB-1k.
 
     Returns:
         The task `vtab/<task>`.
 
     Raises:
-        SanError: If there is no such task or folder, or the data is not as it must be.
+        SanError: If the task or folder does not exist, or the data is invalid.
     """
     return task_of(read(task, data, manifest))
 
 
 def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
-    """Reads what there is of a task, as `load` does, and notes what is not as it must be.
+    """Reads a task as `load` does, and collects validation problems.
 
     Raises:
-        SanError: If there is no such task or folder, or nothing in it can be read.
+        SanError: If the task or folder does not exist, or the folder has no readable data.
     """
     facts = (manifest or load_manifest("vtab"))[task]
     folder = find_folder(data, facts)
@@ -58,8 +58,8 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
         return found
     if not (read_folders(found, folder) or read_tables(found, folder)):
         raise SanError(
-            f"{folder} holds no data that can be read. Expected are the lists {', '.join(f'{s}.txt' for s in SPLITS)} "
-            "beside images/, or tables or folders of classes named after these splits."
+            f"{folder} has no readable data. Expected the lists {', '.join(f'{s}.txt' for s in SPLITS)} "
+            "next to images/, or tables or class folders named after these splits."
         )
     splits = found.splits
     parts = {"train800": splits.get("train800", splits.get("train")), "val200": splits.get("val200", splits.get("val"))}
@@ -70,7 +70,7 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     found.expect(facts)
     if any(problem.level == "error" for problem in found.problems):
         found.add(
-            f"it has the splits {', '.join(f'{n} of {len(s):,}' for n, s in splits.items())}; VTAB-1k's own images "
-            "cannot be picked out of a copy in another order. It can be run as the task `datasets` or `folder`"
+            f"the splits are {', '.join(f'{n} of {len(s):,}' for n, s in splits.items())}; the images of VTAB-1k "
+            "cannot be selected from a copy in another order. Use the task `datasets` or `folder` instead"
         )
     return found

@@ -1,4 +1,4 @@
-"""Checks the data of language tasks."""
+"""Validates the data of language tasks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def examine(
     checksums: Path | None = None,
     progress: bool = False,
 ) -> list[Found]:
-    """Checks the tasks of commonsense reasoning.
+    """Validates the commonsense reasoning tasks.
 
     Args:
-        suite: `commonsense`, or one of its tasks such as `commonsense/boolq`.
-        folder: Folder that holds the folders of the tasks.
-        images: There are none.
-        workers: Not used.
-        manifest: What the data must be; the suite's own by default.
-        write_checksums: Refused.
-        checksums: Refused.
-        progress: Not used.
+        suite: `commonsense`, or one of its tasks, such as `commonsense/boolq`.
+        folder: Folder with one folder per task.
+        images: Ignored.
+        workers: Ignored.
+        manifest: Expected data; by default the manifest of the suite.
+        write_checksums: Not supported.
+        checksums: Not supported.
+        progress: Ignored.
 
     Raises:
-        SanError: If there is no such folder or task, or checksums are asked for.
+        SanError: If the folder or task does not exist, or checksums are requested.
     """
     if write_checksums or checksums:
-        raise SanError(f"Checksums are of images, and {suite} has texts. sha256sum does the same for its files.")
+        raise SanError(f"Checksums are for images, and {suite} has text files. Use sha256sum.")
     return commonsense.examine(folder, suite.partition("/")[2], manifest)

@@ -1,8 +1,7 @@
-"""The eight tasks of commonsense reasoning, with which adapters of language models are compared.
+"""The eight commonsense reasoning tasks of the language model benchmark.
 
-Models are trained on `commonsense_170k.json`, where all eight are mixed, and tested on each. The community's layout is
-a folder `dataset/` with `NAME/test.json` for each task. Questions come as instructions; see
-`san_bench.language.instructions`.
+Models are trained on `commonsense_170k.json`, a mix of all eight tasks, and tested on each. The usual layout is a
+folder `dataset/` with `NAME/test.json` per task. Questions are instructions; see `san_bench.language.instructions`.
 
 Example:
     >>> name, facts = find_task("SIQA")
@@ -25,23 +24,23 @@ from san_peft.errors import SanError
 SUITE = "commonsense"
 
 TASKS = tuple(load_manifest(SUITE).tasks)
-"""The tasks, in the order of the published tables."""
+"""Task names, in the order of the published tables."""
 
 MIX = "commonsense_170k"
-"""Name of the training mix: of its file, without the suffix, or of a folder that its mirror was fetched into."""
+"""Name of the training mix: the stem of its file, or a folder with a downloaded copy."""
 
 
 def find_task(name: str) -> tuple[str, Facts]:
-    """Finds a task by its name or by that of its folder; case, and signs between letters, do not matter.
+    """Finds a task by its name or folder name, ignoring case and punctuation.
 
     Args:
         name: Such as `social_i_qa`, `SIQA` or `commonsense/siqa`.
 
     Returns:
-        The name in `TASKS`, and what is known of the task.
+        The name in `TASKS`, and the properties of the task.
 
     Raises:
-        SanError: If there is no such task.
+        SanError: If the task is unknown.
     """
     short = name.removeprefix(f"{SUITE}/")
     known = load_manifest(SUITE).tasks
@@ -52,17 +51,17 @@ def find_task(name: str) -> tuple[str, Facts]:
 
 
 def load_test(name: str, data: Path) -> Questions:
-    """Loads the test questions of a task, with what the published protocol seeks in an answer to them.
+    """Loads the test questions of a task, with the answer patterns of the published protocol.
 
     Args:
         name: The task; see `find_task`.
-        data: Folder that holds the folders of the tasks.
+        data: Folder with one folder per task.
 
     Returns:
         The questions, in the order of the file.
 
     Raises:
-        SanError: If there is no such task or folder, or records are not as they must be.
+        SanError: If the task or folder does not exist, or records are invalid.
     """
     facts = find_task(name)[1]
     records = load_records(find_folder(data, facts), "test", facts.answers)
@@ -70,18 +69,18 @@ def load_test(name: str, data: Path) -> Questions:
 
 
 def find_mix(data: Path) -> Path:
-    """Returns where the training mix lies: `commonsense_170k.json`, `.jsonl` or `.parquet`, or a folder of that name.
+    """Finds the training mix: `commonsense_170k.json`, `.jsonl` or `.parquet`, or a folder of that name.
 
     Args:
-        data: Folder that holds the folders of the tasks.
+        data: Folder with one folder per task.
 
     Raises:
-        SanError: If it is not there.
+        SanError: If it does not exist.
     """
     found = _mix(data)
     if found is None:
         names = ", ".join(f"{MIX}{suffix}" for suffix in SUFFIXES)
-        raise SanError(f"{data} holds no training mix: neither {names} nor a folder {MIX}.")
+        raise SanError(f"{data} contains no training mix: neither {names} nor a folder {MIX}.")
     return found
 
 
@@ -90,7 +89,7 @@ def _mix(data: Path) -> Path | None:
 
 
 def load_mix(source: str | Path) -> tuple[Record, ...]:
-    """Loads the training mix: every record's answer is one of some task.
+    """Loads the training mix; every answer must belong to some task.
 
     Args:
         source: `commonsense_170k.json`, or any other source of `san_bench.language.instructions.load_records`.
@@ -99,26 +98,26 @@ def load_mix(source: str | Path) -> tuple[Record, ...]:
         The records, in the order of the file.
 
     Raises:
-        SanError: If there is no such source, or records are not as they must be.
+        SanError: If the source does not exist, or records are invalid.
     """
     answers = dict.fromkeys(answer for facts in load_manifest(SUITE).tasks.values() for answer in facts.answers)
     return load_records(source, "train", tuple(answers))
 
 
 def examine(data: Path, task: str = "", manifest: Manifest | None = None) -> list[Found]:
-    """Checks test files, training files where there are any, and the training mix where it lies beside them.
+    """Validates test files, and training files and the training mix if they exist.
 
     Args:
-        data: Folder that holds the folders of the tasks.
+        data: Folder with one folder per task.
         task: One task; all by default.
-        manifest: What the data must be; the suite's own by default.
+        manifest: Expected data; by default the manifest of the suite.
 
     Returns:
-        What was found of each task, with its problems. A test file of another size is an error, a training file of
-        another size a warning: there are several copies of those.
+        Report for each task. A test file of unexpected size is an error; a training file of unexpected size is a
+        warning, since several versions are in circulation.
 
     Raises:
-        SanError: If there is no such folder or task.
+        SanError: If the folder or task does not exist.
     """
     if not data.is_dir():
         raise SanError(f"There is no folder {data}.")
@@ -133,7 +132,7 @@ def examine(data: Path, task: str = "", manifest: Manifest | None = None) -> lis
         _count(one, "train", mix, size, tuple(dict.fromkeys(a for f in manifest.tasks.values() for a in f.answers)))
         found.append(one)
     if len(found) > 1 and not any(one.folder for one in found):
-        raise SanError(f"{data} holds none of the {len(found)} tasks of {SUITE}. {found[0].problems[0].text}")
+        raise SanError(f"{data} contains none of the {len(found)} tasks of {SUITE}. {found[0].problems[0].text}")
     return found
 
 
@@ -152,7 +151,7 @@ def _read(name: str, data: Path, facts: Facts) -> Found:
 
 
 def _count(found: Found, split: str, source: Path, size: int, answers: tuple[str, ...]) -> None:
-    """Notes the records of a split, how often each answer is right, and what is wrong with them."""
+    """Adds the number of records and the answer distribution of a split to the report, and its problems."""
     try:
         records = load_records(source, split, answers)
     except SanError as error:

@@ -1,4 +1,4 @@
-"""Language models: a pretrained decoder, records as tokens, and answers that are generated or found the likeliest."""
+"""Language models: a pretrained decoder, tokenized records, and evaluation by generation or likelihood."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from san_peft.errors import SanError
 
 
 class Texts(Domain):
-    """A recipe of a language model with its records and questions.
+    """Language model domain of a recipe.
 
     Args:
         recipe: The recipe.
-        task: What it is about; loaded by default.
+        task: Its task; loaded by default.
     """
 
     items = "records"
@@ -39,17 +39,17 @@ class Texts(Domain):
     def __init__(self, recipe: TextRecipe, task: TextTask | None = None) -> None:
         self.recipe: TextRecipe = recipe
         self.task = task or load_text_task(recipe.task, recipe.data)
-        self.task.asked(recipe.eval_split)  # better known before the training than after it
+        self.task.asked(recipe.eval_split)  # fail before training, not after
         _check_answers(self.task, recipe)
         self._tokens: dict[str, Tokenised] = {}
 
     @property
     def n_train(self) -> int:
-        """Number of records to train with."""
+        """Number of training records."""
         return len(self.task.splits[self.recipe.train_split])
 
     def inspect(self) -> Findings:
-        """Looks for the tokenizer, and for lm-eval where answers are to be found by it."""
+        """Checks that the tokenizer, and lm-eval if it is used, can be loaded."""
         errors = []
         for look in (lambda: self.tokenizer, *([load_harness] if "lm-eval" in self.recipe.scoring.ways else [])):
             try:
@@ -59,7 +59,7 @@ class Texts(Domain):
         return Findings(errors=tuple(errors))
 
     def facts(self) -> dict[str, Any]:
-        """Returns what decides about numbers in the field, and how many tokens were trained with."""
+        """Returns settings that affect scores, and the number of training tokens."""
         examples, text = self.tokens(self.recipe.train_split), self.recipe.text
         once = sum(len(example["input_ids"]) for example in examples.examples)
         return {
@@ -73,15 +73,15 @@ class Texts(Domain):
 
     @cached_property
     def tokenizer(self) -> PreparedTokenizer:
-        """The model's tokenizer, made ready; see `companions`."""
+        """The prepared tokenizer; see `companions`."""
         return self.companions(self.recipe)
 
     @classmethod
     def companions(cls, recipe: TextRecipe) -> PreparedTokenizer:
-        """Loads the model's tokenizer and makes it ready.
+        """Loads and prepares the tokenizer of the model.
 
         Raises:
-            SanError: If there is none beside the model, or it lacks a token.
+            SanError: If the checkpoint has no tokenizer, or the tokenizer lacks a token.
         """
         checkpoint = checkpoint_of(recipe)
         try:
@@ -91,32 +91,32 @@ class Texts(Domain):
         return prepare_tokenizer(tokenizer, recipe.text.pad)
 
     def base_model(self) -> nn.Module:
-        """Loads the pretrained model with its weights in the recipe's type.
+        """Loads the pretrained model in the dtype or quantization of the recipe.
 
         Raises:
-            SanError: If it holds no fitting weights, has too few embeddings for the tokenizer, or bitsandbytes is
-                needed and not installed.
+            SanError: If weights are missing or mismatched, the embedding is too small for the tokenizer, or
+                bitsandbytes is required and not installed.
         """
         set_seed(self.recipe.seed)
         model = load_pretrained(AutoModelForCausalLM, checkpoint_of(self.recipe), self.recipe)
         rows = model.get_input_embeddings().num_embeddings
-        prepare_tokenizer(self.tokenizer.tokenizer, self.recipe.text.pad, rows)  # says so where there are too few
+        prepare_tokenizer(self.tokenizer.tokenizer, self.recipe.text.pad, rows)  # raises if the embedding is too small
         return model
 
     def trained_model(self, folder: Path) -> nn.Module:
-        """Loads a whole model that was trained."""
+        """Loads a fully trained model."""
         return load_pretrained(AutoModelForCausalLM, Checkpoint(folder), self.recipe)
 
     def training(self, model: Any) -> Training:
-        """Returns the records as tokens.
+        """Returns the training setup.
 
         Raises:
-            SanError: If the length limit leaves nothing of any answer, or packing is wanted of a model that cannot.
+            SanError: If truncation removes all answers, or the model does not support packing.
         """
         text, selects = self.recipe.text, self.recipe.selection != "last"
         plain = Collator(self.tokenizer.pad, "right")
         if self.recipe.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # else nothing before the first adapter asks for a gradient
+            model.enable_input_require_grads()  # checkpointing needs an input with gradient
         return Training(
             dataset=self.tokens(self.recipe.train_split),
             collate=_packing(model) if text.packing else plain,
@@ -129,14 +129,14 @@ class Texts(Domain):
         )
 
     def tokens(self, split: str) -> Tokenised:
-        """Returns the records of a split as examples to train with."""
+        """Returns the records of a split as training examples."""
         if split not in self._tokens:
             text, records = self.recipe.text, self.task.splits[split]
             self._tokens[split] = tokenise(records, self.tokenizer, text.template, text.loss_on, text.cutoff)
         return self._tokens[split]
 
     def probe(self, size: int) -> Batch:
-        """Returns the first prompts that are scored, as many of each task."""
+        """Returns the first evaluation prompts, equally many per task."""
         asked = self.task.asked(self.recipe.eval_split)
         each = -(-size // len(asked))
         records = [record for questions in asked.values() for record in questions.records[:each]][:size]
@@ -144,16 +144,16 @@ class Texts(Domain):
         return Collator(self.tokenizer.pad, "left")([{"input_ids": row} for row in rows])
 
     def score(self, model: Any, split: str) -> Scores:
-        """Asks all questions of a split, in every way of the recipe.
+        """Evaluates all questions of a split with every scoring method of the recipe.
 
         Returns:
-            The unweighted mean of the tasks' accuracies, the sums of `correct` and `n_test`, and under `tasks` those of
-            each task with `unanswered` texts; all in the first way. Under `ways` the accuracies of each task in the
-            others. The files hold every question with its answer.
+            For the first method, the unweighted mean accuracy over tasks, the sums of `correct` and `n_test`, and under
+            `tasks` the numbers per task. Under `ways`, the numbers per task of the other methods. The files contain
+            every question and answer.
         """
         scoring = self.recipe.scoring
         place(model)
-        ways = [way for way in scoring.ways if way != "lm-eval" or split == "test"]  # it has no other split
+        ways = [way for way in scoring.ways if way != "lm-eval" or split == "test"]  # lm-eval has no other split
         found = {way: WAYS[way](self, model, self.task.asked(split)) for way in ways}
         first = found[ways[0]]
         numbers = {
@@ -167,33 +167,33 @@ class Texts(Domain):
         return Scores(numbers, {name: text for result in found.values() for name, text in result.files.items()})
 
     def save_companions(self, folder: Path) -> None:
-        """Writes the tokenizer."""
+        """Saves the tokenizer."""
         self.tokenizer.tokenizer.save_pretrained(folder)
 
 
 def _check_answers(task: TextTask, recipe: TextRecipe) -> None:
-    """Raises an error where answers are to be sought, or compared, that are too many for it."""
+    """Raises `SanError` if a scoring method needs a closed set of answers and a task has none."""
     free = [name for name, questions in task.asked(recipe.eval_split).items() if not questions.answers]
     ways = [way for way in recipe.scoring.ways if way in ("generation", "likelihood")]
     if free and ways:
         raise SanError(
-            f"scoring.ways: {', '.join(ways)} needs answers to choose from, but the records of {', '.join(free)} in "
-            f"{recipe.data} have more than {MOST_ANSWERS} different answers, or empty ones. Score them with "
-            "scoring.ways=[exact], by the same words as the record's output."
+            f"scoring.ways: {', '.join(ways)} needs a closed set of answers, but the records of {', '.join(free)} in "
+            f"{recipe.data} have more than {MOST_ANSWERS} different answers, or empty ones. Use scoring.ways=[exact], "
+            "which compares the generated text with the output of the record."
         )
 
 
 def _packing(model: Any) -> Callable[[list[Any]], Any]:
-    """Makes one row of a batch, in which positions begin anew with each record, and so does what it may see."""
+    """Returns a collator that packs a batch into one row, with positions and attention per record."""
     inside = model.get_base_model() if hasattr(model, "get_base_model") else model
     if inside.config._attn_implementation == "eager":
-        raise SanError("Packing needs sdpa or flash attention, but the model computes attention eagerly.")
+        raise SanError("Packing needs sdpa or flash attention, but the model uses eager attention.")
     return DataCollatorWithFlattening(return_position_ids=True)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Numbers by task, and files by name."""
+    """Scores by task, and files by name."""
 
     tasks: dict[str, dict[str, Any]]
     files: dict[str, bytes]
@@ -237,7 +237,7 @@ def _harness(domain: Texts, model: Any, asked: dict[str, Questions]) -> _Found:
     names = {name.partition("/")[2]: name for name in asked}
     tasks = {}
     for name, own in scores.items():
-        n = int(own.pop("n"))  # lm-eval's own: its data may have other questions than ours
+        n = int(own.pop("n"))  # lm-eval uses its own data, which may differ from ours
         tasks[names[name]] = {"accuracy": own["acc"], "correct": round(own["acc"] * n), "n_test": n, **own}
     return _Found(tasks, {})
 
@@ -248,7 +248,7 @@ WAYS: dict[str, Callable[[Texts, Any, dict[str, Questions]], _Found]] = {
     "likelihood": _likeliest,
     "lm-eval": _harness,
 }
-"""How answers are found, by the names in recipes."""
+"""Scoring methods by their name in recipes."""
 
 
 def _file(kind: str, task: str) -> str:

@@ -1,7 +1,7 @@
-"""The published evaluation of commonsense reasoning: a model writes, and the first answer in what it writes counts.
+"""Scoring by generation, the published commonsense protocol: the first answer in the generated text counts.
 
-Published are four beams, no sampling, at most 32 new tokens, and batches of one without an attention mask. Here batches
-are filled up at the left, with a mask, so that a text does not depend on what it is generated with.
+The published code uses four beams, no sampling, at most 32 new tokens, and batch size 1 without an attention mask. Here
+batches are left-padded with a mask, so that the output does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -9,41 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from san_bench.language.instructions import Questions, fingerprint
+from san_bench.language.instructions import Questions
 from san_bench.language.prompts import RESPONSE, Collator, Template, prompt
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import gather_results, rank_indices
 from san_peft.errors import SanError
 
 BEAMS = 4
-"""Beams of the published search."""
+"""Number of beams in the published protocol."""
 
 NEW_TOKENS = 32
-"""The most tokens that the published evaluation generates."""
+"""Maximum number of new tokens in the published protocol."""
 
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """What a model answered to the questions of a task.
+    """Answers of a model to the questions of a task.
 
     Attributes:
         task: Name of the task.
-        correct: Answers that are right.
-        unanswered: Texts without an answer. They count as wrong.
-        rows: Every question with the right answer, the generated text, the answer in it, and whether it is right.
-        fingerprint: Of the records.
+        correct: Number of correct answers.
+        unanswered: Number of texts without an answer; they count as wrong.
+        rows: Every question with reference answer, generated text, predicted answer, and correctness.
     """
 
     task: str
     correct: int
     unanswered: int
     rows: tuple[dict[str, Any], ...]
-    fingerprint: str
 
     @property
     def n(self) -> int:
@@ -52,18 +49,8 @@ class TaskAnswers:
 
     @property
     def accuracy(self) -> float:
-        """Share of the questions that are answered right."""
+        """Fraction of correct answers."""
         return self.correct / self.n
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the numbers for a result."""
-        return {
-            "accuracy": self.accuracy,
-            "correct": self.correct,
-            "n": self.n,
-            "unanswered": self.unanswered,
-            "data_fingerprint": self.fingerprint,
-        }
 
 
 def answer_task(
@@ -77,24 +64,24 @@ def answer_task(
     max_new_tokens: int = NEW_TOKENS,
     exact: bool = False,
 ) -> TaskAnswers:
-    """Lets a model answer the questions of a task, and scores it as published.
+    """Generates answers to the questions of a task and scores them as published.
 
     Args:
         model: A causal language model of transformers, with or without an adapter.
-        tokenizer: Its tokenizer, made ready.
+        tokenizer: Its prepared tokenizer.
         task: Name of the task.
         questions: Its questions.
-        template: How a prompt looks.
-        batch_size: Questions at a time; the texts do not depend on it.
-        beams: Beams of the search; 1 is greedy.
-        max_new_tokens: The most tokens of an answer.
-        exact: Seeks no answer: the whole text must be the record's output, but for outer blanks.
+        template: Prompt template.
+        batch_size: Batch size; does not affect the texts.
+        beams: Number of beams; 1 is greedy decoding.
+        max_new_tokens: Maximum number of new tokens.
+        exact: Compares the whole stripped text with the output of the record, instead of searching for an answer.
 
     Returns:
         The answers, in the order of the questions.
 
     Raises:
-        SanError: If there is no question, or a number is below 1.
+        SanError: If there are no questions, or a number is below 1.
     """
     records = questions.records
     if not records:
@@ -117,29 +104,17 @@ def answer_task(
             }
         )
     correct = sum(row["correct"] for row in rows)
-    return TaskAnswers(task, correct, sum(row["predicted"] is None for row in rows), tuple(rows), fingerprint(records))
+    return TaskAnswers(task, correct, sum(row["predicted"] is None for row in rows), tuple(rows))
 
 
 def response(text: str) -> str:
-    """Returns what stands after the last header of a response, or all where there is none, without outer blanks.
+    """Returns the stripped text after the last response header, or all of it if there is none.
 
     Example:
         >>> response(" false. ### Response: the correct answer is true ")
         'the correct answer is true'
     """
     return text.rpartition(RESPONSE)[2].strip()
-
-
-def summarise(answers: Sequence[TaskAnswers]) -> dict[str, Any]:
-    """Returns the numbers of all tasks, and the unweighted mean of their accuracies.
-
-    Raises:
-        SanError: If there is no task, or one of them twice.
-    """
-    names = [one.task for one in answers]
-    if not names or len(set(names)) < len(names):
-        raise SanError(f"A mean needs tasks, each once, but there are {', '.join(names) or 'none'}.")
-    return {"mean": fmean(one.accuracy for one in answers), "tasks": {one.task: one.summary() for one in answers}}
 
 
 def generate_texts(
@@ -150,18 +125,18 @@ def generate_texts(
     beams: int = BEAMS,
     max_new_tokens: int = NEW_TOKENS,
 ) -> list[str]:
-    """Lets a model go on from prompts, without sampling; the longest prompts come first. Processes share them.
+    """Generates continuations of prompts without sampling, longest prompts first, sharded across ranks.
 
     Args:
         model: A causal language model of transformers, with or without an adapter.
-        tokenizer: Its tokenizer, made ready.
-        prompts: The texts to go on from.
-        batch_size: Prompts at a time.
-        beams: Beams of the search; 1 is greedy.
-        max_new_tokens: The most tokens of a text.
+        tokenizer: Its prepared tokenizer.
+        prompts: The prompts.
+        batch_size: Batch size.
+        beams: Number of beams; 1 is greedy decoding.
+        max_new_tokens: Maximum number of new tokens.
 
     Returns:
-        The new text of each prompt, in the order of the prompts, without special tokens.
+        The generated texts, in the order of the prompts, without special tokens.
 
     Raises:
         SanError: If a number is below 1.
@@ -184,14 +159,14 @@ def generate_texts(
 
 
 def decoding(pad: int, bos: int | None, stops: Sequence[int], beams: int, max_new_tokens: int) -> Any:
-    """Returns transformers' settings of generation without sampling; a checkpoint's own do not count.
+    """Returns a generation config without sampling; the generation config of the checkpoint is ignored.
 
     Args:
-        pad: The token that fills up a batch.
-        bos: What begins a text, if anything does.
-        stops: What ends a text.
-        beams: Beams of the search; 1 is greedy.
-        max_new_tokens: The most tokens of a text.
+        pad: ID of the padding token.
+        bos: ID of the BOS token, if any.
+        stops: IDs of the stop tokens.
+        beams: Number of beams; 1 is greedy decoding.
+        max_new_tokens: Maximum number of new tokens.
     """
     from transformers import GenerationConfig
 
@@ -212,7 +187,7 @@ def decoding(pad: int, bos: int | None, stops: Sequence[int], beams: int, max_ne
 
 
 def batches(rows: Sequence[list[int]], size: int) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Yields batches of rows of like length, the longest first, each with the places of its rows."""
+    """Yields batches of rows of similar length, longest first, each with the indices of its rows."""
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     for start in range(0, len(order), size):
         places = order[start : start + size]
@@ -221,11 +196,11 @@ def batches(rows: Sequence[list[int]], size: int) -> Iterator[tuple[list[int], l
 
 @contextmanager
 def scoring(model: Any) -> Iterator[None]:
-    """Puts a model into eval mode without gradients, and back afterwards."""
+    """Sets eval mode without gradients, and restores the mode afterwards."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():  # not inference mode: what a model keeps from here may be trained with later
+        with torch.no_grad():  # not inference mode: cached tensors may be used in training later
             yield
     finally:
         model.train(training)

@@ -1,6 +1,6 @@
-r"""Records of instructions, as `commonsense_170k.json` has them, from the files that people keep them in.
+r"""Instruction records in the format of `commonsense_170k.json`, from files, folders or the hub.
 
-A record is four texts: what to do, an input to do it on (often empty), what a model should write, and the answer in it.
+A record has four strings: the instruction, an input (often empty), the expected output, and the answer within it.
 
 Example:
     >>> import json
@@ -26,20 +26,20 @@ from san_bench.language.records import SUFFIXES, Row, file_rows
 from san_peft.errors import SanError
 
 FIELDS = ("instruction", "input", "output", "answer")
-"""Fields of a record. A file may have others, which are not read."""
+"""Fields of a record; other fields are ignored."""
 
 LISTED = 20
-"""Bad records that a message lists."""
+"""Maximum number of invalid records in a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One instruction with its answer.
+    """An instruction with its answer.
 
     Attributes:
-        instruction: What to do, with the question and the possible answers.
-        input: What to do it on; empty if the instruction holds everything.
-        output: What a model should write.
+        instruction: Instruction with the question and the possible answers.
+        input: Additional input; often empty.
+        output: Expected output.
         answer: The part of the output that is scored.
     """
 
@@ -49,7 +49,7 @@ class Record:
     answer: str
 
     def fields(self) -> dict[str, str]:
-        """Returns the fields by name, as a file has them."""
+        """Returns the fields by name, as in a file."""
         return dict(zip(FIELDS, astuple(self), strict=True))
 
 
@@ -59,10 +59,9 @@ class Questions:
 
     Attributes:
         records: The questions with their answers.
-        answers: What may be answered.
-        sought: Patterns of what counts as an answer in a text; the first one that is found counts. Where answers are
-            free there are none, and of `answers` neither.
-        lm_eval: The task's name in lm-eval, or `None`.
+        answers: Valid answers; empty for free-form answers.
+        sought: Patterns of an answer in a text; the first match counts. Empty for free-form answers.
+        lm_eval: Task name in lm-eval, or `None`.
     """
 
     records: tuple[Record, ...]
@@ -71,7 +70,7 @@ class Questions:
     lm_eval: str | None = None
 
     def read_answer(self, text: str) -> str | None:
-        """Returns the first answer in a text, or `None`; case counts."""
+        """Returns the first answer in a text, or `None`; case-sensitive."""
         match = re.search("|".join(self.sought), text)
         return match[0] if match else None
 
@@ -79,21 +78,19 @@ class Questions:
 def load_records(
     source: str | Path, split: str | None = None, answers: Collection[str] | None = None
 ) -> tuple[Record, ...]:
-    """Loads records, and checks every one.
+    """Loads and validates records.
 
     Args:
-        source: A file: a JSON list, JSON lines or parquet. Or a folder: what `save_to_disk` of the `datasets` library
-            wrote, or such files named after their splits. Or, where nothing of that name is here, the name of a data
-            set on the Hugging Face hub.
-        split: `train`, `val` or `test`, under any of their usual names; `None` where there is only one. A file is
-            one split, whatever it is called.
-        answers: The answers that there may be; any by default.
+        source: A file (JSON list, JSON lines or parquet); a folder of such files named after their splits, or saved by
+            `datasets` with `save_to_disk`; or the name of a dataset on the Hugging Face hub.
+        split: `train`, `val` or `test`, under any common name; `None` if there is only one. Ignored for a file.
+        answers: Valid answers; any by default.
 
     Returns:
         The records, in the order of the source.
 
     Raises:
-        SanError: If there is no such source or split, or records are not as they must be; the message lists them.
+        SanError: If the source or split does not exist, or records are invalid; the message lists them.
     """
     path = Path(source)
     if path.is_file():
@@ -101,17 +98,19 @@ def load_records(
     elif path.is_dir():
         rows = _folder_rows(path, split)
     elif path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise SanError(f"There is no file or folder {source}, and it is no name of a data set on the Hugging Face hub.")
+        raise SanError(
+            f"There is no file or folder {source}, and it is not a valid dataset name on the Hugging Face hub."
+        )
     else:
         rows = _hub_rows(str(source), split)
     return check_records(rows, str(source), answers)
 
 
 def splits_of(source: str | Path) -> tuple[str, ...]:
-    """Returns the splits that a source of `load_records` has, under their usual names; a file has none.
+    """Returns the standard names of the splits of a source, see `load_records`; a file has none.
 
     Raises:
-        SanError: If there is no such source.
+        SanError: If the source does not exist.
     """
     path = Path(source)
     if not path.is_dir():
@@ -124,15 +123,15 @@ def splits_of(source: str | Path) -> tuple[str, ...]:
 
 
 def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | None = None) -> tuple[Record, ...]:
-    """Makes records of what a file holds.
+    """Validates rows and converts them to records.
 
     Args:
-        rows: Where each stands, and what stands there.
-        source: What to call all of it in a message.
-        answers: The answers that there may be; any by default.
+        rows: Rows with their locations.
+        source: Name of the source for messages.
+        answers: Valid answers; any by default.
 
     Raises:
-        SanError: If there is none, or any is not as it must be; the message gives their number and lists the first.
+        SanError: If there are no records, or any is invalid; the message counts them and lists the first.
     """
     records: list[Record] = []
     problems: list[str] = []
@@ -146,16 +145,16 @@ def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | N
     if problems:
         more = f"\n  and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
         raise SanError(
-            f"{source}: {len(problems):,} of {count:,} records are not as they must be. Each needs the texts "
+            f"{source}: {len(problems):,} of {count:,} records are invalid. Each needs the strings "
             f"{', '.join(FIELDS)}.\n  " + "\n  ".join(problems[:LISTED]) + more
         )
     if not records:
-        raise SanError(f"{source} holds no records.")
+        raise SanError(f"{source} contains no records.")
     return tuple(records)
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """Returns the sha256 over all records in their order. Where they lie, and in what kind of file, is no part."""
+    """Returns the sha256 over all records in order, independent of location and file format."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(astuple(record)).encode() + b"\n")
@@ -166,16 +165,18 @@ def _problems(row: Any, answers: Collection[str] | None) -> list[str]:
     if isinstance(row, Exception):
         return [f"not JSON ({row})"]
     if not isinstance(row, dict):
-        return [f"a {type(row).__name__}, no record"]
+        return [f"a {type(row).__name__}, not a record"]
     wrong = [f"{name} is missing" for name in FIELDS if name not in row]
     wrong += [
-        f"{name} is {row[name]!r:.40}, no text" for name in FIELDS if name in row and not isinstance(row[name], str)
+        f"{name} is {row[name]!r:.40}, not a string"
+        for name in FIELDS
+        if name in row and not isinstance(row[name], str)
     ]
     if isinstance(row.get("instruction"), str) and not row["instruction"].strip():
         wrong.append("instruction is empty")
     answer = row.get("answer")
     if answers is not None and isinstance(answer, str) and answer not in answers:
-        wrong.append(f"answer {answer!r:.40} is none of {', '.join(answers)}")
+        wrong.append(f"answer {answer!r:.40} is not one of {', '.join(answers)}")
     return wrong
 
 
@@ -188,16 +189,18 @@ def _folder_rows(folder: Path, split: str | None) -> Iterator[Row]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of records, of the first kind that there are some of."""
+    """Returns the record files with the first suffix that occurs."""
     for suffix in SUFFIXES:
         files = sorted(path for path in folder.rglob(f"*{suffix}") if not path.name.startswith("."))
         if files:
             return files
-    raise SanError(f"{folder} holds no records: no {', '.join(SUFFIXES)} file, and nothing that save_to_disk wrote.")
+    raise SanError(
+        f"{folder} contains no records: no {', '.join(SUFFIXES)} file, and no dataset saved with save_to_disk."
+    )
 
 
 def _named(rows: Iterable[Row], file: str) -> Iterator[Row]:
-    """The rows, with their file's name before each place where there are several files."""
+    """Prefixes the locations of rows with the file name, if there is one."""
     return ((f"{file}, {place}" if file else place, row) for place, row in rows)
 
 
@@ -207,7 +210,7 @@ def _saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
-        raise SanError(f"{folder} holds no data set that can be read: {error}.") from error
+        raise SanError(f"{folder} contains no readable dataset: {error}.") from error
     parts = {str(name): table for name, table in saved.items()} if isinstance(saved, datasets.DatasetDict) else None
     return _table_rows(saved if parts is None else _choose(parts, split, str(folder)))
 
@@ -225,21 +228,21 @@ def _hub_tables(name: str) -> dict[str, Any]:
         tables = datasets.load_dataset(name)
     except (DatasetsError, OSError, ValueError, httpx.HTTPError) as error:
         raise SanError(
-            f"{name} is no file or folder here, and is not to be had from the Hugging Face hub: "
-            f"{str(error).rstrip('.')}. Where there is a network, `hf download {name} --repo-type dataset --local-dir "
-            "DIR` fetches it; then name that folder."
+            f"{name} is neither a local file or folder nor available on the Hugging Face hub: "
+            f"{str(error).rstrip('.')}. With a network, `hf download {name} --repo-type dataset --local-dir DIR` "
+            "downloads it; then use that folder."
         ) from error
     return {str(part): table for part, table in tables.items()}
 
 
 def _table_rows(table: Any) -> Iterator[Row]:
-    """Rows of a table of the `datasets` library."""
+    """Returns the rows of a table of the `datasets` library."""
     wanted = table.select_columns([name for name in FIELDS if name in table.column_names])
     return ((f"index {i}", row) for i, row in enumerate(wanted))
 
 
 def _choose(parts: dict[str, Any], split: str | None, source: str) -> Any:
-    """The part that is a split, by any of its usual names, or the only one."""
+    """Returns a split by any common name, or the only one."""
     named = {NAMES.get(name.lower(), name): part for name, part in parts.items()}
     if split is None and len(named) == 1:
         return next(iter(named.values()))

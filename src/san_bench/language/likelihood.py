@@ -1,8 +1,8 @@
-"""Scoring by likelihood: which of the possible answers does a model find most likely?
+"""Scoring by likelihood: the most likely answer counts.
 
-A second look at the same questions, beside the published protocol of `san_bench.language.generation`, with other
-numbers: nothing is generated, so an answer is never missed. lm-eval does it in its own words, with a passage in BoolQ,
-and the texts of the options in place of their names; `choose` does it on our own records.
+An alternative to the published protocol in `san_bench.language.generation`, with different numbers: nothing is
+generated, so no answer is ever missing. lm-eval uses its own prompts, with the passage in BoolQ and option texts
+instead of option names; `choose` uses our own records.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from san_peft.errors import SanError
 
 @dataclass(frozen=True)
 class Choices:
-    """Which answers a model finds most likely.
+    """The most likely answers to the questions of a task.
 
     Attributes:
-        correct: Choices that are right.
-        rows: Every question with the right answer, the choice, and the log-likelihood of each answer.
+        correct: Number of correct answers.
+        rows: Every question with reference answer, predicted answer, and the log-likelihood of each answer.
     """
 
     correct: int
@@ -42,7 +42,7 @@ class Choices:
 
     @property
     def accuracy(self) -> float:
-        """Share of the questions with the right choice."""
+        """Fraction of correct answers."""
         return self.correct / self.n
 
 
@@ -53,23 +53,22 @@ def choose(
     template: Template,
     batch_size: int,
 ) -> Choices:
-    """Chooses for each question the answer whose output is most likely after the prompt.
+    """Selects for each question the answer whose output is most likely after the prompt.
 
-    The output of another answer is the record's own with that answer in place of the right one, at its last occurrence.
+    The output for another answer is that of the record with the last occurrence of the correct answer replaced.
 
     Args:
         model: A causal language model of transformers, with or without an adapter.
-        tokenizer: Its tokenizer, made ready.
-        questions: The questions, with the answers to choose from. Of several that are equally likely, the first is
-            chosen.
-        template: How a prompt looks.
-        batch_size: Texts at a time.
+        tokenizer: Its prepared tokenizer.
+        questions: The questions with their valid answers; ties go to the first answer.
+        template: Prompt template.
+        batch_size: Batch size.
 
     Returns:
-        The choices, in the order of the questions.
+        The selected answers, in the order of the questions.
 
     Raises:
-        SanError: If there is no question, or a record's output does not contain its answer, or its answer is no choice.
+        SanError: If there are no questions, or an answer is not in the output of its record or not a valid answer.
     """
     records, answers = questions.records, questions.answers
     bad = [i for i, r in enumerate(records) if r.answer not in answers or not r.answer or r.answer not in r.output]
@@ -105,21 +104,21 @@ def choose(
 def log_likelihoods(
     model: Any, tokenizer: PreparedTokenizer, pairs: Sequence[tuple[str, str]], batch_size: int
 ) -> list[float]:
-    r"""Returns how likely a model finds texts to go on.
+    r"""Computes the log-likelihood of texts given their prompts.
 
     $$ \log p(y \mid x) = \sum_t \log p(y_t \mid x, y_{<t}) $$
 
     Args:
         model: A causal language model of transformers, with or without an adapter.
-        tokenizer: Its tokenizer, made ready.
-        pairs: Prompts $x$, each with a text $y$ that follows it.
-        batch_size: Pairs at a time.
+        tokenizer: Its prepared tokenizer.
+        pairs: Prompts $x$ and continuations $y$.
+        batch_size: Batch size.
 
     Returns:
-        The natural logarithm for each pair, in the order of the pairs, computed in float32.
+        The natural log-likelihood of each pair, in order, computed in float32.
 
     Raises:
-        SanError: If `batch_size` is below 1, or a text has nothing before it or no tokens.
+        SanError: If `batch_size` is below 1, or a prompt or text has no tokens.
     """
     if batch_size < 1:
         raise SanError(f"batch_size is {batch_size}, but must be 1 or more.")
@@ -144,7 +143,7 @@ def log_likelihoods(
 
 
 def load_harness() -> tuple[Any, Any]:
-    """Imports lm-eval and its models of transformers.
+    """Imports lm-eval and its transformers models.
 
     Raises:
         SanError: If it is not installed.
@@ -162,20 +161,20 @@ def harness_scores(
     batch_size: int = 8,
     limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Scores a model in memory by lm-eval, which fetches its data from the Hugging Face hub.
+    """Scores an in-memory model with lm-eval, which downloads its data from the Hugging Face hub.
 
     Args:
         model: A causal language model of transformers, with or without an adapter.
-        tokenizer: Its tokenizer, made ready.
-        tasks: The tasks; see `san_bench.language.commonsense.find_task`.
-        batch_size: Texts at a time.
-        limit: Questions of each task, to try it out; all by default.
+        tokenizer: Its prepared tokenizer.
+        tasks: Tasks; see `san_bench.language.commonsense.find_task`.
+        batch_size: Batch size.
+        limit: Number of questions per task, for testing; all by default.
 
     Returns:
         See `read_harness`.
 
     Raises:
-        SanError: If lm-eval is not installed, there is no such task, or the data is not to be had.
+        SanError: If lm-eval is not installed, a task is unknown, or the data is not available.
     """
     names = {name: facts.lm_eval for name, facts in map(find_task, tasks)}
     lm_eval, models = load_harness()
@@ -184,31 +183,30 @@ def harness_scores(
             pretrained=model,
             tokenizer=tokenizer.tokenizer,
             batch_size=batch_size,
-            add_bos_token=tokenizer.bos is not None,  # versions differ in what they do by default
+            add_bos_token=tokenizer.bos is not None,  # the default differs between versions
         )
         try:
             output = lm_eval.simple_evaluate(model=wrapped, tasks=list(names.values()), num_fewshot=0, limit=limit)
         except (OSError, ValueError) as error:
             raise SanError(
-                f"lm-eval could not score {', '.join(names)}: {error}. It needs its data, from the hub."
+                f"lm-eval could not score {', '.join(names)}: {error}. It needs its data from the hub."
             ) from error
     return read_harness(output or {}, tuple(names))
 
 
 def read_harness(output: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Reads lm-eval's results under our names of the tasks.
+    """Reads lm-eval results under our task names.
 
     Args:
-        output: What `lm_eval.simple_evaluate` returns.
-        tasks: The tasks.
+        output: Return value of `lm_eval.simple_evaluate`.
+        tasks: Task names.
 
     Returns:
-        For each task `n`, its number of questions, `acc`, the share of right choices, and `acc_stderr`, its standard
-        error; and where lm-eval has them, the same with the likelihood divided by the length of the option, `acc_norm`
-        and `acc_norm_stderr`.
+        For each task `n`, the number of questions, `acc` and its standard error `acc_stderr`; if available, also the
+        length-normalized `acc_norm` and `acc_norm_stderr`.
 
     Raises:
-        SanError: If there is no such task, or lm-eval has no accuracy of one, or no number of questions.
+        SanError: If a task is unknown, or its accuracy or number of questions is missing.
     """
     results, counts = output.get("results", {}), output.get("n-samples", {})
     scores: dict[str, dict[str, float]] = {}
@@ -223,7 +221,7 @@ def read_harness(output: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, d
     missing = [name for name, own in scores.items() if not {"acc", "n"} <= set(own)]
     if missing:
         raise SanError(
-            f"lm-eval gave no accuracy, or no number of questions, of {', '.join(missing)}; it has results of "
+            f"lm-eval returned no accuracy or number of questions for {', '.join(missing)}; it has results for "
             f"{', '.join(results) or 'none'}."
         )
     return scores

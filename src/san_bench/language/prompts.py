@@ -1,8 +1,8 @@
-"""From a record to what a language model reads: the prompt, its tokens, and what of them the loss is on.
+"""Prompts, tokenization, and loss masks for language models.
 
-Both templates are Alpaca's. `clean` is the usual one. `legacy` is what the published code of commonsense reasoning
-makes of it, to the last blank: all lines of the template but the first are indented by 16, and training differs from
-evaluation in blanks at the end of the first line and on the empty ones.
+Both templates are Alpaca's. `clean` is the usual one. `legacy` reproduces the published commonsense code exactly: all
+lines except the first are indented by 16 spaces, and training and evaluation differ in whitespace at the end of the
+first line and on empty lines.
 
 Example:
     >>> from san_bench.language.instructions import Record
@@ -19,13 +19,14 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from san_bench.language.instructions import Record
@@ -39,25 +40,25 @@ LossOn = Literal["full", "answer"]
 PREAMBLE = "Below is an instruction that describes a task"
 REQUEST = "Write a response that appropriately completes the request."
 RESPONSE = "### Response:"
-"""Header after which a model writes."""
+"""Header before the response."""
 
 INDENT = " " * 16
-"""What stands before all lines of the legacy template but the first, the response included."""
+"""Indentation of all lines of the legacy template except the first, including the response."""
 
 CUTOFF = 256
-"""Tokens of a record in the published training, beginning and end included."""
+"""Maximum tokens of a record in the published training, including BOS and EOS."""
 
 IGNORED = -100
-"""Label of a token that the loss is not on."""
+"""Label of tokens without loss."""
 
 
 def prompt(record: Record, template: Template, phase: Phase) -> str:
-    """Returns the text that a model goes on from. In training, the record's output follows it without a gap.
+    """Returns the prompt of a record. In training, the output is appended directly.
 
     Args:
-        record: The instruction.
+        record: The record.
         template: `legacy` as published, or `clean`.
-        phase: Matters to `legacy` alone.
+        phase: Only affects `legacy`.
     """
     middle = ", paired with an input that provides further context. " if record.input else ". "
     first = f"{PREAMBLE}{middle}{REQUEST}"
@@ -76,31 +77,21 @@ def prompt(record: Record, template: Template, phase: Phase) -> str:
 
 @dataclass(frozen=True)
 class Tokenised(Dataset):
-    """Records as tokens, for transformers' Trainer.
+    """Tokenized records for the transformers `Trainer`.
 
     Attributes:
-        examples: `input_ids`, `attention_mask` and `labels` of each record that is trained on.
-        cut: Places of the records, in the order given, of which the length limit left something out.
-        lost: Those among them of whose answer nothing is left. With the loss on the answer they are no examples.
+        examples: `input_ids`, `attention_mask` and `labels` of each training record.
+        cut: Indices of truncated records.
     """
 
     examples: tuple[dict[str, list[int]], ...]
     cut: tuple[int, ...]
-    lost: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.examples[index]
-
-    def report(self) -> str:
-        """Returns in a sentence what the length limit did."""
-        if not self.cut:
-            return "No record is cut off."
-        some = ", ".join(str(i) for i in self.lost[:10]) + (", ..." if len(self.lost) > 10 else "")
-        lost = f", {len(self.lost):,} of them before their answer (index {some})" if self.lost else ""
-        return f"{len(self.cut):,} records are cut off{lost}."
 
 
 def tokenise(
@@ -110,24 +101,25 @@ def tokenise(
     loss_on: LossOn,
     cutoff: int = CUTOFF,
 ) -> Tokenised:
-    """Makes training examples of records: the beginning, the prompt, the output, and the end if nothing was cut off.
+    """Tokenizes records: BOS, prompt, output, and EOS unless truncated.
 
     Args:
         records: The records.
-        tokenizer: A tokenizer made ready.
-        template: How a prompt looks.
-        loss_on: `full` for all tokens, as published; `answer` for the output and the end.
-        cutoff: The most tokens of an example; what is beyond is cut off at the right.
+        tokenizer: A prepared tokenizer.
+        template: Prompt template.
+        loss_on: `full` for all tokens, as published; `answer` for output and EOS.
+        cutoff: Maximum number of tokens; longer records are truncated on the right. With `loss_on` `answer`, records
+            without any output token left are skipped.
 
     Returns:
-        The examples, in the order of the records, and which records were cut off.
+        The examples, in the order of the records, and the truncated records.
 
     Raises:
-        SanError: If nothing of any answer is left within the cutoff.
+        SanError: If truncation removes all answers.
     """
     examples: list[dict[str, list[int]]] = []
     cut: list[int] = []
-    lost: list[int] = []
+    lost = 0
     for index, record in enumerate(records):
         tokens, start = tokenizer.encode_after(prompt(record, template, "training"), record.output)
         if len(tokens) > cutoff:
@@ -136,27 +128,29 @@ def tokenise(
         elif len(tokens) < cutoff and tokens[-1] != tokenizer.eos:
             tokens = [*tokens, tokenizer.eos]
         if start >= cutoff:
-            lost.append(index)
+            lost += 1
             if loss_on == "answer":
                 continue
         labels = tokens if loss_on == "full" else [IGNORED] * start + tokens[start:]
         examples.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": list(labels)})
-    if len(lost) == len(records):
+    if lost == len(records):
         raise SanError(
-            f"With at most {cutoff} tokens, nothing is left of the answer of any of the {len(records):,} records. "
-            "Raise the cutoff."
+            f"With a cutoff of {cutoff} tokens, none of the {len(records):,} records has any answer tokens left. "
+            "Increase the cutoff."
         )
-    return Tokenised(tuple(examples), tuple(cut), tuple(lost))
+    return Tokenised(tuple(examples), tuple(cut))
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch: fills up to the longest example, with a mask of what is no padding, and no loss on padding.
+    """Pads examples to the longest one, with an attention mask and no loss on padding.
+
+    Transformers' `DataCollatorForSeq2Seq` takes token and side from the tokenizer, which a run saves; this one leaves
+    the tokenizer as it is.
 
     Args:
-        pad: The padding token.
-        side: Where it goes: `left` in generation and in the published training, `right` otherwise.
-        multiple: The length becomes a multiple of it; 8 in the published training.
+        pad: ID of the padding token.
+        side: Side of the padding: `left` for generation, `right` for training.
 
     Example:
         >>> examples = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}]
@@ -166,24 +160,15 @@ class Collator:
 
     pad: int
     side: Literal["left", "right"]
-    multiple: int = 1
 
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Int64[Tensor, "batch length"]]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Int64[Tensor, "batch length"]]:
         """Returns `input_ids` and `attention_mask`, and `labels` where the examples have them."""
-        longest = max(len(example["input_ids"]) for example in examples)
-        length = -(-longest // self.multiple) * self.multiple
-        batch = {
-            "input_ids": self._fill((e["input_ids"] for e in examples), length, self.pad),
-            "attention_mask": self._fill(([1] * len(e["input_ids"]) for e in examples), length, 0),
-        }
+        ids = [example["input_ids"] for example in examples]
+        batch = {"input_ids": self._pad(ids, self.pad), "attention_mask": self._pad([[1] * len(i) for i in ids], 0)}
         if "labels" in examples[0]:
-            batch["labels"] = self._fill((e["labels"] for e in examples), length, IGNORED)
+            batch["labels"] = self._pad([example["labels"] for example in examples], IGNORED)
         return batch
 
-    def _fill(self, rows: Iterable[Sequence[int]], length: int, value: int) -> Int64[Tensor, "batch length"]:
-        left = self.side == "left"
-        filled = []
-        for row in rows:
-            gap = [value] * (length - len(row))
-            filled.append([*gap, *row] if left else [*row, *gap])
-        return torch.tensor(filled, dtype=torch.int64)
+    def _pad(self, rows: Sequence[Any], value: int) -> Int64[Tensor, "batch length"]:
+        tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)

@@ -1,4 +1,4 @@
-"""Recipes of language models that are fine-tuned on instructions.
+"""Recipes for instruction tuning of language models.
 
 Example:
     >>> from san_bench.config.recipe import load_recipe
@@ -17,18 +17,18 @@ from san_bench.config.recipe import Recipe, check_splits, check_weights
 from san_bench.config.strict import Strict, suggest
 
 TASKS = ("mini-language", "commonsense", "instructions")
-"""What there is to train on; the first two also have tasks of their own, such as `mini-language/easy`."""
+"""Training tasks; the first two also have single tasks, such as `mini-language/easy`."""
 
 
 class Text(Strict):
-    """How a record becomes what the model reads; see `san_bench.language.prompts`.
+    """Text preprocessing; see `san_bench.language.prompts`.
 
     Attributes:
-        template: `clean`, or `legacy`: as published, to the last blank.
-        loss_on: `full` for all tokens, or `answer` for what the model should write.
-        cutoff: The most tokens of a record.
-        pad: What fills up a batch; see `san_bench.language.tokenizer.prepare_tokenizer`.
-        packing: Joins the records of a batch into one row without padding, in which each sees itself alone.
+        template: Prompt template: `clean`, or `legacy` with the exact whitespace of the published code.
+        loss_on: `full` for all tokens, or `answer` for the output only.
+        cutoff: Maximum number of tokens per record.
+        pad: Padding token; see `san_bench.language.tokenizer.prepare_tokenizer`.
+        packing: Packs a batch into one row without padding; attention stays within each record.
     """
 
     template: Literal["legacy", "clean"]
@@ -39,16 +39,15 @@ class Text(Strict):
 
 
 class Scoring(Strict):
-    """How answers are found; see `san_bench.language.generation` and `san_bench.language.likelihood`.
+    """Evaluation settings; see `san_bench.language.generation` and `san_bench.language.likelihood`.
 
     Attributes:
-        ways: `generation`: the model writes, and the first answer in what it writes counts. `likelihood`: the answer
-            that it finds likeliest counts. `exact`: the model writes the record's output word for word. `lm-eval`: the
-            tasks of lm-eval, which fetches its own data, and scores tests alone. The first one is the accuracy of the
-            run.
-        batch_size: Questions at a time.
-        beams: Beams of the search; 1 is greedy.
-        max_new_tokens: The most tokens that are written.
+        ways: Scoring methods; the first gives the accuracy of the run. `generation`: the first answer in the generated
+            text counts. `likelihood`: the most likely answer counts. `exact`: the generated text must equal the output
+            of the record. `lm-eval`: the tasks of lm-eval, which downloads its own data and only scores the test split.
+        batch_size: Evaluation batch size.
+        beams: Number of beams; 1 is greedy decoding.
+        max_new_tokens: Maximum number of new tokens.
     """
 
     ways: Annotated[
@@ -62,28 +61,28 @@ class Scoring(Strict):
     @classmethod
     def _once(cls, ways: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(ways)) < len(ways):
-            raise ValueError(f"{', '.join(ways)} names one of them twice")
+            raise ValueError(f"{', '.join(ways)} has a duplicate")
         return ways
 
 
 class TextRecipe(Recipe):
-    """One run of a language model; what is not said here says `Recipe`.
+    """Recipe of a language model run; see `Recipe` for the common settings.
 
     Attributes:
-        task: What is trained on; see `san_bench.language.tasks.load_text_task`. One run is scored on all tasks that its
-            data has questions of.
-        data: Folder of the data, or a data set on the Hugging Face hub; `null` for mini-language.
-        train_split: `train`, or `trainval`: with what is held out as well.
-        eval_split: What is scored once, after training.
-        model: `embedded/decoder` (the small LLaMA of the package), `real/smollm2` (see `san_bench.models.real`), a
-            folder, or a name on the Hugging Face hub, which may end with `@` and a revision.
-        weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` (as
-            QLoRA has it, with double quantisation) or `int8`. What is trained is in float32 until it is saved.
-        text: How a record becomes what the model reads.
-        scoring: How answers are found.
-        gradient_checkpointing: Computes activations anew in the backward pass, which saves memory and costs time.
-        selection: `last`: the weights after the last step. `best-val`: those of the epoch with the smallest loss on
-            the held-out records.
+        task: Training task; see `san_bench.language.tasks.load_text_task`. A run is evaluated on all tasks of its data.
+        data: Data folder, or a dataset on the Hugging Face hub; `null` for mini-language.
+        train_split: `train`, or `trainval`, which includes the held-out records.
+        eval_split: Split for the evaluation after training.
+        model: `embedded/decoder` (the small LLaMA that ships with the package), `real/smollm2` (see
+            `san_bench.models.real`), a folder, or a name on the Hugging Face hub, which may end with `@` and a
+            revision.
+        weights: Dtype of the pretrained weights, or quantization by bitsandbytes: `nf4` (QLoRA, with double
+            quantization) or `int8`. Trainable parameters are in float32.
+        text: Text preprocessing.
+        scoring: Evaluation settings.
+        gradient_checkpointing: Recomputes activations in the backward pass to save memory.
+        selection: Checkpoint selection. `last`: after the last step. `best-val`: the epoch with the smallest validation
+            loss.
     """
 
     train_split: Literal["train", "trainval"]
@@ -106,7 +105,7 @@ class TextRecipe(Recipe):
         check_splits(self.train_split, self.eval_split, self.selection)
         check_weights(self.method.kind, self.weights)
         if "lm-eval" in self.scoring.ways and not self.task.startswith("commonsense"):
-            raise ValueError(f"scoring|lm-eval has the tasks of commonsense, but none of {self.task}")
+            raise ValueError(f"scoring|lm-eval supports the commonsense tasks, but not {self.task}")
         if self.scoring.ways == ("lm-eval",) and self.eval_split != "test":
-            raise ValueError("eval_split|lm-eval decides itself what it scores; only test goes with it")
+            raise ValueError("eval_split|lm-eval uses its own evaluation data; set eval_split to test")
         return self

@@ -1,4 +1,4 @@
-r"""Files of records: a JSON list, JSON lines, or parquet.
+r"""Reader for record files: JSON list, JSON lines, or parquet.
 
 Example:
     >>> from pathlib import Path
@@ -17,25 +17,25 @@ from typing import Any
 from san_peft.errors import SanError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-"""Kinds of files, in the order in which they are looked for in a folder."""
+"""Supported suffixes, in order of precedence."""
 
 Row = tuple[str, Any]
-"""Where a record stands in its file, and what stands there; an `Exception` where it cannot be read."""
+"""Location and content of a record; the content is an `Exception` if it cannot be parsed."""
 
 
 def file_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Reads what a file holds, whatever its records are.
+    """Reads the records of a file without validating them.
 
     Args:
-        path: A JSON list or JSON lines, told apart by how they begin, or parquet by its name.
-        columns: The columns of a parquet file that are wanted, where it has them; all by default.
+        path: JSON list or JSON lines, told apart by the first character, or a `.parquet` file.
+        columns: Columns to read from a parquet file, if they exist; all by default.
 
     Returns:
-        The records with their places. A line that is not JSON gives its error as the record, so that all bad ones can
-        be told at once.
+        Records with their locations. For a line that is not JSON, the record is the exception, so that all invalid
+        lines can be reported at once.
 
     Raises:
-        SanError: If the file cannot be read, begins as a list and is none, or is a `.json` that holds one other value.
+        SanError: If the file cannot be read, is not a valid list, or is a `.json` file with a single other value.
     """
     path = Path(path)
     if path.suffix == ".parquet":
@@ -47,12 +47,12 @@ def file_rows(path: str | Path, columns: Sequence[str] | None = None) -> Iterato
     if text.lstrip().startswith("["):
         return _list_rows(path, text)
     if path.suffix == ".json" and (kind := _kind_of_one(text)):
-        raise SanError(f"{path} holds a {kind}, not a list of records. If it is a line of JSON lines, call it .jsonl.")
+        raise SanError(f"{path} contains a {kind}, not a list of records. Rename JSON lines to .jsonl.")
     return _line_rows(text)
 
 
 def _kind_of_one(text: str) -> str | None:
-    """What a text that is one JSON value holds; of JSON lines, none but the first is read."""
+    """Returns the type of a text that is a single JSON value, or `None`."""
     try:
         return type(json.loads(text)).__name__
     except ValueError:
@@ -63,7 +63,7 @@ def _list_rows(path: Path, text: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
     except ValueError as error:
-        raise SanError(f"{path} begins as a JSON list, but is none: {error}.") from error
+        raise SanError(f"{path} starts like a JSON list but is not valid JSON: {error}.") from error
     return ((f"index {i}", row) for i, row in enumerate(rows))
 
 
@@ -82,11 +82,11 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise SanError(f"{path} is a parquet file, which needs pyarrow: `pip install datasets` brings it.") from error
+        raise SanError(f"{path} is a parquet file, which needs pyarrow: `pip install datasets`.") from error
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             table: Any = file.read(names if columns is None else [name for name in columns if name in names])
     except (OSError, pyarrow.ArrowException) as error:
-        raise SanError(f"{path} is no parquet file that can be read: {error}.") from error
+        raise SanError(f"{path} is not a readable parquet file: {error}.") from error
     return ((f"index {i}", row) for i, row in enumerate(table.to_pylist()))

@@ -1,6 +1,6 @@
-"""What language models are fine-tuned on: records to train with, and questions to score with, by the name of the task.
+"""Language tasks by name: training records and evaluation questions.
 
-Splits are `train`, `val` (held out), and `trainval`, both together. Questions are of `val` or `test`.
+Training splits are `train`, `val` (held out), and `trainval`, which joins both. Questions belong to `val` or `test`.
 
 Example:
     >>> task = load_text_task("mini-language")
@@ -30,23 +30,23 @@ from san_peft.errors import SanError
 T = TypeVar("T")
 
 HELD_OUT = 120
-"""Records that are held out where the data has no split for it, as published; of fewer than 1,200 a tenth."""
+"""Size of the validation split if the data has none, as published; a tenth of fewer than 1,200 records."""
 
 HELD_OUT_SEED = 2024
-"""Seed of the draw of what is held out. Another seed is another task."""
+"""Seed of the held-out split. Another seed gives another task."""
 
 MOST_ANSWERS = 100
-"""Different answers up to which those of questions of one's own are sought in texts; more of them are free ones."""
+"""Maximum number of different answers in your own data; with more, answers are free-form."""
 
 
 @dataclass(frozen=True)
 class TextTask:
-    """What one training is about.
+    """A language task.
 
     Attributes:
         name: Its name.
-        splits: Records to train with, by split.
-        questions: Questions to score with, by split and task.
+        splits: Training records by split.
+        questions: Evaluation questions by split and task.
     """
 
     name: str
@@ -68,7 +68,7 @@ class TextTask:
         """Returns the questions of a split by task.
 
         Raises:
-            SanError: If the task has no questions of that split.
+            SanError: If the task has no questions for that split.
         """
         return questions_of(self.name, self.questions, split)
 
@@ -77,31 +77,30 @@ def questions_of(name: str, questions: Mapping[str, dict[str, T]], split: str) -
     """Returns the questions of a split by task.
 
     Args:
-        name: What has them, for the message.
-        questions: The questions by split.
-        split: Which split.
+        name: Name of the task for messages.
+        questions: Questions by split.
+        split: The split.
 
     Raises:
-        SanError: If there are none of that split.
+        SanError: If there are no questions for that split.
     """
     if not questions.get(split):
         have = ", ".join(one for one, tasks in questions.items() if tasks) or "none"
-        raise SanError(f"{name} has no questions of the split {split!r}; it has those of {have}.")
+        raise SanError(f"{name} has no questions for the split {split!r}, only for {have}.")
     return questions[split]
 
 
 def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
-    """Loads what a run is about.
+    """Loads a language task by its name.
 
     Args:
-        name: `mini-language` for its eight tasks together, or one of them such as `mini-language/easy`. `commonsense`
-            for the published training mix and the eight test sets, or one of them, then trained on its own training
-            file. `instructions` for records of your own, in files named `train`, and if there are some `val` and
-            `test`.
-        data: Folder of the data; for instructions also the name of a data set on the Hugging Face hub.
+        name: `mini-language` for all eight tasks, or one of them, such as `mini-language/easy`. `commonsense` for the
+            published training mix and all eight test sets, or one of them with its own training file.
+            `instructions` for your own records, in files named `train` and, optionally, `val` and `test`.
+        data: Data folder; for instructions also the name of a dataset on the Hugging Face hub.
 
     Raises:
-        SanError: If there is no such task, or its data is missing or not as it must be.
+        SanError: If the task is unknown, or its data is missing or invalid.
     """
     suite, _, task = name.partition("/")
     if suite == "mini-language":
@@ -109,15 +108,15 @@ def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
     if suite not in ("commonsense", "instructions"):
         raise SanError(f"There is no task {name!r}.{suggest(name, ('mini-language', 'commonsense', 'instructions'))}")
     if data is None:
-        raise SanError(f"The task {name!r} needs its data: name the folder as `data`, or with --data.")
+        raise SanError(f"The task {name!r} needs a data folder: set `data`, or pass --data.")
     return _commonsense(name, Path(data), task) if suite == "commonsense" else _own(name, data)
 
 
 def hold_out(records: Sequence[Record]) -> dict[str, tuple[Record, ...]]:
-    """Divides records into `train` and `val`; `trainval` has all of them in their order.
+    """Splits records into `train` and `val`; `trainval` has all records in order.
 
     Args:
-        records: The records, at least two. Which are held out depends on their number alone.
+        records: At least two records. The split depends only on their number.
     """
     count = min(HELD_OUT, max(1, len(records) // 10))
     key = [hashlib.sha256(f"{HELD_OUT_SEED}:{place}".encode()).digest() for place in range(len(records))]
@@ -150,7 +149,7 @@ def _commonsense(name: str, data: Path, task: str) -> TextTask:
         records = commonsense.load_mix(commonsense.find_mix(data))
     test = {f"commonsense/{one}": commonsense.load_test(one, data) for one in tasks}
     splits = hold_out(records)
-    # Records of the mix do not say which task they are of: what is held out is asked as one.
+    # Records of the mix have no task name, so the held-out records are one task.
     answers = tuple(dict.fromkeys(answer for facts in known for answer in facts.answers))
     sought = tuple(dict.fromkeys(pattern for facts in known for pattern in facts.sought))
     val = {next(iter(test)) if task else "commonsense/held-out": Questions(splits["val"], answers, sought)}
@@ -160,7 +159,7 @@ def _commonsense(name: str, data: Path, task: str) -> TextTask:
 def _own(name: str, data: str | Path) -> TextTask:
     train = load_records(data, "train")
     if len(train) < 2:
-        raise SanError(f"{data} has {len(train)} record to train with, but one has to be held out.")
+        raise SanError(f"{data} has {len(train)} training record; at least 2 are needed, since one is held out.")
     others = splits_of(data)
     splits = hold_out(train)
     if "val" in others:

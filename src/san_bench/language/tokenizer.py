@@ -1,10 +1,9 @@
-"""Tokenizers made ready: one beginning, the right end, and padding that is no word.
+"""Tokenizer preparation: one BOS token, the right EOS, and a padding token.
 
-LLaMA 1 and 2 have no token to pad with; what is published pads with the unknown token, whose id is 0. In LLaMA 3 the id
-0 is an ordinary token, so padding takes a reserved one. A beginning is put before every text once, whether or not the
-tokenizer adds one by itself.
+LLaMA 1 and 2 have no padding token; published code pads with the unknown token, ID 0. In LLaMA 3, ID 0 is an ordinary
+token, so a reserved one is used. BOS is added exactly once, whether or not the tokenizer adds it.
 
-Only masks say what is padding, so a padding token that also ends texts does no harm.
+Padding is identified by masks only, so the padding token may equal EOS.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from typing import Any, Literal
 from san_peft.errors import SanError
 
 Family = Literal["llama", "llama-3", "other"]
-"""LLaMA 1 and 2 share their tokens."""
+"""Tokenizer family; LLaMA 1 and 2 share their vocabulary."""
 
 RESERVED = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
-"""What LLaMA 3 pads with: the token for it (since 3.1), or else one that was kept free."""
+"""Padding tokens for LLaMA 3: the dedicated one (since 3.1), or else a reserved one."""
 
 ENDS = ("<|end_of_text|>", "<|eot_id|>")
-"""What ends a text, and a turn, in LLaMA 3."""
+"""End of text and end of turn in LLaMA 3."""
 
 
 @dataclass(frozen=True)
 class PreparedTokenizer:
-    """A tokenizer that is ready.
+    """A prepared tokenizer.
 
     Attributes:
-        tokenizer: The tokenizer of transformers; it now has the padding token.
-        family: Whose tokens it has.
-        bos: What begins a text, or `None` where nothing does.
-        eos: What ends a text in training.
-        stops: What ends a text in generation: `eos`, and the other ends that the family has.
-        pad: What fills up a batch.
+        tokenizer: The transformers tokenizer, with the padding token set.
+        family: Tokenizer family.
+        bos: ID of the BOS token, or `None` if texts do not start with one.
+        eos: ID of the EOS token for training.
+        stops: Stop tokens for generation: `eos` and other end tokens of the family.
+        pad: ID of the padding token.
     """
 
     tokenizer: Any
@@ -46,29 +45,28 @@ class PreparedTokenizer:
     pad: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text, with the beginning once and no end."""
+        """Tokenizes a text with one BOS token and no EOS."""
         return self._begin(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_after(self, prompt: str, continuation: str) -> tuple[list[int], int]:
-        """Returns the tokens of a prompt and its continuation, and where the continuation begins.
+        """Tokenizes prompt and continuation as one text, and returns the index where the continuation starts.
 
-        The two are tokenised as one text. Where a token holds the end of the one and the beginning of the other, it
-        belongs to the continuation.
+        A token that spans the boundary belongs to the continuation.
 
         Args:
-            prompt: The first text.
-            continuation: The second.
+            prompt: The prompt.
+            continuation: The text after it.
 
         Raises:
-            SanError: If the texts share a token, and the tokenizer cannot say which characters its tokens stand for.
+            SanError: If a token spans the boundary and the tokenizer has no offset mapping.
         """
         alone, whole = self.encode(prompt), self.encode(prompt + continuation)
         if whole[: len(alone)] == alone:
             return whole, len(alone)
         if not getattr(self.tokenizer, "is_fast", False):
             raise SanError(
-                f"{type(self.tokenizer).__name__} cannot say where an answer begins in its tokens. Load the tokenizer "
-                "with AutoTokenizer and the tokenizers library, or train on the full text (loss_on 'full')."
+                f"{type(self.tokenizer).__name__} has no offset mapping, so the start of the answer is unknown. Load a "
+                "fast tokenizer with AutoTokenizer, or train on the full text (loss_on 'full')."
             )
         read = self.tokenizer(prompt + continuation, add_special_tokens=False, return_offsets_mapping=True)
         ends = [end for _, end in read["offset_mapping"]]
@@ -76,7 +74,7 @@ class PreparedTokenizer:
         return whole, first + len(whole) - len(ends)
 
     def decode(self, tokens: list[int]) -> str:
-        """Returns the text of tokens, without the special ones."""
+        """Decodes tokens, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _begin(self, tokens: list[int]) -> list[int]:
@@ -84,29 +82,29 @@ class PreparedTokenizer:
 
 
 def prepare_tokenizer(tokenizer: Any, pad: str = "auto", rows: int | None = None) -> PreparedTokenizer:
-    """Makes a tokenizer ready, and gives it the padding token.
+    """Prepares a tokenizer and sets its padding token.
 
     Args:
-        tokenizer: A tokenizer of transformers.
-        pad: `unk` or `eos`, or a token by its text. With `auto`, LLaMA 1 and 2 take `<unk>`, LLaMA 3 the first of
-            `RESERVED` that it has, and others the token that they bring, else the unknown one, else the end.
-        rows: Rows of the model's embedding, if they are to be compared with the ids.
+        tokenizer: A transformers tokenizer.
+        pad: `unk`, `eos`, or a token. `auto` uses `<unk>` for LLaMA 1 and 2, the first available token of `RESERVED`
+            for LLaMA 3, and otherwise the existing padding token, else unknown, else EOS.
+        rows: Number of rows of the model's embedding, to check the token IDs; unchecked by default.
 
     Returns:
-        The tokenizer with its beginning, its ends and its padding.
+        The prepared tokenizer.
 
     Raises:
-        SanError: If a token is missing that the family needs, or the model has no row for one.
+        SanError: If a required token is missing, or the embedding is too small.
     """
     vocabulary = tokenizer.get_vocab()
     family = _family(vocabulary)
     name = f"The tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise SanError(f"{name} has no end of text, so no answer would end. Set its eos_token.")
+        raise SanError(f"{name} has no EOS token, so no answer would end. Set its eos_token.")
     bos = _beginning(tokenizer, family)
     if bos is None and family != "other":
-        raise SanError(f"{name} is one of LLaMA, but has no beginning of text. Set its bos_token.")
+        raise SanError(f"{name} is a LLaMA tokenizer without a BOS token. Set its bos_token.")
     token = _padding(tokenizer, family, vocabulary, pad, name)
     tokenizer.pad_token = token
     stops = [eos, *(vocabulary[end] for end in ENDS if family == "llama-3" and end in vocabulary)]
@@ -115,8 +113,8 @@ def prepare_tokenizer(tokenizer: Any, pad: str = "auto", rows: int | None = None
     if beyond:
         what = ", ".join(f"{key} {i}" for key, i in beyond.items())
         raise SanError(
-            f"{name} has tokens for which the model's {rows} embeddings have no row: {what}. Choose another padding "
-            "with pad, or enlarge the model with resize_token_embeddings."
+            f"{name} has tokens beyond the {rows} rows of the model's embedding: {what}. Choose another padding "
+            "token with pad, or resize the model with resize_token_embeddings."
         )
     return prepared
 
@@ -132,7 +130,7 @@ def _family(vocabulary: dict[str, int]) -> Family:
 
 
 def _beginning(tokenizer: Any, family: Family) -> int | None:
-    """The beginning: that of LLaMA always, that of others where they put it before a text themselves."""
+    """Returns BOS: always for LLaMA, for others only if their tokenizer adds it."""
     bos = tokenizer.bos_token_id
     if family != "other" or bos is None:
         return bos
@@ -143,7 +141,9 @@ def _padding(tokenizer: Any, family: Family, vocabulary: dict[str, int], pad: st
     wanted = {"unk": tokenizer.unk_token, "eos": tokenizer.eos_token}.get(pad, pad)
     if pad != "auto":
         if wanted not in vocabulary:
-            raise SanError(f"{name} has no token {pad!r} to pad with. Choose auto, unk, eos or a token that it has.")
+            raise SanError(
+                f"{name} has no token {pad!r} for padding. Choose auto, unk, eos or a token of its vocabulary."
+            )
         return wanted
     if family == "llama":
         return "<unk>"
@@ -154,8 +154,8 @@ def _padding(tokenizer: Any, family: Family, vocabulary: dict[str, int], pad: st
         kept = next((token for token in RESERVED if token in vocabulary), None)
         if kept is None:
             raise SanError(
-                f"{name} is one of LLaMA 3, but has no reserved token to pad with: none of {', '.join(RESERVED)}. Its "
-                "id 0 is a word. Choose 'eos' or another token with pad."
+                f"{name} is a LLaMA 3 tokenizer without a reserved token for padding: none of {', '.join(RESERVED)}. "
+                "Set pad to 'eos' or another token."
             )
         return kept
     choices = (present, tokenizer.unk_token, tokenizer.eos_token)

@@ -1,4 +1,4 @@
-"""Checks the data of conversations about images: records, their images, and the benchmarks that lie beside them."""
+"""Validates vision-language data: conversations, their images, and benchmarks."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ def examine(
     checksums: Path | None = None,
     progress: bool = False,
 ) -> list[Found]:
-    """Checks records and questions, and notes every problem at once.
+    """Validates records and questions and collects all problems.
 
     Args:
-        suite: `llava`, one of its benchmarks such as `llava/gqa`, or `conversations`.
-        folder: Its folder; see `san_bench.vision_language.tasks`.
-        images: Decodes every image; otherwise those that are missing are found alone.
-        workers: Threads that read images; by default as many as there are processors, up to eight.
-        manifest: There is none.
-        write_checksums: Refused.
-        checksums: Refused.
-        progress: Not used.
+        suite: `llava`, one of its benchmarks, such as `llava/gqa`, or `conversations`.
+        folder: Data folder; see `san_bench.vision_language.tasks`.
+        images: Decodes every image; otherwise only finds missing ones.
+        workers: Threads that read images; by default one per CPU core, up to eight.
+        manifest: Ignored.
+        write_checksums: Not supported.
+        checksums: Not supported.
+        progress: Ignored.
 
     Returns:
-        What was found: of `llava` the training mix and the benchmarks, of which absent ones are no problem unless they
-        were asked for; of `conversations` the records to train with and to ask.
+        Reports: for `llava` of the training mix and the benchmarks, where absent benchmarks are not a problem unless
+        requested; for `conversations` of the training and test records.
 
     Raises:
-        SanError: If there is no such folder or benchmark, or checksums are asked for.
+        SanError: If the folder or benchmark does not exist, or checksums are requested.
     """
     if write_checksums or checksums:
-        raise SanError(f"There are no checksums of {suite}. A run's task_fingerprint tells whether data is the same.")
+        raise SanError(f"Checksums are not supported for {suite}. Compare the task_fingerprint of runs instead.")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     kind, _, part = suite.partition("/")
     if kind == "conversations":
         if part:
-            raise SanError(f"There is no data called {suite!r} to check; {kind} checks both of its files.")
+            raise SanError(f"Unknown data {suite!r}; use {kind}, which checks both of its files.")
         return [_records(f"{kind}/{file.partition('.')[0]}", folder / file, images, workers) for file in (TRAIN, TEST)]
     if part and part not in BENCHMARKS:
         raise SanError(f"{kind} has no benchmark {part!r}.{suggest(part, BENCHMARKS)}")
@@ -68,7 +68,7 @@ def _records(name: str, path: Path, images: bool, workers: int | None) -> Found:
         found.add(str(error))
         return found
     if bad:
-        found.add(f"{len(bad):,} of {len(records) + len(bad):,} records are not as they must be", map(str, bad))
+        found.add(f"{len(bad):,} of {len(records) + len(bad):,} records are invalid", map(str, bad))
     uses = Counter(record.image for record in records if record.image is not None)
     found.layout = f"{len(records):,} records, {uses.total():,} of them about {len(uses):,} images"
     found.problems += problems_of_images(name, survey(uses, path.parent, workers, images), uses)
@@ -79,7 +79,7 @@ def _benchmark(name: str, data: Path, images: bool, workers: int | None, needed:
     folder = benchmark_folder(name, data)
     found = Found(f"llava/{name}", folder)
     if not folder.is_dir():
-        found.layout = f"not there, no folder {folder}"
+        found.layout = f"missing, no folder {folder}"
         if needed:
             found.add(f"there is no folder {folder}")
         return found

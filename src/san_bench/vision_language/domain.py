@@ -1,4 +1,4 @@
-"""Models that see and speak: a pretrained LLaVA, conversations in batches of one modality, answers to benchmarks."""
+"""Vision-language models: a pretrained LLaVA, conversations in batches of one modality, and benchmark evaluation."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from san_bench.vision_language.vqa.normalize import normalise_gqa
 from san_peft.errors import SanError
 
 IMAGES = "images.json"
-"""File in a run's folder that says what was found of the images of its conversations."""
+"""File in the run folder with the image report."""
 
 
 class Conversations(Domain):
-    """A recipe of a model that sees and speaks, with its records and questions.
+    """Vision-language domain of a recipe.
 
     Args:
         recipe: The recipe.
-        task: What it is about; loaded by default.
+        task: Its task; loaded by default.
     """
 
     items = "conversations"
@@ -60,20 +60,20 @@ class Conversations(Domain):
         self.task = task or load_conversation_task(
             recipe.task, recipe.data, recipe.answering.benchmarks, recipe.conversation.drop_bad_images
         )
-        self.task.asked(recipe.eval_split)  # better known before the training than after it
+        self.task.asked(recipe.eval_split)  # fail before training, not after
 
     @property
     def n_train(self) -> int:
-        """Number of conversations to train with."""
+        """Number of training conversations."""
         return len(self.records)
 
     @property
     def records(self) -> tuple[Conversation, ...]:
-        """The conversations to train with."""
+        """The training conversations."""
         return self.task.records(self.recipe.train_split)
 
     def inspect(self) -> Findings:
-        """Looks at the images of conversations and questions, and at the processor, and notes all that is wrong."""
+        """Validates images, processor and questions, and collects all problems."""
         errors: list[str] = []
 
         def tried(look: Callable[[], Any]) -> Any:
@@ -94,14 +94,14 @@ class Conversations(Domain):
         if found.dropped:
             every = len(found.kept) + len(found.dropped)
             remarks.append(
-                f"warning: {len(found.dropped):,} of {every:,} conversations are left out for their images; {file} "
-                "lists them."
+                f"warning: {len(found.dropped):,} of {every:,} conversations are dropped because of their images; "
+                f"{file} lists them."
             )
         content = json.dumps(found.report(), indent=2, ensure_ascii=False) + "\n"
         return Findings(tuple(remarks), tuple(errors), {IMAGES: content.encode()})
 
     def facts(self) -> dict[str, Any]:
-        """Returns what decides about numbers in the field, and how much was left out."""
+        """Returns settings that affect scores, and how much data was dropped or truncated."""
         recipe = self.recipe
         return {
             "trained_on": recipe.task,
@@ -116,16 +116,16 @@ class Conversations(Domain):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor; see `companions`."""
+        """The processor; see `companions`."""
         return self.companions(self.recipe)
 
     @classmethod
     def companions(cls, recipe: ConversationRecipe) -> Any:
-        """Loads the model's processor.
+        """Loads the processor of the model.
 
         Raises:
-            SanError: If there is none beside the model, it is none of a LLaVA, or the recipe has images padded that it
-                cuts into tiles.
+            SanError: If the checkpoint has no processor, it is not a LLaVA processor, or the recipe pads images that
+                it splits into tiles.
         """
         checkpoint = checkpoint_of(recipe)
         try:
@@ -140,44 +140,44 @@ class Conversations(Domain):
 
     @cached_property
     def lengths(self) -> Any:
-        """How long the conversations are; see `san_bench.vision_language.encoding.measure`.
+        """Lengths of the conversations; see `san_bench.vision_language.encoding.measure`.
 
         Raises:
-            SanError: If they would be cut within an image.
+            SanError: If truncation would cut through an image.
         """
         most = self.recipe.conversation.max_length
         lengths = measure(self.records, self.processor, most, self.task.images)
         if lengths.image_end > most:
             raise SanError(
-                f"conversation.max_length {most} cuts through an image, whose tokens end at {lengths.image_end}. Make "
-                "it larger."
+                f"conversation.max_length {most} cuts through an image, whose tokens end at {lengths.image_end}. "
+                "Increase it."
             )
         return lengths
 
     def base_model(self) -> nn.Module:
-        """Loads the pretrained model with its weights in the recipe's type.
+        """Loads the pretrained model in the dtype or quantization of the recipe.
 
         Raises:
-            SanError: If it holds no fitting weights, has no vision tower or projector, its processor cannot be used,
-                or bitsandbytes is needed and not installed.
+            SanError: If weights are missing or mismatched, it has no vision tower or projector, the processor is
+                unsupported, or bitsandbytes is required and not installed.
         """
-        _ = self.processor  # what is wrong with it is better known before the weights are loaded than after it
+        _ = self.processor  # fail before loading weights
         set_seed(self.recipe.seed)
         whole = (PROJECTOR, TOWER)
         model = load_pretrained(AutoModelForImageTextToText, checkpoint_of(self.recipe), self.recipe, whole)
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         if missing := [name for name in (TOWER, PROJECTOR) if name not in names]:
             raise SanError(
-                f"{self.recipe.model} is a {type(model).__name__}, no LLaVA: it has no {', '.join(missing)}."
+                f"{self.recipe.model} is a {type(model).__name__}, not a LLaVA model: it has no {', '.join(missing)}."
             )
         return model
 
     def trained_model(self, folder: Path) -> nn.Module:
-        """Loads a whole model that was trained."""
+        """Loads a fully trained model."""
         return load_pretrained(AutoModelForImageTextToText, Checkpoint(folder), self.recipe, (PROJECTOR, TOWER))
 
     def training(self, model: Any) -> Training:
-        """Returns the conversations as tensors, in batches of one modality and of like length."""
+        """Returns the training setup, with batches of one modality and similar length."""
         recipe, talk = self.recipe, self.recipe.conversation
         if recipe.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -201,7 +201,7 @@ class Conversations(Domain):
         )
 
     def probe(self, size: int) -> Batch:
-        """Returns the first questions that are asked and have an image, as many of each benchmark."""
+        """Returns the first evaluation questions with an image, equally many per benchmark."""
         tasks, examples = self.task.asked(self.recipe.eval_split), []
         each = -(-size // len(tasks))
         for asked in tasks.values():
@@ -210,14 +210,14 @@ class Conversations(Domain):
         return self._left(examples[:size])
 
     def score(self, model: Any, split: str) -> Scores:
-        """Asks all questions, and scores them by the papers' rules.
+        """Evaluates all questions with the published scoring rules.
 
         Returns:
-            The unweighted mean of the benchmarks' scores as `accuracy`; under `tasks` the score of each, `n_test`, the
-            texts that are no answer, and what else its rule gives. The files hold every question with its answer.
+            The unweighted mean over benchmarks as `accuracy`; under `tasks` the score of each, `n_test`, the number of
+            unanswered questions, and details of its rule. The files contain every question and answer.
 
         Raises:
-            SanError: If there are no questions of the split, or they cannot be asked or scored.
+            SanError: If there are no questions for the split, or images or reference answers are missing.
         """
         self.task.require_questions(split)
         chosen = self.task.asked(split)
@@ -249,7 +249,7 @@ class Conversations(Domain):
         return Scores(numbers, files)
 
     def answers(self, model: Any, asked: BenchmarkQuestions) -> list[str]:
-        """Lets a model answer questions, which processes share, without sampling."""
+        """Generates answers with greedy decoding, sharded across ranks."""
         tokenizer, most = self.processor.tokenizer, self.recipe.answering.max_new_tokens
         ends = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(form_of(self.processor).end)})
         settings = decoding(self._pad, tokenizer.bos_token_id, ends, 1, most)
@@ -273,7 +273,7 @@ class Conversations(Domain):
         return gather_results(texts, len(asked.questions))
 
     def save_companions(self, folder: Path) -> None:
-        """Writes the processor."""
+        """Saves the processor."""
         self.processor.save_pretrained(folder)
 
     @property
@@ -287,8 +287,8 @@ class Conversations(Domain):
         )
 
     def _left(self, examples: Sequence[dict[str, Tensor]]) -> Batch:
-        """A batch of prompts, filled up at the left."""
-        batch = Collator(self._pad, "left")([{"input_ids": example["input_ids"].tolist()} for example in examples])
+        """Returns a left-padded batch of prompts."""
+        batch = Collator(self._pad, "left")(examples)
         return {**batch, **stack_images(examples)}
 
 
@@ -308,6 +308,6 @@ def _opened(question: Question, images: Images) -> Image.Image | None:
 
 
 def _by_modality(places: Sequence[int], questions: Sequence[Question]) -> list[list[int]]:
-    """Places of questions with an image, and of those without, as far as there are any."""
+    """Groups question indices by whether they have an image; empty groups are omitted."""
     groups = [[p for p in places if (questions[p].image is None) == bare] for bare in (False, True)]
     return [group for group in groups if group]

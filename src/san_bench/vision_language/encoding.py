@@ -1,11 +1,10 @@
-r"""From a conversation to what LLaVA reads: token ids, labels of the answers alone, and the pixels of its image.
+r"""Encodes conversations for LLaVA: token IDs, labels on the answers only, and pixel values.
 
-`san_bench.vision_language.template` says how it is written; here it becomes tensors. The image stands in front of the
-first question, wherever the record has its marker. The processor puts in as many tokens as the image takes, and the
-tokenizer says which tokens the answers are.
+`san_bench.vision_language.template` renders the text. The image precedes the first question, wherever the record has
+its marker. The processor inserts the image tokens, and the offset mapping of the tokenizer locates the answers.
 
-LLaVA-1.5 reads an image as one square. LLaVA-NeXT and LLaVA-OneVision cut it into tiles, as many as its shape asks for,
-so its tensors and its number of tokens depend on its size.
+LLaVA-1.5 reads an image as one square. LLaVA-NeXT and LLaVA-OneVision split it into tiles by aspect ratio, so tensor
+shapes and the number of tokens depend on the image size.
 """
 
 from __future__ import annotations
@@ -16,32 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from san_bench.language.prompts import IGNORED
+from san_bench.language.prompts import IGNORED, Collator
 from san_bench.vision_language.images import mean_colour, pad_to_square, read_image, read_size
 from san_bench.vision_language.records import MARKER, Conversation
 from san_bench.vision_language.template import form_of, in_tiles, write, write_question
 from san_peft.errors import SanError
 
 Images = str | Path | Callable[[str], Image.Image]
-"""Folder that images are below, or what makes an image of its name."""
+"""Image folder, or a function from name to image."""
 
 TEXT = ("input_ids", "labels")
-"""What examples hold of text; all else is of their images."""
+"""Text keys of examples; all other keys belong to the image."""
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
-    """Conversations as the tensors that LLaVA and transformers' Trainer read.
+    """Dataset of encoded conversations.
 
     Args:
         records: The conversations.
-        images: Folder that their images are below, or what makes an image of its name.
-        processor: A processor of a LLaVA with a fast tokenizer.
-        max_length: Tokens after which a conversation is cut off, those of the image included.
+        images: Image folder, or a function from name to image.
+        processor: A LLaVA processor with a fast tokenizer.
+        max_length: Maximum number of tokens, including image tokens.
         pad: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does.
     """
 
@@ -55,17 +53,17 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Returns what `encode` does."""
+        """Returns the encoded conversation; see `encode`."""
         record = self.records[index]
         image = None if record.image is None else opened(self.images, record.image)
         return encode(record, image, self.processor, self.max_length, self.pad)
 
 
 def opened(images: Images, name: str) -> Image.Image:
-    """Returns an image in RGB by its name.
+    """Opens an image by its name, as RGB.
 
     Raises:
-        SanError: If it is missing, cannot be decoded, or leaves the folder.
+        SanError: If it is missing, cannot be decoded, or is outside the folder.
     """
     return images(name) if callable(images) else read_image(images, name)
 
@@ -73,23 +71,23 @@ def opened(images: Images, name: str) -> Image.Image:
 def encode(
     record: Conversation, image: Image.Image | None, processor: Any, max_length: int, pad: bool = True
 ) -> dict[str, Tensor]:
-    """Returns a conversation as tensors.
+    """Encodes a conversation.
 
     Args:
         record: The conversation.
-        image: Its image in RGB, if it has one.
-        processor: A processor of a LLaVA with a fast tokenizer.
-        max_length: Tokens after which it is cut off.
-        pad: Pads the image to a square with the processor's mean colour; not where images are cut into tiles.
+        image: Its RGB image, if it has one.
+        processor: A LLaVA processor with a fast tokenizer.
+        max_length: Maximum number of tokens; longer conversations are truncated.
+        pad: Pads the image to a square with the processor's mean colour; unsupported with tiles.
 
     Returns:
-        `input_ids` and `labels` of one length, the labels `IGNORED` outside the answers and their end tokens; and where
-        there is an image, what else the processor makes of it: `pixel_values` of shape (3, height, width), or (tiles,
-        3, height, width) with `image_sizes`.
+        `input_ids` and `labels` of equal length, with `IGNORED` outside the answers and their end tokens; with an
+        image, also the image outputs of the processor: `pixel_values` of shape (3, height, width), or (tiles, 3,
+        height, width) with `image_sizes`.
 
     Raises:
-        SanError: If there is an image without need or none where one is needed, the processor is of another kind or its
-            template cannot be used, the image cannot be padded, or the cut would go through it.
+        SanError: If the image is missing or unexpected, processor or template is unsupported, the image cannot be
+            padded, or truncation would cut through it.
     """
     check_processor(processor, pad and image is not None)
     if (image is None) != (record.image is None):
@@ -100,11 +98,11 @@ def encode(
     ids, more = read["input_ids"], 0
     if image is not None:
         (places,) = (ids == processor.image_token_id).nonzero(as_tuple=True)
-        last, more = int(places.max()), (len(places) - 1) * len(MARKER)  # the answers come after the image
+        last, more = int(places.max()), (len(places) - 1) * len(MARKER)  # the image precedes the answers
         if last >= max_length:
             raise SanError(
                 f"max_length {max_length} cuts through the image of the conversation {record.id!r}, whose "
-                f"{len(places)} tokens end at {last + 1}. Make it larger."
+                f"{len(places)} tokens end at {last + 1}. Increase it."
             )
     learnt = torch.zeros_like(ids, dtype=torch.bool)
     for start, end in written.learnt:
@@ -114,55 +112,57 @@ def encode(
 
 
 def encode_question(text: str, image: Image.Image | None, processor: Any, pad: bool = True) -> dict[str, Tensor]:
-    """Returns a question as tensors, after which the model answers.
+    """Encodes a question as a generation prompt.
 
     Args:
-        text: The question, without a marker of the image.
-        image: Its image in RGB, if it has one.
-        processor: A processor of a LLaVA with a fast tokenizer.
-        pad: Pads the image to a square with the processor's mean colour; not where images are cut into tiles.
+        text: The question, without an image marker.
+        image: Its RGB image, if it has one.
+        processor: A LLaVA processor with a fast tokenizer.
+        pad: Pads the image to a square with the processor's mean colour; unsupported with tiles.
 
     Returns:
-        `input_ids`, and what else the processor makes of an image.
+        `input_ids` and the image outputs of the processor.
 
     Raises:
-        SanError: If the processor is of another kind, its template cannot be used, or the image cannot be padded.
+        SanError: If processor or template is unsupported, or the image cannot be padded.
     """
     check_processor(processor, pad and image is not None)
     return _read(write_question(text, image is not None, processor), image, processor, pad)[0]
 
 
 def check_processor(processor: Any, pad: bool = False) -> None:
-    """Checks that a processor says all that is needed of it, and that images may be padded if they are to be.
+    """Validates a processor.
 
     Raises:
-        SanError: If it is none of a LLaVA, has a slow tokenizer or one without an end token, lacks a template that it
-            needs, or is to pad images that it cuts into tiles.
+        SanError: If it is not a LLaVA processor, its tokenizer is slow or has no EOS token, a required chat template is
+            missing, or `pad` is set and it splits images into tiles.
     """
     wanted = ("image_token", "image_token_id", "vision_feature_select_strategy", "image_processor")
-    patches = () if getattr(processor, "num_image_tokens", None) else ("patch_size",)  # one of both says how many
+    patches = (
+        () if getattr(processor, "num_image_tokens", None) else ("patch_size",)
+    )  # either one gives the number of image tokens
     missing = [name for name in (*patches, *wanted) if getattr(processor, name, None) is None]
     kind = type(processor).__name__
     if missing:
-        raise SanError(f"The processor {kind} is none of a LLaVA: no {', '.join(missing)}.")
+        raise SanError(f"{kind} is not a LLaVA processor: it has no {', '.join(missing)}.")
     if processor.image_token != MARKER:
-        raise SanError(f"The processor's token of an image is {processor.image_token!r}, but the data has {MARKER!r}.")
+        raise SanError(f"The image token of the processor is {processor.image_token!r}, but the data uses {MARKER!r}.")
     tokenizer = processor.tokenizer
     known = tokenizer.convert_tokens_to_ids(MARKER)
     if known in (None, tokenizer.unk_token_id) or known != processor.image_token_id:
-        raise SanError(f"The tokenizer has no token {MARKER!r}, which stands for an image. Add it, as LLaVA's has it.")
+        raise SanError(f"The tokenizer has no image token {MARKER!r}. Add it, as in LLaVA.")
     if not getattr(tokenizer, "is_fast", False):
-        raise SanError("The tokenizer is a slow one, which cannot say where the answers are. Load a fast one.")
+        raise SanError("The tokenizer is slow and has no offset mapping to locate the answers. Load a fast one.")
     if pad and in_tiles(processor):
         raise SanError(
-            f"pad_to_square is true, but a {kind} cuts an image into tiles by its shape, which is lost in a square. "
+            f"pad_to_square is true, but a {kind} splits an image into tiles by its aspect ratio. "
             "Set conversation.pad_to_square to false."
         )
     form_of(processor)
 
 
 def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """What a model reads of a text and its image, and where in the text each token begins and ends."""
+    """Returns the model inputs for a text and its image, and the character offsets of each token."""
     if image is not None and pad:
         image = pad_to_square(image, mean_colour(processor.image_processor.image_mean))
     out = processor(
@@ -180,33 +180,25 @@ def _read(text: str, image: Image.Image | None, processor: Any, pad: bool) -> tu
 
 
 def _specials(text: str, processor: Any) -> dict[str, bool]:
-    """Options that keep a tokenizer from beginning a text with a second begin token."""
+    """Returns tokenizer options that prevent a second BOS token."""
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long conversations are.
+    """Lengths of conversations.
 
     Attributes:
-        tokens: Tokens of each conversation, those of its image included, before it is cut off.
-        cut: Indices of those that are cut off.
-        silent: Indices of those of which no token of an answer is left, so that nothing is learnt from them.
-        image_end: Tokens up to the end of the image where there are most; 0 without images. If it is more than what
-            is left of a conversation, the cut goes through an image.
+        tokens: Number of tokens of each conversation, including image tokens, before truncation.
+        cut: Indices of truncated conversations.
+        image_end: Largest number of tokens up to the end of an image; 0 without images. If it exceeds `max_length`,
+            truncation cuts through an image.
     """
 
     tokens: tuple[int, ...]
     cut: tuple[int, ...]
-    silent: tuple[int, ...]
     image_end: int
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.cut):,} of {len(self.tokens):,} conversations are cut off, and {len(self.silent):,} of them "
-            "before their first answer"
-        )
 
 
 def measure(
@@ -216,57 +208,50 @@ def measure(
     images: Images | None = None,
     batch_size: int = 1000,
 ) -> Lengths:
-    """Counts the tokens of conversations without decoding an image.
+    """Counts the tokens of conversations without decoding images.
 
     Args:
         records: The conversations.
-        processor: A processor of a LLaVA.
-        max_length: Tokens after which they are cut off.
-        images: Folder that their images are below, or what makes an image of its name; asked for their sizes where
-            the number of tokens depends on them.
-        batch_size: Conversations that the tokenizer gets at a time.
+        processor: A LLaVA processor.
+        max_length: Maximum number of tokens.
+        images: Image folder, or a function from name to image; required if the number of tokens depends on image size.
+        batch_size: Conversations per tokenizer call.
 
     Raises:
-        SanError: If the processor is of another kind or its template cannot be used, or the size of an image is needed
-            and cannot be read.
+        SanError: If processor or template is unsupported, or a required image size cannot be read.
     """
     check_processor(processor)
     taken = _taken(records, processor, images)
 
-    def count(chosen: Sequence[int], ask: bool = False) -> list[tuple[int, int]]:
-        """Tokens of each, of `ask` up to its first answer; and those of them up to the end of its image."""
-        counts: list[tuple[int, int]] = []
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            texts = [write(_opening(records[i]) if ask else records[i], processor, ask).text for i in part]
-            for index, ids in zip(part, _ids(texts, processor), strict=True):
-                more = taken[index] - 1 if taken[index] else 0
-                end = ids.index(processor.image_token_id) + 1 + more if taken[index] else 0
-                counts.append((len(ids) + more, end))
-        return counts
-
-    whole = count(range(len(records)))
-    cut = [index for index, (number, _) in enumerate(whole) if number > max_length]
-    silent = [index for index, (number, _) in zip(cut, count(cut, ask=True), strict=True) if number >= max_length]
-    ends = [end for _, end in whole]
-    return Lengths(tuple(number for number, _ in whole), tuple(cut), tuple(silent), max(ends, default=0))
+    tokens: list[int] = []
+    image_end = 0
+    for start in range(0, len(records), batch_size):
+        part = range(len(records))[start : start + batch_size]
+        texts = [write(records[index], processor).text for index in part]
+        for index, ids in zip(part, _ids(texts, processor), strict=True):
+            more = taken[index] - 1 if taken[index] else 0
+            if taken[index]:
+                image_end = max(image_end, ids.index(processor.image_token_id) + 1 + more)
+            tokens.append(len(ids) + more)
+    cut = [index for index, number in enumerate(tokens) if number > max_length]
+    return Lengths(tuple(tokens), tuple(cut), image_end)
 
 
 def _ids(texts: Sequence[str], processor: Any) -> list[list[int]]:
-    """Tokens of texts that one template wrote; a marker is one token."""
+    """Tokenizes rendered conversations; an image marker is one token."""
     return processor.tokenizer(texts, **_specials(texts[0], processor))["input_ids"]
 
 
 def _taken(records: Sequence[Conversation], processor: Any, images: Images | None) -> list[int]:
-    """Tokens that the image of each conversation takes; 0 without one."""
+    """Returns the number of image tokens of each conversation; 0 without an image."""
     if not in_tiles(processor):
         every = image_tokens(processor)
         return [every if record.image is not None else 0 for record in records]
     names = dict.fromkeys(record.image for record in records if record.image is not None)
     if names and images is None:
         raise SanError(
-            f"How many tokens an image takes depends on its size for a {type(processor).__name__}. Give measure the "
-            "images too."
+            f"The number of image tokens of a {type(processor).__name__} depends on the image size. Pass images to "
+            "measure."
         )
     sizes = {name: images(name).size if callable(images) else read_size(images or "", name) for name in names}
     counts = {size: image_tokens(processor, size) for size in dict.fromkeys(sizes.values())}
@@ -274,20 +259,20 @@ def _taken(records: Sequence[Conversation], processor: Any, images: Images | Non
 
 
 def image_tokens(processor: Any, size: tuple[int, int] | None = None) -> int:
-    """Returns how many tokens an image takes: its patches and additional tokens, less the one that `default` drops.
+    """Returns the number of tokens of an image: patches and additional tokens, minus the one that `default` drops.
 
     Args:
-        processor: A processor of a LLaVA.
-        size: Width and height of the image, where it is cut into tiles; the processor is given an empty one.
+        processor: A LLaVA processor.
+        size: Width and height of the image; required for processors with tiles, which get a blank image.
 
     Raises:
-        SanError: If it says too little, or no size is given where one is needed.
+        SanError: If the processor is unsupported, or a required size is missing.
     """
     check_processor(processor)
     if in_tiles(processor):
         if size is None:
             raise SanError(
-                f"How many tokens an image takes depends on its size for a {type(processor).__name__}. Give its size."
+                f"The number of image tokens of a {type(processor).__name__} depends on the image size. Pass size."
             )
         ids = processor(text=[MARKER], images=[Image.new("RGB", size)])["input_ids"][0]
         return list(ids).count(processor.image_token_id)
@@ -300,32 +285,24 @@ def image_tokens(processor: Any, size: tuple[int, int] | None = None) -> int:
 
 
 class ConversationCollator:
-    """Makes a batch of conversations of different lengths.
+    """Collates conversations with right padding.
 
     Args:
-        pad_token_id: Token that shorter ones are filled up with, on the right; attention leaves it out.
+        pad_token_id: ID of the padding token.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Returns the batch, with what `stack_images` makes of the images."""
-        ids: list[Int64[Tensor, " n"]] = [example["input_ids"] for example in examples]
-        labels: list[Int64[Tensor, " n"]] = [example["labels"] for example in examples]
-        pad = torch.nn.utils.rnn.pad_sequence
-        batch = {
-            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad(labels, batch_first=True, padding_value=IGNORED),
-        }
-        return {**batch, **stack_images(examples)}
+        """Returns the padded batch with stacked images."""
+        return {**Collator(self.pad_token_id, "right")(examples), **stack_images(examples)}
 
 
 def stack_images(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns what examples hold of images, one row for each that has one; nothing if none has.
+    """Stacks the image tensors of examples that have an image; returns an empty dict if none has.
 
-    Where images have different numbers of tiles, rows are filled up with empty ones, which models leave out.
+    Images with fewer tiles are padded with empty tiles, which models ignore.
     """
     shown = [{name: e[name] for name in e if name not in TEXT} for e in examples if "pixel_values" in e]
     out: dict[str, Tensor] = {}
@@ -334,7 +311,3 @@ def stack_images(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         tiled = parts[0].ndim == 4
         out[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if tiled else torch.stack(parts)
     return out
-
-
-def _opening(record: Conversation) -> Conversation:
-    return Conversation(record.id, record.turns[:2], record.image)

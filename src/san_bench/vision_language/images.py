@@ -1,4 +1,4 @@
-"""The images of conversations: looked at before the training, and padded to squares in it."""
+"""Images of conversations: validation before training, reading, and padding to squares."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from san_bench.vision_language.records import Conversation, leaves_root
 from san_peft.errors import SanError
 
 CHUNK = 64
-"""Images that a thread reads at a time."""
+"""Images per task of a worker thread."""
 
 State = Literal["good", "outside", "missing", "unreadable", "mislabelled"]
-"""What an image is found to be; what is mislabelled can be read, but its name says another format."""
+"""State of an image; a mislabelled one is readable, but its suffix belongs to another format."""
 
 KINDRED = {"MPO": "JPEG"}
-"""Formats that files of another one's ending may hold: cameras write JPEG files with a second picture."""
+"""Formats accepted under another suffix: cameras write MPO, a JPEG with several pictures, as .jpg."""
 
 TEXTS: dict[State, str] = {
-    "outside": "paths leave the folder of images",
+    "outside": "paths are outside the image folder",
     "missing": "images are missing",
     "unreadable": "images cannot be read",
-    "mislabelled": "images are of another format than their names say",
+    "mislabelled": "images do not have the format of their suffix",
 }
 
 
 @dataclass(frozen=True)
 class FolderCount:
-    """How the images of one folder are; each file counts once, however many conversations are about it."""
+    """Number of images by state in one folder; each file counts once."""
 
     images: int
     missing: int
@@ -47,14 +47,14 @@ class FolderCount:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found of the images of conversations.
+    """Image report of conversations.
 
     Attributes:
-        kept: The conversations to train with: all of them, unless dropping was asked for.
-        dropped: The conversations that were left out.
-        problems: What is wrong, each with all its files. What is mislabelled is a warning: it can be trained with.
-        folders: Counts for each folder of images.
-        bad: What is wrong with each image that is not good, such as `missing` or `mislabelled (GIF)`.
+        kept: Training conversations: all of them, unless some are dropped.
+        dropped: Dropped conversations.
+        problems: Problems by kind, each with all its files. Mislabelled images are a warning, since they are usable.
+        folders: Counts per image folder.
+        bad: Problem of each invalid image, such as `missing` or `mislabelled (GIF)`.
     """
 
     kept: tuple[Conversation, ...]
@@ -64,21 +64,21 @@ class Preflight:
     bad: dict[str, str]
 
     def require(self) -> tuple[Conversation, ...]:
-        """Returns the conversations to train with.
+        """Returns the training conversations.
 
         Raises:
-            SanError: If any of them has an image that cannot be read, or all were left out; the message counts all
-                that is wrong, with the first files of each kind.
+            SanError: If any has an unreadable image, or all were dropped; the message counts the problems and lists
+                the first files of each kind.
         """
         errors = [str(problem) for problem in self.problems if problem.level == "error"]
         if errors and not (self.dropped and self.kept):
-            leave = ", or leave their conversations out with conversation.drop_bad_images=true in the recipe"
-            way_out = ": no conversation is left without them" if self.dropped else leave
-            raise SanError("The images are not as they must be:\n  " + "\n  ".join(errors) + f"\nMend them{way_out}.")
+            leave = ", or drop their conversations with conversation.drop_bad_images=true in the recipe"
+            way_out = ": without them, no conversation is left" if self.dropped else leave
+            raise SanError("Images are invalid:\n  " + "\n  ".join(errors) + f"\nFix them{way_out}.")
         return self.kept
 
     def report(self) -> dict[str, Any]:
-        """Returns what was found, for a file: counts by folder, and every bad image with its records' ids."""
+        """Returns the report as JSON data: counts per folder, and every invalid image with its record IDs."""
         ids: dict[str, list[str | int]] = {image: [] for image in self.bad}
         for record in (*self.kept, *self.dropped):
             if record.image in ids:
@@ -98,23 +98,23 @@ class Preflight:
 def preflight(
     records: Sequence[Conversation], root: str | Path, drop: bool = False, workers: int | None = None
 ) -> Preflight:
-    """Decodes every image of conversations, and notes every problem at once.
+    """Decodes every image of conversations and collects all problems.
 
     Args:
         records: The conversations.
-        root: Folder that their images are below. Links inside it are followed.
-        drop: Leaves out the conversations whose images are missing, cannot be read or are not below the folder.
-        workers: Threads that read; by default as many as there are processors, up to eight.
+        root: Image folder. Links inside it are followed.
+        drop: Drops conversations whose image is missing, unreadable or outside the folder.
+        workers: Reader threads; by default one per CPU core, up to eight.
 
     Returns:
-        What was found. A path that leaves the folder is never opened.
+        The report. A path outside the folder is never opened.
 
     Raises:
-        SanError: If there is no such folder.
+        SanError: If the folder does not exist.
     """
     root = Path(root)
     if not root.is_dir():
-        raise SanError(f"There is no folder of images {root}.")
+        raise SanError(f"There is no image folder {root}.")
     uses = Counter(record.image for record in records if record.image is not None)
     looks = survey(uses, root, workers)
     bad = {file for file, (state, _) in looks.items() if state not in ("good", "mislabelled")} if drop else set()
@@ -130,16 +130,16 @@ def preflight(
 def survey(
     files: Iterable[str], root: Path, workers: int | None = None, decode: bool = True
 ) -> dict[str, tuple[State, str]]:
-    """Looks at images.
+    """Determines the state of images.
 
     Args:
-        files: Their paths below the folder.
-        root: The folder. A path that leaves it is never opened.
-        workers: Threads that read; by default as many as there are processors, up to eight.
-        decode: Decodes every image; otherwise only those that are not there are found.
+        files: Paths relative to the folder.
+        root: Image folder. A path outside it is never opened.
+        workers: Reader threads; by default one per CPU core, up to eight.
+        decode: Decodes every image; otherwise only finds missing ones.
 
     Returns:
-        How each image is, and why.
+        State of each image, and the reason.
     """
     files = list(dict.fromkeys(files))
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
@@ -152,13 +152,13 @@ def survey(
 def problems_of_images(
     name: str, looks: Mapping[str, tuple[State, str]], uses: Mapping[str, int], about: str = "conversations are about"
 ) -> list[Problem]:
-    """Returns what is wrong with images, each kind of it once with all its files.
+    """Returns the problems of images, one per kind with all its files.
 
     Args:
-        name: What the problems are reported under.
-        looks: How each image is; see `survey`.
-        uses: How many records are about each image.
-        about: What these records are called, and do.
+        name: Task name of the problems.
+        looks: State of each image; see `survey`.
+        uses: Number of records per image.
+        about: End of the message: who uses the images.
     """
     problems = []
     for state, text in TEXTS.items():
@@ -171,20 +171,20 @@ def problems_of_images(
 
 
 def read_image(root: str | Path, image: str) -> Image.Image:
-    """Reads the image of a conversation, in RGB.
+    """Reads an image as RGB.
 
     Raises:
-        SanError: If its path leaves the folder, or it is missing or cannot be decoded.
+        SanError: If its path is outside the folder, or it is missing or cannot be decoded.
     """
     with _open(root, image) as opened:
         return opened.convert("RGB")
 
 
 def read_size(root: str | Path, image: str) -> tuple[int, int]:
-    """Reads width and height of the image of a conversation, without decoding it.
+    """Reads width and height of an image without decoding it.
 
     Raises:
-        SanError: If its path leaves the folder, or it is missing or no image.
+        SanError: If its path is outside the folder, or it is missing or not an image.
     """
     with _open(root, image) as opened:
         return opened.size
@@ -193,22 +193,22 @@ def read_size(root: str | Path, image: str) -> tuple[int, int]:
 @contextmanager
 def _open(root: str | Path, image: str) -> Iterator[Image.Image]:
     if leaves_root(image):
-        raise SanError(f"The image {image!r} leaves the folder of images {root}, so it is not opened.")
+        raise SanError(f"The image {image!r} is outside the image folder {root}, so it is not opened.")
     try:
         with Image.open(Path(root) / image) as opened:
             yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SanError(
-            f"The image {Path(root) / image} cannot be read: {error}. `san data check` finds all such images."
+            f"The image {Path(root) / image} cannot be read: {error}. `san data check` lists all unreadable images."
         ) from error
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Returns an image in the middle of the smallest square that holds it, as LLaVA-1.5's `image_aspect_ratio pad`.
+    """Pads an image to a centered square, as `image_aspect_ratio pad` of LLaVA-1.5 does.
 
     Args:
-        image: An image in RGB.
-        colour: Colour of the two borders. Where their widths differ by a pixel, the second one is wider.
+        image: An RGB image.
+        colour: Colour of the padding. If the borders differ by a pixel, the second one is wider.
 
     Example:
         >>> padded = pad_to_square(Image.new("RGB", (4, 1), "white"), (122, 116, 104))
@@ -222,7 +222,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
-    """Returns the means of a processor, on the scale 0 to 1, as a colour; LLaVA rounds down.
+    """Converts channel means from 0 to 1 to an RGB colour, rounded down as in LLaVA.
 
     Example:
         >>> mean_colour((0.48145466, 0.4578275, 0.40821073))
@@ -244,7 +244,7 @@ def _look(root: Path, file: str, endings: dict[str, str], decode: bool) -> tuple
         with Image.open(path) as image:
             image.load()
             found = image.format or "no format"
-    except Exception as error:  # whatever stops an image from being decoded is the finding
+    except Exception as error:  # any decoding error is a finding
         return "unreadable", str(error).replace(str(path), path.name)
     if endings.get(path.suffix.lower()) in (found, KINDRED.get(found)):
         return "good", ""

@@ -1,4 +1,4 @@
-"""Recipes of models that see and speak, which are fine-tuned on conversations about images.
+"""Recipes for vision-language models, fine-tuned on conversations about images.
 
 Example:
     >>> from san_bench.config.recipe import load_recipe
@@ -17,21 +17,21 @@ from san_bench.config.recipe import Recipe, check_splits, check_weights
 from san_bench.config.strict import Strict, suggest
 
 TASKS = ("llava", "conversations", "mini-vl")
-"""What there is to train on."""
+"""Training tasks."""
 
 BENCHMARKS = ("vqav2", "gqa", "vizwiz", "sqa", "textvqa", "pope", "mmbench")
 """The seven benchmarks of LLaVA-1.5, in the order of the papers' tables."""
 
 
 class Talk(Strict):
-    """How a conversation becomes what the model reads; see `san_bench.vision_language.encoding`.
+    """Conversation preprocessing; see `san_bench.vision_language.encoding`.
 
     Attributes:
-        max_length: The most tokens of a conversation, those of its image included.
-        pad_to_square: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does; false for models that
-            cut images into tiles, LLaVA-NeXT and LLaVA-OneVision.
-        drop_bad_images: Leaves out the conversations whose images are missing or cannot be read; otherwise such images
-            stop the run before it begins.
+        max_length: Maximum number of tokens of a conversation, including image tokens.
+        pad_to_square: Pads images to squares with the processor's mean colour, as LLaVA-1.5 does; false for models with
+            tiles, LLaVA-NeXT and LLaVA-OneVision.
+        drop_bad_images: Drops conversations whose image is missing or unreadable; otherwise such images stop the run
+            before training.
     """
 
     max_length: int = Field(ge=2)
@@ -40,12 +40,12 @@ class Talk(Strict):
 
 
 class Answering(Strict):
-    """What is asked after the training.
+    """Evaluation settings.
 
     Attributes:
-        benchmarks: Some of `BENCHMARKS` for `llava`; none elsewhere, where there are questions of one's own.
-        batch_size: Questions at a time.
-        max_new_tokens: The most tokens of an answer, which is decoded greedily.
+        benchmarks: A subset of `BENCHMARKS` for `llava`; empty for other tasks, which have their own questions.
+        batch_size: Evaluation batch size.
+        max_new_tokens: Maximum number of new tokens; decoding is greedy.
     """
 
     benchmarks: Annotated[tuple[str, ...], Field(strict=False)]
@@ -59,28 +59,29 @@ class Answering(Strict):
             if name not in BENCHMARKS:
                 raise ValueError(f"there is no benchmark {name!r}.{suggest(name, BENCHMARKS)[:-1]}")
         if len(set(names)) < len(names):
-            raise ValueError(f"{', '.join(names)} names one of them twice")
+            raise ValueError(f"{', '.join(names)} has a duplicate")
         return names
 
 
 class ConversationRecipe(Recipe):
-    """One run of a model that sees and speaks; what is not said here says `Recipe`.
+    """Recipe of a vision-language run; see `Recipe` for the common settings.
 
     Attributes:
-        task: What is trained on; see `san_bench.vision_language.tasks.load_conversation_task`.
-        data: Folder of the records, the images and the benchmarks; `null` for `mini-vl`.
-        train_split: `train`: all records; of `mini-vl` also `trainval`: with what is held out as well.
-        eval_split: `test`: what can be scored without a server; of `mini-vl` also `val`.
-        model: `embedded/llava` (the small LLaVA of the package), a folder, or a name that transformers resolves, of
-            LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with its processor. For the last two it must have a chat template.
-        weights: In what the pretrained weights are kept: a type of numbers, or quantised by bitsandbytes to `nf4` or
-            `int8`. What is trained is in float32 until it is saved.
-        tower: Whether the vision tower stays `frozen` or is `adapted` by the method as the language model is.
-        projector_lr: Learning rate of the projector between the two, which is trained whole; `null` freezes it.
-        conversation: How a conversation becomes what the model reads.
-        answering: What is asked after the training.
-        gradient_checkpointing: Computes activations anew in the backward pass, which saves memory and costs time.
-        selection: The weights after the last step.
+        task: Training task; see `san_bench.vision_language.tasks.load_conversation_task`.
+        data: Folder of records, images and benchmarks; `null` for `mini-vl`.
+        train_split: `train`; for `mini-vl` also `trainval`, which includes the held-out records.
+        eval_split: `test`: splits that can be scored without a server; for `mini-vl` also `val`.
+        model: `embedded/llava` (the small LLaVA that ships with the package), a folder, or a name that transformers
+            resolves, of LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision, with its processor. The last two need a chat
+            template.
+        weights: Dtype of the pretrained weights, or quantization by bitsandbytes to `nf4` or `int8`. Trainable
+            parameters are in float32.
+        tower: Whether the vision tower is `frozen`, or `adapted` by the method like the language model.
+        projector_lr: Learning rate of the fully trained projector; `null` freezes it.
+        conversation: Conversation preprocessing.
+        answering: Evaluation settings.
+        gradient_checkpointing: Recomputes activations in the backward pass to save memory.
+        selection: Checkpoint selection: after the last step.
     """
 
     train_split: Literal["train", "trainval"]
@@ -103,13 +104,17 @@ class ConversationRecipe(Recipe):
     @model_validator(mode="after")
     def _fits(self) -> ConversationRecipe:
         if self.data is None and self.task != "mini-vl":
-            raise ValueError(f"data|{self.task} needs the folder of its records and images")
+            raise ValueError(f"data|{self.task} needs a data folder with records and images")
         check_splits(self.train_split, self.eval_split, self.selection)
         for key, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
             if self.task != "mini-vl" and split in ("val", "trainval"):
-                raise ValueError(f"{key}|{self.task} holds nothing out, so it has no {split}; only mini-vl has")
+                raise ValueError(f"{key}|{self.task} has no held-out records, so no {split}; only mini-vl has")
         check_weights(self.method.kind, self.weights)
         if bool(self.answering.benchmarks) != (self.task == "llava"):
-            what = "names none of them" if self.task == "llava" else "has questions of its own in place of benchmarks"
+            what = (
+                "needs at least one benchmark"
+                if self.task == "llava"
+                else "has its own questions instead of benchmarks"
+            )
             raise ValueError(f"answering|{self.task} {what}; benchmarks are {', '.join(BENCHMARKS)}")
         return self

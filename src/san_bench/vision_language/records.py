@@ -1,8 +1,8 @@
 r"""Conversations about images, in the format of LLaVA's `llava_v1_5_mix665k.json`.
 
-A record has an `id`, turns that alternate between `human` and `gpt`, and perhaps an `image`: a path below a folder of
-images. The first turn of the human holds the marker `<image>` exactly where there is an image. Other keys, such as
-`model`, are left aside.
+A record has an `id`, turns that alternate between `human` and `gpt`, and optionally an `image`: a path relative to the
+image folder. The first human turn contains the marker `<image>` if and only if there is an image. Other keys, such as
+`model`, are ignored.
 
 Example:
     >>> record = {
@@ -10,10 +10,10 @@ Example:
     ...     "image": "coco/train2017/000000033471.jpg",
     ...     "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}],
     ... }
-    >>> parse_conversation(record).turns[1]
-    Turn(role='gpt', text='A bus.')
+    >>> problems_of(record)
+    []
     >>> problems_of({**record, "image": None})
-    ['the marker <image> stands in turn 0, but there is no image']
+    ['the marker <image> is in turn 0, but there is no image']
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from san_bench.language.records import SUFFIXES, file_rows
 from san_peft.errors import SanError
 
 MARKER = "<image>"
-"""What stands for the image in a turn."""
+"""Image placeholder in a turn."""
 
 ROLES = ("human", "gpt")
-"""Who speaks, in the order in which they do."""
+"""Roles in order of turns."""
 
 SHOWN = 20
-"""Bad records that a message lists; it counts the others."""
+"""Maximum number of invalid records listed in a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says.
+    """One turn of a conversation.
 
     Attributes:
         role: `human` asks, `gpt` answers.
-        text: The words, with the marker of the image where the record has it.
+        text: Text, including the image marker.
     """
 
     role: Literal["human", "gpt"]
@@ -59,9 +59,9 @@ class Conversation:
     """One record.
 
     Attributes:
-        id: Its name in the data set; several records may share one.
-        turns: Questions and answers in turn, a question first and an answer last.
-        image: Path of the image below the folder of images, with forward slashes; `None` without an image.
+        id: ID in the dataset, not necessarily unique.
+        turns: Alternating questions and answers.
+        image: Image path relative to the image folder, with forward slashes; `None` without an image.
     """
 
     id: str | int
@@ -71,12 +71,12 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that is not as it must be.
+    """An invalid record.
 
     Attributes:
-        index: Its place in the file, from 0.
-        id: Its id, as far as it has one.
-        problems: All that is wrong with it.
+        index: Index in the file, from 0.
+        id: Its ID, if any.
+        problems: All its problems.
     """
 
     index: int
@@ -88,14 +88,14 @@ class BadRecord:
 
 
 def load_conversations(path: str | Path) -> list[Conversation]:
-    """Reads a file of conversations, all of which must be right.
+    """Loads conversations and raises if any record is invalid.
 
     Args:
         path: A JSON list or JSON lines (`.json`, `.jsonl`), or a table (`.parquet`).
 
     Raises:
-        SanError: If the file cannot be read, holds no record, or holds bad ones; the message lists up to `SHOWN` of
-            them, each with its index and id, and says how many there are.
+        SanError: If the file cannot be read, has no records, or has invalid ones; the message counts them and lists up
+            to `SHOWN`, with index and ID.
     """
     records, bad = read_conversations(path)
     if bad:
@@ -103,28 +103,28 @@ def load_conversations(path: str | Path) -> list[Conversation]:
         if len(bad) > SHOWN:
             lines.append(f"  and {len(bad) - SHOWN:,} more")
         raise SanError(
-            f"{path}: {len(bad):,} of {len(records) + len(bad):,} records are not as they must be:\n"
+            f"{path}: {len(bad):,} of {len(records) + len(bad):,} records are invalid:\n"
             + "\n".join(lines)
-            + "\nMend them in the file, or take the others with san_bench.vision_language.records.read_conversations."
+            + "\nFix them, or get the valid ones with san_bench.vision_language.records.read_conversations."
         )
     return records
 
 
 def read_conversations(path: str | Path) -> tuple[list[Conversation], list[BadRecord]]:
-    """Reads a file of conversations, and sets aside those that are not right.
+    """Reads conversations, and returns invalid records separately.
 
     Args:
         path: A JSON list or JSON lines (`.json`, `.jsonl`), or a table (`.parquet`).
 
     Returns:
-        The right ones and the bad ones, both in the order of the file.
+        Valid and invalid records, both in the order of the file.
 
     Raises:
-        SanError: If the file cannot be read, or holds no record.
+        SanError: If the file cannot be read, or has no records.
     """
     raw = _raw_records(Path(path))
     if not raw:
-        raise SanError(f"{path} holds no record.")
+        raise SanError(f"{path} contains no records.")
     records: list[Conversation] = []
     bad: list[BadRecord] = []
     for index, record in enumerate(raw):
@@ -135,26 +135,17 @@ def read_conversations(path: str | Path) -> tuple[list[Conversation], list[BadRe
     return records, bad
 
 
-def parse_conversation(record: Any) -> Conversation:
-    """Returns a record as a conversation.
-
-    Raises:
-        SanError: If it is not right; the message says all that is wrong with it.
-    """
-    if problems := problems_of(record):
-        raise SanError(str(BadRecord(0, record.get("id") if isinstance(record, dict) else None, tuple(problems))))
-    return _converted(record)
-
-
 def problems_of(record: Any) -> list[str]:
-    """Returns all that is wrong with a record, as `file_rows` reads it from a file; nothing if it is right."""
+    """Returns all problems of a record as read by `file_rows`; an empty list if it is valid."""
     if isinstance(record, Exception):
         return [f"it is not JSON ({record})"]
     if not isinstance(record, dict):
         return [f"it is a {type(record).__name__}, not an object with id and conversations"]
     problems = []
     if not isinstance(record.get("id"), str | int) or isinstance(record["id"], bool):
-        problems.append("id is missing" if record.get("id") is None else f"id is {record['id']!r}, no text or integer")
+        problems.append(
+            "id is missing" if record.get("id") is None else f"id is {record['id']!r}, not a string or integer"
+        )
     image = record.get("image")
     if image is not None:
         problems += _problems_of_path(image)
@@ -168,21 +159,21 @@ def problems_of(record: Any) -> list[str]:
         problems.append(f"it has {len(turns)} turns, so the last one is not an answer")
     marked = [(n, t["value"].count(MARKER)) for n, t in enumerate(turns) if _has_text(t) and MARKER in t["value"]]
     if image is None:
-        problems += [f"the marker {MARKER} stands in turn {n}, but there is no image" for n, _ in marked]
+        problems += [f"the marker {MARKER} is in turn {n}, but there is no image" for n, _ in marked]
     elif not marked:
         problems.append(f"there is an image, but no marker {MARKER} in turn 0")
     else:
-        problems += [f"the marker {MARKER} stands in turn {n}, not in turn 0" for n, _ in marked if n]
-        problems += [f"the marker {MARKER} stands {k} times in turn 0" for n, k in marked if n == 0 and k > 1]
+        problems += [f"the marker {MARKER} is in turn {n}, not in turn 0" for n, _ in marked if n]
+        problems += [f"the marker {MARKER} is {k} times in turn 0" for n, k in marked if n == 0 and k > 1]
     return problems
 
 
 def conversation_fingerprint(records: Sequence[Conversation], images: str | Path | None = None) -> str:
-    """Returns a sha256 over the records: ids, turns and names of images, in order, wherever the files lie.
+    """Returns a sha256 over IDs, turns and image names of the records, in order.
 
     Args:
         records: The conversations.
-        images: Folder of the images; with it the size in bytes of every image counts too, -1 where it is missing.
+        images: Image folder; if given, includes the size in bytes of every image, -1 if it is missing.
     """
     digest = hashlib.sha256()
     sizes: dict[str, int] = {}
@@ -197,16 +188,16 @@ def conversation_fingerprint(records: Sequence[Conversation], images: str | Path
 
 
 def leaves_root(image: str) -> bool:
-    """Returns whether a path is absolute, or climbs out of the folder that it should be below."""
+    """Returns whether a path is absolute or outside its root folder."""
     plain = posixpath.normpath(image.replace("\\", "/"))
     return plain.startswith("/") or plain == ".." or plain.startswith("../") or plain[1:2] == ":"
 
 
 def _problems_of_path(image: Any) -> Iterable[str]:
     if not isinstance(image, str) or not image.strip():
-        yield f"image is {str(image)[:40]!r}, no path"
+        yield f"image is {str(image)[:40]!r}, not a path"
     elif leaves_root(image):
-        yield f"image {image!r} leaves the folder of images"
+        yield f"image {image!r} is outside the image folder"
 
 
 def _problems_of_turn(turn: Any, number: int) -> Iterable[str]:
@@ -219,9 +210,13 @@ def _problems_of_turn(turn: Any, number: int) -> Iterable[str]:
     elif role not in ROLES:
         yield f"unknown role {role!r}.{suggest(str(role), ROLES)}"
     elif role != due:
-        yield f"it is {role}'s, but turns alternate and {due} is due"
+        yield f"expected {due}, since turns alternate, but it is {role}"
     if not isinstance(turn.get("value"), str):
-        yield "value is missing" if turn.get("value") is None else f"value is a {type(turn['value']).__name__}, no text"
+        yield (
+            "value is missing"
+            if turn.get("value") is None
+            else f"value is a {type(turn['value']).__name__}, not a string"
+        )
     elif role == "gpt" and not turn["value"].strip():
         yield "the answer is empty"
 
@@ -237,7 +232,7 @@ def _converted(record: dict[str, Any]) -> Conversation:
 
 def _raw_records(path: Path) -> list[Any]:
     if not path.is_file():
-        raise SanError(f"There is no file of conversations {path}.")
+        raise SanError(f"There is no conversation file {path}.")
     if path.suffix not in SUFFIXES:
         raise SanError(f"{path} ends in {path.suffix!r}.{suggest(path.suffix, SUFFIXES)}")
     return [record for _, record in file_rows(path)]

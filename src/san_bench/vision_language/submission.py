@@ -1,4 +1,4 @@
-"""What the servers of benchmarks take: a run's answers to questions whose answers are kept secret."""
+"""Files for benchmark servers: the answers of a run to questions without public answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from san_peft.errors import SanError
 
 @dataclass(frozen=True)
 class Server:
-    """What the server of a benchmark is about, and takes.
+    """Server of a benchmark.
 
     Attributes:
         load: Loads its questions.
-        images: Folder of their images, beside the questions.
-        ending: Of the file that it takes.
+        images: Image folder next to the questions.
+        ending: Suffix of the submission file.
     """
 
     load: Callable[[Path], list[Question]]
@@ -31,44 +31,39 @@ class Server:
 
 SERVERS = {
     "vqav2": Server(vqa_files.load_vqav2, "test2015", ".json"),
-    "vizwiz": Server(
-        lambda path: (vqa_files.read_questions if path.suffix == ".jsonl" else vqa_files.load_vizwiz)(path),
-        "test",
-        ".json",
-    ),
     "mmbench": Server(vqa_files.load_mmbench, "", ".xlsx"),
 }
-"""The benchmarks that have one."""
+"""Servers by benchmark."""
 
 
 def submission(
     source: str | Path, name: str, questions: str | Path, out: str | Path, images: str | Path | None = None
 ) -> Path:
-    """Lets a run answer the questions of a server, and writes what the server takes.
+    """Writes the submission file of a benchmark server from a run or a file of answers.
 
     Args:
-        source: Folder of a run, which is loaded and asked; or a file of answers as LLaVA writes them (`.jsonl`).
+        source: Run folder, whose model generates the answers; or answers in LLaVA's format (`.jsonl`).
         name: One of `SERVERS`.
-        questions: Of `vqav2` LLaVA's JSON lines or the official file, of `vizwiz` LLaVA's JSON lines or `test.json`, of
-            `mmbench` its table.
+        questions: For `vqav2`, LLaVA's JSON lines or the official file; for `mmbench`, its table.
         out: File to write.
-        images: Folder of the images; by default the server's, beside the questions. MMBench's are in its table.
+        images: Image folder; by default next to the questions. MMBench has its images in the table.
 
     Returns:
-        The file that was written: of `mmbench` a table (`.tsv`) where openpyxl is not installed.
+        Path of the written file; for `mmbench` without openpyxl, a `.tsv` table.
 
     Raises:
-        SanError: If the benchmark has no server, the file is there already or has another ending, the questions,
-            images or answers are not as they must be, or the run has not finished or is none of a model that sees.
+        SanError: If the benchmark has no server, the file exists or has another suffix, questions, images or answers
+        are
+            invalid, or the run is unfinished or not a vision-language run.
     """
     if name not in SERVERS:
         known = ", ".join(SERVERS)
         raise SanError(f"There is no server of {name!r} to write for, only of {known}.{did_you_mean(name, SERVERS)}")
     server, path = SERVERS[name], Path(out)
     if path.suffix != server.ending:
-        raise SanError(f"The server of {name} takes a {server.ending} file, not {path.name}. Name it so with --out.")
+        raise SanError(f"The server of {name} takes a {server.ending} file, not {path.name}. Change --out.")
     if there := [file for file in (path, path.with_suffix(".tsv")) if file.exists()]:
-        raise SanError(f"{there[0]} is there already. Choose another file with --out.")
+        raise SanError(f"{there[0]} already exists. Choose another file with --out.")
     asked = server.load(Path(questions))
     if Path(source).suffix == ".jsonl":
         answers = vqa_uploads.read_answers(source, asked)
@@ -76,8 +71,7 @@ def submission(
         answers = _ask(Path(source), name, asked, Path(images or Path(questions).parent / server.images))
     if name == "mmbench":
         return vqa_uploads.write_mmbench(path, questions, asked, answers)
-    write = {"vqav2": vqa_uploads.write_vqav2, "vizwiz": vqa_uploads.write_vizwiz}[name]
-    write(path, asked, answers)
+    vqa_uploads.write_vqav2(path, asked, answers)
     return path
 
 
@@ -89,10 +83,10 @@ def _ask(run: Path, name: str, questions: Sequence[Question], images: Path) -> l
 
     recipe = run_recipe(run)
     if not isinstance(recipe, ConversationRecipe):
-        raise SanError(f"{run} is a run of {recipe.task}; only models that see and speak can be asked about images.")
+        raise SanError(f"{run} is a run of {recipe.task}, not of a vision-language model.")
     asked = BenchmarkQuestions(name, tuple(questions), images)
     if problems := asked.problems_of_images(name):
-        raise SanError("\n".join([*map(str, problems), "Name the folder of the images with --images."]))
+        raise SanError("\n".join([*map(str, problems), "Set the image folder with --images."]))
     task = ConversationTask(recipe.task, images, {recipe.eval_split: {name: asked}}, lambda: ({}, None))
     domain = Conversations(recipe, task)
     model = trained_model(domain, run / "adapter")

@@ -1,10 +1,10 @@
-"""What models that see and speak are fine-tuned on, and what they are asked afterwards.
+"""Vision-language tasks: training conversations and evaluation questions.
 
-`llava` has the layout of LLaVA-1.5: `llava_v1_5_mix665k.json`, the images below the same folder, and below `eval/` the
-benchmarks as LLaVA's docs/Evaluation.md lays them out (haotian-liu/LLaVA), with the annotations of what can be scored
-without a server beside them. `conversations` is for records of one's own: `train.json` and `test.json` in the same
-format, the images below the same folder. Of a test record the first question is asked, and the first answer is right.
-`mini-vl` is drawn: the tasks of `san_bench.vision_language.mini.tasks`.
+`llava` has the layout of LLaVA-1.5: `llava_v1_5_mix665k.json` with images in the same folder, and the benchmarks in
+`eval/` as in LLaVA's docs/Evaluation.md (haotian-liu/LLaVA), with annotations for splits that need no server.
+`conversations` is for your own records: `train.json` and `test.json` in the same format, with images in the same
+folder. For a test record, the first question is asked and the first answer is the reference. `mini-vl` is synthetic;
+see `san_bench.vision_language.mini.tasks`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MIX = "llava_v1_5_mix665k.json"
 """File of the training mix."""
 
 TRAIN, TEST = "train.json", "test.json"
-"""Files of records of one's own."""
+"""Files of your own records."""
 
 ASKED = ("val", "test")
-"""Splits of mini-vl that questions are asked of."""
+"""Evaluation splits of mini-vl."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class BenchmarkQuestions:
     """The questions of a benchmark.
 
     Attributes:
-        rule: Name of the benchmark whose rule scores them, or `exact`: the same words, but for case and a last period.
-        questions: The questions with what is right.
-        images: Folder that their images are below, or what makes an image of its name.
+        rule: Benchmark whose scoring rule applies, or `exact`: equal up to case and a final period.
+        questions: The questions with reference answers.
+        images: Image folder, or a function from name to image.
     """
 
     rule: str
@@ -53,12 +53,12 @@ class BenchmarkQuestions:
     images: Images
 
     def problems(self, name: str, decode: bool = False, workers: int | None = None) -> list[Problem]:
-        """Returns what would stop the questions from being asked, or scored.
+        """Returns problems that prevent asking or scoring the questions.
 
         Args:
-            name: Task that the problems are reported under.
-            decode: Decodes the images; otherwise they only have to be there.
-            workers: Threads that look at images.
+            name: Task name of the problems.
+            decode: Decodes the images; otherwise only finds missing ones.
+            workers: Reader threads.
         """
         found = self.problems_of_images(name, decode, workers)
         if secret := [str(question.id) for question in self.questions if not question.answers]:
@@ -66,7 +66,7 @@ class BenchmarkQuestions:
         return found
 
     def problems_of_images(self, name: str, decode: bool = False, workers: int | None = None) -> list[Problem]:
-        """Returns what would stop the questions from being asked."""
+        """Returns problems that prevent asking the questions."""
         if callable(self.images):
             return []
         uses = Counter(q.image for q in self.questions if isinstance(q.image, str))
@@ -76,15 +76,14 @@ class BenchmarkQuestions:
 
 @dataclass(frozen=True)
 class ConversationTask:
-    """What one training is about.
+    """A vision-language task.
 
     Attributes:
         name: Its name.
-        images: Folder that the images of the records are below, or what makes an image of its name.
-        questions: Questions by split, and by the name of the task that tables show.
-        load: Loads the conversations to train with, by split, with what was found of their images, if these lie in a
-            folder. It is called when they are first wanted, since it decodes every image: who only asks questions is
-            spared that.
+        images: Image folder of the records, or a function from name to image.
+        questions: Questions by split and task name in tables.
+        load: Loads the training conversations by split, with the image report for images in a folder. Called on first
+            use, since it decodes every image, which evaluation does not need.
     """
 
     name: str
@@ -105,52 +104,50 @@ class ConversationTask:
 
     @property
     def preflight(self) -> Preflight | None:
-        """What was found of the images of the conversations; `None` where they are drawn."""
+        """The image report of the conversations; `None` for synthetic images."""
         return self._looked[1]
 
     @property
     def dropped(self) -> int:
-        """How many conversations were left out for their images."""
+        """Number of conversations dropped because of their images."""
         return 0 if self.preflight is None else len(self.preflight.dropped)
 
     def records(self, split: str) -> tuple[Conversation, ...]:
         """Returns the conversations of a split.
 
         Raises:
-            SanError: If there is no such split, a file is not as it must be, or images cannot be read.
+            SanError: If the split does not exist, a file is invalid, or images cannot be read.
         """
         splits = self._loaded
         if split not in splits:
-            raise SanError(f"{self.name} has no split {split!r} to train with; it has {', '.join(splits)}.")
+            raise SanError(f"{self.name} has no training split {split!r}; it has {', '.join(splits)}.")
         return splits[split]
 
     def asked(self, split: str) -> dict[str, BenchmarkQuestions]:
         """Returns the questions of a split by task.
 
         Raises:
-            SanError: If the task has no questions of that split.
+            SanError: If the task has no questions for that split.
         """
         return questions_of(self.name, self.questions, split)
 
     def require_questions(self, split: str) -> None:
-        """Insists that the questions of a split can be asked and scored: images are there, and answers. None is opened.
+        """Checks that all images and reference answers of a split exist, without opening images.
 
         Raises:
-            SanError: If the task has no questions of that split, or not; the message counts all that is wrong, with the
+            SanError: If not, or the task has no questions for that split; the message counts the problems and lists the
                 first files of each kind.
         """
         problems = [problem for name, asked in self.asked(split).items() for problem in asked.problems(name)]
         if problems:
-            leave = ", or leave a benchmark out of answering.benchmarks" if self.name == "llava" else ""
+            leave = ", or remove a benchmark from answering.benchmarks" if self.name == "llava" else ""
             raise SanError(
-                "The questions that are asked after the training are not as they must be:\n  "
-                + "\n  ".join(map(str, problems))
-                + f"\nMend them{leave}."
+                "Evaluation questions are invalid:\n  " + "\n  ".join(map(str, problems)) + f"\nFix them{leave}."
             )
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 over the records, the sizes of their images, and the questions, of every split."""
+        """The sha256 over records, image sizes and questions of every split."""
         folder, digest = None if callable(self.images) else self.images, hashlib.sha256()
         for split, records in self._loaded.items():
             digest.update(f"{split} {conversation_fingerprint(records, folder)}\n".encode())
@@ -167,16 +164,16 @@ class ConversationTask:
 def load_conversation_task(
     name: str, data: str | Path | None, benchmarks: Sequence[str] = (), drop: bool = False
 ) -> ConversationTask:
-    """Loads questions, and records when they are wanted; every image of the records is then decoded once.
+    """Loads a vision-language task. Training records are loaded on first use, which decodes every image once.
 
     Args:
         name: `llava`, `conversations` or `mini-vl`.
-        data: The folder; none for `mini-vl`.
-        benchmarks: Of `llava`, what will be asked.
-        drop: Leaves out the conversations whose images are missing or cannot be read.
+        data: Data folder; none for `mini-vl`.
+        benchmarks: Benchmarks to evaluate, for `llava`.
+        drop: Drops conversations whose image is missing or unreadable.
 
     Raises:
-        SanError: If there is no such task, or a file is missing or not as it must be.
+        SanError: If the task is unknown, or a file is missing or invalid.
     """
     if name == "mini-vl":
         return _mini()
@@ -206,19 +203,19 @@ def _question(record: Conversation) -> Question:
 
 
 def benchmark_folder(name: str, data: Path) -> Path:
-    """Returns where a benchmark lies below the folder of `llava`."""
+    """Returns the folder of a benchmark inside the folder of `llava`."""
     return data / "eval" / ("scienceqa" if name == "sqa" else name)
 
 
 def load_benchmark(name: str, data: Path) -> BenchmarkQuestions:
-    """Loads a benchmark from below the folder of `llava`.
+    """Loads a benchmark from the folder of `llava`.
 
     Args:
         name: One of `san_bench.vision_language.recipe.BENCHMARKS`.
         data: The folder of `llava`.
 
     Raises:
-        SanError: If a file is missing or not as it must be.
+        SanError: If a file is missing or invalid.
     """
     folder = benchmark_folder(name, data)
     load, images = _LOADERS[name]
@@ -239,7 +236,7 @@ _LOADERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
         "data/images",
     ),
     "vizwiz": (lambda folder: vqa_files.load_vizwiz(folder / "val.json"), "val"),
-    "sqa": (lambda folder: vqa_files.load_sqa(folder, questions=folder / "llava_test_CQM-A.json"), "images/test"),
+    "sqa": (lambda folder: vqa_files.load_sqa(folder, folder / "llava_test_CQM-A.json"), "images/test"),
     "textvqa": (
         lambda folder: vqa_files.load_textvqa(
             folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
@@ -252,7 +249,7 @@ _LOADERS: dict[str, tuple[Callable[[Path], list[Question]], str]] = {
         "",
     ),
 }
-"""How each benchmark is loaded from its folder, and where in it the images lie."""
+"""Loader and image folder of each benchmark."""
 
 
 def _mini() -> ConversationTask:
@@ -264,7 +261,7 @@ def _mini() -> ConversationTask:
 
 def _mini_asked(name: str, split: str) -> BenchmarkQuestions:
     task = mini_talk.TASKS[name]
-    times = 10 if task.like in ("vqav2", "vizwiz", "textvqa") else 1  # as many people have answered there
+    times = 10 if task.like in ("vqav2", "vizwiz", "textvqa") else 1  # these benchmarks have ten human answers
     questions = []
     for index in mini_talk.SPLITS[split]:
         one = mini_talk.item(name, index)

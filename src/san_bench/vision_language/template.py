@@ -1,20 +1,20 @@
-r"""How a conversation is written for a model: a chat template, and what of its text is learnt.
+r"""Renders conversations with a chat template, and locates the text with loss.
 
-LLaVA-1.5's conversations are written as LLaVA trains with them (`conv_vicuna_v1` of haotian-liu/LLaVA,
-llava/conversation.py): a system sentence, `USER: ` and `ASSISTANT: ` before the turns, a space after a question and the
-end token after an answer. A checkpoint's own template may be another one (that of llava-hf/llava-1.5-7b-hf has no
-system sentence and no end tokens), so it is not asked. Models that see an image in tiles, LLaVA-NeXT and
-LLaVA-OneVision, come with language models of several kinds, so theirs is asked.
+LLaVA-1.5 conversations are rendered as in LLaVA's training code (`conv_vicuna_v1` of haotian-liu/LLaVA,
+llava/conversation.py): a system prompt, `USER: ` and `ASSISTANT: ` before the turns, a space after a question and the
+EOS token after an answer. The checkpoint's chat template may differ (that of llava-hf/llava-1.5-7b-hf has no system
+prompt and no EOS tokens), so it is ignored. LLaVA-NeXT and LLaVA-OneVision, which split images into tiles, have
+different language models, so their own chat template is used.
 
-Where the answers are in the text is found by rendering it with a sign in place of each of them, whatever the template
-marks itself: those of LLaVA-OneVision leave the end of an answer out. Three things are the same for every template:
+Answers are located by rendering the conversation with a placeholder for each, not by generation marks in the template:
+those of LLaVA-OneVision exclude the end of an answer. For every template:
 
-- What stands before an answer is what the model is asked with, so that it is trained as it is asked. Of
-  LLaVA-OneVision's template the two differ by a blank.
-- What is learnt begins where the words end that the model is asked with: tokenizers of Llama's kind write the blank in
-  front of an answer and its first word as one token.
-- What is learnt ends with a token at which the model stops: the first special one that the template writes after an
-  answer, else the tokenizer's end token, which is put there.
+- The text before an answer equals the generation prompt, so that training matches inference. In the template of
+  LLaVA-OneVision the two differ by a space.
+- The loss starts right after the generation prompt, since Llama tokenizers merge the space before an answer and its
+  first word into one token.
+- The loss ends with a stop token: the first special token after an answer in the template, or else the EOS token of the
+  tokenizer, which is inserted.
 
 Example:
     >>> from san_bench.vision_language.records import Conversation, Turn
@@ -36,7 +36,7 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-"""The system sentence of vicuna v1."""
+"""System prompt of Vicuna v1."""
 
 TEMPLATE = (
     SYSTEM
@@ -48,25 +48,25 @@ TEMPLATE = (
     + "{% else %}ASSISTANT: {{ message.content[0].text }}{{ eos_token }}{% endif %}{% endfor %}"
     + "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""Vicuna v1 as a chat template of transformers."""
+"""Vicuna v1 as a transformers chat template."""
 
 SIGN = "\ue000"
-"""Stands for an answer: a character that Unicode leaves to private use."""
+"""Placeholder for an answer: a private-use character of Unicode."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a template writes an answer.
+    """Text around an answer in a chat template.
 
     Attributes:
         template: The chat template.
-        asked: What the model is asked with, after a question.
-        lead: What the template itself writes between a question and its answer.
-        opening: What is learnt in front of an answer.
-        closing: What is learnt after it; its end is `end`.
-        rest: What else follows an answer.
-        tail: What the template itself writes after an answer.
-        end: The token at which the model stops.
+        asked: Generation prompt after a question.
+        lead: Text between question and answer in the template.
+        opening: Text with loss before an answer.
+        closing: Text with loss after an answer; it ends with `end`.
+        rest: Text without loss after an answer.
+        tail: Text after an answer in the template.
+        end: Stop token.
     """
 
     template: str
@@ -81,11 +81,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Written:
-    """A conversation as text, with one marker for its image.
+    """A rendered conversation, with one marker for its image.
 
     Attributes:
         text: The text.
-        learnt: Where in it what is learnt begins and ends, once for every answer.
+        learnt: Start and end of the text with loss, for every answer.
     """
 
     text: str
@@ -93,21 +93,21 @@ class Written:
 
 
 def in_tiles(processor: Any) -> bool:
-    """Whether a processor cuts images into tiles, as many as their shape asks for, as LLaVA-NeXT's does."""
+    """Returns whether a processor splits images into tiles, as LLaVA-NeXT does."""
     return bool(getattr(processor.image_processor, "image_grid_pinpoints", None))
 
 
 def form_of(processor: Any) -> Form:
-    """Returns how conversations are written for a processor.
+    """Returns the text around answers for a processor.
 
     Raises:
-        SanError: If it has no template of its own where one is needed, or one that does not write turn by turn.
+        SanError: If a required chat template is missing, or it does not render turn by turn.
     """
     return _form(processor, _template(processor))
 
 
 def messages(record: Conversation) -> list[dict[str, Any]]:
-    """Returns a conversation in the form of transformers' chat templates, without its pixels."""
+    """Converts a conversation to transformers chat messages, without pixels."""
     out = []
     for turn in record.turns:
         if turn.role == "gpt":
@@ -121,15 +121,15 @@ def messages(record: Conversation) -> list[dict[str, Any]]:
 
 
 def write(record: Conversation, processor: Any, ask: bool = False) -> Written:
-    """Writes a conversation.
+    """Renders a conversation.
 
     Args:
-        record: The conversation; with `ask`, its last answer is left out.
-        processor: A processor of a LLaVA.
-        ask: Ends with the words after which the model answers.
+        record: The conversation.
+        processor: A LLaVA processor.
+        ask: Replaces the last answer by the generation prompt.
 
     Raises:
-        SanError: If the template does not write it turn by turn, with one marker where there is an image.
+        SanError: If the template does not render turn by turn, with one marker for the image.
     """
     form, answers = form_of(processor), [turn.text for turn in record.turns if turn.role == "gpt"]
     turns = [_answer(SIGN) if one["role"] == "assistant" else one for one in messages(record)]
@@ -153,15 +153,15 @@ def write(record: Conversation, processor: Any, ask: bool = False) -> Written:
 
 
 def write_question(text: str, shown: bool, processor: Any) -> str:
-    """Writes a question, after which the model answers.
+    """Renders a question as a generation prompt.
 
     Args:
-        text: The question, without a marker of an image.
-        shown: Whether it is about an image.
-        processor: A processor of a LLaVA.
+        text: The question, without an image marker.
+        shown: Whether it has an image.
+        processor: A LLaVA processor.
 
     Raises:
-        SanError: If the processor has no fitting template.
+        SanError: If the processor has no usable template.
     """
     content = [{"type": "image"}] * shown + [{"type": "text", "text": text}]
     return _render(processor, form_of(processor).template, [{"role": "user", "content": content}], ask=True)
@@ -174,8 +174,8 @@ def _template(processor: Any) -> str:
     own = own.get("default") if isinstance(own, dict) else own
     if not own:
         raise SanError(
-            f"The processor {type(processor).__name__} has no chat template, by which conversations are written for "
-            "its model. Set its chat_template, and save it beside the model."
+            f"The processor {type(processor).__name__} has no chat template. Set its chat_template and save it "
+            "with the model."
         )
     return own
 
@@ -213,7 +213,7 @@ def _render(processor: Any, template: str, turns: list[dict[str, Any]], ask: boo
 
 def _strange(processor: Any, what: str) -> str:
     return (
-        f"The chat template of the processor {type(processor).__name__} does not write {what} turn by turn, so what is "
-        "learnt cannot be told. Give the processor a chat_template that writes each turn after the last, and "
-        f"{MARKER} where the image is."
+        f"The chat template of the processor {type(processor).__name__} does not render {what} turn by turn, so the "
+        "text with loss cannot be located. Set a chat_template that appends each turn to the previous ones, with "
+        f"{MARKER} for the image."
     )

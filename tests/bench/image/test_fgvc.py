@@ -99,16 +99,16 @@ def test_folders_and_tables(tmp_path):
 def test_missing_lists_are_named(tmp_path):
     place = split_files(tmp_path / "a" / "CUB_200_2011", "images")
     (place / "val.json").unlink()
-    with pytest.raises(SanError, match=r"the split file val.json is missing beside train.json, test.json"):
+    with pytest.raises(SanError, match=r"the split file val.json is missing next to train.json, test.json"):
         fgvc.load("cub", tmp_path / "a", FGVC)
     place = copies.cars(tmp_path / "b" / "stanford_cars")
     (place / "cars_test_annos_withlabels.mat").unlink()
     with pytest.raises(
-        SanError, match=r"the official list cars_test_annos_withlabels.mat is missing beside cars_train"
+        SanError, match=r"the official list cars_test_annos_withlabels.mat is missing next to cars_train"
     ):
         fgvc.load("cars", tmp_path / "b", FGVC)
     (tmp_path / "c" / "stanford_dogs").mkdir(parents=True)
-    with pytest.raises(SanError, match=r"holds no Stanford Dogs that can be read. Expected are the files train.json"):
+    with pytest.raises(SanError, match=r"Stanford Dogs.* train.json"):
         fgvc.load("dogs", tmp_path / "c", FGVC)
 
 
@@ -116,17 +116,17 @@ def test_lists_that_disagree_are_named(tmp_path):
     place = copies.birds(tmp_path / "nabirds")
     text = (place / "image_class_labels.txt").read_text()
     (place / "image_class_labels.txt").write_text(text.replace("4 295\n", ""))
-    with pytest.raises(SanError, match="do not list the same images; these are not in all: 4"):
+    with pytest.raises(SanError, match=r"do not list the same images.*: 4"):
         fgvc.load("nabirds", tmp_path, FGVC)
 
 
 def test_broken_lists_are_named(tmp_path):
     place = split_files(tmp_path / "CUB_200_2011", "images")
     (place / "train.json").write_text("{", encoding="utf-8")
-    with pytest.raises(SanError, match=r"train.json is no JSON"):
+    with pytest.raises(SanError, match=r"train.json is not JSON"):
         fgvc.load("cub", tmp_path, FGVC)
     (place / "train.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(SanError, match=r"train.json maps no images to classes"):
+    with pytest.raises(SanError, match=r"train.json .* classes"):
         fgvc.load("cub", tmp_path, FGVC)
     place = copies.dogs(tmp_path / "stanford_dogs")
     header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"

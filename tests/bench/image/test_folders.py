@@ -75,7 +75,7 @@ class Planted:
 def test_a_pickle_that_is_not_cifars_is_never_opened(tmp_path, monkeypatch):
     place = batches(tmp_path, monkeypatch)
     (place / "train").write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
-    with pytest.raises(SanError, match="incomplete, or its checksums are not CIFAR-100's"):
+    with pytest.raises(SanError, match="checksums"):
         folders.load("cifar100", tmp_path, GIC)
     assert not (tmp_path / "planted").exists()
 
@@ -113,7 +113,7 @@ def test_imagenets_validation_images_are_the_test_and_nothing_is_chosen_on_them(
 def test_images_that_are_not_in_folders_of_classes_are_named(tmp_path):
     place = class_folders(tmp_path / "imagenet-1k", {"train": 9}, ["n01", "n02", "n03"])
     write_picture(place / "val" / "ILSVRC2012_val_00000001.JPEG", 1)
-    with pytest.raises(SanError, match="val has no folders of classes"):
+    with pytest.raises(SanError, match="val has no class folders"):
         folders.load("imagenet-1k", tmp_path, GIC)
 
 
@@ -132,11 +132,11 @@ def test_an_image_folder_with_and_without_splits(tmp_path):
 def test_image_folders_that_do_not_fit_are_explained(tmp_path):
     with pytest.raises(SanError, match="There is no folder"):
         load_task("folder", tmp_path / "nowhere")
-    with pytest.raises(SanError, match=r"is no image folder. It needs folders of splits"):
+    with pytest.raises(SanError, match=r"is not an image folder"):
         load_task("folder", tmp_path)
     place = class_folders(tmp_path / "more", {"train": 6, "test": 6}, ["cat", "dog"])
     write_picture(place / "test" / "eel" / "1.png", 7)
-    with pytest.raises(SanError, match="test has classes that are not in training: eel"):
+    with pytest.raises(SanError, match=r"test has classes .*: eel"):
         load_task("folder", place)
     place = class_folders(tmp_path / "only", {"test": 6}, ["cat", "dog"])
     with pytest.raises(SanError, match="there is no training split, only test"):
@@ -182,9 +182,9 @@ def test_a_split_without_labels_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"label": [0, 1]}, "One column of images is needed, but there are 0 among label"),
-        ({"a": [b"1", b"2"], "b": [b"1", b"2"], "label": [0, 1]}, "there are 2 among a, b, label. Keep one"),
-        ({"jpg": [b"1", b"2"], "price": [0, 1]}, "No column of labels is clear among jpg, price. Rename"),
+        ({"label": [0, 1]}, "0 among label"),
+        ({"a": [b"1", b"2"], "b": [b"1", b"2"], "label": [0, 1]}, "2 among a, b, label"),
+        ({"jpg": [b"1", b"2"], "price": [0, 1]}, "among jpg, price"),
         ({"jpg": [b"1", b"2"], "label": [0, None]}, "'label' has 1 rows without a label"),
     ],
 )
@@ -197,17 +197,17 @@ def test_columns_that_are_not_clear_are_explained(tmp_path, columns, said):
 def test_two_configurations_are_not_mixed(tmp_path):
     parquet(tmp_path / "first", {"train": table(4, 2)})
     parquet(tmp_path / "second", {"train": table(4, 2)})
-    with pytest.raises(SanError, match=r"several configurations of train: .*first, .*second. Name the folder of one"):
+    with pytest.raises(SanError, match=r"several configurations of train: .*first, .*second"):
         load_task("datasets", tmp_path)
 
 
 def test_what_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
-    with pytest.raises(SanError, match=r"There is no folder .*nowhere, and it is no name of a data set"):
+    with pytest.raises(SanError, match=r"There is no folder .*nowhere"):
         load_task("datasets", tmp_path / "nowhere")
-    with pytest.raises(SanError, match="someone/nothing is no folder here, and not to be had from the hub"):
+    with pytest.raises(SanError, match="someone/nothing"):
         load_task("datasets", Path("someone/nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SanError, match="holds no data set that can be read"):
+    with pytest.raises(SanError, match="empty contains no readable dataset"):
         load_task("datasets", tmp_path / "empty")
 
 

@@ -75,9 +75,9 @@ def test_unknown_names_are_answered_with_known_ones(digits):
         digits["val"]
     with pytest.raises(SanError, match="2 images and 3 labels"):
         ArraySplit(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int64))
-    with pytest.raises(SanError, match=r"'x', split test: 1 of 2 labels are no class, such as 3 at index 1. It has 3"):
+    with pytest.raises(SanError, match=r"'x', split test: 1 of 2 labels .* 3 at index 1. It has 3"):
         VisionTask("x", 3, {"test": ArraySplit(np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 3]))})
     with pytest.raises(SanError, match=r"No model 'vot' ships .* Did you mean 'vit'\?"):
         embedded_path("vot")
-    with pytest.raises(SanError, match="needs its data"):
+    with pytest.raises(SanError, match="vtab/cifar"):
         load_task("vtab/cifar")

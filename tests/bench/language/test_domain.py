@@ -224,13 +224,13 @@ def test_what_cannot_be_trained_is_said_at_once(place, tmp_path):
     with pytest.raises(SanError) as error:
         recipe_of(place, tmp_path, method={"kind": "linear"}, text__loss_on="all", eval_split="train", nonsense=1)
     text = str(error.value)
-    for part in ("loss_on: 'all' is not a choice", "nonsense", "eval_split: 'train' is not a choice"):
+    for part in ("loss_on: 'all'", "nonsense", "eval_split: 'train'"):
         assert part in text
-    with pytest.raises(SanError, match="linear trains a new head alone, and a language model has none"):
+    with pytest.raises(SanError, match="method: linear "):
         recipe_of(place, tmp_path, method={"kind": "linear"})
     with pytest.raises(SanError, match="full trains the weights, and nf4 cannot be trained"):
         recipe_of(place, tmp_path, "full", weights="nf4")
-    with pytest.raises(SanError, match="lm-eval has the tasks of commonsense"):
+    with pytest.raises(SanError, match="scoring: lm-eval"):
         recipe_of(place, tmp_path, scoring__ways=["lm-eval"])
     with pytest.raises(SanError, match=r"unknown task 'mini-langage'\. Did you mean 'mini-language'"):
         recipe_of(place, tmp_path, task="mini-langage")
@@ -249,12 +249,12 @@ def test_a_model_that_is_not_one_is_an_error_that_names_it(place, tmp_path):
     tokenizer.save_pretrained(tmp_path / "small")
     llama(len(tokenizer) - 4).save_pretrained(tmp_path / "small")
     last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    with pytest.raises(SanError, match="embeddings have no row: padding"):
+    with pytest.raises(SanError, match="embedding: padding"):
         domain_of(recipe_of(place, tmp_path, model=str(tmp_path / "small"), text__pad=last)).base_model()
 
 
 def test_a_cutoff_that_leaves_no_answer_is_an_error(place, tmp_path):
-    with pytest.raises(SanError, match="nothing is left of the answer of any of the 18 records"):
+    with pytest.raises(SanError, match="18 records"):
         train(recipe_of(place, tmp_path / "run", text__cutoff=8))
 
 
@@ -336,9 +336,7 @@ def test_one_training_is_scored_on_every_task_of_a_mix(benched):
     assert {row["split"] for row in trials} == {"val"}
     sums = {lr: sum(r["accuracy"] for r in trials if r["lr"] == lr and r["way"] == "generation") for lr in (1e-3, 1e-2)}
     assert chosen == min(sums, key=lambda lr: (-sums[lr], lr))  # by the first way alone
-    with pytest.raises(
-        SanError, match="One training on mini-language covers all tasks of the suite, so none can be chosen"
-    ):
+    with pytest.raises(SanError, match=r"mini-language .* --tasks"):
         plan(suite, Choice(tasks=("mini-language/easy",)))
 
 

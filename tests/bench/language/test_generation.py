@@ -14,8 +14,8 @@ from tests.bench.texts import PAD, TASKS, gpt2, llama, llama2, llama3, record
 
 from san_bench.language import generation as module
 from san_bench.language.commonsense import find_task
-from san_bench.language.generation import TaskAnswers, answer_task, generate_texts, response, summarise
-from san_bench.language.instructions import Questions, Record, fingerprint
+from san_bench.language.generation import answer_task, generate_texts, response
+from san_bench.language.instructions import Questions, Record
 from san_bench.language.likelihood import choose, harness_scores, log_likelihoods, read_harness
 from san_bench.language.prompts import Collator, prompt, tokenise
 from san_bench.language.tokenizer import prepare_tokenizer
@@ -152,13 +152,7 @@ def test_the_published_protocol_by_hand(ready, monkeypatch):
     monkeypatch.setattr(module, "generate_texts", lambda *given: asked.append(given) or texts)
     result = answer_task(None, ready, "SIQA", questions("social_i_qa", records), "legacy", 8)
     assert asked[0][2:] == ([prompt(one, "legacy", "evaluation") for one in records], 8, 4, 32)
-    assert result.summary() == {
-        "accuracy": 0.4,
-        "correct": 2,
-        "n": 5,
-        "unanswered": 1,
-        "data_fingerprint": fingerprint(records),
-    }
+    assert (result.accuracy, result.correct, result.n, result.unanswered) == (0.4, 2, 5, 1)
     assert [row["predicted"] for row in result.rows] == ["answer1", "answer3", "answer3", None, "answer5"]
     assert result.rows[2] == {
         "index": 2,
@@ -172,20 +166,10 @@ def test_the_published_protocol_by_hand(ready, monkeypatch):
         answer_task(None, ready, "boolq", questions("boolq", []), "legacy", 8)
 
 
-def test_the_mean_is_over_tasks_and_not_over_questions():
-    one = TaskAnswers("boolq", 1, 0, ({},), "a")
-    other = TaskAnswers("piqa", 1, 2, ({},) * 4, "b")
-    result = summarise([one, other])
-    assert result["mean"] == 0.625
-    assert result["tasks"]["piqa"]["accuracy"] == 0.25
-    with pytest.raises(SanError, match="each once, but there are boolq, boolq"):
-        summarise([one, one])
-
-
 def test_a_model_that_learnt_the_answers_is_scored_right(ready):
     model = llama(len(ready.tokenizer))
     model.train()
-    batch = Collator(ready.pad, "left", 8)(tokenise(RECORDS, ready, "clean", "answer").examples)
+    batch = Collator(ready.pad, "left")(tokenise(RECORDS, ready, "clean", "answer").examples)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         loss = model(**batch).loss
@@ -270,7 +254,7 @@ def test_results_of_lm_eval_get_our_names():
         "social_i_qa": {"acc": 0.5, "acc_stderr": 0.1, "n": 4},
         "ARC-Easy": {"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.75, "n": 8},
     }
-    with pytest.raises(SanError, match="no number of questions, of boolq, piqa; it has results of social_iqa, piqa"):
+    with pytest.raises(SanError, match=r"boolq, piqa.*social_iqa, piqa"):
         read_harness(output, ["boolq", "siqa", "piqa"])
 
 

@@ -92,12 +92,12 @@ def test_llama_3_pads_with_a_token_kept_for_it_and_never_with_its_first_word(kep
 
 
 def test_a_missing_token_is_an_error():
-    with pytest.raises(SanError, match=r"no reserved token to pad with: none of .*id 0 is a word. Choose 'eos'"):
+    with pytest.raises(SanError, match=r"LLaMA 3 .* 'eos'"):
         prepare_tokenizer(llama3())
     assert prepare_tokenizer(llama3(), "eos").pad == llama3().eos_token_id
-    with pytest.raises(SanError, match="has no token 'PAD' to pad with"):
+    with pytest.raises(SanError, match="has no token 'PAD'"):
         prepare_tokenizer(llama2(), "PAD")
-    for name, message in (("eos_token", "has no end of text"), ("bos_token", "has no beginning of text")):
+    for name, message in (("eos_token", "EOS"), ("bos_token", "BOS")):
         tokenizer = llama2()
         setattr(tokenizer, name, None)
         with pytest.raises(SanError, match=message):
@@ -106,7 +106,7 @@ def test_a_missing_token_is_an_error():
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     size = len(tokenizer) - 1
     assert prepare_tokenizer(tokenizer, rows=size).pad == 0
-    with pytest.raises(SanError, match=f"the model's {size} embeddings have no row: padding {size}"):
+    with pytest.raises(SanError, match=f"{size} rows .*padding {size}"):
         prepare_tokenizer(tokenizer, "[PAD]", rows=size)
 
 
@@ -165,18 +165,16 @@ def test_the_cutoff_takes_the_end_and_is_reported():
     size = len(tokens)
     whole = tokenise([short], ready, "clean", "answer", size + 1)
     assert (whole.examples[0]["input_ids"], whole.cut) == ([*tokens, ready.eos], ())
-    assert whole.report() == "No record is cut off."
     just = tokenise([short], ready, "clean", "answer", size)
     assert (just.examples[0]["input_ids"], just.cut) == (tokens, ())
     less = tokenise([long, short], ready, "clean", "answer", size - 1)
     assert [e["input_ids"] for e in less.examples] == [tokens[:-1]]
     assert less.examples[0]["labels"] == [-100] * start + tokens[start:-1]
-    assert (less.cut, less.lost, len(less)) == ((0, 1), (0,), 1)
-    assert less.report() == "2 records are cut off, 1 of them before their answer (index 0)."
+    assert (less.cut, len(less)) == ((0, 1), 1)
     full = tokenise([long, short], ready, "clean", "full", size - 1)
-    assert (len(full), full.lost) == (2, (0,))
+    assert len(full) == 2
     assert full[0]["labels"] == full[0]["input_ids"]
-    with pytest.raises(SanError, match="With at most 9 tokens, nothing is left of the answer of any of the 2 records"):
+    with pytest.raises(SanError, match=r"9 tokens.* 2 records"):
         tokenise([long, short], ready, "clean", "full", 9)
 
 
@@ -185,7 +183,7 @@ def test_a_tokenizer_that_knows_no_characters_is_refused_where_they_matter():
     ready = prepare_tokenizer(tokenizer)
     tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
     assert ready.encode_after("### Response:\n", "true")[1] == len(ready.encode("### Response:\n"))
-    with pytest.raises(SanError, match="Slow cannot say where an answer begins"):
+    with pytest.raises(SanError, match=r"Slow .* offset"):
         ready.encode_after("### Response:\n    ", "true")
 
 
@@ -203,11 +201,11 @@ def test_padding_is_masked_and_without_loss():
         {"input_ids": [1, 7, 2], "attention_mask": [1, 1, 1], "labels": [-100, 7, 2]},
         {"input_ids": [1], "attention_mask": [1], "labels": [1]},
     ]
-    right = Collator(pad=2, side="right", multiple=4)(examples)
+    right = Collator(pad=2, side="right")(examples)
     assert {name: rows.tolist() for name, rows in right.items()} == {
-        "input_ids": [[1, 7, 2, 2], [1, 2, 2, 2]],
-        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
-        "labels": [[-100, 7, 2, -100], [1, -100, -100, -100]],  # the end is learnt though it also pads
+        "input_ids": [[1, 7, 2], [1, 2, 2]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[-100, 7, 2], [1, -100, -100]],  # the end is learnt though it also pads
     }
     left = Collator(pad=0, side="left")([{"input_ids": one["input_ids"]} for one in examples])
     assert {name: rows.tolist() for name, rows in left.items()} == {

@@ -46,7 +46,7 @@ def test_own_records_have_answers_that_can_be_sought_or_free_ones(tmp_path, plac
         write(tmp_path / "test.json", records)
         (asked,) = load_text_task("instructions", tmp_path).asked("test").values()
         assert (asked.answers, asked.sought) == ((), ())
-        with pytest.raises(SanError, match=r"likelihood needs answers to choose from.* scoring.ways=\[exact\]"):
+        with pytest.raises(SanError, match=r"likelihood needs .* scoring.ways=\[exact\]"):
             domain_of(recipe_of(place, tmp_path / "run", data=str(tmp_path)))
     write(tmp_path / "test.json", [Record("a", "", f"b{n}", f"b{n}") for n in range(98)])  # 100 with true and false
     assert len(load_text_task("instructions", tmp_path).questions["test"]["instructions"].answers) == 100
@@ -55,9 +55,9 @@ def test_own_records_have_answers_that_can_be_sought_or_free_ones(tmp_path, plac
     (asked,) = task.asked("test").values()
     assert asked.read_answer("so answer12 it is") == "answer12"  # not answer1
     assert asked.read_answer("no answer") is None
-    with pytest.raises(SanError, match="no questions of the split 'other'; it has those of val, test"):
+    with pytest.raises(SanError, match=r"no questions .* 'other'.* val, test"):
         task.asked("other")
-    with pytest.raises(SanError, match="needs its data"):
+    with pytest.raises(SanError, match="needs a data folder"):
         load_text_task("commonsense")
 
 
@@ -73,7 +73,7 @@ def test_free_answers_are_scored_word_for_word_and_without_a_test_split(tmp_path
     rows = [json.loads(line) for line in (tmp_path / "run" / "outputs-instructions.jsonl").read_text().splitlines()]
     assert [row["predicted"] for row in rows] == [row["answer"] for row in rows]
     assert {row["answer"] for row in rows} <= {"It says meow", "It says bark"}
-    with pytest.raises(SanError, match="no questions of the split 'test'; it has those of val"):
+    with pytest.raises(SanError, match=r"no questions .* 'test'.* val"):
         domain_of(recipe_of(place, tmp_path / "none", data=str(tmp_path / "data"), scoring__ways=["exact"]))
 
 

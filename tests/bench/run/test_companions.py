@@ -30,7 +30,7 @@ def copy_without(name: str, file: str, folder) -> str:
 @pytest.mark.parametrize(
     ("recipe", "name", "file", "text"),
     [
-        ("demo/san", "vit", "preprocessor_config.json", r"does not say how it wants images: it has no preprocessor_co"),
+        ("demo/san", "vit", "preprocessor_config.json", r"it has no preprocessor_co"),
         ("demo/san", "vit", "config.json", r"it has no config.json"),
         ("language/san", "decoder", "tokenizer*", r"has no tokenizer that transformers can load"),
     ],

@@ -237,9 +237,7 @@ def test_a_run_answers_the_questions_of_a_server(place, runs, tmp_path):
     questions = tmp_path / "test.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run, out, images = runs["lora"][1], tmp_path / "up.json", place / "data" / "images"
-    with pytest.raises(
-        SanError, match=r"2 images are missing, .*test2015: 12.png, 13.png\nName the folder .* --images"
-    ):
+    with pytest.raises(SanError, match=r"2 images are missing, .*test2015: 12.png, 13.png\n.* --images"):
         submission(run, "vqav2", questions, out)
     assert submission(run, "vqav2", questions, out, images) == out
     model, domain = load_model(run)
@@ -250,9 +248,7 @@ def test_a_run_answers_the_questions_of_a_server(place, runs, tmp_path):
     again = submission(tmp_path / "answers.jsonl", "vqav2", questions, tmp_path / "again.json")
     assert json.loads(out.read_text()) == json.loads(again.read_text())
     assert [row["question_id"] for row in json.loads(out.read_text())] == [12, 13]
-    submission(run, "vizwiz", questions, tmp_path / "vizwiz.json", images)
-    assert [row["image"] for row in json.loads((tmp_path / "vizwiz.json").read_text())] == ["12.png", "13.png"]
-    with pytest.raises(SanError, match=r"up.json is there already"):
+    with pytest.raises(SanError, match=r"up.json already exists"):
         submission(run, "vqav2", questions, out, images)
     with pytest.raises(SanError, match=r"recipe\.yaml"):
         submission(tmp_path, "vqav2", questions, tmp_path / "other.json", images)
@@ -290,8 +286,8 @@ def test_what_is_dropped_and_what_is_mislabelled_is_told_and_written(place, tmp_
     changes = {"conversation__drop_bad_images": True, "optimizer__epochs": 1}
     result = train(recipe_of(place, folder, data=str(data), **changes))
     said = capsys.readouterr().out
-    assert "warning: images: 1 images are of another format than their names say" in said
-    assert f"1 of 5 conversations are left out for their images; {folder / 'images.json'} lists them." in said
+    assert "warning: images: 1 images do not have the format of their suffix" in said
+    assert f"1 of 5 conversations are dropped because of their images; {folder / 'images.json'} lists them." in said
     assert (result["n_train"], result["dropped_records"]) == (4, 1)
     bad = json.loads((folder / "images.json").read_text())["bad"]
     assert [(one["image"], one["reason"], one["dropped"], one["records"]) for one in bad] == [
@@ -320,7 +316,7 @@ def test_questions_without_an_answer_are_found_before_the_training():
         "vizwiz", (Question(1, "a.png", "what"), Question(2, "b.png", "what", ("a cat",))), lambda name: None
     )
     task = ConversationTask("llava", "nowhere", {"test": {"llava/vizwiz": asked}}, lambda: ({}, None))
-    with pytest.raises(SanError, match="vizwiz: 1 questions have no public answer: 1\nMend them, or leave a benchmark"):
+    with pytest.raises(SanError, match="vizwiz: 1 questions have no public answer: 1\n"):
         task.require_questions("test")
 
 
@@ -328,7 +324,7 @@ def test_questions_without_an_answer_are_found_before_the_training():
     ("spoil", "said"),
     [
         (lambda ours: ours.tokenizer.__setattr__("eos_token", None), "has no end token"),
-        (lambda ours: ours.__setattr__("tokenizer", bare()), "has no token '<image>'"),
+        (lambda ours: ours.__setattr__("tokenizer", bare()), "token '<image>'"),
     ],
 )
 def test_a_processor_that_lacks_a_token_is_named_before_the_training(place, tmp_path, spoil, said):
@@ -351,16 +347,16 @@ def bare():
 def test_mistakes_are_named(place, tmp_path):
     with pytest.raises(SanError, match=r"there is no benchmark 'vqa2'\. Did you mean 'vqav2'"):
         recipe_of(place, tmp_path, task="llava", answering__benchmarks=["vqa2"])
-    with pytest.raises(SanError, match="conversations has questions of its own in place of benchmarks"):
+    with pytest.raises(SanError, match="answering: conversations"):
         recipe_of(place, tmp_path, answering__benchmarks=["gqa"])
-    with pytest.raises(SanError, match="needs the folder of its records and images"):
+    with pytest.raises(SanError, match="data: "):
         recipe_of(place, tmp_path, data=None)
     with pytest.raises(SanError, match="There is no folder"):
         load_conversation_task("llava", tmp_path / "none")
     domain = domain_of(recipe_of(place, tmp_path))
-    with pytest.raises(SanError, match="no questions of the split 'val'"):
+    with pytest.raises(SanError, match=r"no questions .* 'val'"):
         domain.score(None, "val")
-    with pytest.raises(SanError, match="conversations holds nothing out, so it has no trainval; only mini-vl has"):
+    with pytest.raises(SanError, match=r"train_split: .*trainval"):
         recipe_of(place, tmp_path, train_split="trainval")
     with pytest.raises(SanError, match="val is part of trainval"):
         recipe_of(place, tmp_path, task="mini-vl", data=None, train_split="trainval", eval_split="val")

@@ -25,7 +25,6 @@ from san_bench.vision_language.records import (
     Turn,
     conversation_fingerprint,
     load_conversations,
-    parse_conversation,
     problems_of,
     read_conversations,
 )
@@ -78,19 +77,19 @@ def test_a_file_of_records_is_read(tmp_path, ending):
     [
         ("text", ["it is a str, not an object with id and conversations"]),
         ({**BUS, "id": None}, ["id is missing"]),
-        ({**BUS, "id": True}, ["id is True, no text or integer"]),
+        ({**BUS, "id": True}, ["id is True, not a string or integer"]),
         ({"id": 1}, ["conversations is missing"]),
         ({"id": 1, "conversations": []}, ["conversations is empty"]),
-        ({**BUS, "image": 3}, ["image is '3', no path"]),
-        ({**BUS, "image": "../secret.jpg"}, ["image '../secret.jpg' leaves the folder of images"]),
-        ({**BUS, "image": "coco/../../x.jpg"}, ["image 'coco/../../x.jpg' leaves the folder of images"]),
-        ({**BUS, "image": "/etc/x.jpg"}, ["image '/etc/x.jpg' leaves the folder of images"]),
-        ({**BUS, "image": "C:\\x.jpg"}, ["image 'C:\\\\x.jpg' leaves the folder of images"]),
+        ({**BUS, "image": 3}, ["image is '3', not a path"]),
+        ({**BUS, "image": "../secret.jpg"}, ["image '../secret.jpg' is outside the image folder"]),
+        ({**BUS, "image": "coco/../../x.jpg"}, ["image 'coco/../../x.jpg' is outside the image folder"]),
+        ({**BUS, "image": "/etc/x.jpg"}, ["image '/etc/x.jpg' is outside the image folder"]),
+        ({**BUS, "image": "C:\\x.jpg"}, ["image 'C:\\\\x.jpg' is outside the image folder"]),
         (
             {"id": 1, "conversations": [{"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Hello"}]},
             [
-                "turn 0: it is gpt's, but turns alternate and human is due",
-                "turn 1: it is human's, but turns alternate and gpt is due",
+                "turn 0: expected human, since turns alternate, but it is gpt",
+                "turn 1: expected gpt, since turns alternate, but it is human",
             ],
         ),
         ({"id": 1, "conversations": turns("Hello")}, ["it has 1 turns, so the last one is not an answer"]),
@@ -104,26 +103,24 @@ def test_a_file_of_records_is_read(tmp_path, ending):
         ),
         ({"id": 1, "conversations": [{"value": "a"}, {"from": "gpt", "value": 3}]}, None),
         ({**TEXT, "image": "a.jpg"}, ["there is an image, but no marker <image> in turn 0"]),
-        ({**BUS, "image": None}, ["the marker <image> stands in turn 0, but there is no image"]),
+        ({**BUS, "image": None}, ["the marker <image> is in turn 0, but there is no image"]),
         (
             {**BUS, "conversations": turns("What?", "A", "<image>", "B")},
-            ["the marker <image> stands in turn 2, not in turn 0"],
+            ["the marker <image> is in turn 2, not in turn 0"],
         ),
         (
             {**BUS, "conversations": turns("<image><image>", "A <image>")},
-            ["the marker <image> stands in turn 1, not in turn 0", "the marker <image> stands 2 times in turn 0"],
+            ["the marker <image> is in turn 1, not in turn 0", "the marker <image> is 2 times in turn 0"],
         ),
     ],
 )
 def test_each_kind_of_bad_record_is_explained(record, said):
-    assert problems_of(record) == (said or ["turn 0: from is missing", "turn 1: value is a int, no text"])
-    with pytest.raises(SanError, match=r"^record 0 \(id "):
-        parse_conversation(record)
+    assert problems_of(record) == (said or ["turn 0: from is missing", "turn 1: value is a int, not a string"])
 
 
 def test_all_bad_records_are_counted_and_the_first_are_listed(tmp_path):
     path = write(tmp_path / "mix.json", [BUS, *[{"id": n} for n in range(25)], TEXT])
-    with pytest.raises(SanError, match=r"25 of 27 records are not as they must be") as error:
+    with pytest.raises(SanError, match=r"25 of 27 records") as error:
         load_conversations(path)
     lines = str(error.value).splitlines()
     assert lines[1] == "  record 1 (id 0): conversations is missing"
@@ -139,17 +136,17 @@ def test_json_lines_are_read_whatever_they_are_called(tmp_path):
 
 
 def test_files_that_are_none_are_explained(tmp_path):
-    with pytest.raises(SanError, match="There is no file of conversations"):
+    with pytest.raises(SanError, match="There is no conversation file"):
         load_conversations(tmp_path / "mix.json")
     (tmp_path / "mix.json").write_text("[" + json.dumps(BUS))
-    with pytest.raises(SanError, match="begins as a JSON list, but is none"):
+    with pytest.raises(SanError, match="JSON list"):
         load_conversations(tmp_path / "mix.json")
     for written in (json.dumps(BUS), json.dumps(BUS, indent=1)):
         (tmp_path / "one.json").write_text(written)
-        with pytest.raises(SanError, match="holds a dict, not a list"):
+        with pytest.raises(SanError, match="dict, not a list"):
             load_conversations(tmp_path / "one.json")
     (tmp_path / "none.json").write_text("[]")
-    with pytest.raises(SanError, match="holds no record"):
+    with pytest.raises(SanError, match="no records"):
         load_conversations(tmp_path / "none.json")
     (tmp_path / "mix.jsonl").write_text("{\n" + json.dumps(TEXT) + "\nno")
     with pytest.raises(
@@ -157,7 +154,7 @@ def test_files_that_are_none_are_explained(tmp_path):
     ):
         load_conversations(tmp_path / "mix.jsonl")
     (tmp_path / "mix.parquet").write_bytes(b"nothing")
-    with pytest.raises(SanError, match="is no parquet file that can be read"):
+    with pytest.raises(SanError, match="parquet"):
         load_conversations(tmp_path / "mix.parquet")
     (tmp_path / "mix.csv").write_text("")
     with pytest.raises(SanError, match=r"ends in '\.csv'\. Choose from \.json, \.jsonl, \.parquet"):
@@ -165,12 +162,13 @@ def test_files_that_are_none_are_explained(tmp_path):
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
-    records = [parse_conversation(BUS), parse_conversation(TEXT)]
+    records = load_conversations(write(tmp_path / "mix.json", [BUS, TEXT]))
     again = load_conversations(write(tmp_path / "mix.jsonl", [{**BUS, "more": 1}, TEXT]))
     assert conversation_fingerprint(records) == conversation_fingerprint(again)
     assert conversation_fingerprint(records[::-1]) != conversation_fingerprint(records)
     answer = {**BUS, "conversations": turns("<image>\nWhat is it?", "A bus.", "And its colour?", "Blue.")}
-    assert conversation_fingerprint([parse_conversation(answer), records[1]]) != conversation_fingerprint(records)
+    other = load_conversations(write(tmp_path / "mix.json", [answer, TEXT]))
+    assert conversation_fingerprint(other) != conversation_fingerprint(records)
     for place in "ab":
         write_picture(tmp_path / place / "coco/train2017/bus.jpg", 1)
     whole = conversation_fingerprint(records, tmp_path / "a")
@@ -214,14 +212,14 @@ def test_preflight_says_what_is_wrong_and_drops_nothing(pictures):
     assert [record.image for record in found.kept] == list(FILES)
     said = [f"{problem.level}: {problem}" for problem in found.problems]
     assert said[:2] == [
-        "error: images: 1 paths leave the folder of images, which 1 conversations are about: ../outside.jpg",
+        "error: images: 1 paths are outside the image folder, which 1 conversations are about: ../outside.jpg",
         "error: images: 1 images are missing, which 1 conversations are about: vg/VG_100K/5.jpg",
     ]
     assert said[2].startswith(
         "error: images: 1 images cannot be read, which 2 conversations are about: coco/train2017/2.jpg ("
     )
     assert said[3] == (
-        "warning: images: 1 images are of another format than their names say, which 1 conversations are about: "
+        "warning: images: 1 images do not have the format of their suffix, which 1 conversations are about: "
         "ocr_vqa/images/4.jpg (GIF)"
     )
     assert found.folders == {
@@ -229,7 +227,7 @@ def test_preflight_says_what_is_wrong_and_drops_nothing(pictures):
         "ocr_vqa/images": FolderCount(images=2, missing=0, unreadable=0, mislabelled=1),
         "vg/VG_100K": FolderCount(images=1, missing=1, unreadable=0, mislabelled=0),
     }
-    said = r"1 paths leave.*\n.*1 images are missing.*\n.*cannot be read.*\n.*conversation.drop_bad_images=true"
+    said = r"1 paths .*\n.*1 images are missing.*\n.*cannot be read.*\n.*conversation.drop_bad_images=true"
     with pytest.raises(SanError, match=said):
         found.require()
 
@@ -239,9 +237,9 @@ def test_preflight_drops_on_request_and_keeps_what_can_be_read(pictures):
     assert [record.id for record in found.require()] == [0, 3, 4, 7]
     assert [record.id for record in found.dropped] == [1, 2, 5, 6]
     assert preflight(about(FILES[0]), pictures).require() == tuple(about(FILES[0]))
-    with pytest.raises(SanError, match="Mend them: no conversation is left without them"):
+    with pytest.raises(SanError, match="no conversation is left"):
         preflight(about(FILES[1]), pictures, drop=True).require()
-    with pytest.raises(SanError, match="There is no folder of images"):
+    with pytest.raises(SanError, match="There is no image folder"):
         preflight([], pictures / "nowhere")
 
 
@@ -260,9 +258,9 @@ def test_a_report_names_every_bad_image_with_its_records(pictures):
 
 def test_an_image_is_read_in_colour_from_below_its_folder_alone(pictures):
     assert read_image(pictures, "ocr_vqa/images/4.jpg").mode == "RGB"
-    with pytest.raises(SanError, match="leaves the folder of images"):
+    with pytest.raises(SanError, match="outside the image folder"):
         read_image(pictures, "../outside.jpg")
-    with pytest.raises(SanError, match=r"cannot be read.*`san data check` finds all"):
+    with pytest.raises(SanError, match=r"cannot be read.*`san data check`"):
         read_image(pictures, "coco/train2017/2.jpg")
 
 

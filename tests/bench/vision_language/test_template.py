@@ -109,11 +109,11 @@ def test_lengths_are_those_of_what_is_read(kind, template, tmp_path):
     read = [encode(record, image, ours, 1000, pad=False) for record, image in zip(records, images, strict=True)]
     found = measure(records, ours, 1000, tmp_path, batch_size=2)
     assert found.tokens == tuple(len(one["input_ids"]) for one in read)
-    assert (found.cut, found.silent) == ((), ())
+    assert found.cut == ()
     ends = [int((one["input_ids"] == ours.image_token_id).nonzero().max()) + 1 for one in read[1:]]
     assert found.image_end == max(ends)
     assert measure(records, ours, 1000, lambda name: images[int(name[0]) + 1]) == found  # type: ignore[arg-type, return-value]
-    with pytest.raises(SanError, match=rf"cuts through the image .* 24 tokens end at {max(ends)}. Make it larger"):
+    with pytest.raises(SanError, match=rf"cuts through the image .* 24 tokens end at {max(ends)}"):
         encode(records[-1], images[-1], ours, max(ends) - 1, pad=False)
     assert len(encode(records[-1], images[-1], ours, max(ends), pad=False)["input_ids"]) == max(ends)
 
@@ -140,11 +140,11 @@ def test_what_cannot_be_read_is_explained(kind):
         encode_question("What?", image, ours)
     with pytest.raises(SanError, match=r"has no chat template.*Set its chat_template"):
         encode(BARE, None, processor(kind, None), 1000)
-    with pytest.raises(SanError, match=r"depends on its size .* Give its size"):
+    with pytest.raises(SanError, match=r"depends on the image size"):
         image_tokens(ours)
-    with pytest.raises(SanError, match=r"depends on its size .* Give measure the images"):
+    with pytest.raises(SanError, match=r"depends on the image size.* measure"):
         measure([RECORD], ours, 1000)
-    with pytest.raises(SanError, match="does not write the conversation 3 turn by turn"):
+    with pytest.raises(SanError, match="the conversation 3 turn by turn"):
         write(Conversation(3, (Turn("human", "Who?"), Turn("gpt", "me"), Turn("human", SIGN), Turn("gpt", "me"))), ours)
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_read_is_explained(kind):
     ],
 )
 def test_a_template_that_does_not_write_turn_by_turn_is_refused(template, what):
-    with pytest.raises(SanError, match=f"does not write {what}.*Give the processor a chat_template"):
+    with pytest.raises(SanError, match=f"{what}.*chat_template"):
         write(RECORD, processor("next", template))
 
 

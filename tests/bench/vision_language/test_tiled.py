@@ -131,9 +131,9 @@ def test_an_export_as_lora_says_what_it_loses(runs, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_cannot_be_trained_is_said_before_the_weights_are_loaded(places, tmp_path, kind):
-    with pytest.raises(SanError, match=r"cuts an image into tiles.*Set conversation\.pad_to_square to false"):
+    with pytest.raises(SanError, match=r"tiles.*Set conversation\.pad_to_square to false"):
         train(recipe(places[kind], tmp_path / "a", conversation__pad_to_square=True))
-    with pytest.raises(SanError, match=r"conversation\.max_length 20 cuts through an image.*Make it larger"):
+    with pytest.raises(SanError, match=r"conversation\.max_length 20 cuts through an image"):
         train(recipe(places[kind], tmp_path / "b", conversation__max_length=20))
     bare = tmp_path / "bare"
     processor(kind, None).save_pretrained(bare)

@@ -1,8 +1,8 @@
-"""What every drawn image is made with: dice that depend on (seed, index, name), planes of pixels, paint.
+"""Drawing primitives for synthetic images: random numbers by (seed, index, name), pixel planes, paint.
 
-Randomness is a hash of (seed, index, factor name), so neither the batch an image is drawn in, nor the numpy version,
-nor a factor added later changes it. Geometry uses only element-wise IEEE float32 arithmetic on a rounded table of
-angles: the same bytes on every platform. Sums and products over an axis, `sin`, `exp` and the like have no place here.
+Random numbers are a hash of (seed, index, factor name), so they do not depend on the batch, the numpy version, or
+factors added later. Geometry uses only element-wise IEEE float32 arithmetic on a rounded table of angles, which gives
+the same bytes on every platform. Reductions, `sin`, `exp` and the like would not.
 
 Example:
     >>> dice = Dice(seed=7, index=np.arange(3, dtype=np.uint64))
@@ -25,7 +25,7 @@ SIZE = 32
 """Height and width of an image in pixels."""
 
 TURN = 256
-"""Angles are whole numbers of 256ths of a circle, clockwise on the screen."""
+"""Number of angles in a circle; angles are integers, clockwise on the screen."""
 
 _ANGLES = np.arange(TURN) * (2 * np.pi / TURN)
 COS = (np.round(np.cos(_ANGLES) * 2**14) / 2**14).astype(np.float32)
@@ -33,7 +33,7 @@ COS = (np.round(np.cos(_ANGLES) * 2**14) / 2**14).astype(np.float32)
 SIN = (np.round(np.sin(_ANGLES) * 2**14) / 2**14).astype(np.float32)
 """Sine of every angle."""
 PIXELS = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
-"""Where the centres of pixels are along an axis."""
+"""Pixel centers along an axis."""
 
 Plane = Float[np.ndarray, "n 32 32"]
 Paint = Float[np.ndarray, "n 32 32 3"]
@@ -49,12 +49,12 @@ def _mix(z: UInt64[np.ndarray, ...]) -> UInt64[np.ndarray, ...]:
 
 
 class Dice:
-    """Random numbers for a batch of images that depend on (seed, index, name) alone.
+    """Random numbers for a batch of images, from (seed, index, name) only.
 
     Args:
-        seed: Names the sequence of images, 0 or more.
-        index: Index of each image in the sequence.
-        fixed: Names that `pick` always gives one class.
+        seed: Seed of the images, 0 or more.
+        index: Index of each image.
+        fixed: Factors for which `pick` always returns the given class.
     """
 
     def __init__(self, seed: int, index: UInt64[np.ndarray, " n"], fixed: Mapping[str, int] | None = None) -> None:
@@ -70,27 +70,27 @@ class Dice:
         return _mix(self.state[:, None] ^ _mix(stream)).reshape(self.n, *shape)
 
     def pick(self, name: str, classes: int, *shape: int) -> Int64[np.ndarray, "n ..."]:
-        """Returns one of `classes` classes per image and element of `shape`, or the fixed one."""
+        """Returns a random class per image and element of `shape`, or the fixed one."""
         if name in self.fixed:
             return np.full((self.n, *shape), self.fixed[name], dtype=np.int64)
         return (((self.bits(name, *shape) >> np.uint64(32)) * np.uint64(classes)) >> np.uint64(32)).astype(np.int64)
 
     def unit(self, name: str, low: float, high: float, *shape: int) -> Float[np.ndarray, "n ..."]:
-        """Returns numbers from `low` to `high`, evenly spread, per image and element of `shape`."""
+        """Returns uniform random numbers from `low` to `high` per image and element of `shape`."""
         value = (self.bits(name, *shape) >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
         return np.float32(low) + np.float32(high - low) * value
 
 
 def rotated(turn: NDArray[Any], x: Any = SIZE / 2, y: Any = SIZE / 2) -> tuple[Plane, Plane]:
-    """Returns the pixels' coordinates in a frame at (x, y) that is turned.
+    """Returns the pixel coordinates in a rotated frame with origin (x, y).
 
     Args:
-        turn: Angle of each image's frame.
-        x: Origin, to the right, in pixels; one for all images or one each.
-        y: Origin, downwards.
+        turn: Angle of each frame.
+        x: Horizontal origin in pixels, one for all images or one each.
+        y: Vertical origin in pixels, downwards.
 
     Returns:
-        Both coordinates of each pixel, in pixels.
+        Both coordinates of each pixel.
     """
     cos, sin = COS[turn % TURN][:, None, None], SIN[turn % TURN][:, None, None]
     across = (PIXELS[None, :] - np.broadcast_to(_f(x), turn.shape)[:, None])[:, None, :]
@@ -109,12 +109,12 @@ def disc(u: Plane, v: Plane, radius: Any) -> Plane:
 
 
 def cover(distance: Plane) -> Plane:
-    """Returns how much of each pixel is inside an edge, 0 to 1, from the signed distance to it in pixels."""
+    """Returns the coverage of each pixel, 0 to 1, from the signed distance to an edge in pixels."""
     return np.clip(_f(0.5) - distance, 0, 1)
 
 
 def clouds(grid: Float[np.ndarray, "n rows rows"]) -> Plane:
-    """Returns planes that run linearly between the values of a grid, whose cells are a power of two."""
+    """Interpolates a grid bilinearly to planes; the number of cells is a power of two."""
     cells = grid.shape[1] - 1
     place = np.arange(SIZE) * cells // SIZE
     share = (np.arange(SIZE) * cells % SIZE).astype(np.float32) / _f(SIZE)
@@ -123,33 +123,33 @@ def clouds(grid: Float[np.ndarray, "n rows rows"]) -> Plane:
 
 
 def blend(one: NDArray[Any], other: NDArray[Any], amount: Plane) -> Paint:
-    """Returns paint from colour `one`, where `amount` is 0, to colour `other`, where it is 1."""
+    """Blends colour `one`, where `amount` is 0, into colour `other`, where it is 1."""
     return one[:, None, None, :] + (other - one)[:, None, None, :] * amount[..., None]
 
 
 def over(image: NDArray[Any], colour: NDArray[Any], covered: Plane) -> Paint:
-    """Returns an image with paint, or a colour of shape (n, 1, 1, 3), laid over it where `covered` is 1."""
+    """Composites paint, or a colour of shape (n, 1, 1, 3), over an image where `covered` is 1."""
     return image + (colour - image) * covered[..., None]
 
 
 def grain(dice: Dice, image: NDArray[Any], level: Float[np.ndarray, " n"]) -> Paint:
-    """Returns an image with noise of up to `level` times 127.5 in every channel."""
+    """Adds noise of up to `level` times 127.5 to every channel."""
     noise = dice.bits("noise", SIZE * SIZE).astype("<u8").view(np.uint8).reshape(dice.n, SIZE, SIZE, 8)[..., :3]
     return image + (noise.astype(np.float32) - _f(127.5)) * level[:, None, None, None]
 
 
 def to_bytes(image: NDArray[Any]) -> UInt8[np.ndarray, ...]:
-    """Returns an image in 256 levels."""
+    """Converts an image to uint8."""
     return np.floor(np.clip(image, 0, 255) + _f(0.5)).clip(0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Finished images, and what they were drawn by.
+    """Finished images with their ground truth.
 
     Attributes:
         images: RGB images.
-        facts: Numbers that went into the drawing by name, a row for each image.
+        facts: Parameters of the drawing by name, one row per image.
     """
 
     images: UInt8[np.ndarray, "n 32 32 3"]
@@ -157,19 +157,19 @@ class Drawing:
 
 
 def finish(dice: Dice, image: Paint, facts: dict[str, NDArray[Any]]) -> Drawing:
-    """Returns the drawing of an image with light noise."""
+    """Adds light noise and returns the drawing."""
     return Drawing(to_bytes(grain(dice, image, dice.unit("noise level", 0.02, 0.16))), facts)
 
 
 def enlarge(image: Float[np.ndarray, "n h w c"], factor: int) -> Float[np.ndarray, "n H W c"]:
-    """Enlarges images by a whole factor, bilinearly between pixel centres, with the border repeated.
+    """Upsamples images by an integer factor, bilinearly, with the border repeated.
 
     Args:
         image: Images, channels last.
-        factor: A power of two, so that every weight is exact in float32.
+        factor: Power of two, so that all weights are exact in float32.
 
     Returns:
-        Images whose height and width are `factor` times as large.
+        The upsampled images.
     """
     for axis in (1, 2):
         size = image.shape[axis]

@@ -1,8 +1,7 @@
-"""The tasks of mini-vision: 1,000 images each to train with, in VTAB's three groups, and nothing to fetch.
+"""Tasks of mini-vision: 1,000 training images each, in the three groups of VTAB, without downloads.
 
-All images are drawn, but for the digits, which people wrote. Image `i` of a task is a function of the task's seed and
-`i` alone, the same bytes on every platform. Splits are ranges of `i`, so no image is in two. Classes take turns, so all
-have the same number of images, or nearly.
+All images are synthetic, except for the handwritten digits. Image `i` of a task depends only on the task's seed and
+`i`, with the same bytes on every platform. Splits are disjoint ranges of `i`. Classes alternate, so they are balanced.
 
 Example:
     >>> task = load("mini-vision/count")
@@ -32,10 +31,10 @@ from san_bench.image.mini.canvas import Dice, Drawing
 from san_bench.image.splits import ArraySplit, Split, VisionTask
 
 IMAGES = 2000
-"""Number of images of a drawn task; there are 1,797 digits."""
+"""Number of images of a synthetic task; there are 1,797 digits."""
 
 SPLITS = {"train800": slice(800), "val200": slice(800, 1000), "train800val200": slice(1000), "test": slice(1000, None)}
-"""Which images of a task are in which split."""
+"""Index range of each split."""
 
 EIGHTHS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 
@@ -45,10 +44,10 @@ class MiniTask:
     """One task of mini-vision.
 
     Attributes:
-        group: VTAB's group.
-        classes: Name of each class.
-        seed: Names the sequence of images.
-        draw: Draws a batch from its dice and its labels; for the digits, from its dice and the scans.
+        group: Group in VTAB.
+        classes: Class names.
+        seed: Seed of the images.
+        draw: Draws a batch from random numbers and labels; for the digits, from random numbers and scans.
     """
 
     group: Literal["natural", "specialised", "structured"]
@@ -74,35 +73,35 @@ TASKS: dict[str, MiniTask] = {
     "orientation": MiniTask("structured", EIGHTHS, 110, mini_structured.orientation),
     "azimuth": MiniTask("structured", EIGHTHS, 111, mini_structured.azimuth),
 }
-"""Every task by its name, without the `mini-vision/` before it."""
+"""Tasks by name, without the prefix `mini-vision/`."""
 
 
 def load(name: str) -> VisionTask:
-    """Loads a task with its four splits; a process draws each task once.
+    """Loads a task with four splits; images are drawn once per process.
 
     Args:
-        name: A name in `TASKS`, with or without `mini-vision/` before it.
+        name: A name in `TASKS`, with or without the prefix `mini-vision/`.
 
     Raises:
-        SanError: If there is no such task.
+        SanError: If the task is unknown.
     """
     return _load(task_of_suite("mini-vision", name, TASKS))
 
 
 def draw_images(name: str, index: Int64[np.ndarray, " n"]) -> tuple[Drawing, Int64[np.ndarray, " n"]]:
-    """Draws some images of a task.
+    """Draws images of a task.
 
     Args:
         name: A name in `TASKS`.
-        index: Which images of the task's sequence; there are 1,797 of the digits, and no end of the others.
+        index: Indices of the images; below 1,797 for the digits, unlimited otherwise.
 
     Returns:
-        The drawing with its facts, and the labels.
+        The drawing, with its ground truth, and the labels.
     """
     task = TASKS[name]
     labels = _digits()[1][index] if name == "digits" else index % len(task.classes)
     sources = _digits()[0][index] if name == "digits" else labels
-    parts = [  # small ones, which fit into the processor's cache
+    parts = [  # small chunks fit into the CPU cache
         task.draw(Dice(task.seed, index[i : i + 128].astype(np.uint64)), sources[i : i + 128])
         for i in range(0, len(index), 128)
     ]
@@ -120,7 +119,7 @@ def _load(name: str) -> VisionTask:
 
 @cache
 def _digits() -> tuple[Float[np.ndarray, "1797 32 32"], Int64[np.ndarray, " 1797"]]:
-    """The scans, as ink from 0 to 1, and their labels, in the order of the splits of the task `digits`."""
+    """Returns the scans, from 0 to 1, and their labels, in the order of the splits of `digits`."""
     task = load_digits_task()
     plain: Any = [task[split] for split in ("train800", "val200", "test")]
     scans = np.concatenate([split.images[..., 0] for split in plain]).astype(np.float32) / np.float32(255)

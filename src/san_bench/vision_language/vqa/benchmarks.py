@@ -1,7 +1,7 @@
-"""The seven benchmarks of LLaVA-1.5 in the DoRA and SAN comparisons: what they are, and their scores.
+"""The seven benchmarks of LLaVA-1.5 in the DoRA and SAN comparisons, and their scoring rules.
 
-A score is a pure function of the questions and of one answer for each; `san_bench.vision_language.vqa.files` reads the
-former and `san_bench.vision_language.vqa.uploads` the latter.
+A score is a pure function of questions and answers. `san_bench.vision_language.vqa.files` reads the questions,
+`san_bench.vision_language.vqa.uploads` the answers.
 
 Example:
     >>> asked = [Question(1, "a.jpg", "How many?", ("2",) * 9 + ("3",)), Question(2, "b.jpg", "Which?", ("red",) * 10)]
@@ -29,10 +29,10 @@ from san_bench.vision_language.vqa.normalize import (
 from san_bench.vision_language.vqa.rows import read_json
 
 CIRCLE = 1_000_000
-"""MMBench numbers the rotations of a question by its index plus multiples of this."""
+"""Offset between the IDs of the rotations of a question in MMBench."""
 
 CATEGORIES = ("adversarial", "popular", "random")
-"""The three sets of questions of POPE."""
+"""The three categories of POPE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class Question:
     """One question.
 
     Attributes:
-        id: Its id; TextVQA's questions about one image share theirs in LLaVA's file.
-        image: File of the image, its bytes, or `None` without an image.
-        text: What the model reads, without a marker of the image.
-        answers: What is right: ten answers of people, one answer, or one letter; nothing where it is not public.
-        category: Which of POPE's sets it belongs to, or MMBench's category.
-        options: The options of a question of multiple choice.
+        id: Question ID; in LLaVA's file, questions of TextVQA about one image share it.
+        image: Image file, its bytes, or `None`.
+        text: Prompt, without an image marker.
+        answers: Reference answers: ten human answers, one answer, or one letter; empty if not public.
+        category: Category in POPE or MMBench.
+        options: Options of a multiple-choice question.
     """
 
     id: str | int
@@ -58,14 +58,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """A score with what it was computed from.
+    """Score of a benchmark.
 
     Attributes:
         benchmark: Name of the benchmark.
         score: The score, between 0 and 1.
-        n: What it is a mean over: questions, or circles of questions.
-        unanswered: Questions with no answer, or none that the rule understands; they count as wrong.
-        details: Further numbers by name.
+        n: Number of questions, or of groups of rotated questions.
+        unanswered: Questions without an answer that the rule accepts; they count as wrong.
+        details: Further metrics by name.
     """
 
     benchmark: str
@@ -77,17 +77,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known of a benchmark.
+    """Description of a benchmark.
 
     Attributes:
-        title: Its name in print.
-        paper_split: What the papers report on.
-        local_split: What can be scored without a server.
-        same: Whether these two are one.
-        rule: How it is scored.
-        source: Where the rule comes from.
-        note: What else to know before comparing with a published number.
-        lmms: Its task in lmms-eval.
+        title: Display name.
+        paper_split: Split that papers report.
+        local_split: Split that can be scored without a server.
+        same: Whether both splits are the same.
+        rule: Scoring rule.
+        source: Source of the rule.
+        note: Caveats for comparisons with published numbers.
+        lmms: Task name in lmms-eval.
     """
 
     title: str
@@ -177,10 +177,10 @@ BENCHMARKS = {
 
 
 def benchmark(name: str) -> Benchmark:
-    """Returns what is known of a benchmark.
+    """Returns the description of a benchmark.
 
     Raises:
-        SanError: If there is none of that name.
+        SanError: If the benchmark is unknown.
     """
     if name not in BENCHMARKS:
         raise san_error(f"There is no benchmark {name!r}.{suggest(name, BENCHMARKS)}")
@@ -188,15 +188,16 @@ def benchmark(name: str) -> Benchmark:
 
 
 def score_benchmark(name: str, questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
-    """Scores a benchmark by the papers' rule.
+    """Scores a benchmark by its published rule.
 
     Args:
         name: Name of the benchmark.
-        questions: All its questions, with what is right.
-        answers: The model's answer to each; `None` where it gave none.
+        questions: All its questions, with reference answers.
+        answers: The answer to each question, or `None`.
 
     Raises:
-        SanError: If there is no such benchmark, the numbers differ, there is no question, or one has no right answer.
+        SanError: If the benchmark is unknown, the numbers of questions and answers differ, there are no questions, or
+            one has no reference answer.
     """
     benchmark(name)
     _check(questions, answers)
@@ -217,7 +218,7 @@ def score_benchmark(name: str, questions: Sequence[Question], answers: Sequence[
 
 
 def vqa_accuracy(answer: str, references: Sequence[str], normalise: Callable[[str], str] = normalise_answer) -> float:
-    """Returns the VQA accuracy of an answer, averaged over leaving out each of the references.
+    """Computes the VQA accuracy of an answer, averaged over leaving out each reference.
 
     Example:
         >>> vqa_accuracy("red", ["red"] * 3 + ["blue"] * 7)  # seven times 3 are left, three times 2
@@ -228,22 +229,22 @@ def vqa_accuracy(answer: str, references: Sequence[str], normalise: Callable[[st
     return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
 
 
-def score_pope(questions: Sequence[Question], answers: Sequence[str | None], strict: bool = False) -> Score:
-    """Scores POPE: the mean of the F1 of its sets, and accuracy, precision, recall, F1 and share of yes of each.
+def score_pope(questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
+    """Scores POPE: mean F1 over categories, with accuracy, precision, recall, F1 and yes ratio of each.
 
     Args:
-        questions: The questions, each of one of `CATEGORIES`, with `yes` or `no` as what is right.
-        answers: The model's answers.
-        strict: Takes only the word yes or no alone, in any case; other answers are neither, and wrong. Otherwise
-            LLaVA's rule, by which each answer is one of the two. An empty one is none in both.
+        questions: Questions of `CATEGORIES`, with the reference `yes` or `no`.
+        answers: The answers.
 
     Raises:
-        SanError: If the numbers differ, there is no question, one has no right answer, or a category is another.
+        SanError: If the numbers of questions and answers differ, there are no questions, one has no reference answer,
+        or
+            a category is unknown.
     """
     _check(questions, answers)
     if strange := sorted({question.category for question in questions} - set(CATEGORIES)):
         raise san_error(f"POPE has no category {', '.join(strange)}.{suggest(strange[0], CATEGORIES)}")
-    said = [_yes_or_no(answer, strict) for answer in answers]
+    said = [_yes_or_no(answer) for answer in answers]
     details: dict[str, float] = {}
     scores = []
     for category in CATEGORIES:
@@ -255,56 +256,55 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str | None], str
     return Score("pope", sum(scores) / len(scores), len(questions), said.count(None), details)
 
 
-def score_mmbench(questions: Sequence[Question], answers: Sequence[str | None], circular: bool = True) -> Score:
-    """Scores MMBench.
+def score_mmbench(questions: Sequence[Question], answers: Sequence[str | None]) -> Score:
+    """Scores MMBench: a question counts as right only if it is right under all its rotations.
 
     Args:
-        questions: The questions, with the letter that is right; ids that differ by multiples of `CIRCLE` are rotations
-            of one question.
-        answers: The model's answers.
-        circular: Counts a question as right only if it is right under all its rotations; otherwise each on its own.
+        questions: Questions with the correct letter; IDs that differ by multiples of `CIRCLE` are rotations of one
+            question.
+        answers: The answers.
 
     Raises:
-        SanError: If the numbers differ, there is no question, or one has no right answer or no whole number as id.
+        SanError: If the numbers of questions and answers differ, there are no questions, or one has no reference answer
+            or no integer ID.
     """
     _check(questions, answers)
     circles: dict[int, list[bool]] = {}
     unanswered = 0
     for question, answer in zip(questions, answers, strict=True):
         if not isinstance(question.id, int):
-            raise san_error(f"MMBench numbers its questions, but one has the id {question.id!r}.")
+            raise san_error(f"IDs of MMBench are integers, but one question has the ID {question.id!r}.")
         letter = choice_letter(answer or "", question.options) if _given(answer) else None
         unanswered += letter is None
-        circle = question.id % CIRCLE if circular else question.id
-        circles.setdefault(circle, []).append(letter == question.answers[0])
+        circles.setdefault(question.id % CIRCLE, []).append(letter == question.answers[0])
     right = sum(all(circle) for circle in circles.values())
     return Score("mmbench", right / len(circles), len(circles), unanswered, {"rows": len(questions)})
 
 
 def lmms_command(export: str | Path, output: str | Path, names: Sequence[str] = (), processes: int = 1) -> str:
-    """Returns the command that scores a merged export with lmms-eval, with a line of comment for what differs.
+    """Returns the command that scores a merged export with lmms-eval, with comments on differences in scoring.
 
     Args:
-        export: Folder that `san export --merged` wrote. lmms-eval's `llava_hf` loads no adapter.
-        output: Folder that lmms-eval writes to.
+        export: Folder written by `san export --merged`; `llava_hf` of lmms-eval does not load adapters.
+        output: Output folder of lmms-eval.
         names: Benchmarks; all by default.
         processes: Number of processes, one GPU each.
 
     Returns:
-        Lines for a shell. Nothing is run.
+        Shell lines; nothing is executed.
 
     Raises:
-        SanError: If there is no such benchmark, the folder is no export of LLaVA whose outputs were compared with its
-            run's, or its name cannot be an argument.
+        SanError: If a benchmark is unknown, the folder is not a verified LLaVA export, or its name cannot be an
+            argument of lmms-eval.
     """
     folder = Path(export)
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         raise san_error(f"{folder} is no merged export: it needs a config.json and no adapter. `san export` makes one.")
     export_facts(folder)
     if (kind := read_json(folder / "config.json").get("model_type")) != "llava":
-        raise san_error(f"{folder} holds a model of type {kind!r}; lmms-eval's llava_hf loads llava alone.")
+        raise san_error(f"{folder} has a model of type {kind!r}; llava_hf of lmms-eval only loads llava.")
     if set(str(folder)) & set(",="):
-        raise san_error(f"lmms-eval splits its arguments at commas and equal signs, so {folder} needs another name.")
+        raise san_error(f"lmms-eval splits arguments at commas and equal signs; rename {folder}.")
     chosen = {name: benchmark(name) for name in names or BENCHMARKS}
     remarks = [f"# {name}: {one.note}" for name, one in chosen.items() if one.note]
     tasks = ",".join(one.lmms for one in chosen.values())
@@ -325,7 +325,7 @@ def _check(questions: Sequence[Question], answers: Sequence[str | None]) -> None
 
 
 def _given(answer: str | None) -> bool | None:
-    """Whether there is an answer; `None`, which counts as unanswered, where there is none."""
+    """Returns `True` for a non-empty answer, else `None`, which counts as unanswered."""
     return True if answer is not None and answer.strip() else None
 
 
@@ -334,17 +334,14 @@ def _science_point(answer: str, question: Question) -> float | None:
     return None if letter is None else float(letter == question.answers[0])
 
 
-def _yes_or_no(answer: str | None, strict: bool) -> str | None:
+def _yes_or_no(answer: str | None) -> str | None:
     if not _given(answer):
         return None
-    if strict:
-        word = (answer or "").strip().lower()
-        return word if word in ("yes", "no") else None
     return "no" if says_no(answer or "") else "yes"
 
 
 def _detection(pairs: Sequence[tuple[str | None, str]]) -> dict[str, float]:
-    """Numbers of a set of pairs of what was said and what is right; a ratio of nothing is 0."""
+    """Computes detection metrics from pairs of answer and reference; 0/0 is 0."""
     hits = sum(said == right == "yes" for said, right in pairs)
     said_yes = sum(said == "yes" for said, _ in pairs)
     are_yes = sum(right == "yes" for _, right in pairs)

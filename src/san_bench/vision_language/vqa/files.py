@@ -1,7 +1,7 @@
-"""Files of the benchmarks: their questions, and what is right.
+"""Loaders for benchmark files: questions and reference answers.
 
-The layouts are those of LLaVA's evaluation (haotian-liu/LLaVA, docs/Evaluation.md, scripts/v1_5/eval) and of the data
-sets themselves. Every loader gives all questions in the order of their file.
+Layouts follow LLaVA's evaluation (haotian-liu/LLaVA, docs/Evaluation.md, scripts/v1_5/eval) and the datasets. Loaders
+return all questions in the order of the file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from san_bench.vision_language.vqa.rows import (
 )
 
 OCR = "Reference OCR token: "
-"""What TextVQA's words in the image stand behind, in LLaVA's questions."""
+"""Prefix of the OCR tokens in LLaVA's questions of TextVQA."""
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """Reads LLaVA's questions: JSON lines with `question_id`, `image`, `text` and `category`.
 
     Raises:
-        SanError: If the file cannot be read, or lines lack something; the message lists them.
+        SanError: If the file cannot be read, or keys are missing.
     """
     rows = read_lines(Path(path))
     require_keys(path, rows, ("question_id", "text"))
@@ -60,43 +60,38 @@ def load_vqav2(questions: str | Path, annotations: str | Path | None = None) -> 
     return _answered(asked, right, lambda question: question.id, annotations)
 
 
-def load_vizwiz(annotations: str | Path, questions: str | Path | None = None) -> list[Question]:
-    """Reads VizWiz; an image has one question.
+def load_vizwiz(annotations: str | Path) -> list[Question]:
+    """Reads VizWiz and writes its questions as LLaVA asks them.
 
     Args:
-        annotations: `val.json` or `test.json`; the latter has no answers.
-        questions: LLaVA's JSON lines; without them the questions are made of the annotations, as LLaVA asks them.
+        annotations: `val.json`.
 
     Raises:
         SanError: If a file cannot be read, or lacks something.
     """
     rows = read_json_list(Path(annotations))
     require_keys(annotations, rows, ("image", "question"))
-    right = {row["image"]: _people(annotations, row) for row in rows}
-    if questions is None:
-        return [
-            Question(n, row["image"], f"{row['question']}\n{UNANSWERABLE}\n{SHORT}", right[row["image"]])
-            for n, row in enumerate(rows)
-        ]
-    return _answered(read_questions(questions), right, lambda question: question.image, annotations)
+    return [
+        Question(n, row["image"], f"{row['question']}\n{UNANSWERABLE}\n{SHORT}", _people(annotations, row))
+        for n, row in enumerate(rows)
+    ]
 
 
-def load_textvqa(questions: str | Path, annotations: str | Path, ocr: bool = True) -> list[Question]:
+def load_textvqa(questions: str | Path, annotations: str | Path) -> list[Question]:
     """Reads TextVQA.
 
     Args:
-        questions: LLaVA's JSON lines, whose ids are those of the images.
+        questions: LLaVA's JSON lines with reference OCR tokens, whose ids are those of the images.
         annotations: `TextVQA_0.5.1_val.json`.
-        ocr: Insists on reference OCR tokens in the questions, as in the papers.
 
     Raises:
-        SanError: If a file cannot be read, or lacks something.
+        SanError: If a file cannot be read or lacks something, or no question has OCR tokens.
     """
     asked = read_questions(questions)
-    if ocr and not any(OCR in question.text for question in asked):
+    if not any(OCR in question.text for question in asked):
         raise san_error(
-            f"{questions}: no question has a line {OCR!r}, which the papers' setting has. "
-            "Take llava_textvqa_val_v051_ocr.jsonl, or ask without with ocr=False."
+            f"{questions}: no question has a line {OCR!r}, which the published setting has. "
+            "Use llava_textvqa_val_v051_ocr.jsonl."
         )
     rows = read_part(Path(annotations), "data")
     require_keys(annotations, rows, ("image_id", "question", "answers"))
@@ -104,34 +99,22 @@ def load_textvqa(questions: str | Path, annotations: str | Path, ocr: bool = Tru
     return _answered(asked, right, lambda question: (question.id, _textvqa_question(question.text)), annotations)
 
 
-def textvqa_prompt(question: str, tokens: Sequence[str]) -> str:
-    r"""Returns a question of TextVQA as LLaVA asks it.
-
-    Example:
-        >>> textvqa_prompt("what brand is it?", ["DAKOTA", "DIGITAL"]).splitlines()[:2]
-        ['What brand is it?', 'Reference OCR token: DAKOTA, DIGITAL']
-    """
-    return f"{question.capitalize()}\n{OCR}{', '.join(tokens)}\n{SHORT}"
-
-
-def load_gqa(annotations: str | Path, questions: str | Path | None = None) -> list[Question]:
+def load_gqa(annotations: str | Path, questions: str | Path) -> list[Question]:
     """Reads GQA.
 
     Args:
-        annotations: `testdev_balanced_questions.json`, which holds the answers too.
-        questions: LLaVA's JSON lines; without them the questions are made of the annotations, as LLaVA asks them.
+        annotations: `testdev_balanced_questions.json`, which holds the answers.
+        questions: LLaVA's JSON lines.
 
     Raises:
         SanError: If a file cannot be read, or lacks something.
     """
     found = read_json(Path(annotations))
     if not isinstance(found, dict):
-        raise san_error(f"{annotations} is no file of GQA: it holds no questions by id.")
-    require_keys(annotations, list(found.values()), ("imageId", "question", "answer"))
+        raise san_error(f"{annotations} is not a GQA file: it does not map IDs to questions.")
+    require_keys(annotations, list(found.values()), ("answer",))
     right = {key: (row["answer"],) for key, row in found.items()}
-    if questions is not None:
-        return _answered(read_questions(questions), right, lambda question: str(question.id), annotations)
-    return [Question(k, f"{r['imageId']}.jpg", f"{r['question']}\n{SHORT}", right[k]) for k, r in found.items()]
+    return _answered(read_questions(questions), right, lambda question: str(question.id), annotations)
 
 
 def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
@@ -143,7 +126,7 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
             in the order of LLaVA's questions of that category.
 
     Raises:
-        SanError: If a file cannot be read, lacks something, is about other questions, or a label is no yes or no.
+        SanError: If a file cannot be read, lacks something, has other questions, or a label is not yes or no.
     """
     asked = read_questions(questions)
     out: dict[int, Question] = {}
@@ -162,52 +145,51 @@ def load_pope(questions: str | Path, labels: str | Path) -> list[Question]:
     return [out[index] for index in sorted(out)]
 
 
-def load_sqa(folder: str | Path, split: str = "test", questions: str | Path | None = None) -> list[Question]:
-    """Reads the questions of ScienceQA that have an image.
+def load_sqa(folder: str | Path, questions: str | Path, split: str = "test") -> list[Question]:
+    """Reads the ScienceQA questions with an image.
 
     Args:
-        folder: Folder of `problems.json` and `pid_splits.json`.
-        split: One of the splits there.
-        questions: LLaVA's `llava_test_CQM-A.json`; without it the questions are made as lmms-eval asks them.
+        folder: Folder with `problems.json` and `pid_splits.json`.
+        questions: LLaVA's `llava_test_CQM-A.json`.
+        split: One of the splits in `pid_splits.json`.
 
     Returns:
-        The questions; the images are below `images/SPLIT`.
+        The questions; images are in `images/SPLIT`.
 
     Raises:
-        SanError: If a file cannot be read, or lacks something, or an answer is none of the options.
+        SanError: If a file cannot be read or lacks something, or an answer is not one of the options.
     """
     folder = Path(folder)
     problems, splits = read_json(folder / "problems.json"), read_json(folder / "pid_splits.json")
     if split not in splits:
         raise san_error(f"{folder / 'pid_splits.json'} has no split {split!r}, only {', '.join(splits)}.")
-    texts = {}
-    if questions is not None:
-        for row in read_json_list(Path(questions)):
-            texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
-    wanted = ("question", "choices", "answer", "hint", "image")
-    require_keys(folder / "problems.json", [problems.get(key) for key in splits[split]], wanted)
+    texts = {
+        row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() + f"\n{LETTER}"
+        for row in read_json_list(Path(questions))
+    }
+    require_keys(folder / "problems.json", [problems.get(key) for key in splits[split]], ("choices", "answer", "image"))
     out = []
     for key in splits[split]:
         problem = problems[key]
         if problem["image"] is None:
             continue
-        if questions is not None and key not in texts:
+        if key not in texts:
             raise san_error(f"{questions} does not ask the question {key}, which {split} has.")
-        context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
         options = tuple(problem["choices"])
         _require_option(
             folder / "problems.json", key, problem["answer"], dict(zip(range(len(LETTERS)), options, strict=False))
         )
-        text = texts.get(key) or context + problem["question"] + _choices(options)
-        out.append(Question(key, f"{key}/{problem['image']}", text, (LETTERS[problem["answer"]],), "default", options))
+        out.append(
+            Question(key, f"{key}/{problem['image']}", texts[key], (LETTERS[problem["answer"]],), "default", options)
+        )
     return out
 
 
 def load_mmbench(table: str | Path) -> list[Question]:
-    """Reads MMBench's table, with the images decoded from base64; a cell of a few digits names another row's image.
+    """Reads the table of MMBench with base64 images; an image cell may instead contain the index of another row.
 
     Raises:
-        SanError: If it cannot be read, lacks a column, an answer is none of the options, or an image is no base64.
+        SanError: If it cannot be read, lacks a column, an answer is not one of the options, or an image is not base64.
     """
     header, rows = read_table(Path(table))
     if missing := [name for name in ("index", "question", "A", "B", "image") if name not in header]:
@@ -227,7 +209,7 @@ def load_mmbench(table: str | Path) -> list[Question]:
         try:
             image = base64.b64decode(images.get(row["image"], row["image"]), validate=True)
         except binascii.Error as error:
-            raise san_error(f"{table}, index {row['index']}: the image is no base64: {error}.") from error
+            raise san_error(f"{table}, index {row['index']}: the image is not base64: {error}.") from error
         category = row.get("category") or "default"
         text = stem + _choices(options)
         out.append(Question(int(row["index"]), image, text, answers, category, tuple(options)))
@@ -235,9 +217,9 @@ def load_mmbench(table: str | Path) -> list[Question]:
 
 
 def with_rotations(questions: Sequence[Question]) -> list[Question]:
-    """Adds the rotations of MMBench's questions that have none, for the circular rule.
+    """Adds missing rotations of MMBench questions, for circular evaluation.
 
-    A rotation moves the first option to the end, once more in each; its id is larger by another `CIRCLE`.
+    Each rotation moves one more option to the end and adds `CIRCLE` to the ID.
     """
     turned = {int(question.id) % CIRCLE for question in questions if int(question.id) >= CIRCLE}
     out = []
@@ -278,7 +260,7 @@ def _answered(
     key: Callable[[Question], Any],
     path: str | Path,
 ) -> list[Question]:
-    """Gives each question what is right."""
+    """Adds reference answers to questions."""
     missing = [key(question) for question in questions if key(question) not in right]
     if missing:
         raise san_error(f"{path} lacks {len(missing):,} of {len(questions):,} questions, such as {missing[0]!r}.")
@@ -286,10 +268,10 @@ def _answered(
 
 
 def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What people answered: texts, or mappings with an `answer`; nothing where answers are kept secret.
+    """Returns the human answers: strings, or mappings with an `answer`; empty if answers are not public.
 
     Raises:
-        SanError: If there is something else.
+        SanError: If the format is invalid.
     """
     given: Any = row.get("answers", [])
     texts: list[Any] = (
@@ -298,21 +280,21 @@ def _people(path: str | Path, row: Mapping[str, Any]) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         name = row.get("question_id", row.get("image", row.get("image_id")))
         raise san_error(
-            f"{path}: the answers to {name!r} are {str(given)[:60]}; they have to be a list of texts, or of mappings "
+            f"{path}: the answers to {name!r} are {str(given)[:60]}; expected a list of strings, or of mappings "
             "with an answer."
         )
     return tuple(texts)
 
 
 def _require_option(path: str | Path, key: str | int, answer: Any, options: Mapping[Any, str]) -> None:
-    """Insists that an answer is one of the options.
+    """Raises if an answer is not one of the options.
 
     Raises:
-        SanError: If not; the message lists the options, each with its text.
+        SanError: If it is not; the message lists the options.
     """
     if answer not in list(options):
         known = ", ".join(f"{name} ({text})" if text else str(name) for name, text in options.items()) or "no option"
-        raise san_error(f"{path}: the answer to the question {key!r} is {answer!r}; it has to be one of {known}.")
+        raise san_error(f"{path}: the answer to the question {key!r} is {answer!r}; expected one of {known}.")
 
 
 def _empty(cell: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Answers in free text, brought into the form in which benchmarks compare them.
+"""Answer normalization for benchmark scoring.
 
 The rules are those of the VQA evaluation (GT-Vision-Lab/VQA, vqaEval.py), of its variant in MMF and LLaVA
 (m4c_evaluator.py, `EvalAIAnswerProcessor`), and of LLaVA's scorers of multiple choice, POPE and GQA.
@@ -16,16 +16,16 @@ import re
 from collections.abc import Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-"""Signs that are taken out where a space stands beside them, and become spaces elsewhere."""
+"""Punctuation: removed next to a space, otherwise replaced by a space."""
 
 ARTICLES = frozenset(("a", "an", "the"))
-"""Words that are left out."""
+"""Words that are removed."""
 
 NUMBERS = {
     "none": "0",
     **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())},
 }
-"""Words that become digits."""
+"""Words replaced by digits."""
 
 CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
@@ -36,23 +36,23 @@ they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what'
 where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
 y'all'd've you'd you'd've you'll you're you've 'ow's'at
 """.split()
-"""Contractions as they become; each is found by what is left when one of its apostrophes is missing."""
+"""Contractions; each is restored from its spelling with one apostrophe missing."""
 
 CONTRACTIONS = {
     **{word[:i] + word[i + 1 :]: word for word in CONTRACTED for i, sign in enumerate(word) if sign == "'"},
-    "somebody'd": "somebodyd",  # as published: the only one that goes the other way
+    "somebody'd": "somebodyd",  # as published: the only one in the other direction
 }
-"""Words that become contractions, with what they become."""
+"""Maps misspelled contractions to correct ones."""
 
 LETTERS = "ABCDE"
-"""Names of options."""
+"""Option letters."""
 
 _BETWEEN_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalise_answer(answer: str) -> str:
-    """Returns an answer as the VQA evaluation compares it: punctuation, case, number words, articles, contractions."""
+    """Normalizes an answer as in the VQA evaluation: punctuation, case, number words, articles, contractions."""
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     out, inside_number = answer, _BETWEEN_DIGITS.search(answer) is not None
     for sign in PUNCTUATION:
@@ -63,27 +63,27 @@ def normalise_answer(answer: str) -> str:
 
 
 def normalise_for_upload(answer: str) -> str:
-    """Returns an answer as TextVQA compares it, and as LLaVA uploads those of VQAv2 and VizWiz.
+    """Normalizes an answer as in TextVQA scoring and LLaVA's VQAv2 submission.
 
-    Before the rules of `normalise_answer`, commas and question marks go, and a genitive becomes a word of its own.
+    First removes commas and question marks and splits off 's, then applies `normalise_answer`.
     """
     return normalise_answer(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def normalise_gqa(answer: str) -> str:
-    """Returns an answer in small letters and without periods at the end, as LLaVA hands it to GQA's evaluation."""
+    """Normalizes an answer as in LLaVA's GQA evaluation: lower case, no final periods."""
     return answer.rstrip(".").lower()
 
 
 def science_letter(answer: str, count: int) -> str | None:
-    """Returns the option that an answer chooses, by LLaVA's rule for ScienceQA (eval_science_qa.py).
+    """Extracts the option letter from an answer by LLaVA's ScienceQA rule (eval_science_qa.py).
 
     Args:
-        answer: A letter alone; or one followed by a period and a space, at the start; or `The answer is` and a letter.
+        answer: A single letter; a letter, period and space at the start; or `The answer is` and a letter.
         count: Number of options.
 
     Returns:
-        The letter, or `None` where the rule finds none among the options.
+        The letter, or `None` if the rule finds none among the options.
     """
     answer = answer.replace("\n", ". ")
     if answer.strip() in tuple(LETTERS):
@@ -96,15 +96,15 @@ def science_letter(answer: str, count: int) -> str | None:
 
 
 def choice_letter(answer: str, options: Sequence[str]) -> str | None:
-    """Returns the option that an answer chooses, by LLaVA's rule for MMBench before a judge is asked (eval_mmbench.py).
+    """Extracts the option letter from an answer by LLaVA's MMBench rule, without a judge model (eval_mmbench.py).
 
     Args:
-        answer: A letter alone, of either case, also with periods around it; or `The answer is X.`; or words that stand
-            in exactly one option.
-        options: The texts of the options, in the order of the letters.
+        answer: A single letter in either case, possibly with periods; `The answer is X.`; or text contained in exactly
+            one option.
+        options: Option texts, in the order of the letters.
 
     Returns:
-        The letter, or `None` where the rule finds none.
+        The letter, or `None` if the rule finds none.
     """
     letters = LETTERS[: len(options)]
     alone = answer.strip(".").strip().upper()
@@ -119,8 +119,8 @@ def choice_letter(answer: str, options: Sequence[str]) -> str | None:
 
 
 def says_no(answer: str) -> bool:
-    """Returns whether an answer is a no by LLaVA's rule for POPE (eval_pope.py).
+    """Returns whether an answer means no by LLaVA's POPE rule (eval_pope.py).
 
-    It is one if its first sentence has `No`, `no` or `not` as a word of its own.
+    It does if its first sentence contains the word `No`, `no` or `not`.
     """
     return not {"No", "no", "not"}.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks' files, read with errors that name the file."""
+"""Readers for rows of benchmark files, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import Any
 from san_bench.config.strict import san_error
 
 LONGEST_CELL = 2**31 - 1
-"""Characters of a cell of a table; images are cells."""
+"""Maximum number of characters in a table cell, since cells contain images."""
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Reads a table of cells between tabs; returns the names of its columns and its rows.
+    """Reads a TSV table; returns column names and rows.
 
     Raises:
-        SanError: If there is no such file, or no row in it.
+        SanError: If the file does not exist or has no rows.
     """
-    csv.field_size_limit(LONGEST_CELL)  # images are cells
+    csv.field_size_limit(LONGEST_CELL)
     with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         rows = list(reader)
     if not rows:
-        raise san_error(f"{path} holds no row.")
+        raise san_error(f"{path} contains no rows.")
     return list(reader.fieldnames or ()), rows
 
 
 def require_keys(path: str | Path, rows: Sequence[Any], names: Sequence[str]) -> None:
-    """Insists that there are rows, and that every one has certain keys.
+    """Raises if there are no rows, or rows without required keys.
 
     Raises:
-        SanError: If not; the message counts the rows that lack one.
+        SanError: If so; the message counts the rows without a key.
     """
     if not rows:
-        raise san_error(f"{path} holds nothing.")
+        raise san_error(f"{path} is empty.")
     for name in names:
         lacking = [n for n, row in enumerate(rows) if not isinstance(row, dict) or name not in row]
         if lacking:
@@ -47,10 +47,10 @@ def require_keys(path: str | Path, rows: Sequence[Any], names: Sequence[str]) ->
 
 
 def read_text(path: Path) -> str:
-    """Reads a file as it is, with its ends of lines.
+    """Reads a text file without newline conversion.
 
     Raises:
-        SanError: If there is no such file.
+        SanError: If the file does not exist.
     """
     if not path.is_file():
         raise san_error(f"There is no file {path}.")
@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        SanError: If there is no such file, or it is not JSON.
+        SanError: If the file does not exist or is not JSON.
     """
     try:
         return json.loads(read_text(path))
@@ -71,22 +71,22 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_list(path: Path) -> list[Any]:
-    """Reads a JSON file that holds a list.
+    """Reads a JSON list.
 
     Raises:
-        SanError: If there is no such file, or it holds no list.
+        SanError: If the file does not exist or is not a JSON list.
     """
     content = read_json(path)
     if not isinstance(content, list):
-        raise san_error(f"{path} holds a {type(content).__name__}, not a list.")
+        raise san_error(f"{path} contains a {type(content).__name__}, not a list.")
     return content
 
 
 def read_part(path: Path, name: str) -> list[Any]:
-    """Reads a list that a JSON file holds under a name.
+    """Reads a list under a key of a JSON file.
 
     Raises:
-        SanError: If there is no such file, or it holds no such list.
+        SanError: If the file does not exist or has no such list.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get(name), list):
@@ -98,7 +98,7 @@ def read_lines(path: Path) -> list[Any]:
     """Reads JSON lines.
 
     Raises:
-        SanError: If there is no such file, or a line of it is not JSON.
+        SanError: If the file does not exist, or a line is not JSON.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):

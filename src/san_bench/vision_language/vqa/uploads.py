@@ -1,6 +1,6 @@
-"""A model's answers to the benchmarks' questions: read, and written as servers take them.
+"""Reads model answers, and writes submission files for benchmark servers.
 
-The layouts are those of LLaVA (scripts/convert_vqav2_for_submission.py and its neighbours).
+The formats are those of LLaVA (scripts/convert_vqav2_for_submission.py and others there).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from san_bench.vision_language.vqa.normalize import normalise_for_upload
 from san_bench.vision_language.vqa.rows import read_lines, read_table, require_keys
 
 LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
-"""Columns of MMBench's table that are not uploaded."""
+"""Columns of the MMBench table that are not uploaded."""
 
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str | None]:
-    """Reads a model's answers, as LLaVA writes them: JSON lines with `question_id` and `text`, and perhaps `prompt`.
+    """Reads answers in LLaVA's format: JSON lines with `question_id`, `text`, and optionally `prompt`.
 
     Args:
         path: The file.
-        questions: The questions; where several share an id, the prompt tells them apart.
+        questions: The questions; those with the same ID are told apart by the prompt.
 
     Returns:
-        The answer to each question, `None` where there is none.
+        The answer to each question, or `None`.
 
     Raises:
-        SanError: If the file cannot be read, answers a question twice, or one that is not asked.
+        SanError: If the file cannot be read, or has duplicate or unknown questions.
     """
     rows = read_lines(Path(path))
     require_keys(path, rows, ("question_id", "text"))
@@ -51,37 +51,30 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str | 
         given[key] = row["text"]
     keys = [(question.id, question.text) if shared else question.id for question in questions]
     if strange := list(set(given) - set(keys)):
-        raise san_error(f"{path} answers {len(strange):,} questions that are not asked, such as {strange[0]!r}.")
+        raise san_error(f"{path} answers {len(strange):,} unknown questions, such as {strange[0]!r}.")
     return [given.get(key) for key in keys]
 
 
 def write_vqav2(path: str | Path, questions: Sequence[Question], answers: Sequence[str | None]) -> None:
-    """Writes what VQAv2's server takes: a list of `question_id` and `answer`, normalised as LLaVA does."""
+    """Writes a VQAv2 submission: a list of `question_id` and `answer`, normalized as in LLaVA."""
     pairs = zip(questions, answers, strict=True)
     rows = [{"question_id": q.id, "answer": normalise_for_upload(answer or "")} for q, answer in pairs]
-    write_atomically(Path(path), json.dumps(rows))
-
-
-def write_vizwiz(path: str | Path, questions: Sequence[Question], answers: Sequence[str | None]) -> None:
-    """Writes what VizWiz's server takes: a list of `image` and `answer`, normalised as LLaVA does."""
-    pairs = zip(questions, answers, strict=True)
-    rows = [{"image": q.image, "answer": normalise_for_upload(answer or "")} for q, answer in pairs]
     write_atomically(Path(path), json.dumps(rows))
 
 
 def write_mmbench(
     path: str | Path, table: str | Path, questions: Sequence[Question], answers: Sequence[str | None]
 ) -> Path:
-    """Writes what MMBench's server takes: the table without its images, and with a column `prediction`.
+    """Writes an MMBench submission: the table without images, with a column `prediction`.
 
     Args:
-        path: An `.xlsx` file, which needs openpyxl. Without it a `.tsv` beside it is written, with a warning.
-        table: MMBench's table.
+        path: An `.xlsx` file, which needs openpyxl; without it, writes a `.tsv` instead, with a warning.
+        table: The MMBench table.
         questions: Its questions.
-        answers: The model's answers.
+        answers: The answers.
 
     Returns:
-        The file that was written.
+        Path of the written file.
     """
     path = Path(path)
     header, rows = read_table(Path(table))
@@ -93,7 +86,7 @@ def write_mmbench(
         workbook = import_module("openpyxl").Workbook()
     except ImportError:
         path = path.with_suffix(".tsv")
-        warnings.warn(f"openpyxl is not installed, so {path} is a table, no spreadsheet.", stacklevel=2)
+        warnings.warn(f"openpyxl is not installed, so {path} is a table, not a spreadsheet.", stacklevel=2)
         text = io.StringIO()
         csv.writer(text, delimiter="\t", lineterminator="\n").writerows(cells)
         write_atomically(path, text.getvalue())

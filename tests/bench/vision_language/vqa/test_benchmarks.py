@@ -18,7 +18,6 @@ from san_bench.vision_language.vqa.benchmarks import (
     Score,
     lmms_command,
     score_benchmark,
-    score_mmbench,
     score_pope,
     vqa_accuracy,
 )
@@ -174,10 +173,6 @@ def test_pope_is_the_mean_of_three_f1():
         "yes_ratio": 0.5,
     }
     assert found.details["random/f1"] == found.details["random/accuracy"] == 0
-    strict = score_pope(pope(), said, strict=True)
-    # adversarial: yes, none, none, no: precision 1, recall 1/2, f1 2/3
-    assert (strict.score, strict.unanswered) == (pytest.approx((2 / 3 + 1 + 0) / 3), 2)
-    assert strict.details["adversarial/accuracy"] == 0.5
     with pytest.raises(SanError, match="POPE has no category rare"):
         score_pope([replace(pope()[0], category="rare")], ["yes"])
 
@@ -199,9 +194,8 @@ def test_mmbench_turns_the_options_and_wants_all_to_be_right():
     ]
     assert questions[1].text == f"What?\nA. dog\nB. bus\nC. cat\n{LETTER}"
     assert vqa_files.with_rotations(questions) == questions
-    always_b = ["B"] * 5
     assert score_benchmark("mmbench", questions, ["B", "dog", "c.", "A", "B"]).score == 1
-    assert score_mmbench(questions, always_b, circular=False).score == 2 / 5  # 7 and 1,000,008
+    assert score_benchmark("mmbench", questions, ["B"] * 5).score == 0  # 7 and 1,000,008 alone are right
     assert score_benchmark("mmbench", questions, ["B", "A", "C", "A", None]) == Score("mmbench", 0.5, 2, 1, {"rows": 5})
 
 
@@ -212,7 +206,7 @@ def test_scores_that_cannot_be_are_explained():
         score_benchmark("gqa", short(("a",)), ["a", "b"])
     with pytest.raises(SanError, match="1 of 2 questions have no public answer, such as 1"):
         score_benchmark("vqav2", short(("a",), ()), ["a", "b"])
-    with pytest.raises(SanError, match="MMBench numbers its questions"):
+    with pytest.raises(SanError, match="ID 'x'"):
         score_benchmark("mmbench", [replace(mmbench()[0], id="x")], ["a"])
 
 
@@ -255,7 +249,7 @@ def test_the_command_of_lmms_eval(tmp_path):
     with pytest.raises(SanError, match="no benchmark 'sqaa'"):
         lmms_command(export, "out", ["sqaa"])
     (export / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(SanError, match="holds a model of type 'vit'; lmms-eval's llava_hf loads llava alone"):
+    with pytest.raises(SanError, match="type 'vit'"):
         lmms_command(export, "out")
     (export / "adapter_config.json").write_text("{}")
     with pytest.raises(SanError, match=r"config\.json"):
@@ -263,7 +257,7 @@ def test_the_command_of_lmms_eval(tmp_path):
     (export / "adapter_config.json").unlink()
     (export / "config.json").write_text('{"model_type": "llava"}')
     export.rename(tmp_path / "a,b")
-    with pytest.raises(SanError, match="splits its arguments at commas"):
+    with pytest.raises(SanError, match="commas"):
         lmms_command(tmp_path / "a,b", "out")
 
 

@@ -72,17 +72,10 @@ def test_vizwiz(tmp_path):
     assert question.text == (
         "What is it?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n" + SHORT
     )
-    asked = {"question_id": 3, "image": "VizWiz_val_00000000.jpg", "text": "x", "category": "default"}
-    assert vqa_files.load_vizwiz(notes, lines(tmp_path / "llava_val.jsonl", asked))[0].answers == question.answers
-    vqa_uploads.write_vizwiz(tmp_path / "up.json", [question], ["Unanswerable."])
-    assert json.loads((tmp_path / "up.json").read_text()) == [
-        {"image": "VizWiz_val_00000000.jpg", "answer": "unanswerable"}
-    ]
 
 
 def test_textvqa_and_its_answers(tmp_path):
-    ocr = vqa_files.textvqa_prompt("what is the brand of this camera?", ["DAKOTA", "DIGITAL"])
-    assert ocr == f"What is the brand of this camera?\nReference OCR token: DAKOTA, DIGITAL\n{SHORT}"
+    ocr = f"What is the brand of this camera?\nReference OCR token: DAKOTA, DIGITAL\n{SHORT}"
     image = {"question_id": "003a8ae2ef43b901", "image": "003a8ae2ef43b901.jpg", "category": "default"}
     asked = [{**image, "text": ocr}, {**image, "text": f"Which year?\nReference OCR token: 1999\n{SHORT}"}]
     rows = [
@@ -95,7 +88,6 @@ def test_textvqa_and_its_answers(tmp_path):
     bare = lines(tmp_path / "bare.jsonl", {**image, "text": f"Which year?\n{SHORT}"})
     with pytest.raises(SanError, match="no question has a line 'Reference OCR token: '"):
         vqa_files.load_textvqa(bare, notes)
-    assert vqa_files.load_textvqa(bare, notes, ocr=False)[0].answers[0] == "1999"
     said = [{"question_id": image["question_id"], "prompt": a["text"], "text": str(n)} for n, a in enumerate(asked)]
     answers = vqa_uploads.read_answers(lines(tmp_path / "answers.jsonl", *said[::-1]), questions)
     assert answers == ["0", "1"]
@@ -108,7 +100,7 @@ def test_answers_that_do_not_fit_are_explained(tmp_path):
     assert vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", row), questions) == ["a", None]
     with pytest.raises(SanError, match="answers the question 0 twice"):
         vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", row, row), questions)
-    with pytest.raises(SanError, match="answers 1 questions that are not asked, such as 9"):
+    with pytest.raises(SanError, match="answers 1 unknown questions, such as 9"):
         vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", {**row, "question_id": 9}), questions)
     with pytest.raises(SanError, match="1 of 2 rows have no text, the first is row 1"):
         vqa_uploads.read_answers(lines(tmp_path / "a.jsonl", row, {"question_id": 1}), questions)
@@ -122,12 +114,12 @@ def test_answers_that_do_not_fit_are_explained(tmp_path):
 def test_gqa(tmp_path):
     row = {"imageId": "n161313", "question": "Is it overcast?", "answer": "no", "isBalanced": True}
     notes = dump(tmp_path / "testdev_balanced_questions.json", {"201307251": row})
-    (question,) = vqa_files.load_gqa(notes)
-    assert question == Question("201307251", "n161313.jpg", f"Is it overcast?\n{SHORT}", ("no",))
-    asked = {"question_id": "201307251", "image": "n161313.jpg", "text": question.text, "category": "default"}
-    assert vqa_files.load_gqa(notes, lines(tmp_path / "llava_gqa.jsonl", asked)) == [question]
-    with pytest.raises(SanError, match="no file of GQA"):
-        vqa_files.load_gqa(dump(tmp_path / "list.json", [row]))
+    text = f"Is it overcast?\n{SHORT}"
+    asked = {"question_id": "201307251", "image": "n161313.jpg", "text": text, "category": "default"}
+    asked = lines(tmp_path / "llava_gqa.jsonl", asked)
+    assert vqa_files.load_gqa(notes, asked) == [Question("201307251", "n161313.jpg", text, ("no",))]
+    with pytest.raises(SanError, match=r"list.json.* GQA"):
+        vqa_files.load_gqa(dump(tmp_path / "list.json", [row]), asked)
 
 
 def test_pope(tmp_path):
@@ -162,7 +154,7 @@ def test_pope(tmp_path):
     path = tmp_path / "coco_pope_popular.json"
     whole = path.read_text()
     path.write_text(whole.replace('"label": "no"', '"label": "maybe"'))
-    said = r"coco_pope_popular.json: the answer to the question 1 is 'maybe'; it has to be one of yes, no\."
+    said = r"coco_pope_popular.json: the answer to the question 1 is 'maybe'.* yes, no\."
     with pytest.raises(SanError, match=said):
         vqa_files.load_pope(tmp_path / "llava_pope_test.jsonl", tmp_path)
     path.write_text(whole)
@@ -174,34 +166,31 @@ def test_pope(tmp_path):
 
 
 def test_scienceqa(tmp_path):
-    base = {"question": "Which is it?", "choices": ["cat", "bus"], "answer": 1, "hint": "Look.", "image": "image.png"}
-    problems = {"4": base, "5": {**base, "image": None}, "6": {**base, "hint": ""}, "7": base}
+    base = {"choices": ["cat", "bus"], "answer": 1, "image": "image.png"}
+    problems = {"4": base, "5": {**base, "image": None}, "6": base, "7": base}
     dump(tmp_path / "problems.json", problems)
     dump(tmp_path / "pid_splits.json", {"train": ["7"], "test": ["4", "5", "6"]})
-    questions = vqa_files.load_sqa(tmp_path)
-    choices = f"\nA. cat\nB. bus\n{LETTER}"
-    assert questions == [
-        Question("4", "4/image.png", f"Context: Look.\nWhich is it?{choices}", ("B",), options=("cat", "bus")),
-        Question("6", "6/image.png", f"Which is it?{choices}", ("B",), options=("cat", "bus")),
-    ]
     own = [
         {"id": key, "image": f"{key}/image.png", "conversations": [{"from": "human", "value": f"Q{key}\n<image>"}]}
         for key in ("4", "6")
     ]
-    asked = vqa_files.load_sqa(tmp_path, questions=dump(tmp_path / "llava_test_CQM-A.json", own))
-    assert [q.text for q in asked] == [f"Q4\n{LETTER}", f"Q6\n{LETTER}"]
+    asked = dump(tmp_path / "llava_test_CQM-A.json", own)
+    assert vqa_files.load_sqa(tmp_path, asked) == [
+        Question("4", "4/image.png", f"Q4\n{LETTER}", ("B",), options=("cat", "bus")),
+        Question("6", "6/image.png", f"Q6\n{LETTER}", ("B",), options=("cat", "bus")),
+    ]
     with pytest.raises(SanError, match="does not ask the question 6"):
-        vqa_files.load_sqa(tmp_path, questions=dump(tmp_path / "few.json", own[:1]))
+        vqa_files.load_sqa(tmp_path, dump(tmp_path / "few.json", own[:1]))
     with pytest.raises(SanError, match="has no split 'val', only train, test"):
-        vqa_files.load_sqa(tmp_path, "val")
-    said = r"problems.json: the answer to the question '4' is {}; it has to be one of 0 \(cat\), 1 \(bus\)\."
+        vqa_files.load_sqa(tmp_path, asked, "val")
+    said = r"problems.json: the answer to the question '4' is {}; .* 0 \(cat\), 1 \(bus\)\."
     for answer in (2, -1, "B"):
         dump(tmp_path / "problems.json", {**problems, "4": {**base, "answer": answer}})
         with pytest.raises(SanError, match=said.format(repr(answer))):
-            vqa_files.load_sqa(tmp_path)
+            vqa_files.load_sqa(tmp_path, asked)
     dump(tmp_path / "problems.json", {"4": base, "5": base})
-    with pytest.raises(SanError, match=r"problems.json: 1 of 3 rows have no question, the first is row 2"):
-        vqa_files.load_sqa(tmp_path)
+    with pytest.raises(SanError, match=r"problems.json: 1 of 3 rows have no choices, the first is row 2"):
+        vqa_files.load_sqa(tmp_path, asked)
 
 
 COLUMNS = "index question hint A B C D answer category image source l2-category comment split".split()
@@ -229,12 +218,10 @@ def test_mmbench(table):
     assert (questions[2].text, questions[2].answers) == (f"Why\nso?\nA. x\nB. y\n{LETTER}", ())
     assert vqa_files.with_rotations(questions[:2]) == questions[:2]
     table.write_text("index\tquestion\tA\tB\timage\tanswer\n1\tWhat?\tx\ty\tAAAA\tC\n")
-    with pytest.raises(
-        SanError, match=r"tsv: the answer to the question '1' is 'C'; it has to be one of A \(x\), B \(y\)"
-    ):
+    with pytest.raises(SanError, match=r"tsv: the answer to the question '1' is 'C'.* A \(x\), B \(y\)"):
         vqa_files.load_mmbench(table)
     table.write_text("index\tquestion\tA\tB\timage\n1\tWhat?\tx\ty\t#!\n")
-    with pytest.raises(SanError, match="index 1: the image is no base64"):
+    with pytest.raises(SanError, match="index 1: the image is not base64"):
         vqa_files.load_mmbench(table)
     table.write_text("index\tquestion\n1\tWhat?\n")
     with pytest.raises(SanError, match="has no column A, B, image"):
@@ -255,7 +242,7 @@ def test_mmbenchs_upload_is_a_table_without_openpyxl(table, tmp_path, monkeypatc
         path = vqa_uploads.write_mmbench(tmp_path / "up.xlsx", table, vqa_files.load_mmbench(table), ["B", None, "A"])
     assert path == tmp_path / "up.tsv"
     said = lines(tmp_path / "said.jsonl", {"question_id": 7, "text": "B"}, {"question_id": 8, "text": "A"})
-    with pytest.raises(SanError, match=r"up.tsv is there already. Choose another file with --out"):
+    with pytest.raises(SanError, match=r"up.tsv already exists"):
         submission(said, "mmbench", table, tmp_path / "up.xlsx")
     with pytest.warns(UserWarning, match="openpyxl is not installed"):
         assert submission(said, "mmbench", table, tmp_path / "other.xlsx").read_bytes() == path.read_bytes()
@@ -276,5 +263,5 @@ def test_mmbenchs_upload_is_a_spreadsheet_with_openpyxl(table, tmp_path, monkeyp
 @pytest.mark.parametrize("answers", ["red", [{"reply": "red"}], [3], None])
 def test_answers_that_are_none_are_named(tmp_path, answers):
     row = {"image": "a.jpg", "question": "What is it?", "answers": answers}
-    with pytest.raises(SanError, match=r"val.json: the answers to 'a.jpg' are .*; they have to be a list of texts"):
+    with pytest.raises(SanError, match=r"val.json: the answers to 'a.jpg' are "):
         vqa_files.load_vizwiz(dump(tmp_path / "val.json", [row]))
