@@ -128,7 +128,8 @@ def test_where_each_scale_acts(llama, capsys):
 
 def test_the_reference_scheme_needs_a_patch_embedding(llama, capsys):
     line = failure(capsys, str(llama), "--scheme", "reference")
-    assert "no patch embedding starts this model's stream" in line
+    assert "patch embedding" in line
+    assert "'reference'" in line
     assert "'feedforward'" in line
 
 
