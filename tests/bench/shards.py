@@ -45,6 +45,6 @@ def in_shards(wanted: bool) -> Iterator[None]:
                         fully_shard(module)
                     fully_shard(trainer.model)
 
-            patch.setattr(train, "Engine", Sharding)
+            patch.setattr(train, "ShardedModel", Sharding)
             patch.setattr(accelerate.Accelerator, "prepare_model", lambda _self, model, **_: model)
         yield

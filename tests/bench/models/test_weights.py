@@ -99,7 +99,7 @@ def test_an_adapter_on_a_model_of_another_size_is_named(kind, place, tmp_path):
     config = llama(len(llama2())).config
     config.intermediate_size = 48
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(SanError, match=r"other shapes|leads from 64 to 64") as error:
+    with pytest.raises(SanError, match=r"other shapes|from 64 to 64") as error:
         load_model(tmp_path / "run")
     assert "48" in str(error.value)
     assert "64" in str(error.value)
