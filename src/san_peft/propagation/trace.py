@@ -131,16 +131,22 @@ def _layers(model: nn.Module, embeddings: Collection[str]) -> dict[str, nn.Modul
     return found
 
 
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """Returns all names of each parameter by its `id`; a tied parameter has several, a shared module counts once."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return found
+
+
 def _tied(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     """Returns the layers with a tied weight, and the name of another module that holds it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in {id(p) for p in module._parameters.values() if p is not None}:
-            owners.setdefault(parameter, []).append(name)
-    found = {}
+    names, found = parameter_names(model), {}
     for layer in layers:
         weight = model.get_submodule(layer)._parameters.get("weight")
-        others = [name for name in owners.get(id(weight), ()) if name != layer]
+        holders = [name.rpartition(".")[0] for name in names.get(id(weight), ())] if weight is not None else []
+        others = [name for name in holders if name != layer]
         if others:
             found[layer] = others[0]
     return found

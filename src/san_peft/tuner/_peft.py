@@ -27,6 +27,7 @@ from peft.utils import AuxiliaryTrainingWrapper, transformers_weight_conversion
 from torch import nn
 
 from san_peft.errors import AdapterError, MergeError
+from san_peft.propagation.trace import parameter_names
 from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.mixed import check_samples
 from san_peft.tuner.sharded import is_sharded
@@ -290,15 +291,12 @@ class Tuner(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         layers: dict[str, Any] = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
-        owners: dict[int, list[str]] = {}
-        for path, module in self.model.named_modules():  # named_modules yields a shared module once
-            for name, parameter in module._parameters.items():
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+        names = parameter_names(self.model)
         for name, layer in layers.items():
             base: Any = layer.get_base_layer()
             layer.check_dense()
             weight: Any = stored_weight(base)
-            shared = owners.get(id(weight), [])
+            shared = names.get(id(weight), [])
             if len(shared) > 1:
                 raise MergeError(
                     f"{name} cannot be merged: its weight is tied ({', '.join(shared)}), so merging would change every "

@@ -98,7 +98,7 @@ def _selected(
     for edge in edges:
         _check_parallel(edge.posterior, names[edge.posterior])
     if graph.layers:
-        foreign = _is_foreign(graph, config, modules)
+        foreign = _is_foreign(graph, config, modules.values())
         placement = {
             "norms": {norm.fqn: list(norm.readers) for norm in graph.norms},
             "overwritten": [layer.fqn for layer in graph.layers if layer.overwritten or foreign],
@@ -106,14 +106,14 @@ def _selected(
     return edges, placement
 
 
-def _is_foreign(graph: PropagationGraph, config: SanConfig, names: dict[str, nn.Module]) -> bool:
+def _is_foreign(graph: PropagationGraph, config: SanConfig, modules: Iterable[nn.Module]) -> bool:
     """Returns whether a user-supplied graph has no in-place outputs although the model has in-place modules.
 
     It may then be the graph of another model with the same layers, such as one with other activations.
     """
     if isinstance(config.propagation, str) or any(layer.overwritten for layer in graph.layers):
         return False
-    return any(getattr(module, "inplace", False) is True for module in names.values())
+    return any(getattr(module, "inplace", False) is True for module in modules)
 
 
 def _chosen(
@@ -136,7 +136,10 @@ def _chosen(
             f"first layer is {chosen[0]}."
         )
     if config.inner is not None:
-        reasons = {n: _unfit(config, model, n, names[n]) for n in kept}
+        inner = config.inner_config()
+        reasons = {
+            n: unfit(config.inner["peft_type"], _plain(names[n])) or _peft.refusal(inner, model, n) for n in kept
+        }
         fitting = [n for n in kept if reasons[n] is None]
         if fitting and len(fitting) < len(kept):
             first = next(n for n in kept if reasons[n])
@@ -147,12 +150,6 @@ def _chosen(
             )
             kept = fitting
     return exactly(kept, (name for name, _ in model.named_modules()))
-
-
-def _unfit(config: SanConfig, model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Returns why the host cannot adapt a layer, or `None` if it can."""
-    inner: Any = config.inner
-    return unfit(inner["peft_type"], _plain(module)) or _peft.refusal(config.inner_config(), model, name)
 
 
 def exactly(chosen: Iterable[str], every: Iterable[str]) -> set[str] | str:
