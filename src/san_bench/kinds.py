@@ -9,14 +9,14 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Kind:
+class DataKind:
     """A kind of data. Entries are import paths, resolved on use, since most of them import torch.
 
     Attributes:
         key: A key that only recipes of this kind have.
         recipe: Recipe class, as `module:class`.
         domain: Class that loads, trains on and scores its data.
-        check: Function that checks its data, with the arguments of `san_bench.datacheck.check.examine`.
+        check: Function that checks its data, which takes a suite, a folder and `CheckOptions`.
         checks: Suites that `check` handles: the part of the name before the slash.
     """
 
@@ -28,21 +28,21 @@ class Kind:
 
 
 KINDS = {
-    "vision_language": Kind(
+    "vision_language": DataKind(
         key="conversation",
         recipe="san_bench.vision_language.recipe:ConversationRecipe",
         domain="san_bench.vision_language.domain:Conversations",
         check="san_bench.vision_language.check:examine",
         checks=("llava", "conversations"),
     ),
-    "language": Kind(
+    "language": DataKind(
         key="text",
         recipe="san_bench.language.recipe:TextRecipe",
         domain="san_bench.language.domain:Texts",
         check="san_bench.language.check:examine",
         checks=("commonsense",),
     ),
-    "image": Kind(
+    "image": DataKind(
         key="input",
         recipe="san_bench.image.recipe:ImageRecipe",
         domain="san_bench.image.domain:Images",

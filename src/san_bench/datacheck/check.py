@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from san_bench.config.strict import suggest
-from san_bench.datacheck.found import Found
+from san_bench.datacheck.found import CheckOptions, Found
 from san_bench.kinds import KINDS, check_of
 from san_peft.errors import SanError
 
@@ -21,7 +21,7 @@ def examine(suite: str, folder: Path, images: bool = True, workers: int | None =
         folder: Data folder.
         images: Also decodes every image and finds duplicates.
         workers: Threads that read images; by default one per CPU core, up to eight.
-        **options: See `san_bench.image.check.examine`: `manifest`, `write_checksums`, `checksums`, `progress`.
+        **options: The others of `CheckOptions`.
 
     Returns:
         Report for each dataset, in the order of the tasks.
@@ -33,7 +33,7 @@ def examine(suite: str, folder: Path, images: bool = True, workers: int | None =
     if check is None:
         known = [name for kind in reversed(KINDS.values()) for name in kind.checks]
         raise SanError(f"Unknown data {suite!r}.{suggest(suite.partition('/')[0], known)}")
-    return check(suite, folder, images, workers, **options)
+    return check(suite, folder, CheckOptions(images, workers, **options))
 
 
 def check_command(

@@ -13,8 +13,29 @@ from typing import Any, Literal
 
 import numpy as np
 
-from san_bench.datacheck.manifest import Facts
+from san_bench.datacheck.manifest import Facts, Manifest
 from san_peft.errors import SanError
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Options of a data check; a kind of data uses those that apply to it.
+
+    Attributes:
+        images: Also decodes every image and finds duplicates.
+        workers: Threads that read images; by default one per CPU core, up to eight.
+        manifest: Expected data; by default the manifest of the suite.
+        write_checksums: File to write the checksums of all lists, tables and images to.
+        checksums: File of checksums to compare with.
+        progress: Shows a progress bar.
+    """
+
+    images: bool = True
+    workers: int | None = None
+    manifest: Manifest | None = None
+    write_checksums: Path | None = None
+    checksums: Path | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True)

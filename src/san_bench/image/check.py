@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from san_bench.config.strict import suggest
-from san_bench.datacheck.found import Found, Problem
+from san_bench.datacheck.found import CheckOptions, Found, Problem
 from san_bench.datacheck.manifest import SUITES, Manifest, load_manifest
 from san_bench.image import fgvc, folders, vtab
 from san_bench.image.splits import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
@@ -37,28 +37,14 @@ CHUNK = 64
 """Images per task of a worker thread."""
 
 
-def examine(
-    suite: str,
-    folder: Path,
-    images: bool = True,
-    workers: int | None = None,
-    manifest: Manifest | None = None,
-    write_checksums: Path | None = None,
-    checksums: Path | None = None,
-    progress: bool = False,
-) -> list[Found]:
+def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
     """Validates the data of a suite and collects all problems.
 
     Args:
         suite: `vtab`, `fgvc` or `gic`; one of their datasets, such as `vtab/cifar`; or `folder` or `datasets` for your
             own images.
         folder: Data folder.
-        images: Also decodes every image and finds duplicates.
-        workers: Threads that read images; by default one per CPU core, up to eight.
-        manifest: Expected data; by default the manifest of the suite.
-        write_checksums: File to write, with the checksums of all lists, tables and images.
-        checksums: Checksum file to compare with.
-        progress: Shows a progress bar.
+        options: All of them apply.
 
     Returns:
         Report for each dataset, in the order of the tasks.
@@ -68,18 +54,19 @@ def examine(
     """
     from rich.progress import Progress
 
-    if not images and (write_checksums or checksums):
+    checksums, write_checksums = options.checksums, options.write_checksums
+    if not options.images and (write_checksums or checksums):
         raise SanError("Checksums cover the images: leave out --no-images.")
     expected = _parse(checksums) if checksums else {}
-    found = _read(suite, folder, manifest)
-    if not images:
+    found = _read(suite, folder, options.manifest)
+    if not options.images:
         for one in found:
             _look_for_files(one)
         return found
     sums: dict[str, str] = {}
     total = sum(len(split) for one in found for _, split in _parts(one))
-    workers = workers or min(8, os.cpu_count() or 1)
-    with Progress(disable=not progress) as bar, ThreadPoolExecutor(workers) as pool:
+    workers = options.workers or min(8, os.cpu_count() or 1)
+    with Progress(disable=not options.progress) as bar, ThreadPoolExecutor(workers) as pool:
         line = bar.add_task("reading images", total=total)
         for one in found:
             columns = {name: _survey(one, name, split, pool, partial(bar.advance, line)) for name, split in _parts(one)}

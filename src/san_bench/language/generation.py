@@ -26,20 +26,16 @@ NEW_TOKENS = 32
 """Maximum number of new tokens in the published protocol."""
 
 
-@dataclass(frozen=True)
-class TaskAnswers:
-    """Answers of a model to the questions of a task.
+@dataclass(frozen=True, kw_only=True)
+class ScoredAnswers:
+    """Predicted answers to the questions of a task.
 
     Attributes:
-        task: Name of the task.
         correct: Number of correct answers.
-        unanswered: Number of texts without an answer; they count as wrong.
-        rows: Every question with reference answer, generated text, predicted answer, and correctness.
+        rows: Every question with reference answer, predicted answer, and what led to the prediction.
     """
 
-    task: str
     correct: int
-    unanswered: int
     rows: tuple[dict[str, Any], ...]
 
     @property
@@ -51,6 +47,19 @@ class TaskAnswers:
     def accuracy(self) -> float:
         """Fraction of correct answers."""
         return self.correct / self.n
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAnswers(ScoredAnswers):
+    """Generated answers to the questions of a task; the rows have the generated text.
+
+    Attributes:
+        task: Name of the task.
+        unanswered: Number of texts without an answer; they count as wrong.
+    """
+
+    task: str
+    unanswered: int
 
 
 def answer_task(
@@ -104,7 +113,8 @@ def answer_task(
             }
         )
     correct = sum(row["correct"] for row in rows)
-    return TaskAnswers(task, correct, sum(row["predicted"] is None for row in rows), tuple(rows))
+    unanswered = sum(row["predicted"] is None for row in rows)
+    return TaskAnswers(task=task, correct=correct, unanswered=unanswered, rows=tuple(rows))
 
 
 def response(text: str) -> str:

@@ -8,42 +8,18 @@ instead of option names; `choose` uses our own records.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from san_bench.language.commonsense import TASKS, find_task
-from san_bench.language.generation import batches, scoring
+from san_bench.language.generation import ScoredAnswers, batches, scoring
 from san_bench.language.instructions import Questions
 from san_bench.language.prompts import Collator, Template, prompt
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import gather_results, rank_indices
 from san_peft.errors import SanError
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The most likely answers to the questions of a task.
-
-    Attributes:
-        correct: Number of correct answers.
-        rows: Every question with reference answer, predicted answer, and the log-likelihood of each answer.
-    """
-
-    correct: int
-    rows: tuple[dict[str, Any], ...]
-
-    @property
-    def n(self) -> int:
-        """Number of questions."""
-        return len(self.rows)
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct answers."""
-        return self.correct / self.n
 
 
 def choose(
@@ -52,7 +28,7 @@ def choose(
     questions: Questions,
     template: Template,
     batch_size: int,
-) -> Choices:
+) -> ScoredAnswers:
     """Selects for each question the answer whose output is most likely after the prompt.
 
     The output for another answer is that of the record with the last occurrence of the correct answer replaced.
@@ -98,7 +74,7 @@ def choose(
                 "log_likelihoods": dict(zip(answers, own, strict=True)),
             }
         )
-    return Choices(sum(row["correct"] for row in rows), tuple(rows))
+    return ScoredAnswers(correct=sum(row["correct"] for row in rows), rows=tuple(rows))
 
 
 def log_likelihoods(

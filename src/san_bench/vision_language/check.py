@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from san_bench.config.strict import suggest
-from san_bench.datacheck.found import Found
+from san_bench.datacheck.found import CheckOptions, Found
 from san_bench.vision_language.images import problems_of_images, survey
 from san_bench.vision_language.recipe import BENCHMARKS
 from san_bench.vision_language.records import read_conversations
@@ -14,27 +14,13 @@ from san_bench.vision_language.tasks import MIX, TEST, TRAIN, benchmark_folder, 
 from san_peft.errors import SanError
 
 
-def examine(
-    suite: str,
-    folder: Path,
-    images: bool = True,
-    workers: int | None = None,
-    manifest: None = None,
-    write_checksums: Path | None = None,
-    checksums: Path | None = None,
-    progress: bool = False,
-) -> list[Found]:
+def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
     """Validates records and questions and collects all problems.
 
     Args:
         suite: `llava`, one of its benchmarks, such as `llava/gqa`, or `conversations`.
         folder: Data folder; see `san_bench.vision_language.tasks`.
-        images: Decodes every image; otherwise only finds missing ones.
-        workers: Threads that read images; by default one per CPU core, up to eight.
-        manifest: Ignored.
-        write_checksums: Not supported.
-        checksums: Not supported.
-        progress: Ignored.
+        options: Of these, `images` (else only missing images are found) and `workers`.
 
     Returns:
         Reports: for `llava` of the training mix and the benchmarks, where absent benchmarks are not a problem unless
@@ -43,10 +29,11 @@ def examine(
     Raises:
         SanError: If the folder or benchmark does not exist, or checksums are requested.
     """
-    if write_checksums or checksums:
+    if options.write_checksums or options.checksums:
         raise SanError(f"Checksums are not supported for {suite}. Compare the task_fingerprint of runs instead.")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
+    images, workers = options.images, options.workers
     kind, _, part = suite.partition("/")
     if kind == "conversations":
         if part:
