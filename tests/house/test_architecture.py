@@ -76,10 +76,15 @@ def imports(nodes: Iterator[ast.AST]) -> Iterator[tuple[int, str]]:
 
 def at_top(path: Path) -> Iterator[ast.AST]:
     """Nodes that run on import, so nothing inside functions or `if TYPE_CHECKING`."""
+    return run(path, functions=False)
+
+
+def run(path: Path, functions: bool = True) -> Iterator[ast.AST]:
+    """Nodes that run at some time, so nothing inside `if TYPE_CHECKING`."""
     todo: list[ast.AST] = [tree_of(path)]
     while todo:
         node = todo.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if not functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             todo.extend(node.orelse)
@@ -158,7 +163,7 @@ def test_no_circle_between_files(package):
     }
     needs = {}
     for module, path in modules.items():
-        names = [name for _, name in imports(at_top(path))]
+        names = [name for _, name in imports(run(path))]
         found = {name if name in modules else name.rpartition(".")[0] for name in names}
         needs[module] = (found & modules.keys()) - {module, package}
     assert_no_circle(needs)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
 
 from san_peft.errors import GraphError
 from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.graph import Edge, PropagationGraph
+from san_peft.propagation.edges import Edge
 from san_peft.propagation.rules import ATTENTION, GATED, is_activation
+
+if TYPE_CHECKING:
+    from san_peft.propagation.graph import PropagationGraph
 
 SCHEMES = ("all", "exact", "feedforward", "reference", "none")
 ABLATIONS = ("reversed", "skip-one", "permuted", "shuffled")
@@ -37,6 +41,7 @@ def select(graph: PropagationGraph, scheme: str) -> PropagationGraph:
         GraphError: For an unknown scheme, or `reference` on a model that is not a vision transformer.
 
     Example:
+        >>> from san_peft import PropagationGraph
         >>> edge = Edge("fc1", "fc2", ChannelMap.identity(4), via=("gelu",))
         >>> len(select(PropagationGraph([edge]), "feedforward")), len(select(PropagationGraph([edge]), "exact"))
         (1, 0)
