@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from san_peft.decomposition import floored, low_rank_scales
 from san_peft.functional import propagate, strengthen
 from san_peft.rounding import HALF
-from san_peft.scaling import NEAR_ZERO, SALT, Factor, near_zero, plain_operations, undo_scale
+from san_peft.scaling import NEAR_ZERO, SALT, Factor, plain_operations, undo_scale
 from san_peft.tuner.decompose import over_norm
 from san_peft.tuner.layout import ScaleLayout
 from san_peft.tuner.quantized import row_matrix
@@ -203,8 +204,25 @@ def _gated(layout: ScaleLayout, inputs: Tensor) -> Tensor:
     return inputs * torch.where(layout.fed, gate, torch.ones_like(gate))  # type: ignore[arg-type]
 
 
+def _parts_of(layout: ScaleLayout) -> dict[str, tuple[str, list[tuple[str, int]]]]:
+    """Returns, for each vector, the field of `Vectors` that it fills, and the names and sizes of its parts."""
+    own, placed, dora, shifted = (
+        [(layer.san_name, layer.out_features) for layer in layers]
+        for layers in ([*layout.own, *layout.both], layout.placed, layout.dora, layout.shifted)
+    )
+    return {
+        "own": ("scale", own),
+        "alone": ("scale", placed),
+        "magnitude": ("magnitude", dora),
+        "inputs": ("input_scale", layout.inputs),
+        "shift": ("shift", shifted),
+        "placed": ("placed", dora),
+        "offset": ("offset", dora),
+    }
+
+
 def hand_out(
-    layout: ScaleLayout, vectors: Whole, dtype: torch.dtype, exact: bool, leaves: Any = None
+    layout: ScaleLayout, vectors: Whole, dtype: torch.dtype, near: dict[str, list[bool]] | None, leaves: Any = None
 ) -> tuple[dict[str, Vectors], dict[str, Factor]]:
     """Splits the vectors of an adapter into those of its layers and norms.
 
@@ -212,28 +230,17 @@ def hand_out(
         layout: The positions of the layers in the vectors.
         vectors: The vectors.
         dtype: The compute dtype of the frozen layers.
-        exact: Whether layers compute gradients of factors without dividing by them.
+        near: For each vector which of its parts have an entry near zero, so that gradients are computed without
+            dividing by it, see `Watch`; `None` stands for all parts of all vectors.
         leaves: For each vector whether its parts are detached leaves that require gradients; `None` keeps the graph.
     """
-    own, placed, dora, shifted = (
-        [(layer.san_name, layer.out_features) for layer in layers]
-        for layers in ([*layout.own, *layout.both], layout.placed, layout.dora, layout.shifted)
-    )
     found: dict[str, dict[str, Any]] = {}
 
-    def cut(field: str, vector: Tensor, sizes: list[int], deferred: bool = False) -> Sequence[Tensor]:
+    def cut(field: str, vector: Tensor, sizes: list[int], deferred: list[bool] | None = None) -> Sequence[Tensor]:
         slots = _cut(vector, sizes, deferred)
         return slots if leaves is None else [slot.detach().requires_grad_(getattr(leaves, field)) for slot in slots]
 
-    for field, kind, parts in (
-        ("own", "scale", own),
-        ("alone", "scale", placed),
-        ("magnitude", "magnitude", dora),
-        ("inputs", "input_scale", layout.inputs),
-        ("shift", "shift", shifted),
-        ("placed", "placed", dora),
-        ("offset", "offset", dora),
-    ):
+    for field, (kind, parts) in _parts_of(layout).items():
         vector = getattr(vectors, field)
         if vector is None:
             continue
@@ -241,11 +248,14 @@ def hand_out(
         if kind in ("shift", "placed", "offset"):
             values: Any = cut(field, vector, sizes)
         else:
-            deferred = kind != "input_scale" and not exact
+            exact = [True] * len(sizes) if near is None else near.get(field) or [False] * len(sizes)
+            deferred = [kind != "input_scale" and not one for one in exact]
             low = vector.detach().to(dtype).split(sizes) if dtype in HALF else [None] * len(sizes)
             slots = cut(field, vector, sizes, deferred)
-            rest = (not exact, deferred, SALT[kind])
-            values = [Factor(slot, small, *rest) for slot, small in zip(slots, low, strict=True)]
+            values = [
+                Factor(slot, small, not one, later, SALT[kind])
+                for slot, small, one, later in zip(slots, low, exact, deferred, strict=True)
+            ]
         for (fqn, _), value in zip(parts, values, strict=True):
             found.setdefault(fqn, {})[kind] = value
     if vectors.lora is not None:
@@ -272,44 +282,70 @@ def _cast(layout: ScaleLayout, dtype: torch.dtype) -> Tensor | None:
     return _Cast.apply(dtype, *weights)
 
 
-def factors_with_gradients(vectors: Whole) -> list[Tensor]:
-    """Returns the vectors of factors that require gradients."""
-    given = (vectors.own, vectors.alone, vectors.magnitude, vectors.inputs)
-    return [vector for vector in given if vector is not None and vector.requires_grad]
-
-
 class Watch:
-    """Detects scales near zero. On a GPU the result is one pass late, to avoid a synchronisation."""
+    """Detects layers with a scale near zero. On a GPU the result is one pass late, to avoid a synchronisation."""
 
     def __init__(self) -> None:
-        self.seen = False
-        self._flag: Tensor | None = None
-        self._event: Any = None
+        self._of: tuple[ScaleLayout, list[str]] | None = None
+        self._owners = self._flags = self._event = None
+        self._seen: dict[str, list[bool]] = {}
 
-    def near_zero(self, vectors: list[Tensor]) -> bool:
-        """Returns whether a vector has an entry near zero."""
-        if not vectors or vectors[0].device.type != "cuda":
-            return any(near_zero(vector) for vector in vectors)
+    def near_zero(self, layout: ScaleLayout, vectors: Whole) -> dict[str, list[bool]]:
+        """Returns for each vector of factors which of its parts have an entry near zero.
+
+        Vectors without gradients are left out.
+        """
+        given = {field: getattr(vectors, field) for field in ("own", "alone", "magnitude", "inputs")}
+        given = {field: vector for field, vector in given.items() if vector is not None and vector.requires_grad}
+        if not given:
+            return {}
+        parts = _parts_of(layout)
+        sizes = {field: [size for _, size in parts[field][1]] for field in given}
+        if next(iter(given.values())).device.type == "cuda":
+            return self._one_late(layout, given, sizes)
+        return {field: _near_zero(vector, sizes[field]) for field, vector in given.items()}
+
+    def _one_late(
+        self, layout: ScaleLayout, given: dict[str, Tensor], sizes: dict[str, list[int]]
+    ) -> dict[str, list[bool]]:
+        first = next(iter(given.values()))
+        if self._of is None or self._of[0] is not layout or self._of[1] != list(given):
+            self._of, self._seen, self._event = (layout, list(given)), {}, None
+            counts = torch.tensor([size for field in given for size in sizes[field]])
+            self._owners = torch.repeat_interleave(counts).to(first.device)
+            self._flags = torch.zeros(len(counts), dtype=torch.bool, pin_memory=True)
         if self._event is not None and self._event.query():
-            self.seen = bool(self._flag.numpy()[0])  # type: ignore[union-attr]
+            flags = iter(self._flags.tolist())  # type: ignore[union-attr]
+            self._seen = {field: [next(flags) for _ in sizes[field]] for field in given}
             self._event = None
         if self._event is None:
-            if self._flag is None:
-                self._flag = torch.zeros(1, dtype=torch.bool, pin_memory=True)
-            lowest = torch.stack([vector.detach().abs().amin() for vector in vectors]).amin()
-            self._flag.copy_((lowest < NEAR_ZERO).view(1), non_blocking=True)
+            magnitudes = torch.cat([vector.detach().to(first.device) for vector in given.values()]).abs()
+            lowest = magnitudes.new_full(self._flags.shape, NEAR_ZERO)  # type: ignore[union-attr]
+            lowest.scatter_reduce_(0, self._owners, magnitudes, "amin")  # type: ignore[arg-type]
+            self._flags.copy_(lowest < NEAR_ZERO, non_blocking=True)  # type: ignore[union-attr]
             self._event = torch.cuda.Event()
             self._event.record()
-        return self.seen
+        return self._seen
+
+
+def _near_zero(vector: Tensor, sizes: list[int]) -> list[bool]:
+    """Returns which parts of a vector have an entry near zero; none off the CPU, to avoid a synchronisation."""
+    if vector.device.type != "cpu":
+        return [False] * len(sizes)
+    magnitudes = np.abs(vector.detach().numpy())
+    if magnitudes.min(initial=NEAR_ZERO) >= NEAR_ZERO:
+        return [False] * len(sizes)
+    starts = np.cumsum([0, *sizes[:-1]])
+    return (np.minimum.reduceat(magnitudes, starts) < NEAR_ZERO).tolist()
 
 
 class _Cut(torch.autograd.Function):
     """Splits a vector; its backward pass divides by the scales once for all layers that deferred the division."""
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, sizes: list[int], deferred: bool) -> Any:
+    def forward(ctx: Any, vector: Tensor, sizes: list[int], deferred: list[bool]) -> Any:
         ctx.sizes, ctx.deferred = sizes, deferred
-        ctx.save_for_backward(vector if deferred else None)
+        ctx.save_for_backward(vector if any(deferred) else None)
         ctx.like = vector.dtype, vector.device
         ctx.set_materialize_grads(False)
         return tuple(vector.split(sizes))
@@ -322,14 +358,18 @@ class _Cut(torch.autograd.Function):
             torch.zeros(size, dtype=dtype, device=device) if grad is None else grad
             for grad, size in zip(grads, ctx.sizes, strict=True)
         ]
-        total = torch.cat(parts)
-        return undo_scale(total, vector) if ctx.deferred else total, None, None
+        if vector is None:
+            return torch.cat(parts), None, None
+        if all(ctx.deferred):
+            return undo_scale(torch.cat(parts), vector), None, None
+        each = zip(parts, vector.split(ctx.sizes), ctx.deferred, strict=True)
+        return torch.cat([undo_scale(part, scale) if later else part for part, scale, later in each]), None, None
 
 
-def _cut(vector: Tensor, sizes: list[int], deferred: bool = False) -> Sequence[Tensor]:
+def _cut(vector: Tensor, sizes: list[int], deferred: list[bool] | None = None) -> Sequence[Tensor]:
     if plain_operations() or not (torch.is_grad_enabled() and vector.requires_grad):
         return vector.split(sizes)
-    return _Cut.apply(vector, sizes, deferred)
+    return _Cut.apply(vector, sizes, deferred or [False] * len(sizes))
 
 
 class _Cast(torch.autograd.Function):

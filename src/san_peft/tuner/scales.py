@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from san_peft.scaling import Factor, plain_operations
 from san_peft.tuner.checkpointing import checkpointed, knows_regions, region
-from san_peft.tuner.fill import NOTHING, Vectors, Watch, combined, factors_with_gradients, fill, hand_out
+from san_peft.tuner.fill import NOTHING, Vectors, Watch, Whole, combined, fill, hand_out
 from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.layout import ScaleLayout, lay_out_scales
 from san_peft.tuner.norms import bind, bound_to, norm_at
@@ -292,14 +292,14 @@ class Scales:
                 if layout is None:
                     return None
                 vectors = fill(layout, dtype)
-                exact = not single or self._exact(factors_with_gradients(vectors))
-                made.vectors[name], norms = hand_out(layout, vectors, dtype, exact)
+                near = self._near_zero(layout, vectors) if single else None
+                made.vectors[name], norms = hand_out(layout, vectors, dtype, near)
                 made.norms.update(norms)
-                filled.append((layout, vectors, dtype, exact))
+                filled.append((layout, vectors, dtype, near))
         if trained and filled and not compiling:
             values = [type(one)(*(None if v is None else v.detach() for v in one)) for _, one, _, _ in filled]
             needs = [type(one)(*(v is not None and v.requires_grad for v in one)) for _, one, _, _ in filled]
-            rest = [(layout, dtype, exact) for layout, _, dtype, exact in filled]
+            rest = [(layout, dtype, near) for layout, _, dtype, near in filled]
             made.recall = self._recall = Recall(list(zip(values, needs, rest, strict=True)))
         if stamp is not None:
             try:
@@ -333,8 +333,8 @@ class Scales:
         if recall.again is None:
             recall.again = Pass()
             with torch.no_grad():  # recomputation must save the same tensors as the forward pass, and none of these
-                for values, needs, (layout, dtype, exact) in recall.parts:
-                    recall.again.vectors[layout.name], norms = hand_out(layout, values, dtype, exact, needs)
+                for values, needs, (layout, dtype, near) in recall.parts:
+                    recall.again.vectors[layout.name], norms = hand_out(layout, values, dtype, near, needs)
                     recall.again.norms.update(norms)
         return recall.again
 
@@ -397,9 +397,11 @@ class Scales:
             return None
         return found
 
-    def _exact(self, factors: list[Tensor]) -> bool:
-        """Returns whether layers compute gradients of factors without dividing by them, as some are near zero."""
-        return plain_operations() or not torch.is_grad_enabled() or self._watch.near_zero(factors)
+    def _near_zero(self, layout: ScaleLayout, vectors: Whole) -> dict[str, list[bool]] | None:
+        """Returns which parts of the vectors have an entry near zero; `None` if no gradient may divide by a scale."""
+        if plain_operations() or not torch.is_grad_enabled():
+            return None
+        return self._watch.near_zero(layout, vectors)
 
     def _weight(self) -> Tensor | None:
         layer = next(iter(self.layers.values()), None)
