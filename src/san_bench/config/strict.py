@@ -1,37 +1,72 @@
 """Strict, frozen models read from YAML. All problems are reported at once, with line, key and suggestion.
 
-Used for recipes, protocols and suites. Every key is required, and unknown keys are errors.
+Used for recipes, protocols and suites. Unknown keys are errors, and so are missing keys without a default value.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 
 class Strict(BaseModel):
-    """Frozen base model: every key is required and unknown keys are errors."""
+    """Frozen base model: unknown keys are errors, and values are not converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the values as JSON types, without those of `later` fields that have their default."""
+        data = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            key, value = field.alias or name, getattr(self, name)
+            if (field.json_schema_extra or {}) == LATER and value == field.default:
+                del data[key]
+            elif isinstance(value, Strict):
+                data[key] = value.settings()
+        return data
+
+
+LATER = {"later": True}
+"""Mark of a field that earlier versions did not have."""
+
+
+def later(default: Any, **options: Any) -> Any:
+    """Returns a field that earlier versions did not have: at its default, a recipe keeps its fingerprint.
+
+    Args:
+        default: Default value, with which a run is the same as before the field existed.
+        options: Other options of pydantic's `Field`.
+    """
+    return Field(default, json_schema_extra=LATER, **options)
 
 
 Model = TypeVar("Model", bound=Strict)
 Loc = tuple[str, ...]
+Lines = dict[Loc, str]
+"""Origin of every key, as `FILE:LINE` or `command line`."""
+
+COMMAND_LINE = "command line"
+"""Origin of overrides."""
+
+MOST_KEYS, DEEPEST = 10_000, 20
+"""Largest number of keys and list items in a file, and of levels. YAML aliases can expand a few lines to billions."""
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[tuple[Loc, str]]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines, list[tuple[Loc, str]]]:
     """Reads a mapping from a YAML file.
 
     Returns:
-        The data, the line of every key, and problems that YAML itself accepts, such as duplicate keys.
+        The data, the place of every key, and problems that YAML itself accepts, such as duplicate keys.
 
     Raises:
         SanError: If the file is not YAML, or not a mapping.
@@ -40,7 +75,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[t
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
         if isinstance(root, yaml.MappingNode):
-            lines, problems = _lines(root)
+            lines, problems = _lines(root, path)
             data = _Loader("").construct_document(root)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date
         mark = getattr(error, "problem_mark", None)
@@ -74,26 +109,34 @@ class File:
     Attributes:
         path: The file.
         data: The mapping, with overrides applied.
-        lines: Line of every key; `None` for overrides.
+        lines: Place of every key.
         problems: Problems that YAML itself accepts.
     """
 
     path: Path
     data: dict[str, Any]
-    lines: dict[Loc, int | None]
+    lines: Lines
     problems: list[tuple[Loc, str]]
+
+    def forget(self, loc: Loc) -> None:
+        """Forgets the places of a key and of those under it."""
+        for known in [known for known in self.lines if known[: len(loc)] == loc]:
+            del self.lines[known]
+
+    def override(self, overrides: Mapping[str, Any] | Sequence[str]) -> File:
+        """Sets values by dotted key, and returns the file; see `read_model`."""
+        for key, value in parse_overrides(overrides).items():
+            put(self.data, key, value)
+            loc = tuple(key.split("."))
+            for depth in range(1, len(loc)):
+                self.lines.setdefault(loc[:depth], COMMAND_LINE)
+            self.lines[loc] = COMMAND_LINE
+        return self
 
 
 def read_file(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> File:
     """Reads a YAML file and applies overrides; see `read_model`."""
-    data, lines, problems = read_yaml(path)
-    for key, value in parse_overrides(overrides).items():
-        put(data, key, value)
-        *parents, last = key.split(".")
-        for depth in range(1, len(parents) + 1):
-            lines.setdefault(tuple(parents[:depth]), None)
-        lines[(*parents, last)] = None
-    return File(path, data, lines, problems)
+    return File(path, *read_yaml(path)).override(overrides)
 
 
 def check_file(model: type[Model], file: File) -> Model:
@@ -135,7 +178,7 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise san_error(f"--set {key}: {parent!r} is a value and has no keys.")
+            raise san_error(f"{COMMAND_LINE}: {key}: {parent!r} is a value and has no keys.")
     place[last] = value
 
 
@@ -172,10 +215,15 @@ def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
 
 
 def san_error(message: str) -> Exception:
-    """Returns a `SanError`; the import is deferred because it imports torch."""
-    from san_peft.errors import SanError
-
-    return SanError(message)
+    """Returns a `SanError`, without importing torch."""
+    name = "san_peft.errors"
+    if name not in sys.modules:  # an import statement would import the whole package, which takes seconds
+        (folder,) = find_spec("san_peft").submodule_search_locations  # type: ignore[union-attr]
+        spec: Any = spec_from_file_location(name, Path(folder) / "errors.py")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name].SanError(message)
 
 
 class _Loader(yaml.SafeLoader):
@@ -190,37 +238,49 @@ _Loader.add_implicit_resolver(
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise san_error(f"--set {text}: write key=value, such as optimizer.lr=1e-3.")
+        raise san_error(f"{COMMAND_LINE}: {text}: write key=value, such as optimizer.lr=1e-3.")
     try:
         return key, yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise san_error(f"--set {text}: {value!r} is not YAML.") from error
+        raise san_error(f"{COMMAND_LINE}: {text}: {_short(value)} is not YAML.") from error
 
 
-def _lines(root: yaml.MappingNode) -> tuple[dict[Loc, int | None], list[tuple[Loc, str]]]:
-    """Returns the line of every key, and duplicate keys (YAML would silently keep the last)."""
-    lines: dict[Loc, int | None] = {}
+def _lines(root: yaml.MappingNode, path: Path) -> tuple[Lines, list[tuple[Loc, str]]]:
+    """Returns the place of every key and list item, and duplicate keys (YAML would silently keep the last).
+
+    Raises:
+        ValueError: If aliases make the file too large.
+    """
+    lines: Lines = {}
     twice: list[tuple[Loc, str]] = []
-
-    def walk(node: yaml.Node, loc: Loc) -> Iterator[None]:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*loc, str(key.value))
-                if here in lines:
-                    twice.append((here, f"is a duplicate key, first in line {lines[here]}"))
-                lines[here] = key.start_mark.line + 1
-                yield from walk(value, here)
-
-    list(walk(root, ()))
+    todo: list[tuple[yaml.Node, Loc]] = [(root, ())]
+    for node, loc in todo:  # grows meanwhile
+        if len(todo) > MOST_KEYS or len(loc) > DEEPEST:
+            raise ValueError(f"more than {MOST_KEYS:,} keys, or {DEEPEST} levels, after expanding the YAML aliases")
+        keyed = isinstance(node, yaml.MappingNode)
+        pairs = node.value if keyed else [(None, item) for item in node.value] if _is_list(node) else []
+        for place, (key, value) in enumerate(pairs):
+            here = (*loc, str(key.value) if keyed else str(place))
+            if here in lines:
+                twice.append((here, f"is a duplicate key, first in line {lines[here].rpartition(':')[2]}"))
+            lines[here] = f"{path}:{(key if keyed else value).start_mark.line + 1}"
+            todo.append((value, here))
     return lines, twice
 
 
-def _place(path: Path, lines: Mapping[Loc, int | None], loc: Loc) -> str:
+def _is_list(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode)
+
+
+def _place(path: Path, lines: Mapping[Loc, str], loc: Loc) -> str:
     known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
-    line = lines.get(known)
-    if known and line is None:
-        return f"--set {'.'.join(loc)}"
-    return f"{path}{f':{line}' if line else ''}: {'.'.join(loc) or 'recipe'}"
+    return f"{lines.get(known, path)}: {'.'.join(loc) or 'recipe'}"
+
+
+def _short(value: Any) -> str:
+    """Returns a value as it is shown in messages: at most some 80 characters, cut after a whole word."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80].rpartition(' ')[0] or text[:80]} ..."
 
 
 def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
@@ -232,18 +292,28 @@ def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
         key, _, text = str(error["ctx"]["error"]).partition("|")  # validators prefix the key: "key|text"
         return (*loc, *([key] if text else [])), f"{text or key}."
     if kind == "extra_forbidden":
-        return loc, f"unknown key.{suggest(loc[-1], model.model_fields)}"
+        return loc, f"unknown key.{suggest(loc[-1], _keys(model))}"
     if kind == "missing":
-        return loc, "is missing; there are no default values."
+        return loc, "is missing, and has no default value."
     if kind == "union_tag_invalid":
         tag = given.get("kind") if isinstance(given, Mapping) else given
-        return (*loc, "kind"), f"unknown {loc[-1]} {tag!r}.{suggest(str(tag), kinds)}"
+        return (*loc, "kind"), f"unknown {loc[-1]} {_short(tag)}.{suggest(str(tag), kinds)}"
     if kind == "union_tag_not_found":
         return (*loc, "kind"), f"is missing. Choose from {', '.join(kinds)}."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return loc, f"{given!r} is not valid.{suggest(str(given), choices)}"
-    return loc, f"{error['msg'][0].lower()}{error['msg'][1:]}, but it is {given!r}."
+        return loc, f"{_short(given)} is not valid.{suggest(str(given), choices)}"
+    said = WANTED.get(kind, f"{error['msg'][0].lower()}{error['msg'][1:]}")
+    return loc, f"{said}, but it is {_short(given)}."
+
+
+WANTED = {
+    "tuple_type": "input should be a list such as [a, b]",
+    "dict_type": "input should be a mapping of keys to values",
+    "model_type": "input should be a mapping of keys to values",
+    "model_attributes_type": "input should be a mapping of keys to values",
+}
+"""What a value should be, in the words of YAML instead of pydantic's."""
 
 
 def _resolve(model: type[BaseModel], raw: Sequence[str]) -> tuple[Loc, type[BaseModel], dict[str, type[BaseModel]]]:
@@ -254,7 +324,7 @@ def _resolve(model: type[BaseModel], raw: Sequence[str]) -> tuple[Loc, type[Base
     while rest:
         key = rest.pop(0)
         loc.append(key)
-        field: FieldInfo | None = model.model_fields.get(key)
+        field: FieldInfo | None = _keys(model).get(key)
         if field is None:
             break
         inner = _models(field.annotation)
@@ -275,6 +345,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Returns the fields of a model by their keys in YAML."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _is_mapping(annotation: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.config.recipe import Recipe, check_splits, check_weights
+from san_bench.config.recipe import MOST, Recipe, check_splits, check_weights
 from san_bench.config.strict import Strict, suggest
 
 TASKS = ("mini-language", "commonsense", "instructions")
@@ -31,11 +31,11 @@ class Text(Strict):
         packing: Packs a batch into one row without padding; attention stays within each record.
     """
 
-    template: Literal["legacy", "clean"]
-    loss_on: Literal["full", "answer"]
-    cutoff: int = Field(ge=2)
-    pad: str = Field(min_length=1)
-    packing: bool
+    template: Literal["legacy", "clean"] = "clean"
+    loss_on: Literal["full", "answer"] = "answer"
+    cutoff: int = Field(1024, ge=2)
+    pad: str = Field("auto", min_length=1)
+    packing: bool = False
 
 
 class Scoring(Strict):
@@ -53,9 +53,9 @@ class Scoring(Strict):
     ways: Annotated[
         tuple[Literal["generation", "likelihood", "exact", "lm-eval"], ...], Field(min_length=1, strict=False)
     ]
-    batch_size: int = Field(ge=1)
-    beams: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    batch_size: int = Field(16, ge=1, le=MOST)
+    beams: int = Field(1, ge=1, le=1000)
+    max_new_tokens: int = Field(64, ge=1, le=MOST)
 
     @field_validator("ways")
     @classmethod
@@ -82,16 +82,16 @@ class TextRecipe(Recipe):
         scoring: Evaluation settings.
         gradient_checkpointing: Recomputes activations in the backward pass to save memory.
         selection: Checkpoint selection. `last`: after the last step. `best-val`: the epoch with the smallest validation
-            loss.
+            loss, or the evaluation with `eval_steps`.
     """
 
-    train_split: Literal["train", "trainval"]
-    eval_split: Literal["val", "test"]
-    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"]
+    train_split: Literal["train", "trainval"] = "train"
+    eval_split: Literal["val", "test"] = "test"
+    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"] = "fp32"
     text: Text
     scoring: Scoring
-    gradient_checkpointing: bool
-    selection: Literal["last", "best-val"]
+    gradient_checkpointing: bool = False
+    selection: Literal["last", "best-val"] = "last"
 
     @field_validator("task")
     @classmethod
