@@ -165,7 +165,7 @@ class Recipe(Strict):
     @property
     def fingerprint(self) -> str:
         """The sha256 of the recipe as canonical JSON, without `output`, `data` and `later` fields at their default."""
-        settings = {key: value for key, value in self.settings().items() if key not in ("output", "data")}
+        settings = {key: value for key, value in self.canonical().items() if key not in ("output", "data")}
         text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

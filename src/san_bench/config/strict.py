@@ -24,7 +24,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
-    def settings(self) -> dict[str, Any]:
+    def canonical(self) -> dict[str, Any]:
         """Returns the values as JSON types, without those of `later` fields that have their default."""
         data = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
@@ -32,7 +32,7 @@ class Strict(BaseModel):
             if (field.json_schema_extra or {}) == LATER and value == field.default:
                 del data[key]
             elif isinstance(value, Strict):
-                data[key] = value.settings()
+                data[key] = value.canonical()
         return data
 
 
