@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,7 +53,7 @@ class Init:
         try:
             return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
         except EOFError as error:
-            raise san_error("The input ended before all questions were answered. Give --yes, or all options.") from error
+            raise san_error("The input ended before the last answer. Give --yes, or all options.") from error
 
 
 @dataclass(frozen=True)
@@ -116,15 +115,15 @@ class Train:
 
         from san_bench.run.launch import launch_command
 
+        found, cpus = torch.cuda.device_count(), os.cpu_count() or 1
         if self.gpus is None:
-            raise san_error(f"--shard {self.shard} needs a number of GPUs. Add --gpus {torch.cuda.device_count() or 8}.")
-        found = torch.cuda.device_count()
-        if not 1 <= self.gpus <= (found or os.cpu_count() or 1):
-            what = f"GPUs: this machine has {found}" if found else f"processes: there is no GPU, but {os.cpu_count()} CPUs"
-            raise san_error(f"--gpus {self.gpus} is not a possible number of {what}.")
+            raise san_error(f"--shard {self.shard} needs the number of GPUs. Add --gpus {found or 8}.")
+        if not 1 <= self.gpus <= (found or cpus):
+            here = f"{found} GPUs" if found else f"no GPU, and {cpus} CPUs"
+            raise san_error(f"--gpus {self.gpus} does not fit this machine, which has {here}.")
+        if not found and self.shard:
+            raise san_error(f"--shard {self.shard} needs a GPU, and this machine has none. Leave it out.")
         if not found:
-            if self.shard:
-                raise san_error(f"--shard {self.shard} needs a GPU, and there is none. Leave it out to train on the CPU.")
             print(f"There is no GPU: {self.gpus} processes train on the CPU.", flush=True)
         words = ["train", self.recipe, *self.overrides, *self.set]
         words += ["--dry-run"] if self.dry_run else []
@@ -171,23 +170,19 @@ class Runs:
 
     def run(self) -> None:
         """Prints a table of the runs."""
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
         from san_bench.run.listing import list_runs
 
         found = list_runs(self.folder)
         if not found:
             print(f"There are no runs in {self.folder}.")
             return
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in ("run", "task", "method", "state", "score"):
-            table.add_column(title, overflow="fold")
-        for run in found:
-            row = (str(run.folder), run.task, run.method, run.state, run.score)
-            table.add_row(*(Text(" ".join(word.split())) for word in row))
-        Console(soft_wrap=not sys.stdout.isatty()).print(table)
+        rows = [(str(run.folder), run.task, run.method, run.state, run.score) for run in found]
+        lines = [
+            [" ".join(word.split()) for word in row] for row in (("run", "task", "method", "state", "score"), *rows)
+        ]
+        widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+        for line in lines:
+            print("  ".join(f"{word:<{width}}" for word, width in zip(line, widths, strict=True)).rstrip())
 
 
 def by_task_and_way(result: dict[str, Any]) -> dict[str, str]:

@@ -41,8 +41,8 @@ def document_kind(name: str | Path) -> tuple[str, Path]:
     data, _, _ = read_yaml(Path(name))
     if {"groups", "methods"} & data.keys():
         return "suite", Path(name)
-    whole = {"extends", "task", "model", "method", "output"} & data.keys()
-    return ("recipe" if whole or "optimizer" not in data else "protocol"), Path(name)
+    named = {"extends", "task", "model", "method", "output"} & data.keys()  # a protocol leaves these to the suite
+    return ("recipe" if named else "protocol"), Path(name)
 
 
 def check_document(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tuple[str, Any]:
@@ -71,7 +71,7 @@ def check_document(name: str | Path, overrides: Mapping[str, Any] | Sequence[str
     file = read_file(path, overrides)
     data = copy.deepcopy(file.data)
     task = "llava" if (data.get("answering") or {}).get("benchmarks") else "mini-vl"
-    task = task if "conversation" in data else "mini-language" if "text" in data else "digits"
+    task = task if "conversation" in data else "commonsense" if "text" in data else "digits"
     for missing, value in {**PLACEHOLDERS, "task": task}.items():
         put(data, missing, value)
     check_file(recipe_class(data), replace(file, data=data))

@@ -37,7 +37,6 @@ from san_bench.config.strict import (
 )
 from san_bench.kinds import recipe_class
 
-
 MOST = 1_000_000
 """Upper limit of batch sizes, epochs and other counts; larger values are mistakes."""
 

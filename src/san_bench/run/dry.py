@@ -64,7 +64,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "trained parameters": f"{sum(trained.values()):,} of {every:,} ({sum(trained.values()) / every:.2%})",
         "of these in the head": f"{trained['head']:,}",
         "steps": f"{steps:,} of {recipe.optimizer.batch_size} {domain.items}, in {recipe.optimizer.epochs} epochs",
-        "seconds per step": "one step only" if seconds is None else f"{seconds:.3f}, measured on {len(journal.ends)} steps",
+        "seconds per step": "unknown" if seconds is None else f"{seconds:.3f}, measured on {len(journal.ends)} steps",
         "training time": "unknown" if seconds is None else _duration(seconds * steps),
         **{f"memory: {part}": f"{size / 2**20:,.1f} MiB" for part, size in parts.items()},
         "memory: sum": f"{sum(parts.values()) / 2**20:,.1f} MiB",
