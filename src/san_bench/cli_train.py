@@ -176,10 +176,9 @@ class Runs:
         if not found:
             print(f"There are no runs in {self.folder}.")
             return
-        rows = [(str(run.folder), run.task, run.method, run.state, run.score) for run in found]
-        lines = [
-            [" ".join(word.split()) for word in row] for row in (("run", "task", "method", "state", "score"), *rows)
-        ]
+        titles = ("run", "task", "method", "state", "score")
+        rows = [titles, *((str(run.folder), run.task, run.method, run.state, run.score) for run in found)]
+        lines = [[" ".join(word.split()) for word in row] for row in rows]
         widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
         for line in lines:
             print("  ".join(f"{word:<{width}}" for word, width in zip(line, widths, strict=True)).rstrip())

@@ -16,10 +16,10 @@ Propagation = Literal[
 Targets = Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | Literal["all-linear"]
 
 
-Exponent = Annotated[float, Field(ge=-100, le=100)]
+Exponent = Annotated[float, Field(ge=-1000, le=1000)]
 """Exponent of propagated scales."""
 
-Rank = Annotated[int, Field(ge=1, le=1_000_000)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class Adapter(Strict):

@@ -37,9 +37,6 @@ from san_bench.config.strict import (
 )
 from san_bench.kinds import recipe_class
 
-MOST = 1_000_000
-"""Upper limit of batch sizes, epochs and other counts; larger values are mistakes."""
-
 
 class Optimizer(Strict):
     """Optimizer and learning rate schedule, which steps once per optimizer step.
@@ -62,13 +59,13 @@ class Optimizer(Strict):
     """
 
     kind: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e6)
     weight_decay: float = Field(0.0, ge=0)
     decay_vectors: bool = False
-    epochs: int = Field(ge=1, le=MOST)
-    max_steps: int | None = later(None, ge=1, le=MOST)
-    batch_size: int = Field(ge=1, le=MOST)
-    accumulation: int = Field(1, ge=1, le=MOST)
+    epochs: int = Field(ge=1, le=2**20)
+    max_steps: int | None = later(None, ge=1, le=2**20)
+    batch_size: int = Field(ge=1, le=2**20)
+    accumulation: int = Field(1, ge=1, le=2**20)
     warmup: float = Field(0.0, ge=0, lt=1)
     warmup_lr: float = Field(0.0, ge=0, lt=1)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -132,10 +129,10 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0, lt=2**32)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
-    data_workers: int = Field(0, ge=0, le=1024)
+    data_workers: int = Field(0, ge=0, le=256)
     checkpoint_steps: int = Field(0, ge=0)
-    eval_steps: int = later(0, ge=0, le=MOST)
-    patience: int | None = later(None, ge=1, le=MOST)
+    eval_steps: int = later(0, ge=0, le=2**20)
+    patience: int | None = later(None, ge=1, le=2**20)
     output: str = Field(min_length=1)
 
     @field_validator("model")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -29,14 +29,14 @@ class Strict(BaseModel):
         data = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             key, value = field.alias or name, getattr(self, name)
-            if (field.json_schema_extra or {}) == LATER and value == field.default:
-                del data[key]
-            elif isinstance(value, Strict):
+            if field.json_schema_extra == LATER and value == field.default:
+                data.pop(key, None)
+            elif key in data and isinstance(value, Strict):
                 data[key] = value.canonical()
         return data
 
 
-LATER = {"later": True}
+LATER: Any = {"later": True}
 """Mark of a field that earlier versions did not have."""
 
 
@@ -57,9 +57,6 @@ Lines = dict[Loc, str]
 
 COMMAND_LINE = "command line"
 """Origin of overrides."""
-
-MOST_KEYS, DEEPEST = 10_000, 20
-"""Largest number of keys and list items in a file, and of levels. YAML aliases can expand a few lines to billions."""
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines, list[tuple[Loc, str]]]:
@@ -242,45 +239,30 @@ def _parse_override(text: str) -> tuple[str, Any]:
     try:
         return key, yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise san_error(f"{COMMAND_LINE}: {text}: {_short(value)} is not YAML.") from error
+        raise san_error(f"{COMMAND_LINE}: {text}: {value!r} is not YAML.") from error
 
 
 def _lines(root: yaml.MappingNode, path: Path) -> tuple[Lines, list[tuple[Loc, str]]]:
-    """Returns the place of every key and list item, and duplicate keys (YAML would silently keep the last).
-
-    Raises:
-        ValueError: If aliases make the file too large.
-    """
+    """Returns the place of every key, and duplicate keys (YAML would silently keep the last)."""
     lines: Lines = {}
     twice: list[tuple[Loc, str]] = []
-    todo: list[tuple[yaml.Node, Loc]] = [(root, ())]
-    for node, loc in todo:  # grows meanwhile
-        if len(todo) > MOST_KEYS or len(loc) > DEEPEST:
-            raise ValueError(f"more than {MOST_KEYS:,} keys, or {DEEPEST} levels, after expanding the YAML aliases")
-        keyed = isinstance(node, yaml.MappingNode)
-        pairs = node.value if keyed else [(None, item) for item in node.value] if _is_list(node) else []
-        for place, (key, value) in enumerate(pairs):
-            here = (*loc, str(key.value) if keyed else str(place))
-            if here in lines:
-                twice.append((here, f"is a duplicate key, first in line {lines[here].rpartition(':')[2]}"))
-            lines[here] = f"{path}:{(key if keyed else value).start_mark.line + 1}"
-            todo.append((value, here))
+
+    def walk(node: yaml.Node, loc: Loc) -> Iterator[None]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*loc, str(key.value))
+                if here in lines:
+                    twice.append((here, f"is a duplicate key, first in line {lines[here].rpartition(':')[2]}"))
+                lines[here] = f"{path}:{key.start_mark.line + 1}"
+                yield from walk(value, here)
+
+    list(walk(root, ()))
     return lines, twice
-
-
-def _is_list(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.SequenceNode)
 
 
 def _place(path: Path, lines: Mapping[Loc, str], loc: Loc) -> str:
     known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
     return f"{lines.get(known, path)}: {'.'.join(loc) or 'recipe'}"
-
-
-def _short(value: Any) -> str:
-    """Returns a value as it is shown in messages: at most some 80 characters, cut after a whole word."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80].rpartition(' ')[0] or text[:80]} ..."
 
 
 def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
@@ -297,14 +279,14 @@ def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
         return loc, "is missing, and has no default value."
     if kind == "union_tag_invalid":
         tag = given.get("kind") if isinstance(given, Mapping) else given
-        return (*loc, "kind"), f"unknown {loc[-1]} {_short(tag)}.{suggest(str(tag), kinds)}"
+        return (*loc, "kind"), f"unknown {loc[-1]} {tag!r}.{suggest(str(tag), kinds)}"
     if kind == "union_tag_not_found":
         return (*loc, "kind"), f"is missing. Choose from {', '.join(kinds)}."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return loc, f"{_short(given)} is not valid.{suggest(str(given), choices)}"
+        return loc, f"{given!r} is not valid.{suggest(str(given), choices)}"
     said = WANTED.get(kind, f"{error['msg'][0].lower()}{error['msg'][1:]}")
-    return loc, f"{said}, but it is {_short(given)}."
+    return loc, f"{said}, but it is {given!r}."
 
 
 WANTED = {

@@ -35,7 +35,7 @@ class Input(Strict):
             for the range 0 to 1.
     """
 
-    size: int | None = Field(None, ge=1, le=16_384)
+    size: int | None = Field(None, ge=1, le=4096)
     resize: Literal["squash", "crop"] = "crop"
     crop_pct: float | None = Field(None, gt=0, le=1)
     interpolation: Literal["checkpoint", "bilinear", "bicubic"] = "checkpoint"

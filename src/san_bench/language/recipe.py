@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.config.recipe import MOST, Recipe, check_splits, check_weights
+from san_bench.config.recipe import Recipe, check_splits, check_weights
 from san_bench.config.strict import Strict, suggest
 
 TASKS = ("mini-language", "commonsense", "instructions")
@@ -33,7 +33,7 @@ class Text(Strict):
 
     template: Literal["legacy", "clean"] = "clean"
     loss_on: Literal["full", "answer"] = "answer"
-    cutoff: int = Field(1024, ge=2)
+    cutoff: int = Field(1024, ge=2, le=2**24)
     pad: str = Field("auto", min_length=1)
     packing: bool = False
 
@@ -53,9 +53,9 @@ class Scoring(Strict):
     ways: Annotated[
         tuple[Literal["generation", "likelihood", "exact", "lm-eval"], ...], Field(min_length=1, strict=False)
     ]
-    batch_size: int = Field(16, ge=1, le=MOST)
-    beams: int = Field(1, ge=1, le=1000)
-    max_new_tokens: int = Field(64, ge=1, le=MOST)
+    batch_size: int = Field(16, ge=1, le=2**20)
+    beams: int = Field(1, ge=1, le=1024)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
 
     @field_validator("ways")
     @classmethod

@@ -213,7 +213,7 @@ def export_host(run: str | Path, out: str | Path) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         complete = Path(scratch) / "adapter"
-        model.save_pretrained(complete)
+        model.save_pretrained(str(complete))
         complete.replace(folder)
     return {"folder": str(folder), "kind": kind.removeprefix("san-"), "max_abs_difference": difference}
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from san_bench.config.recipe import MOST, Recipe, check_splits, check_weights
+from san_bench.config.recipe import Recipe, check_splits, check_weights
 from san_bench.config.strict import Strict, suggest
 
 TASKS = ("llava", "conversations", "mini-vl")
@@ -49,8 +49,8 @@ class Answering(Strict):
     """
 
     benchmarks: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    batch_size: int = Field(16, ge=1, le=MOST)
-    max_new_tokens: int = Field(64, ge=1, le=MOST)
+    batch_size: int = Field(16, ge=1, le=2**20)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
 
     @field_validator("benchmarks")
     @classmethod
