@@ -102,7 +102,7 @@ class SanOver(Adapter):
     dropout: float | None = Field(0.0, ge=0, lt=1)
     targets: Targets | None = "all-linear"
     propagation: Propagation = "all"
-    decomposition: Literal["norm", "projection"] = "norm"
+    decomposition: Literal["norm", "projection", "feature"] = "norm"
     exponent: Exponent = 1.0
     bound: float | None = None
     detach: bool = False
