@@ -198,6 +198,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{did_you_mean(word, words)} Choose from {', '.join(words)}."
 
 
+def counted(number: int, word: str) -> str:
+    """Returns a number with its noun, such as `1 run` or `2,000 runs`.
+
+    Example:
+        >>> counted(1, "run"), counted(2000, "run")
+        ('1 run', '2,000 runs')
+    """
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
     """Returns the name of a task without its suite prefix.
 
