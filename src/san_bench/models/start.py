@@ -89,9 +89,10 @@ def with_start(model: Any, recipe: Recipe) -> Any:
     except (RuntimeError, KeyError, OSError, SafetensorError) as error:
         said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise san_error(f"The adapter in {folder} does not fit {recipe.model}: {said}") from error
-    missing = [str(one.message) for one in caught if "missing adapter keys" in str(one.message)]
-    if missing:
-        raise san_error(f"The adapter in {folder} is incomplete for {recipe.model}: {missing[0]}")
+    for one in caught:
+        if "missing adapter keys" in str(one.message):
+            raise san_error(f"The adapter in {folder} is incomplete for {recipe.model}: {one.message}")
+        warnings.warn(one.message, one.category, stacklevel=2)
     if method.from_ is not None:
         _check_settings(method, model.peft_config["default"], folder)
         return model

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tests.bench.small import built, short_recipe, small_scale, small_task
+from tests.bench.small import SIZES, built, short_recipe, small_scale, small_task
+from transformers import EarlyStoppingCallback
 
 from san_bench import cli
 from san_bench.image.domain import Images
@@ -17,6 +18,7 @@ from san_bench.models.start import check_start
 from san_bench.run.dry import dry_run
 from san_bench.run.evaluate import evaluate
 from san_bench.run.train import train
+from san_bench.run.trainer import make_trainer
 from san_peft import GraphError, SanError, detach_san, trace
 
 LORA = "hosts/lora"
@@ -124,6 +126,23 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path):
     assert parts["memory: activations of 16 images"] > 10
 
 
+def test_controls_are_those_of_the_trainer(tmp_path):
+    changes = {"train_split": "train800", "selection": "best-val", "eval_steps": 2, "patience": 3}
+    recipe = short_recipe("linear", tmp_path, **changes, optimizer__max_steps=5, checkpoint_steps=3)
+    trainer, _ = make_trainer(built(recipe), Images(recipe, small_task()), tmp_path)
+    arguments = trainer.args
+    assert (arguments.max_steps, arguments.eval_steps, arguments.save_steps) == (5, 2, 2)
+    assert (arguments.eval_strategy, arguments.save_strategy) == ("steps", "steps")
+    assert (arguments.load_best_model_at_end, arguments.metric_for_best_model) == (True, "accuracy")
+    assert len(trainer.eval_dataset) == SIZES["val200"], "never the test split"
+    stops = [one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+    assert [one.early_stopping_patience for one in stops] == [3]
+    plain = short_recipe("linear", tmp_path)
+    trainer, _ = make_trainer(built(plain), Images(plain, small_task()), tmp_path)
+    assert (trainer.args.eval_strategy, trainer.args.max_steps, trainer.eval_dataset) == ("no", -1, None)
+
+
+@pytest.mark.slow
 def test_training_is_evaluated_stopped_early_and_limited(tmp_path):
     """With a rate that changes nothing, no evaluation is better than the first."""
     changes = {"train_split": "train800", "selection": "best-val", "eval_steps": 1, "patience": 1}
@@ -150,6 +169,7 @@ def test_a_finished_run_is_trained_on(kind, tmp_path, capsys):
     more = json.loads((tmp_path / "more" / "result.json").read_text())
     losses = [json.loads(line).get("loss") for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines()]
     assert losses[0] < 2.2, "an untrained head has a loss of about ln 10"
+    assert list(more["start_sha256"]) == ["adapter_model.safetensors"]
     assert more["trainable_parameters"] == result["trainable_parameters"]
     assert evaluate(tmp_path / "more")["predictions_sha256"] == more["predictions_sha256"]
     cli.main(["train", str(tmp_path / "first.yaml")])
