@@ -164,6 +164,11 @@ def test_training_data_is_not_what_stops_or_selects(changes, said):
     assert said in message("demo/san", changes)
 
 
+def test_a_list_is_not_called_a_tuple():
+    said = message("language/san", ["scoring.ways=exact"])
+    assert said == "command line: scoring.ways: input should be a list such as [a, b], but it is 'exact'."
+
+
 def test_a_wrong_override_is_refused_before_torch_is_imported():
     program = (
         "import sys, time\nfrom san_bench import cli\nbegan = time.perf_counter()\n"
