@@ -330,17 +330,6 @@ def test_latex_escapes_everything():
     ]
 
 
-def test_a_line_break_in_a_name_stays_in_its_cell():
-    table = ResultTable("a\nb", ("Method", "n\n"), ((Cell("evil\n| name"), Cell("3\r\n4")),), ())
-    assert to_markdown(table).splitlines() == [
-        "**a b**",
-        "",
-        "| Method | n |",
-        "| :-- | :-- |",
-        r"| evil \| name | 3 4 |",
-    ]
-
-
 def test_markdown_keeps_bars_within_cells():
     assert to_markdown(PLAIN).splitlines() == [
         "**50% & more_#1**",
