@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.table
 from rich.console import Console
 
 from san_bench.config.strict import did_you_mean, san_error
-from san_bench.report.origin import label, origin
+from san_bench.report.origin import origin, verified
 from san_bench.report.tables import render
 from san_bench.report.tables.compare import cost_table, difference_table, means_table, modes_table, task_tables
 from san_bench.report.tables.estimate import wilson
@@ -36,6 +35,16 @@ COLUMNS = (
     "Peak memory growth, MiB",
 )
 """Columns of the demo's table."""
+
+LABELS = {
+    "san": "SAN",
+    "linear": "linear probe",
+    "ssf": "SSF",
+    "lora-equal": "LoRA, rank 1 (as many parameters as SAN)",
+    "lora-r8": "LoRA, rank 8",
+    "full": "full fine-tuning",
+}
+"""Names of the demo's methods in its table."""
 
 
 def tables(rows: Sequence[Row], published: bool = True, reference: str | None = None) -> list[ResultTable]:
@@ -117,7 +126,7 @@ def demo_cells(row: Row) -> tuple[Cell, ...]:
     low, high = wilson(row["correct"], row["n_test"])
     trained, head = row["trainable_parameters"], row["trainable_head"]
     return (
-        Cell(label(row["run"])),
+        Cell(LABELS.get(row["method"], row["method"])),
         Cell(f"{row['accuracy']:.1%}", row["accuracy"]),
         Cell(f"{100 * low:.1f}–{100 * high:.1f}%", low),
         Cell(f"{row['correct']} / {row['n_test']}", row["correct"]),
@@ -131,17 +140,8 @@ def demo_cells(row: Row) -> tuple[Cell, ...]:
 
 def demo_table(rows: Sequence[Row], command: str) -> ResultTable:
     """Builds the demo's table, with notes and provenance."""
-    return ResultTable("", COLUMNS, tuple(map(demo_cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
-
-
-def demo_to_rich(rows: Sequence[Row]) -> rich.table.Table:
-    """Renders the demo's table for the terminal."""
-    return render.to_rich(demo_table(rows, ""))
-
-
-def demo_to_markdown(rows: Sequence[Row], command: str) -> str:
-    """Renders the demo's table as Markdown, followed by notes and provenance."""
-    return render.to_markdown(demo_table(rows, command))
+    said = [notes(rows), *verified(rows), *origin(rows, command).split("\n\n")]
+    return ResultTable("", COLUMNS, tuple(map(demo_cells, rows)), tuple(said))
 
 
 def notes(rows: Sequence[Row]) -> str:
