@@ -67,7 +67,7 @@ def tables(rows: Sequence[Row], published: bool = True, reference: str | None = 
     for section in sections(rows):
         fits = published and section.split == "test" and section.way in ("", "generation")
         papers = published_rows(section.family, backbone_of(section.model)) if fits else []
-        made += [means_table(section, papers)] if section.groups else []
+        made += [means_table(section, papers)] if section.groups and len(section.tasks) > 1 else []
         made += task_tables(section, papers)
         differences = difference_table(section, reference)
         modes = modes_table(section)
@@ -124,9 +124,9 @@ def table_command(
 def demo_cells(row: Row) -> tuple[Cell, ...]:
     """Formats a result of the demo as the cells of `COLUMNS`."""
     low, high = wilson(row["correct"], row["n_test"])
-    trained, head = row["trainable_parameters"], row["trainable_head"]
+    name, trained, head = str(row["method"]), row["trainable_parameters"], row["trainable_head"]
     return (
-        Cell(LABELS.get(row["method"], row["method"])),
+        Cell(LABELS.get(name, name)),
         Cell(f"{row['accuracy']:.1%}", row["accuracy"]),
         Cell(f"{100 * low:.1f}–{100 * high:.1f}%", low),
         Cell(f"{row['correct']} / {row['n_test']}", row["correct"]),
