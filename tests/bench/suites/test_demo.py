@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.bench import jobs
 from tests.bench.small import SHORT, SIZES, small_scale
 
 from san_bench import cli
 from san_bench.config.recipe import load_recipe, shipped
 from san_bench.config.suite import Choice, load_suite, plan
-from san_bench.image import tasks as vision
 from san_bench.report.tables.render import to_markdown
 from san_bench.report.tables.table import COLUMNS, demo_cells, demo_table, notes, origin, table_command, wilson
 from san_bench.run import train as training
 from san_bench.suites import demo as demo_module
 from san_bench.suites.demo import demo
-from san_bench.suites.engines import Outcome, attempt, import_path, in_fresh_process
+from san_bench.suites.engines import Outcome, attempt, import_path
 from san_peft.errors import SanError
 
 METHODS = ("san", "linear")
@@ -193,15 +190,6 @@ def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "NEEDED", ("sklearn", "matplotlip"))
     with pytest.raises(SanError, match=r'needs matplotlip: pip install "san-peft\[demo\]"'):
         demo(tmp_path / "out", METHODS)
-
-
-@pytest.mark.slow
-def test_a_fresh_process_returns_and_raises():
-    assert in_fresh_process(jobs.facts, None)["pid"] != os.getpid()
-    with pytest.raises(SanError, match="no task 'digit'"):
-        in_fresh_process(vision.load_task, "digit")
-    with pytest.raises(SanError, match=r"double_or_die .*SIGKILL"):
-        in_fresh_process(jobs.double_or_die, -1)
 
 
 # ---------------------------------------------------------------------------------------------- the table
