@@ -53,10 +53,11 @@ def verified(rows: Sequence[dict[str, Any]]) -> list[str]:
         max(row[key] or 0 for row in checked)
         for key in ("reload_max_abs_difference", "merge_max_abs_difference", "merge_changed_predictions")
     )
+    predictions = f"at most {changed:,} predictions of a run" if changed else "no prediction"
     return [
         f"Verified adapters: {', '.join(dict.fromkeys(row['method'] for row in checked))}. Loaded from disk, they give "
-        f"the same predictions, and outputs that differ by at most {loaded:.2g}. Merged into the model, they change at "
-        f"most {changed} predictions of a run, and outputs by at most {merged:.2g}."
+        f"the same predictions, and outputs that differ by at most {loaded:.2g}. Merged into the model, they change "
+        f"{predictions}, and outputs by at most {merged:.2g}."
     ]
 
 

@@ -63,5 +63,6 @@ def _report(out: Path, rows: Sequence[Row], command: str) -> None:
             write_figure(pictures[name].figure, out / file)
             names.append(file)
     console = Console()
-    show([table], console if console.is_terminal else Console(width=150))
+    console = console if console.is_terminal else Console(width=150)
+    show([table], console)
     console.print(f"Written to {out}: {', '.join(names)}, and a folder per run.", markup=False, highlight=False)

@@ -168,6 +168,18 @@ def test_curves_have_a_band_from_lowest_to_highest():
     assert texts(figure) == {"san", "ssf"}
 
 
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_legend_fits_the_figure(tasks):
+    names = [f"a-method-with-a-long-name-{place}" for place in range(9)]
+    record = {"steps": [1, 2], "mean": [2.0, 1.0], "low": [2.0, 1.0], "high": [2.0, 1.0]}
+    figure = learning_curves(
+        [{**record, "method": name, "task": f"f/{task}"} for name in names for task in range(tasks)], names
+    )
+    figure.draw_without_rendering()
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+
+
 def test_histograms_have_a_row_for_each_layer():
     draw = np.random.default_rng(0)
     scales = {

@@ -109,7 +109,7 @@ def test_the_saved_adapter_was_loaded_and_merged(done, capsys):
     assert 0.0 < san["merge_max_abs_difference"] < 1e-3
     assert san["merge_changed_predictions"] == 0
     assert "merge_max_abs_difference" not in linear
-    said = f"Verified adapters: san. Loaded from disk, .* 0 predictions .* {san['merge_max_abs_difference']:.2g}."
+    said = f"Verified adapters: san. Loaded from disk, .* no prediction, .* {san['merge_max_abs_difference']:.2g}."
     assert re.search(said, (out / "table.md").read_text(encoding="utf-8"))
     table_command([out], "markdown", only=("cost",))
     assert re.search(said, capsys.readouterr().out)

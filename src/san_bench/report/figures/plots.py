@@ -78,9 +78,12 @@ def grid(count: int, width: float, height: float, across: int = 4, share: bool =
 
 
 def legend(figure: Figure, handles: Sequence[Any], across: int = 4) -> None:
-    """Adds a legend below all panels, if there are any handles."""
+    """Adds a legend below all panels, if there are any handles, with as many columns as fit the figure."""
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(across, len(handles)), handlelength=2.8)
+        longest = max(len(handle.get_label()) for handle in handles)
+        fitting = max(1, int(figure.get_figwidth() / (0.6 + 0.075 * longest)))
+        across = min(across, fitting, len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=across, handlelength=2.8)
 
 
 def method_lines(records: Sequence[Record], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
@@ -178,7 +181,7 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
         methods: All methods; the index of a method determines its style.
     """
     tasks = short_names(record["task"] for record in records)
-    figure, panels = grid(len(tasks), 2.7, 2.2)
+    figure, panels = grid(len(tasks), *((2.7, 2.2) if len(tasks) > 1 else (6.0, 3.4)))
     for axes, task in zip(panels, tasks, strict=True):
         for record in (record for record in records if record["task"] == task):
             look = look_of(methods.index(record["method"]), marker=False)
