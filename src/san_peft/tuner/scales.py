@@ -405,9 +405,8 @@ class Scales:
 
     def _near_zero(self, layout: ScaleLayout, vectors: Whole) -> dict[str, list[bool]] | None:
         """Returns which parts of the vectors have an entry near zero; `None` if no gradient may divide by a scale."""
-        if plain_operations() or not torch.is_grad_enabled():
-            return None
-        return self._watch.near_zero(layout, vectors)
+        exact = plain_operations() or not torch.is_grad_enabled()
+        return None if exact else self._watch.near_zero(layout, vectors)
 
     def _weight(self) -> Tensor | None:
         layer = next(iter(self.layers.values()), None)
