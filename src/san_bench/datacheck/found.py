@@ -70,7 +70,8 @@ class Problem:
 
     def __str__(self) -> str:
         more = f" and {len(self.items) - 5:,} more" if len(self.items) > 5 else ""
-        return f"{self.task}: {self.text}" + (f": {', '.join(self.items[:5])}{more}" if self.items else "")
+        said = f"{self.task}: {self.text}" + (f": {', '.join(self.items[:5])}{more}" if self.items else "")
+        return said.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
 
 
 @dataclass

@@ -60,6 +60,7 @@ def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
             _look_for_files(one)
         return found
     sums: dict[str, str] = {}
+    folder = folder.parent if folder.is_file() else folder  # what the names of checksums are relative to
     total = sum(len(split) for one in found for split in unique_parts(one.splits).values())
     with Progress(disable=not options.progress) as bar, ThreadPoolExecutor(thread_count(options.workers)) as pool:
         line = bar.add_task("reading images", total=total)

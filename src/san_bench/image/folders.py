@@ -80,16 +80,14 @@ def read_own(name: str, data: Path, holdout: Holdout = HOLDOUT) -> Found:
         SanError: If there is no readable data.
     """
     kind, _, below = name.partition("/")
+    data = data.expanduser()
     if below:
         data = data if data.name == below and not (data / below).exists() else data / below
     found = Found(name, data)
-    if not data.exists():
-        _read_hub(found, data, needs_owner=kind == "folder")
-    elif kind == "folder":
-        _read_any(found, data)
-    elif not read_tables(found, data, LISTS):
-        _load_dataset(found, data.as_posix(), "contains no readable dataset")
-        found.folder = data
+    try:
+        _read_own(found, kind, data)
+    except OSError as error:
+        raise SanError(f"{data} cannot be read: {error}") from error
     given = set(found.splits)
     standard(found, holdout=holdout)
     found.expect_labels()
@@ -97,6 +95,16 @@ def read_own(name: str, data: Path, holdout: Holdout = HOLDOUT) -> Found:
         found.add(f"all images are of one class, {found.names[0]}. A classifier needs two or more{_deeper(found)}")
     _warn_of_classes(found, own_val={"val", "test"} <= given)
     return found
+
+
+def _read_own(found: Found, kind: str, data: Path) -> None:
+    if not data.exists():
+        _read_hub(found, data, needs_owner=kind == "folder")
+    elif kind == "folder":
+        _read_any(found, data)
+    elif not read_tables(found, data, LISTS):
+        _load_dataset(found, data.as_posix(), "contains no readable dataset")
+        found.folder = data
 
 
 def _read_any(found: Found, data: Path) -> None:

@@ -90,7 +90,8 @@ def read_folders(found: Found, folder: Path) -> bool:
         new = [c for c, images in inside[name].items() if images and training is not None and not training.get(c)]
         if new and name in ("val", "test"):
             found.add(f"{path.name} has classes that are not in the training split", sorted(new))
-    found.layout, found.classes, found.names = "class folders", len(classes), tuple(classes)
+    found.layout, found.classes = "class folders", len(classes)
+    found.names = tuple(name.encode("utf-8", "replace").decode() for name in classes)
     tree.report(found)
     return True
 

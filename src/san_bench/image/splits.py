@@ -124,7 +124,8 @@ class FileSplit(Split):
         """The sha256 over one line per file: name, bytes, label. A missing file has -1 bytes."""
         digest = hashlib.sha256()
         for name, label in zip(self.files, self.labels, strict=True):
-            digest.update(f"{name}\t{stored_bytes(self.root / name)}\t{label}\n".encode())
+            line = f"{name}\t{stored_bytes(self.root / name)}\t{label}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))  # names of files need not be UTF-8
         return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ import pytest
 from tests.bench.copies import class_folders, picture, table, write_picture
 
 from san_bench.config.recipe import load_recipe
+from san_bench.datacheck.check import examine
 from san_bench.image.domain import recipe_task
 from san_bench.image.folders import read_own
 from san_bench.image.recipe import Holdout
@@ -232,6 +234,30 @@ def test_lists_that_do_not_fit_are_explained(tmp_path, text, said):
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(SanError, match=said):
         load_task("folder", tmp_path / "labels.csv")
+
+
+def test_names_of_any_bytes_and_a_folder_at_home(tmp_path, monkeypatch):
+    class_folders(tmp_path / "mine", {"": 12}, ["cat", "dog"])
+    (tmp_path / "mine" / "cat" / "000.png").rename(os.fsdecode(os.fsencode(tmp_path / "mine" / "cat") + b"/\xff.png"))
+    (tmp_path / "mine" / "dog").rename(os.fsdecode(os.fsencode(tmp_path / "mine") + b"/d\xffg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = load_task("folder", Path("~/mine"))
+    assert task.names == ("cat", "d?g")
+    assert len(task.fingerprint) == 64
+    assert [problem.level for problem in examine("folder", tmp_path / "mine")[0].problems] == []
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "photos/cat/000.png/below"])
+def test_what_the_system_refuses_is_explained(photos, name):
+    with pytest.raises(SanError, match=r"cannot be read|There is no folder"):
+        load_task("folder", photos.parent / name)
+
+
+def test_checksums_of_a_list_are_relative_to_its_folder(tmp_path):
+    file = listed(tmp_path / "mine", "labels.csv", ROWS)
+    examine("folder", file, write_checksums=tmp_path / "sums")
+    names = [line.split("  ")[1] for line in (tmp_path / "sums").read_text().splitlines()]
+    assert names == sorted(["labels.csv", *(row["file_name"] for row in ROWS)])
 
 
 def test_tables_and_saved_data_sets_are_folders_too(tmp_path):
