@@ -35,7 +35,7 @@ def shell(text: str, folder: Path) -> str:
 @pytest.mark.slow
 def test_from_own_photos_to_a_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    last = TUTORIAL.read_text(encoding="utf-8").splitlines().index("## Use a pretrained model")
+    last = TUTORIAL.read_text(encoding="utf-8").splitlines().index("## With a real model")
     page = [block for block in blocks(TUTORIAL) if block.line < last]
     for block in page:
         if block.language == "python":
