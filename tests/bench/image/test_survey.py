@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from tests.bench.copies import class_folders, table
+from tests.bench.small import small_scale
 
 from san_bench.config.recipe import load_recipe
 from san_bench.datacheck.check import examine
@@ -159,7 +160,9 @@ def test_names_of_classes_travel(photos, tmp_path):
     (photos / "train" / "dog").rename(photos / "train" / "a|dog")
     for split in ("val", "test"):
         (photos / split / "dog").rename(photos / split / "a|dog")
-    result = train(recipe(photos, tmp_path / "run", selection="last"))
+    with small_scale():
+        result = train(recipe(photos, tmp_path / "run", selection="last"))
+        export(tmp_path / "run", tmp_path / "plain")
     assert result["class_names"] == ["a|dog", "cat"]
     rows = json.loads((tmp_path / "run" / "classes.json").read_text())
     assert [(row["class"], row["n"]) for row in rows] == [("a|dog", 3), ("cat", 3)]
@@ -168,7 +171,6 @@ def test_names_of_classes_travel(photos, tmp_path):
     assert json.loads((adapter / "labels.json").read_text()) == {"0": "a|dog", "1": "cat"}
     card = ModelCard.load(adapter / "README.md").text
     assert f"| 0 | a\\|dog | {rows[0]['correct']} | 3 |" in card
-    export(tmp_path / "run", tmp_path / "plain")
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").config
     assert config.id2label == {0: "a|dog", 1: "cat"}
     assert config.label2id == {"a|dog": 0, "cat": 1}
