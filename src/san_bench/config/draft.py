@@ -22,7 +22,8 @@ class DataDefaults:
     """Defaults of one kind of data.
 
     Attributes:
-        base: Shipped recipe to extend.
+        base: Shipped recipe to extend, for data that ships with the package.
+        own_base: Shipped recipe to extend, for your own data.
         task: Task of your own data; the data of the base needs none.
         model: Model that ships with the package.
         own: Settings for your own data, by key.
@@ -30,6 +31,7 @@ class DataDefaults:
     """
 
     base: str
+    own_base: str
     task: str
     model: str
     own: dict[str, object]
@@ -39,13 +41,15 @@ class DataDefaults:
 DATA_KINDS = {
     "image": DataDefaults(
         base="demo/san",
+        own_base="images/san",
         task="folder",
         model="embedded",
-        own={"train_split": "train", "eval_split": "test"},
-        example="photos, a folder with train/CLASS/ and test/CLASS/",
+        own={},
+        example="photos, a folder with one folder of images per class",
     ),
     "language": DataDefaults(
         base="language/san",
+        own_base="language/san",
         task="instructions",
         model="embedded/decoder",
         own={
@@ -56,6 +60,7 @@ DATA_KINDS = {
     ),
     "vision-language": DataDefaults(
         base="vision-language/san",
+        own_base="vision-language/san",
         task="conversations",
         model="embedded/llava",
         own={"train_split": "train"},
@@ -81,7 +86,7 @@ def draft_recipe(kind: str, data: str, model: str, method: str) -> str:
         if word not in known:
             raise san_error(f"There is no {what} {word!r}.{suggest(word, known)}")
     chosen = DATA_KINDS[kind]
-    values: dict[str, object] = {"extends": chosen.base}
+    values: dict[str, object] = {"extends": chosen.own_base if data else chosen.base}
     if data:
         values |= {"task": chosen.task, "data": data, **chosen.own}
     if model and model != chosen.model:
