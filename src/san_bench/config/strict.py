@@ -198,14 +198,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{did_you_mean(word, words)} Choose from {', '.join(words)}."
 
 
-def counted(number: int, word: str) -> str:
-    """Returns a number with its noun, such as `1 run` or `2,000 runs`.
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun.
 
     Example:
-        >>> counted(1, "run"), counted(2000, "run")
-        ('1 run', '2,000 runs')
+        >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
+        ('1 image', '1,200 images', '2 classes')
     """
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
