@@ -23,7 +23,8 @@ from typing import TypeVar
 from san_bench.config.strict import suggest, task_of_suite
 from san_bench.datacheck.manifest import find_folder, load_manifest
 from san_bench.language import commonsense
-from san_bench.language.instructions import Questions, Record, fingerprint, load_records, splits_of
+from san_bench.language.instructions import Questions, Record, fingerprint, load_records
+from san_bench.language.sources import splits_of
 from san_bench.language.mini import tasks as world
 from san_peft.errors import SanError
 
