@@ -58,13 +58,13 @@ class Questions:
     """Questions of one task.
 
     Attributes:
-        records: The questions with their answers.
+        records: The questions with their answers; in your own data, records of any format.
         answers: Valid answers; empty for free-form answers.
         sought: Patterns of an answer in a text; the first match counts. Empty for free-form answers.
         lm_eval: Task name in lm-eval, or `None`.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[Any, ...]
     answers: tuple[str, ...]
     sought: tuple[str, ...]
     lm_eval: str | None = None
@@ -126,7 +126,7 @@ def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | N
     return tuple(records)
 
 
-def fingerprint(records: Sequence[Record]) -> str:
+def fingerprint(records: Sequence[Any]) -> str:
     """Returns the sha256 over all records in order, independent of location and file format."""
     digest = hashlib.sha256()
     for record in records:

@@ -121,14 +121,16 @@ class Tokenised(Dataset):
     Attributes:
         examples: `input_ids`, `attention_mask` and `labels` of each training record.
         cut: Indices of truncated records.
-        lost_tokens: Number of tokens that truncation removed.
         skipped: Indices of records without any output token left, if the loss is on the output only.
+        total_tokens: Number of tokens of all records before truncation.
+        lost_tokens: Number of tokens that truncation removed.
     """
 
     examples: tuple[dict[str, list[int]], ...]
     cut: tuple[int, ...]
-    lost_tokens: int = 0
     skipped: tuple[int, ...] = ()
+    total_tokens: int = 0
+    lost_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -197,16 +199,17 @@ def tokenise(
     cut: list[int] = []
     skipped: list[int] = []
     problems: list[str] = []
-    lost_tokens = 0
+    total = lost = 0
     for index, record in enumerate(records):
         try:
             example = make_example(record, tokenizer, template, cutoff)
         except SanError as error:
             problems.append(f"{places[index] if places else f'record {index}'}: {error}")
             continue
+        total += len(example.tokens) + example.lost_tokens
+        lost += example.lost_tokens
         if example.lost_tokens:
             cut.append(index)
-            lost_tokens += example.lost_tokens
         if not any(example.learnt):
             skipped.append(index)
         if any(example.learnt) or loss_on == "full":
@@ -223,7 +226,7 @@ def tokenise(
             f"With a cutoff of {cutoff} tokens, none of the {len(records):,} records has any answer tokens left. "
             "Increase the cutoff."
         )
-    return Tokenised(tuple(examples), tuple(cut), lost_tokens, tuple(skipped) if loss_on == "answer" else ())
+    return Tokenised(tuple(examples), tuple(cut), tuple(skipped) if loss_on == "answer" else (), total, lost)
 
 
 @dataclass(frozen=True)
