@@ -131,11 +131,13 @@ def encode_question(tokenizer: Any, record: Chat) -> list[int]:
 
 def ends_of_turn(tokenizer: Any) -> set[int]:
     """Returns the special tokens that directly follow an answer in the chat template; empty if none does."""
-    ids, learnt = encode_chat(
-        tokenizer, Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    )
-    last = max(place for place, own in enumerate(learnt) if own)
-    return {ids[last]} & set(tokenizer.all_special_ids)
+    probe = Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    try:
+        ids, learnt = encode_chat(tokenizer, probe)
+    except SanError:  # reported with the records
+        return set()
+    last = [token for token, own in zip(ids, learnt, strict=True) if own][-1:]
+    return set(last) & set(tokenizer.all_special_ids)
 
 
 def _render(tokenizer: Any, record: Chat, **options: Any) -> Any:
@@ -161,7 +163,8 @@ def _by_prefix(tokenizer: Any, record: Chat) -> tuple[list[int], list[bool]]:
         if message["role"] == "assistant":
             after = _render(tokenizer, Chat(record.messages[: place + 1], record.tools), tokenize=False)
             before = Chat(record.messages[:place], record.tools)
-            start = _render(tokenizer, before, tokenize=False, add_generation_prompt=True) if place else ""
+            start = _render(tokenizer, before, tokenize=False, add_generation_prompt=True) if place else None
+            start = _opening(after, tokenizer) if start is None else start
             if not (after.startswith(start) and whole.startswith(after)):
                 raise SanError(
                     f"the chat template does not append turn {place} to the text before it, so its tokens cannot be "
@@ -175,6 +178,14 @@ def _by_prefix(tokenizer: Any, record: Chat) -> tuple[list[int], list[bool]]:
         for i in range(own[0], own[-1] + 1) if own else ():  # with tokens of blanks, whose offsets may be empty
             learnt[i] = True
     return ids, learnt
+
+
+def _opening(text: str, tokenizer: Any) -> str:
+    """Returns the start of a text up to the header of its first turn, which is the assistant's."""
+    asked = Chat([{"role": "user", "content": "a"}])
+    before = _render(tokenizer, asked, tokenize=False)
+    header = _render(tokenizer, asked, tokenize=False, add_generation_prompt=True).removeprefix(before)
+    return text[: text.index(header) + len(header)] if header in text else ""
 
 
 def _end(text: str, start: int, tokenizer: Any) -> int:

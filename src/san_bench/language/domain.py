@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -63,28 +64,29 @@ class Texts(Domain):
 
     def inspect(self) -> Findings:
         """Checks that the tokenizer, and lm-eval if it is used, can be loaded, and that your own records fit them."""
-        errors, remarks = [], []
+        recipe, errors, remarks = self.recipe, [], []
+        splits = {recipe.train_split, recipe.eval_split, *(["val"] if recipe.selection != "last" else [])}
         for look in (
             lambda: self.tokenizer,
-            *([load_harness] if "lm-eval" in self.recipe.scoring.ways else []),
-            *([lambda: remarks.extend(self._look_over())] if self.recipe.task == "instructions" else []),
+            *([load_harness] if "lm-eval" in recipe.scoring.ways else []),
+            *(partial(self._look_over, split, remarks) for split in sorted(splits) if recipe.task == "instructions"),
         ):
             try:
                 look()
             except SanError as error:
-                if str(error) not in errors:
-                    errors.append(str(error))
-        return Findings(remarks=tuple(remarks), errors=tuple(errors))
+                errors.append(str(error))
+        return Findings(remarks=tuple(remarks), errors=tuple(dict.fromkeys(errors)))
 
-    def _look_over(self) -> list[str]:
-        """Tokenizes every split that a run reads, and returns what stands out in them."""
-        recipe, remarks = self.recipe, []
-        splits = {recipe.train_split, recipe.eval_split, *(["val"] if recipe.selection != "last" else [])}
-        for split in sorted(splits):
-            records = self.task.records(split)
-            against = self.task.records(recipe.train_split) if split == recipe.eval_split else ()
-            remarks += remarks_on(split, records, self.task.places.get(split, ()), self.tokens(split), against)
-        return remarks
+    def _look_over(self, split: str, remarks: list[str]) -> None:
+        """Tokenizes a split, and adds what stands out in it."""
+        chat = split == self.recipe.train_split and self._chats
+        if chat and not ends_of_turn(self.tokenizer.tokenizer):
+            remarks.append("The chat template ends no answer with a special token, so models do not learn to stop.")
+        records, trained = self.task.records(split), self.recipe.train_split
+        against = self.task.records(trained) if split != trained else ()
+        cuts = split != self.recipe.eval_split or "loss" in self.recipe.scoring.ways  # prompts are never truncated
+        tokens = self.tokens(split) if cuts else self._tokenise(split, sys.maxsize)
+        remarks += remarks_on(split, records, self.task.places.get(split, ()), tokens, against)
 
     def facts(self) -> dict[str, Any]:
         """Returns settings that affect scores, and the number of training tokens."""
@@ -104,22 +106,25 @@ class Texts(Domain):
     def tokenizer(self) -> PreparedTokenizer:
         """The prepared tokenizer, see `companions`; for conversations, generation also stops at the end of a turn."""
         prepared = self.companions(self.recipe)
-        if not any(isinstance(record, Chat) for records in self._all_records() for record in records):
+        if not self._chats:
             return prepared
         check_chat_template(prepared.tokenizer)
         ends = ends_of_turn(prepared.tokenizer)
         return replace(prepared, stops=(*prepared.stops, *(end for end in ends if end not in prepared.stops)))
 
-    def _all_records(self) -> list[tuple[Any, ...]]:
-        return [*self.task.splits.values(), *(self.task.records(split) for split in self.task.questions)]
+    @cached_property
+    def _chats(self) -> bool:
+        """Whether there are conversations."""
+        asked = (self.task.records(split) for split in self.task.questions)
+        return any(isinstance(record, Chat) for records in (*self.task.splits.values(), *asked) for record in records)
 
     @classmethod
     def companions(cls, recipe: TextRecipe) -> PreparedTokenizer:
         """Loads and prepares the tokenizer of the model.
 
         Raises:
-            SanError: If the checkpoint has no tokenizer, the tokenizer lacks a token, or the chat template of the recipe
-                does not exist.
+            SanError: If the checkpoint has no tokenizer, the tokenizer lacks a token, or the chat template does not
+                exist.
         """
         checkpoint = checkpoint_of(recipe)
         try:
@@ -184,11 +189,12 @@ class Texts(Domain):
     def tokens(self, split: str) -> Tokenised:
         """Returns the records of a split as training examples; of a stream, the first ones."""
         if split not in self._tokens:
-            text, places = self.recipe.text, self.task.places.get(split, ())
-            self._tokens[split] = tokenise(
-                self.task.records(split), self.tokenizer, text.template, text.loss_on, text.cutoff, places
-            )
+            self._tokens[split] = self._tokenise(split, self.recipe.text.cutoff)
         return self._tokens[split]
+
+    def _tokenise(self, split: str, cutoff: int) -> Tokenised:
+        text, places = self.recipe.text, self.task.places.get(split, ())
+        return tokenise(self.task.records(split), self.tokenizer, text.template, text.loss_on, cutoff, places)
 
     def probe(self, size: int) -> Batch:
         """Returns the first evaluation prompts, equally many per task."""

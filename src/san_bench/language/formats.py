@@ -116,7 +116,7 @@ def recognise_format(columns: Collection[str]) -> str:
             return name
     known = "; ".join(f"{name}: {', '.join(wanted)}" for name, wanted in COLUMNS.items())
     raise SanError(
-        f"The columns {', '.join(map(str, columns)) or '(none)'} belong to no known format ({known}). Rename the columns."
+        f"The columns {', '.join(map(str, columns)) or '(none)'} belong to no known format ({known}). Rename them."
     )
 
 
@@ -235,8 +235,9 @@ def _text(content: Any) -> Any:
     """Joins a content of text parts; anything else is returned as it is."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        if parts and all(isinstance(part, str) for part in parts):
-            return "".join(parts)
+        texts = [part for part in parts if isinstance(part, str)]
+        if texts and len(texts) == len(parts):
+            return "".join(texts)
     return content
 
 

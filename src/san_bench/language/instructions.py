@@ -81,8 +81,8 @@ def load_records(
     """Loads and validates records.
 
     Args:
-        source: A file (JSON list, JSON lines, parquet or CSV); a folder of such files named after their splits, or saved by
-            `datasets` with `save_to_disk`; or the name of a dataset on the Hugging Face hub.
+        source: A file, a folder of files named after their splits, a folder saved by `datasets`, or the name of a
+            dataset on the Hugging Face hub; see `san_bench.language.sources.source_rows`.
         split: `train`, `val` or `test`, under any common name; `None` if there is only one. Ignored for a file.
         answers: Valid answers; any by default.
 

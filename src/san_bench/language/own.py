@@ -1,10 +1,11 @@
-"""Your own training data: sources read into records, a held-out test split, and mixing by weight.
+r"""Your own training data: sources read into records, a held-out test split, and mixing by weight.
 
 Example:
     >>> from pathlib import Path
-    >>> _ = Path("train.jsonl").write_text('{"text": "One."}\\n{"text": "Two."}\\n{"text": "Three."}\\n')
+    >>> _ = Path("train.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n{"text": "Three."}\n')
     >>> data = OwnData(train="train.jsonl", held_out=0.3)
-    >>> {split: len(records) for split, records in load_own(data, hold_out=lambda rest: (rest[1:], rest[:1])).items()}
+    >>> loaded = load_own(data, hold_out=lambda rest: (rest[1:], rest[:1]))
+    >>> {split: len(records) for split, records in loaded.items()}
     {'train': 1, 'val': 1, 'trainval': 2, 'test': 1}
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 
 from san_bench.language.formats import Item, content_key, problems_of_row, read_record, recognise_format
 from san_bench.language.instructions import LISTED
-from san_bench.language.records import Row
 from san_bench.language.recipe import OwnData, Source
+from san_bench.language.records import Row
 from san_bench.language.sources import source_rows, splits_of
 from san_peft.errors import SanError
 
@@ -164,9 +165,7 @@ def load_own(
     return splits | ({"test": read["test"]} if "test" in read else {})
 
 
-def hold_out_by_content(
-    records: Sequence[Located], fraction: float, seed: int
-) -> tuple[list[Located], list[Located]]:
+def hold_out_by_content(records: Sequence[Located], fraction: float, seed: int) -> tuple[list[Located], list[Located]]:
     """Splits records by a hash of their content, so that the split depends neither on their order nor on their files.
 
     Args:

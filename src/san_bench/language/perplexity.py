@@ -79,7 +79,9 @@ def token_losses(model: Any, examples: Tokenised, pad: int, batch_size: int) -> 
     result = TokenLosses(tuple(gather_results(found, len(examples))))
     bad = [place for place, row in enumerate(result.rows) if not math.isfinite(row["loss"])]
     if bad:
-        raise SanError(f"The loss of {len(bad):,} of {len(examples):,} records is not finite, first of record {bad[0]}.")
+        raise SanError(
+            f"The loss of {len(bad):,} of {len(examples):,} records is not finite, first of record {bad[0]}."
+        )
     if not result.tokens:
         raise SanError(f"The {len(examples):,} records have no tokens to score.")
     return result

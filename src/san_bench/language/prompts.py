@@ -156,8 +156,7 @@ class Example:
     def features(self, loss_on: LossOn) -> dict[str, list[int]]:
         """Returns `input_ids`, `attention_mask` and `labels`."""
         labels = [
-            token if own or loss_on == "full" else IGNORED
-            for token, own in zip(self.tokens, self.learnt, strict=True)
+            token if own or loss_on == "full" else IGNORED for token, own in zip(self.tokens, self.learnt, strict=True)
         ]
         return {"input_ids": self.tokens, "attention_mask": [1] * len(self.tokens), "labels": labels}
 

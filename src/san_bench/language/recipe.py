@@ -41,7 +41,7 @@ class Text(Strict):
     cutoff: int = Field(ge=2)
     pad: str = Field(min_length=1)
     packing: bool
-    chat_template: str | None = Field(None, min_length=1)
+    chat_template: str | None = Field(default=None, min_length=1)
 
     @model_serializer(mode="wrap")
     def _plain(self, handler: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Source(Strict):
     path: str = Field(min_length=1)
     split: str | None = None
     config: str | None = None
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
 
 
 class OwnData(Strict):
@@ -85,11 +85,11 @@ class OwnData(Strict):
 
     train: Annotated[tuple[Source, ...], BeforeValidator(lambda value: _sources(value)), Field(min_length=1)]
     eval: Annotated[Source, BeforeValidator(lambda value: _source(value))] | None = None
-    held_out: float | None = Field(None, gt=0, lt=1)
-    seed: int = Field(2024, ge=0, lt=2**32)
+    held_out: float | None = Field(default=None, gt=0, lt=1)
+    seed: int = Field(default=2024, ge=0, lt=2**32)
     format: Literal["auto", "messages", "sharegpt", "completion", "alpaca", "text"] = "auto"
     streaming: bool = False
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
 
     @property
     def weights(self) -> list[float] | None:
@@ -106,7 +106,9 @@ class OwnData(Strict):
     def _fits(self) -> OwnData:
         weighted = sum(source.weight is not None for source in self.train)
         if weighted not in (0, len(self.train)):
-            raise ValueError(f"train|{weighted} of {len(self.train)} sources have a weight; give all of them one, or none")
+            raise ValueError(
+                f"train|{weighted} of {len(self.train)} sources have a weight; give all of them one, or none"
+            )
         if self.eval is not None and self.held_out is not None:
             raise ValueError("held_out|eval is the test split already; remove one of the two")
         if self.eval is not None and self.eval.weight is not None:

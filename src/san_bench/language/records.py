@@ -100,7 +100,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 if "" in row:
                     yield f"row {number}", ValueError(f"{len(row[''])} cells more than columns")
                 else:
-                    yield f"row {number}", {name: cell for name, cell in row.items() if cell is not None}
+                    yield f"row {number}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SanError(f"{path} cannot be read after row {number}: {error}.") from error
 

@@ -45,7 +45,9 @@ def source_rows(
         raise SanError(
             f"There is no file or folder {source}, and it is not a valid dataset name on the Hugging Face hub."
         )
-    return _table_rows(choose_split(_hub_tables(str(source), config, streaming), split, str(source)), columns)
+    return _named(
+        _table_rows(choose_split(_hub_tables(str(source), config, streaming), split, str(source)), columns), split
+    )
 
 
 def splits_of(source: str | Path, config: str | None = None) -> tuple[str, ...]:
@@ -86,8 +88,7 @@ def _folder_rows(folder: Path, split: str | None, columns: Sequence[str] | None)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_rows(folder, split, columns)
     chosen = choose_split(by_split(_files(folder)), split, str(folder))
-    named = [(path, path.name if len(chosen) > 1 else "") for path in chosen]
-    return (row for path, name in named for row in _named(file_rows(path, columns), name))
+    return (row for path in chosen for row in _named(file_rows(path, columns), str(path.relative_to(folder))))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -101,9 +102,9 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _named(rows: Iterable[Row], file: str) -> Iterator[Row]:
-    """Prefixes the locations of rows with the file name, if there is one."""
-    return ((f"{file}, {place}" if file else place, row) for place, row in rows)
+def _named(rows: Iterable[Row], part: str | None) -> Iterator[Row]:
+    """Prefixes the locations of rows with the name of a file or split, if there is one."""
+    return ((f"{part}, {place}" if part else place, row) for place, row in rows)
 
 
 def _saved_rows(folder: Path, split: str | None, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -113,8 +114,10 @@ def _saved_rows(folder: Path, split: str | None, columns: Sequence[str] | None) 
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
         raise SanError(f"{folder} contains no readable dataset: {error}.") from error
-    parts = {str(name): table for name, table in saved.items()} if isinstance(saved, datasets.DatasetDict) else None
-    return _table_rows(saved if parts is None else choose_split(parts, split, str(folder)), columns)
+    if not isinstance(saved, datasets.DatasetDict):
+        return _table_rows(saved, columns)
+    parts = {str(name): table for name, table in saved.items()}
+    return _named(_table_rows(choose_split(parts, split, str(folder)), columns), split)
 
 
 def _hub_tables(name: str, config: str | None = None, streaming: bool = False) -> dict[str, Any]:

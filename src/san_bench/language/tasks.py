@@ -24,7 +24,7 @@ from san_bench.config.strict import suggest, task_of_suite
 from san_bench.datacheck.manifest import find_folder, load_manifest
 from san_bench.language import commonsense
 from san_bench.language.formats import Item
-from san_bench.language.instructions import Questions, Record, fingerprint, load_records
+from san_bench.language.instructions import Questions, fingerprint, load_records
 from san_bench.language.mini import tasks as world
 from san_bench.language.own import Located, load_own, read_eval
 from san_bench.language.recipe import OwnData, Source
@@ -56,7 +56,7 @@ class TextTask:
     """
 
     name: str
-    splits: dict[str, tuple[Item, ...]]
+    splits: Mapping[str, tuple[Item, ...]]
     questions: dict[str, dict[str, Questions]]
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)
     stream: RecordStream | None = None
