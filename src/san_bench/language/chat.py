@@ -122,7 +122,7 @@ def encode_chat(tokenizer: Any, record: Chat) -> tuple[list[int], list[bool]]:
     return _by_prefix(tokenizer, record)
 
 
-def encode_question(tokenizer: Any, record: Chat) -> list[int]:
+def encode_asked(tokenizer: Any, record: Chat) -> list[int]:
     """Tokenizes a conversation up to its last answer, with the generation prompt."""
     return _render(
         tokenizer, Chat(record.asked, record.tools), tokenize=True, return_dict=True, add_generation_prompt=True

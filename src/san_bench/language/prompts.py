@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from san_bench.language.chat import encode_chat, encode_question
+from san_bench.language.chat import encode_asked, encode_chat
 from san_bench.language.formats import Chat, Completion, Item, Passage
 from san_bench.language.instructions import LISTED, Record
 from san_bench.language.tokenizer import PreparedTokenizer
@@ -108,7 +108,7 @@ def question_of(record: Item, tokenizer: PreparedTokenizer, template: Template) 
         A text without BOS; of a conversation the token IDs, as its chat template decides about BOS.
     """
     if isinstance(record, Chat):
-        return encode_question(tokenizer.tokenizer, record)
+        return encode_asked(tokenizer.tokenizer, record)
     if isinstance(record, Passage):
         return record.text
     return record.prompt if isinstance(record, Completion) else prompt(record, template, "evaluation")

@@ -224,9 +224,12 @@ class TextRecipe(Recipe):
         if isinstance(self.data, OwnData):
             if self.task != "instructions":
                 raise ValueError(f"data|{self.task} has its own layout; give its folder, or set task to instructions")
-            wanted = {"train_split": "train", "eval_split": "test", "selection": "last", "optimizer.epochs": 1}
+            wanted = {"train_split": "train", "eval_split": "test", "selection": "last", "data_workers": 0}
+            wanted["optimizer.epochs"] = 1
             has = {**self.model_dump(include=set(wanted)), "optimizer.epochs": self.optimizer.epochs}
             wrong = [f"{key} {value}" for key, value in wanted.items() if has[key] != value]
             if self.data.streaming and wrong:
-                raise ValueError(f"data|a stream is read once and has no validation records, so set {', '.join(wrong)}")
+                raise ValueError(
+                    f"data|a stream is read once, in order, without held-out records; set {', '.join(wrong)}"
+                )
         return self

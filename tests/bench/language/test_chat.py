@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from san_bench.language.chat import (
     CHAT_TEMPLATES,
     check_chat_template,
+    encode_asked,
     encode_chat,
-    encode_question,
     ends_of_turn,
     set_chat_template,
 )
@@ -59,7 +59,7 @@ def test_loss_is_on_the_turns_of_the_assistant_and_their_ends(tokenizer, templat
     ids, learnt = encode_chat(tokenizer, Chat(TURNS))
     whole = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True)["input_ids"]
     assert ids == whole  # nothing is added to what the template renders
-    asked = encode_question(tokenizer, Chat([*TURNS[:4], {"role": "assistant", "content": "Yes."}]))
+    asked = encode_asked(tokenizer, Chat([*TURNS[:4], {"role": "assistant", "content": "Yes."}]))
     assert ids[: len(asked)] == asked
     assert learnt[len(asked)]
     assert ends_of_turn(tokenizer) == {tokenizer.eos_token_id}
