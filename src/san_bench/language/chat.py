@@ -91,6 +91,12 @@ def check_chat_template(tokenizer: Any) -> None:
         SanError: If it has none, or is a slow tokenizer.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise SanError(
+            f"The tokenizer {name} has several chat templates and no default: {names}. Save one of them to a file, and "
+            "set text.chat_template to it."
+        )
     if not tokenizer.chat_template:
         raise SanError(
             f"The tokenizer {name} has no chat template, which conversations need. Set text.chat_template to a file "

@@ -143,7 +143,7 @@ def problems_of_row(row: Any, form: str) -> list[str]:
     if form in ("messages", "sharegpt"):
         return _problems_of_chat(row, form)
     texts = [*COLUMNS[form], *(name for name in OPTIONAL.get(form, ()) if row.get(name) is not None)]
-    found = [_described(name, row.get(name), "a string") for name in texts if not isinstance(row.get(name), str)]
+    found = [text for name in texts for text in _problems_of_text(name, row.get(name))]
     first = row.get(COLUMNS[form][0])
     if form == "alpaca" and isinstance(first, str) and not first.strip():
         found.append("instruction is empty")
@@ -186,14 +186,14 @@ def misplaced_roles(record: Item) -> list[str]:
 
 def content_key(record: Item) -> str:
     """Returns a text that two records share if and only if they are equal."""
-    return json.dumps([type(record).__name__, *astuple(record)], sort_keys=True)
+    return json.dumps([type(record).__name__, *astuple(record)], sort_keys=True, default=str)
 
 
 def _problems_of_chat(row: Mapping[str, Any], form: str) -> list[str]:
     (name,) = COLUMNS[form]
     turns, tools, found = _parsed(row.get(name)), _parsed(row.get("tools")), []
-    if form == "sharegpt" and not isinstance(row.get("system") or "", str):
-        found.append(_described("system", row["system"], "a string"))
+    if form == "sharegpt":
+        found += _problems_of_text("system", row.get("system") or "")
     if not isinstance(tools or [], list):
         found.append(_described("tools", tools, "a list"))
     if not isinstance(turns, list):
@@ -215,9 +215,21 @@ def _problems_of_turn(turn: Any) -> list[str]:
     elif ROLES.get(role if isinstance(role, str) else "") is None:
         hint = did_you_mean(str(role), ROLES)
         found.append(f"{names[0]} is {role!r:.40}, not one of {', '.join(ROLES)}.{hint}".rstrip("."))
-    if not isinstance(_text(text), str) and not (text is None and turn.get("tool_calls")):
-        found.append(_described(names[1], text, "a string"))
+    if text is not None or not turn.get("tool_calls"):
+        found += _problems_of_text(names[1], _text(text))
     return found
+
+
+def _problems_of_text(name: str, value: Any) -> list[str]:
+    if not isinstance(value, str):
+        return [_described(name, value, "a string")]
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return [
+            f"{name} has half of a character at {error.start} ({value[error.start]!r}), which no tokenizer can read"
+        ]
+    return []
 
 
 def _described(name: str, value: Any, wanted: str) -> str:

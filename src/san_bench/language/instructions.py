@@ -130,7 +130,7 @@ def fingerprint(records: Sequence[Any]) -> str:
     """Returns the sha256 over all records in order, independent of location and file format."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps(astuple(record)).encode() + b"\n")
+        digest.update(json.dumps(astuple(record), default=str).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -36,10 +36,10 @@ def source_rows(
     Raises:
         SanError: If the source or split does not exist.
     """
-    path = Path(source)
-    if path.is_file():
+    path, kind = Path(source), _kind(source)
+    if kind == "file":
         return file_rows(path, columns)
-    if path.is_dir():
+    if kind == "folder":
         return _folder_rows(path, split, columns)
     if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise SanError(
@@ -56,12 +56,15 @@ def splits_of(source: str | Path, config: str | None = None) -> tuple[str, ...]:
     Raises:
         SanError: If the source does not exist.
     """
-    path = Path(source)
-    if path.is_dir() and (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    elif path.is_file() or (path / "state.json").is_file():
+    path, kind = Path(source), _kind(source)
+    if kind == "folder" and (path / "dataset_dict.json").is_file():
+        try:
+            names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SanError(f"{path / 'dataset_dict.json'} does not list splits: {error!r}.") from error
+    elif kind == "file" or (path / "state.json").is_file():
         names = []
-    elif path.is_dir():
+    elif kind == "folder":
         names = by_split(_files(path))
     else:
         names = _hub_tables(str(source), config)
@@ -82,6 +85,14 @@ def choose_split(parts: dict[str, Any], split: str | None, source: str) -> Any:
         what = "several splits; choose one of them" if split is None else f"no split {split!r}; it has"
         raise SanError(f"{source} has {what}: {', '.join(named)}.")
     return named[wanted]
+
+
+def _kind(source: str | Path) -> str | None:
+    """Returns whether a source is a `file` or a `folder`; `None` if it does not exist."""
+    try:
+        return "file" if Path(source).is_file() else "folder" if Path(source).is_dir() else None
+    except OSError as error:  # such as a name that is too long
+        raise SanError(f"{source} cannot be read: {error.strerror}.") from error
 
 
 def _folder_rows(folder: Path, split: str | None, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -112,8 +123,8 @@ def _saved_rows(folder: Path, split: str | None, columns: Sequence[str] | None) 
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise SanError(f"{folder} contains no readable dataset: {error}.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SanError(f"{folder} contains no readable dataset: {error!r}.") from error
     if not isinstance(saved, datasets.DatasetDict):
         return _table_rows(saved, columns)
     parts = {str(name): table for name, table in saved.items()}

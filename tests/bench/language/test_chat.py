@@ -88,6 +88,9 @@ def test_a_template_is_a_file_or_a_built_in_one(tokenizer, tmp_path):
     with pytest.raises(SanError, match=r"text.chat_template"):
         set_chat_template(tokenizer, str(tmp_path))
     check_chat_template(tokenizer)
+    tokenizer.chat_template = {"rag": PLAIN, "tool_use": PLAIN}
+    with pytest.raises(SanError, match=r"no default: rag, tool_use.*text.chat_template"):
+        check_chat_template(tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(SanError, match=r"no chat template.*text.chat_template.*chatml, alpaca"):
         check_chat_template(tokenizer)

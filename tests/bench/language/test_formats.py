@@ -70,6 +70,8 @@ def test_a_format_is_recognised_and_read(row, form, record):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, HI[1]]}, "messages", ["content is ["]),
         ({"messages": HI, "tools": "x"}, "messages", ["tools is 'x', not a list"]),
         ({"conversations": [], "system": 3}, "sharegpt", ["system is 3"]),
+        ({"messages": [*HI, {"role": "user", "content": "a\ud800"}]}, "messages", ["turn 2: content has half"]),
+        ({"text": "\udfff"}, "text", ["text has half of a character at 0"]),
     ],
 )
 def test_what_is_wrong_names_the_field(row, form, parts):

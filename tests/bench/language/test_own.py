@@ -116,6 +116,21 @@ def test_a_deep_line_is_an_invalid_record(tmp_path):
         load_text_task("instructions", tmp_path / "deep.jsonl")
 
 
+@pytest.mark.parametrize("broken", ["dataset_dict.json", "train/state.json", "train/dataset_info.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_damaged_dataset_is_an_error(tmp_path, broken, content):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([pair(1)])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / broken).write_text(content)
+    with pytest.raises(SanError, match="saved"):
+        load_text_task("instructions", tmp_path / "saved")
+
+
+def test_names_that_cannot_be_are_errors(tmp_path):
+    for name in ("a" * 300, f"{tmp_path}/{'b' * 300}.json", "a/b/c", "none.jsonl", ""):
+        with pytest.raises(SanError):
+            load_text_task("instructions", name or tmp_path)
+
+
 # Splits
 
 
