@@ -77,7 +77,7 @@ def set_chat_template(tokenizer: Any, template: str | None, begins: bool = True)
         return
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path
         raise SanError(
             f"text.chat_template: {template} is neither a readable file ({error}) nor one of "
             f"{', '.join(CHAT_TEMPLATES)}.{did_you_mean(template, CHAT_TEMPLATES)}"

@@ -85,8 +85,9 @@ def test_a_template_is_a_file_or_a_built_in_one(tokenizer, tmp_path):
     assert tokenizer.chat_template == PLAIN
     with pytest.raises(SanError, match=r"text.chat_template: chatmll .*chatml, alpaca.*'chatml'"):
         set_chat_template(tokenizer, "chatmll")
-    with pytest.raises(SanError, match=r"text.chat_template"):
-        set_chat_template(tokenizer, str(tmp_path))
+    for wrong in (str(tmp_path), "a" * 300, "a\0b"):
+        with pytest.raises(SanError, match=r"text.chat_template"):
+            set_chat_template(tokenizer, wrong)
     check_chat_template(tokenizer)
     tokenizer.chat_template = {"rag": PLAIN, "tool_use": PLAIN}
     with pytest.raises(SanError, match=r"no default: rag, tool_use.*text.chat_template"):
