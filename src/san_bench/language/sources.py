@@ -123,7 +123,7 @@ def _saved_rows(folder: Path, split: str | None, columns: Sequence[str] | None) 
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SanError(f"{folder} contains no readable dataset: {error!r}.") from error
     if not isinstance(saved, datasets.DatasetDict):
         return _table_rows(saved, columns)

@@ -117,11 +117,11 @@ def test_a_deep_line_is_an_invalid_record(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["dataset_dict.json", "train/state.json", "train/dataset_info.json"])
-@pytest.mark.parametrize("content", ["", "[]", "{}"])
+@pytest.mark.parametrize("content", ["", "[]"])
 def test_a_damaged_dataset_is_an_error(tmp_path, broken, content):
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([pair(1)])}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([pair(1)] * 3)}).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / broken).write_text(content)
-    with pytest.raises(SanError, match="saved"):
+    with pytest.raises(SanError, match=r"saved.* (dataset|splits)"):
         load_text_task("instructions", tmp_path / "saved")
 
 
