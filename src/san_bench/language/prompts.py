@@ -5,8 +5,8 @@ lines except the first are indented by 16 spaces, and training and evaluation di
 first line and on empty lines.
 
 Example:
-    >>> from san_bench.language.instructions import Record
-    >>> record = Record("Is water wet?", "", "the correct answer is true", "true")
+    >>> from san_bench.language.instructions import Instruction
+    >>> record = Instruction("Is water wet?", "", "the correct answer is true", "true")
     >>> print(prompt(record, "clean", "evaluation"))
     Below is an instruction that describes a task. Write a response that appropriately completes the request.
     <BLANKLINE>
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from san_bench.language.instructions import Record
+from san_bench.language.instructions import Instruction
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_peft.errors import SanError
 
@@ -52,7 +52,7 @@ IGNORED = -100
 """Label of tokens without loss."""
 
 
-def prompt(record: Record, template: Template, phase: Phase) -> str:
+def prompt(record: Instruction, template: Template, phase: Phase) -> str:
     """Returns the prompt of a record. In training, the output is appended directly.
 
     Args:
@@ -95,7 +95,7 @@ class Tokenised(Dataset):
 
 
 def tokenise(
-    records: Sequence[Record],
+    records: Sequence[Instruction],
     tokenizer: PreparedTokenizer,
     template: Template,
     loss_on: LossOn,

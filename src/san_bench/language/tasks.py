@@ -23,7 +23,7 @@ from typing import TypeVar
 from san_bench.config.strict import suggest, task_of_suite
 from san_bench.datacheck.manifest import find_folder, load_manifest
 from san_bench.language import commonsense
-from san_bench.language.instructions import Questions, Record, fingerprint, load_records, splits_of
+from san_bench.language.instructions import Instruction, Questions, fingerprint, load_records, splits_of
 from san_bench.language.mini import tasks as world
 from san_peft.errors import SanError
 
@@ -50,7 +50,7 @@ class TextTask:
     """
 
     name: str
-    splits: dict[str, tuple[Record, ...]]
+    splits: dict[str, tuple[Instruction, ...]]
     questions: dict[str, dict[str, Questions]]
 
     @cached_property
@@ -112,7 +112,7 @@ def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
     return _commonsense(name, Path(data), task) if suite == "commonsense" else _own(name, data)
 
 
-def hold_out(records: Sequence[Record]) -> dict[str, tuple[Record, ...]]:
+def hold_out(records: Sequence[Instruction]) -> dict[str, tuple[Instruction, ...]]:
     """Splits records into `train` and `val`; `trainval` has all records in order.
 
     Args:

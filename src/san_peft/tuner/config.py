@@ -23,7 +23,7 @@ from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.propagation.schemes import SCHEMES
 from san_peft.tuner._peft import SAN
-from san_peft.tuner.decompose import host_config, kind_of, moves_weight
+from san_peft.tuner.decompose import host_config, host_kind, moves_weight
 
 FORMAT = 2
 """Version of the adapter format. Format 1 has no `placement`; adapters without a format have no edges either."""
@@ -233,7 +233,7 @@ class SanConfig(PeftConfig):
     def _take_inner(self) -> None:
         """Validates the host's config and adopts its targets and saved modules."""
         inner = host_config(copy.deepcopy(self.inner))
-        kind_of(inner, self.decomposition)
+        host_kind(inner, self.decomposition)
         if self.shift and not self.own_scale:
             raise SanError("shift requires a trainable scale; set own_scale=True, or shift=False.")
         for name, reason in INNER_REFUSED.items():

@@ -319,7 +319,7 @@ def _kind(host: BaseTunerLayer) -> Kind:
     return KINDS[type_of(host)]
 
 
-def kind_of(config: PeftConfig, decomposition: str) -> Kind:
+def host_kind(config: PeftConfig, decomposition: str) -> Kind:
     """Returns the entry of `KINDS` for a host's config.
 
     Raises:

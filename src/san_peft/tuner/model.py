@@ -24,7 +24,7 @@ from san_peft.tuner.attention import layer_for
 from san_peft.tuner.checks import check_adapter, saved_modules
 from san_peft.tuner.combine import combine
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
+from san_peft.tuner.decompose import has_adapter, host_kind, moves_weight, reference_norms
 from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
 from san_peft.tuner.layer import MODES, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
@@ -199,7 +199,7 @@ class SanModel(_peft.Tuner):
     def _inject_host(self, model: nn.Module, adapter_name: str, config: SanConfig, empty: bool) -> None:
         """Injects the host into the targets if it is missing; restores the layers if that fails."""
         inner: Any = config.inner_config()
-        kind = kind_of(inner, config.decomposition)
+        kind = host_kind(inner, config.decomposition)
         targets = {n: m for n, m in layers_by_name(model).items() if _peft.matches(self, config, n)}
         if all(has_adapter(_host_of(m), adapter_name) for m in targets.values()):
             return

@@ -50,7 +50,7 @@ SAVING: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "san"}
 WINDOW = 10
 """Window of the moving average of the demo's loss, in steps."""
 
-Record = Mapping[str, Any]
+PlotRow = Mapping[str, Any]
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -88,7 +88,7 @@ def legend(figure: Figure, handles: Sequence[Any], across: int = 4) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(across, len(handles)), handlelength=2.8)
 
 
-def method_lines(records: Sequence[Record], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
+def method_lines(records: Sequence[PlotRow], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
     """Returns legend handles for the methods of some records."""
     here = {record["method"] for record in records}
     return [Line2D([], [], label=m, **look_of(i, marker)) for i, m in enumerate(methods) if m in here]
@@ -116,7 +116,7 @@ def look_of(place: int, marker: bool = True) -> dict[str, Any]:
 
 
 @rc_context(STYLE)
-def accuracy_bars(records: Sequence[Record], methods: Sequence[str]) -> Figure:
+def accuracy_bars(records: Sequence[PlotRow], methods: Sequence[str]) -> Figure:
     """Draws bars of accuracy by backbone, with spread, seeds and values.
 
     Args:
@@ -149,7 +149,7 @@ def accuracy_bars(records: Sequence[Record], methods: Sequence[str]) -> Figure:
 
 
 @rc_context(STYLE)
-def order_bars(records: Sequence[Record], names: Sequence[str]) -> Figure:
+def order_bars(records: Sequence[PlotRow], names: Sequence[str]) -> Figure:
     """Draws the propagation order ablation: a panel for each backbone, a bar for each order.
 
     Args:
@@ -177,7 +177,7 @@ def order_bars(records: Sequence[Record], names: Sequence[str]) -> Figure:
     return figure
 
 
-def _spread(axes: Axes, at: Any, records: Sequence[Record], width: float, crowded: bool = False) -> None:
+def _spread(axes: Axes, at: Any, records: Sequence[PlotRow], width: float, crowded: bool = False) -> None:
     """Adds spread, seeds and values to the bars at positions `at`."""
     for place, record in zip(at, records, strict=True):
         if record["sd"] is not None:
@@ -203,18 +203,18 @@ def _spread(axes: Axes, at: Any, records: Sequence[Record], width: float, crowde
         )
 
 
-def _top(record: Record) -> float:
+def _top(record: PlotRow) -> float:
     return max([record["mean"] + (record["sd"] or 0.0), *record["seeds"]])
 
 
-def _accuracy_axis(axes: Axes, records: Sequence[Record]) -> None:
+def _accuracy_axis(axes: Axes, records: Sequence[PlotRow]) -> None:
     axes.set(ylim=(0, 1.12 * max(map(_top, records)) or 1.0), ylabel="accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False, axis="x")
 
 
 @rc_context(STYLE)
-def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure:
+def learning_curves(records: Sequence[PlotRow], methods: Sequence[str]) -> Figure:
     """Draws the training loss over steps: a panel for each task, a line for each method, a band over its seeds.
 
     Args:
