@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftType
@@ -260,11 +260,20 @@ def _itself(module: nn.Module, **_: Any) -> nn.Module:
 class Tuner(BaseTuner):
     """Extends `BaseTuner`, exposing its private hooks under public names for `SanModel`."""
 
+    check_loaded: ClassVar[Callable[[Any, str, dict[str, torch.Tensor]], None]]
+
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         # PEFT ignores layers_to_transform if target_modules is a string or contains the full name
         found = BaseTuner._check_target_module_exists(peft_config, key)
         return found and in_blocks(peft_config, key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        cls.check_loaded(model, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return self.prepare_config(peft_config, model_config)

@@ -12,12 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
 from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
@@ -285,20 +281,6 @@ class SanConfig(PeftConfig):
             raise GraphError(f"edges must be a list of edges, got {type(self.edges).__name__}.")
         return PropagationGraph(tuple(Edge.from_json(edge) for edge in self.edges or [])).edges
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Loads the config as PEFT does, and validates the checkpoint next to it if the folder is local.
-
-        Raises:
-            AdapterError: If the checkpoint is damaged or lacks a scale, or if a scale is not finite or does not have
-                the length that its edges need.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if isinstance(config, cls) and file.is_file():
-            _check_file(file, config)
-        return config
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the config as PEFT does, and adds loading instructions to the model card next to it."""
         if self.edges is None and self.propagation != "none":
@@ -339,42 +321,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
     raise SanError(f"inner contains a {type(value).__name__}, which cannot be serialised to JSON.")
-
-
-def _check_file(file: Path, config: SanConfig) -> None:
-    """Raises `AdapterError` if the tensors of a checkpoint do not match its config."""
-    lengths = {edge.anterior: edge.channels.source_size for edge in config.resolved_edges()}
-    own = config.inner is None or config.own_scale
-    prefix = None if config.inner is None else PEFT_TYPE_TO_PREFIX_MAPPING[config.inner["peft_type"]]
-    found: dict[str, int] = {}
-    hosts = set()
-    try:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
-                name = key.removeprefix("base_model.model.")
-                fqn, nested, rest = name.partition(".base_layer.")
-                if ".san_" not in key and not nested:
-                    continue
-                vector = tensors.get_tensor(key)
-                if not torch.isfinite(vector).all():
-                    bad = int((~torch.isfinite(vector)).sum())
-                    raise AdapterError(f"{file}: {bad} of {vector.numel()} entries of {key} are not finite.")
-                if key.endswith(".san_scale.weight"):
-                    found[name.removesuffix(".san_scale.weight")] = vector.numel()
-                if nested and prefix is not None and rest.startswith(prefix):
-                    hosts.add(fqn)
-    except SafetensorError as error:
-        raise AdapterError(f"{file} is damaged ({error}). Download or save the adapter again.") from error
-    for fqn, length in lengths.items():
-        if own and fqn not in found:
-            raise AdapterError(f"{file} has no scale for {fqn}, which the adapter's config propagates.")
-        if own and found[fqn] != length:
-            raise AdapterError(f"{file}: the scale of {fqn} has {found[fqn]} entries, but its edges need {length}.")
-        if prefix is not None and fqn not in hosts:
-            raise AdapterError(
-                f"{file} has no tensors {prefix}* for {fqn}, which hosts SAN according to the adapter's "
-                "config. Was the adapter saved with another host?"
-            )
 
 
 def _propagation(value: Any) -> str | dict[str, Any]:
