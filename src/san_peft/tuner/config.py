@@ -10,7 +10,8 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -23,6 +24,21 @@ from san_peft.tuner.decompose import host_config, host_kind, moves_weight
 
 FORMAT = 2
 """Version of the adapter format. Format 1 has no `placement`; adapters without a format have no edges either."""
+TYPED = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "train_norms",
+    "shift",
+    "bound",
+    "detach",
+    "gate",
+    "own_scale",
+    "format",
+)
+"""Fields whose type is checked; the others have a check of their own."""
 INNER_REFUSED = {
     "bias": "SAN folds scales into the frozen biases; leave them frozen",
     "layer_replication": "SAN does not support layers that share weights under several names",
@@ -177,8 +193,12 @@ class SanConfig(PeftConfig):
     format: int = field(default=FORMAT, metadata={"help": "The version of the adapter format."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise SanError(str(error)) from error
         self.peft_type = SAN
+        _check_types(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
@@ -196,6 +216,10 @@ class SanConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise SanError("layers_pattern requires layers_to_transform; set both or neither.")
+        if not isinstance(self.exponent_pattern, dict):
+            raise SanError(
+                f"exponent_pattern must be a dict from layer names to numbers, got {self.exponent_pattern!r}."
+            )
         for name, value in {"exponent": self.exponent, **self.exponent_pattern}.items():
             where = name if name == "exponent" else f"exponent_pattern[{name!r}]"
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -206,7 +230,12 @@ class SanConfig(PeftConfig):
             raise SanError(f"bound must be positive and finite, or None; got {self.bound}.")
         self.propagation = _propagation(self.propagation)
         if self.inner is not None:
-            self._take_inner()
+            try:
+                self._take_inner()
+            except SanError:
+                raise
+            except (TypeError, ValueError, AttributeError, KeyError) as error:
+                raise SanError(f"inner is not a valid configuration of a host: {error}") from error
         if self.edges is not None:
             self.resolved_edges()
         if self.placement is not None:
@@ -297,6 +326,29 @@ class SanConfig(PeftConfig):
                 draft = card.with_suffix(".tmp")
                 draft.write_text(text.rstrip() + "\n" + CARD, encoding="utf-8")
                 draft.replace(card)
+
+
+def _check_types(config: SanConfig) -> None:
+    """Raises `SanError` if a field has another type than declared; a config may come from a damaged file."""
+    types = get_type_hints(type(config))
+    for name in TYPED:
+        value = getattr(config, name)
+        if not _fits(value, types[name]):
+            declared = str(types[name]).removeprefix("<class '").removesuffix("'>")
+            raise SanError(f"{name} must be of type {declared}, got {value!r:.200}.")
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    origin, inside = get_origin(declared), get_args(declared)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is list:
+        return isinstance(value, list | tuple | set) and all(_fits(one, inside[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+    if declared is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, declared) and (declared is bool or not isinstance(value, bool))
 
 
 def _check_placement(value: Any) -> None:

@@ -24,12 +24,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Auxi
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from san_peft.errors import AdapterError
+from san_peft.errors import AdapterError, SanError
 from san_peft.tuner.sharded import is_sharded
 from san_peft.tuner.snapshot import Snapshot
 
 PREFIX = "base_model.model."
 """Prefix of all names in a saved adapter."""
+INVALID = (TypeError, ValueError, LookupError, AttributeError)
+"""Errors that an invalid config of a host or of PEFT causes."""
 HUB = frozenset(inspect.signature(hf_hub_download).parameters)
 """Names of download options."""
 
@@ -243,8 +245,13 @@ def adding(tuner: Any, model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
         if source is not None:
             check_tensors(tuner, adapter_name, tensors, source)
-    except BaseException:
+    except BaseException as error:
         snapshot.restore()
         if not known:  # PEFT registers the name before it adds the layers
             tuner.peft_config.pop(adapter_name, None)
-        raise
+        if source is None or isinstance(error, SanError) or not isinstance(error, INVALID):
+            raise
+        raise AdapterError(
+            f"Adapter {adapter_name!r} cannot be loaded: its {CONFIG_NAME} in {source} does not fit this model "
+            f"({type(error).__name__}: {error}). Save or download the adapter again."
+        ) from error
