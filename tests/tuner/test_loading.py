@@ -182,8 +182,15 @@ def test_damaged_files_are_refused_and_leave_the_model(saved, tmp_path, way):
     config.write_text(text[:-30])
     with pytest.raises(AdapterError, match=r"adapter_config\.json in .*adapter is damaged"):
         load(model, folder)
-    for change in ({"edges": [{"anterior": "a"}]}, {"exponent": "two"}, {"target_modules": ["nowhere"], "edges": None}):
-        config.write_text(json.dumps({**json.loads(text), **change}))
+    config_of = json.loads(text)
+    for change in (
+        {"edges": [{"anterior": "a"}]},
+        {"exponent": "two"},
+        {"target_modules": ["nowhere"], "edges": None, "placement": None},
+        {"inner": {**config_of["inner"], "r": 3}},
+        {"inner": {**config_of["inner"], "lora_dropout": 3}},
+    ):
+        config.write_text(json.dumps({**config_of, **change}))
         with pytest.raises(SanError):
             load(model, folder)
         assert_same(model, before)
