@@ -33,14 +33,14 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Output folder for runs, results, table and plots."""
-    methods: tuple[str, ...] = ("san", "linear", "ssf", "lora-equal", "lora-r8", "full")
-    """Recipes under demo/ to run, in this order; fewer methods take less time."""
+    methods: tuple[str, ...] = ()
+    """Methods of the suite demo to run, in this order, such as san ssf; all six by default."""
 
     def run(self) -> None:
-        """Runs the demo and prints its table."""
+        """Runs the suite demo, prints its table, and exits with code 1 if runs failed."""
         from san_bench.suites.demo import demo
 
-        demo(self.out, self.methods)
+        _finish(demo(self.out, self.methods), self.out)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Bench:
         return shlex.join(words)
 
     def run(self) -> None:
-        """Runs the suite and prints the path of the results."""
+        """Runs the suite, prints the path of the results, and exits with code 1 if runs failed."""
         from san_bench.config.suite import Choice, load_suite
         from san_bench.suites.engines import LocalEngine
         from san_bench.suites.ray import RayEngine
@@ -131,8 +131,7 @@ class Bench:
             else LocalEngine(self.workers, threads)
         )
         out = self.out or Path("runs") / name
-        rows = bench(suite, name, choice, out, engine, self.search, self.keep_models, self.command)
-        print(f"{len(rows)} runs have finished: {out / 'rows.jsonl'}. Compare them with `san table {out}`.")
+        _finish(bench(suite, name, choice, out, engine, self.search, self.keep_models, self.command), out)
 
 
 @dataclass(frozen=True)
@@ -380,6 +379,17 @@ def _is_disk_full(error: Exception) -> bool:
     """Checks for a full disk, quota or file size limit; safetensors (Rust) reports the number only in its message."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _finish(found: Any, out: Path) -> None:
+    """Prints what `bench` finished and where, and exits with code 1 if runs failed."""
+    finished, failed = len({row["run"] for row in found.rows}), len(found.failures)
+    of = f"of {finished + failed} {'run' if finished + failed == 1 else 'runs'}"
+    if finished:
+        print(f"{finished} {of} finished: {out / 'rows.jsonl'}. Compare them with `san table {out}`.", flush=True)
+    if failed:
+        print(f"san: {failed} {of} failed: {out / 'failures.jsonl'}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
