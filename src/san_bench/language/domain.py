@@ -28,7 +28,7 @@ from san_bench.language.survey import remarks_on
 from san_bench.language.tasks import MOST_ANSWERS, TextTask, load_text_task
 from san_bench.language.tokenizer import PreparedTokenizer, prepare_tokenizer
 from san_bench.models.checkpoint import Checkpoint, checkpoint_of
-from san_bench.models.weights import load_pretrained, place
+from san_bench.models.weights import load_pretrained, move_to_gpu
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_peft.errors import SanError
 
@@ -216,7 +216,7 @@ class Texts(Domain):
             numbers per task of the other methods. The files contain every question and answer.
         """
         scoring = self.recipe.scoring
-        place(model)
+        move_to_gpu(model)
         ways = [way for way in scoring.ways if way != "lm-eval" or split == "test"]  # lm-eval has no other split
         found = {way: WAYS[way](self, model, self.task.asked(split)) for way in ways}
         first = found[ways[0]]

@@ -26,7 +26,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from san_bench.config.strict import did_you_mean
-from san_bench.language.instructions import Record
+from san_bench.language.instructions import Instruction
 from san_peft.errors import SanError
 
 COLUMNS = {
@@ -101,7 +101,7 @@ class Passage:
     text: str
 
 
-Item = Record | Chat | Completion | Passage
+Item = Instruction | Chat | Completion | Passage
 """A record of any format."""
 
 
@@ -123,7 +123,7 @@ def recognise_format(columns: Collection[str]) -> str:
 def read_record(row: Mapping[str, Any], form: str) -> Item:
     """Converts a row without `problems_of_row` to a record."""
     if form == "alpaca":
-        return Record(**{name: row.get(name) or "" for name in (*COLUMNS[form], *OPTIONAL[form])})
+        return Instruction(**{name: row.get(name) or "" for name in (*COLUMNS[form], *OPTIONAL[form])})
     if form == "completion":
         return Completion(row["prompt"], row["completion"])
     if form == "text":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from san_bench.language.formats import Chat, Item
-from san_bench.language.instructions import Questions, Record
+from san_bench.language.instructions import Instruction, Questions
 from san_bench.language.prompts import RESPONSE, Collator, Template, question_of
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import gather_results, rank_indices
@@ -100,7 +100,7 @@ def answer_task(
     texts = generate_texts(model, tokenizer, prompts, batch_size, beams, max_new_tokens)
     rows: list[dict[str, Any]] = []
     for index, (record, text) in enumerate(zip(records, texts, strict=True)):
-        said = response(text) if isinstance(record, Record) else text.strip()
+        said = response(text) if isinstance(record, Instruction) else text.strip()
         if exact:
             answer, right = said or None, record.output.strip()
         else:
@@ -124,7 +124,7 @@ def _question(record: Item) -> str:
     """Returns the question of a record as a text for people."""
     if isinstance(record, Chat):
         return str(record.asked[-1].get("content")) if record.asked else ""
-    return record.instruction if isinstance(record, Record) else record.prompt  # type: ignore[union-attr]
+    return record.instruction if isinstance(record, Instruction) else record.prompt  # type: ignore[union-attr]
 
 
 def response(text: str) -> str:

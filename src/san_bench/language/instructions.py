@@ -5,7 +5,7 @@ A record has four strings: the instruction, an input (often empty), the expected
 Example:
     >>> import json
     >>> from pathlib import Path
-    >>> record = Record("Is water wet?\n\nAnswer format: true/false", "", "the correct answer is true", "true")
+    >>> record = Instruction("Is water wet?\n\nAnswer format: true/false", "", "the correct answer is true", "true")
     >>> _ = Path("test.json").write_text(json.dumps([record.fields()]), encoding="utf-8")
     >>> load_records("test.json", answers=("true", "false")) == (record,)
     True
@@ -33,7 +33,7 @@ LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Instruction:
     """An instruction with its answer.
 
     Attributes:
@@ -77,7 +77,7 @@ class Questions:
 
 def load_records(
     source: str | Path, split: str | None = None, answers: Collection[str] | None = None
-) -> tuple[Record, ...]:
+) -> tuple[Instruction, ...]:
     """Loads and validates records.
 
     Args:
@@ -95,7 +95,7 @@ def load_records(
     return check_records(source_rows(source, split, FIELDS), str(source), answers)
 
 
-def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | None = None) -> tuple[Record, ...]:
+def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | None = None) -> tuple[Instruction, ...]:
     """Validates rows and converts them to records.
 
     Args:
@@ -106,7 +106,7 @@ def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | N
     Raises:
         SanError: If there are no records, or any is invalid; the message counts them and lists the first.
     """
-    records: list[Record] = []
+    records: list[Instruction] = []
     problems: list[str] = []
     count = 0
     for count, (place, row) in enumerate(rows, 1):  # noqa: B007 - the last count is the number of records
@@ -114,7 +114,7 @@ def check_records(rows: Iterable[Row], source: str, answers: Collection[str] | N
         if wrong:
             problems.append(f"{place}: {'; '.join(wrong)}")
         else:
-            records.append(Record(**{name: row[name] for name in FIELDS}))
+            records.append(Instruction(**{name: row[name] for name in FIELDS}))
     if problems:
         more = f"\n  and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
         raise SanError(

@@ -5,8 +5,8 @@ lines except the first are indented by 16 spaces, and training and evaluation di
 first line and on empty lines.
 
 Example:
-    >>> from san_bench.language.instructions import Record
-    >>> record = Record("Is water wet?", "", "the correct answer is true", "true")
+    >>> from san_bench.language.instructions import Instruction
+    >>> record = Instruction("Is water wet?", "", "the correct answer is true", "true")
     >>> print(prompt(record, "clean", "evaluation"))
     Below is an instruction that describes a task. Write a response that appropriately completes the request.
     <BLANKLINE>
@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 
 from san_bench.language.chat import encode_asked, encode_chat
 from san_bench.language.formats import Chat, Completion, Item, Passage
-from san_bench.language.instructions import LISTED, Record
+from san_bench.language.instructions import LISTED, Instruction
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_peft.errors import SanError
 
@@ -54,7 +54,7 @@ IGNORED = -100
 """Label of tokens without loss."""
 
 
-def prompt(record: Record, template: Template, phase: Phase) -> str:
+def prompt(record: Instruction, template: Template, phase: Phase) -> str:
     """Returns the prompt of a record. In training, the output is appended directly.
 
     Args:

@@ -15,7 +15,7 @@ from san_bench.language.formats import (
     read_record,
     recognise_format,
 )
-from san_bench.language.instructions import Record
+from san_bench.language.instructions import Instruction
 from san_bench.language.own import read_rows_of
 from san_peft.errors import SanError
 
@@ -25,9 +25,9 @@ HI = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hell
 @pytest.mark.parametrize(
     ("row", "form", "record"),
     [
-        ({"instruction": "a", "input": "b", "output": "c", "answer": "d"}, "alpaca", Record("a", "b", "c", "d")),
-        ({"instruction": "a", "output": "c", "text": "a c"}, "alpaca", Record("a", "", "c", "")),
-        ({"instruction": "a", "input": None, "output": ""}, "alpaca", Record("a", "", "", "")),
+        ({"instruction": "a", "input": "b", "output": "c", "answer": "d"}, "alpaca", Instruction("a", "b", "c", "d")),
+        ({"instruction": "a", "output": "c", "text": "a c"}, "alpaca", Instruction("a", "", "c", "")),
+        ({"instruction": "a", "input": None, "output": ""}, "alpaca", Instruction("a", "", "", "")),
         ({"messages": HI, "prompt": "Hi.", "id": 3}, "messages", Chat(HI)),
         ({"messages": [{**HI[0], "tool_calls": None}, HI[1]]}, "messages", Chat(HI)),
         ({"messages": [{**HI[0], "content": [{"type": "text", "text": "Hi."}]}, HI[1]]}, "messages", Chat(HI)),
@@ -108,6 +108,6 @@ def test_empty_parts_and_roles_out_of_order_are_found():
     assert misplaced_roles(Chat([HI[0], call, {"role": "tool", "content": "3"}, HI[1]])) == []
     assert empty_parts(Chat([HI[0], call, {"role": "assistant", "content": " "}])) == ["turn 2 (assistant)"]
     assert empty_parts(Completion("", "")) == ["prompt", "output"]
-    assert (empty_parts(Record("a", "", "", "")), empty_parts(Passage("\n"))) == (["output"], ["text"])
+    assert (empty_parts(Instruction("a", "", "", "")), empty_parts(Passage("\n"))) == (["output"], ["text"])
     assert content_key(Completion("a", "b")) != content_key(Passage("a"))
     assert Chat([*HI, *HI[:1]]).asked == HI[:1]
