@@ -242,9 +242,10 @@ class Data:
     """Validate (check) or download (fetch)."""
     suite: Positional[str]
     """vtab, fgvc, gic or commonsense, or one dataset such as vtab/cifar. Check also takes folder or datasets (your own
-    images), llava, llava/gqa and conversations; fetch also takes a dataset name on the Hugging Face hub."""
+    images), instructions (your own text), llava, llava/gqa and conversations; fetch also takes a dataset name on the
+    Hugging Face hub."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Folder of the data."""
+    """Folder of the data; for instructions also a file, or the name of a dataset on the Hugging Face hub."""
     images: bool = True
     """Decode every image, and look for duplicates."""
     workers: int | None = None
@@ -253,6 +254,8 @@ class Data:
     """File to write checksums to, in the format of sha256sum."""
     checksums: Path | None = None
     """File of checksums to verify against."""
+    recipe: str | None = None
+    """Recipe whose tokenizer, chat template and cutoff apply to instructions, to report truncated records."""
 
     def run(self) -> None:
         """Validates or downloads, prints, and exits with code 1 if anything is missing or invalid."""
@@ -263,7 +266,8 @@ class Data:
         else:
             from san_bench.datacheck.check import check_command
 
-            check_command(self.suite, self.folder, self.images, self.workers, self.write_checksums, self.checksums)
+            checksums = (self.write_checksums, self.checksums)
+            check_command(self.suite, self.folder, self.images, self.workers, *checksums, self.recipe)
 
 
 EXTRAS = {

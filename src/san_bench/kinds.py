@@ -40,7 +40,7 @@ KINDS = {
         recipe="san_bench.language.recipe:TextRecipe",
         domain="san_bench.language.domain:Texts",
         check="san_bench.language.check:examine",
-        checks=("commonsense",),
+        checks=("commonsense", "instructions"),
     ),
     "image": DataKind(
         key="input",

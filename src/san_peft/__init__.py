@@ -12,6 +12,7 @@ from san_peft.tuner import _peft
 from san_peft.tuner.attach import detach_san, propagate
 from san_peft.tuner.config import SanConfig
 from san_peft.tuner.layer import SanLayer
+from san_peft.tuner.loaders import wrap_loaders
 from san_peft.tuner.model import SanModel
 
 __all__ = [
@@ -40,3 +41,4 @@ __all__ = [
 ]
 
 _peft.register(SanConfig, SanModel)
+wrap_loaders()

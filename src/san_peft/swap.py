@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from san_peft.errors import AdapterError, MergeError
 from san_peft.tuner.decompose import unfit
 from san_peft.tuner.layer import SanLayer
+from san_peft.tuner.loading import Source, check_tensors
 from san_peft.tuner.sharded import is_sharded
 
 COMPARED = (
@@ -68,28 +69,24 @@ def hotswap(
     if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
         raise AdapterError("The model is merged. Call unmerge_adapter() before swapping its adapter.")
     place: Any = kwargs | {name: v for name, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
-    where = os.fspath(path) if subfolder is None else f"{os.fspath(path)}/{subfolder}"
-    here, there = model.peft_config[adapter_name], PeftConfig.from_pretrained(os.fspath(path), **place)
+    source = Source(os.fspath(path), None, place)
+    here, there = model.peft_config[adapter_name], source.config()
     for name in COMPARED:
         ours, theirs = getattr(here, name, None), getattr(there, name, None)
         if ours != theirs:
             raise AdapterError(
-                f"The adapter in {where} differs from {adapter_name!r} in {name}{_what(ours, theirs)}. "
+                f"The adapter in {source} differs from {adapter_name!r} in {name}{_what(ours, theirs)}. "
                 "Load it with load_adapter instead."
             )
     old = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    new = load_peft_weights(os.fspath(path), device=None if device is None else str(device), **place)
+    new = source.read(None if device is None else str(device))
+    check_tensors(model, adapter_name, new, source)
     if old.keys() != new.keys():
         odd = sorted(old.keys() ^ new.keys())
         raise AdapterError(
-            f"The adapter in {where} differs from {adapter_name!r} in {len(odd)} tensors, such as {odd[0]}."
+            f"The adapter in {source} differs from {adapter_name!r} in {len(odd)} tensors, such as {odd[0]}."
         )
-    for name, value in new.items():
-        target = old[name]
-        if value.shape != target.shape:
-            raise AdapterError(f"{name} has shape {tuple(value.shape)} in {where}, {tuple(target.shape)} here.")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise AdapterError(f"{where}: {name} is not finite. Save or download the adapter again.")
+    for name, target in old.items():
         if target.is_meta or is_sharded(target):
             raise AdapterError(f"{name} is offloaded or sharded, so it cannot be replaced in place.")
     with torch.no_grad():

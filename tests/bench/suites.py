@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from san_bench.run.scales import Scales, save_scales
+from san_bench.run.scales import RunScales, save_scales
 
 ORIGIN = {
     "suite": "made-up",
@@ -56,7 +56,7 @@ def write_suite(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
     losses: Callable[[Mapping[str, Any]], Sequence[float]] | None = None,
-    scales: Callable[[Mapping[str, Any]], Scales | None] | None = None,
+    scales: Callable[[Mapping[str, Any]], RunScales | None] | None = None,
 ) -> Path:
     """Writes rows, and for each run what the two functions give for its row."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,11 @@ LAYERS = {
 """Layers of a small transformer with their channels."""
 
 
-def pattern(task: str, seed: int, strength: float = 0.1, noise: float = 0.05, **options: Any) -> Scales:
+def pattern(task: str, seed: int, strength: float = 0.1, noise: float = 0.05, **options: Any) -> RunScales:
     """Scales with a pattern that belongs to the task, and noise that belongs to the seed."""
     vectors = {}
     for place, (layer, size) in enumerate(LAYERS.items()):
         of_task = np.random.default_rng([place, *task.encode()]).normal(0, strength, size)
         of_seed = np.random.default_rng([place, seed, *task.encode(), 7]).normal(0, noise, size)
         vectors[layer] = (1 + of_task + of_seed).astype(np.float32)
-    return Scales(vectors, **options)
+    return RunScales(vectors, **options)

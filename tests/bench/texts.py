@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from san_bench.config.recipe import load_recipe
-from san_bench.language.instructions import Record
+from san_bench.language.instructions import Instruction
 from san_bench.language.recipe import TextRecipe
 
 QUESTIONS = {
@@ -63,20 +63,20 @@ WINOGRANDE = (
 )
 
 
-def record(task: str) -> Record:
+def record(task: str) -> Instruction:
     """A record of a task as its published file has them."""
     if task == "winogrande":
-        return Record(WINOGRANDE, "", "the correct answer is option2", "option2")
+        return Instruction(WINOGRANDE, "", "the correct answer is option2", "option2")
     question, options, answer = QUESTIONS[task]
     form = FORMATS.get(task, "answer1/answer2/answer3/answer4")
     text = "\n\n".join(part for part in (question, options, f"Answer format: {form}") if part)
-    return Record(text, "", f"the correct answer is {answer}", answer)
+    return Instruction(text, "", f"the correct answer is {answer}", answer)
 
 
 def write(path: Path, records: list[Any]) -> Path:
     """Writes records as the published files are written: a list, indented by four."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [one.fields() if isinstance(one, Record) else one for one in records]
+    rows = [one.fields() if isinstance(one, Instruction) else one for one in records]
     path.write_text(json.dumps(rows, indent=4), encoding="utf-8")
     return path
 
@@ -197,9 +197,9 @@ METHODS = {
 }
 
 
-def question(number: int) -> Record:
+def question(number: int) -> Instruction:
     answer = "true" if number % 2 else "false"
-    return Record(f"Is {number} odd?\n\nAnswer format: true/false", "", f"the correct answer is {answer}", answer)
+    return Instruction(f"Is {number} odd?\n\nAnswer format: true/false", "", f"the correct answer is {answer}", answer)
 
 
 def small_language(folder: Path) -> Path:

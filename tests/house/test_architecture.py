@@ -170,14 +170,37 @@ def test_no_circle_between_files(package):
     assert_no_circle(needs)
 
 
-def test_a_public_name_of_the_runner_is_defined_once():
+def public_names(package: str, aliases: bool = True) -> dict[str, list[str]]:
+    """Public functions, classes and type aliases of a package, with the lines that define them.
+
+    Constants in capitals, such as a table `KINDS`, belong to their module.
+    """
     places: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "src/san_bench").rglob("*.py")):
+    for path in sorted((ROOT / "src" / package).rglob("*.py")):
         for node in tree_of(path).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not private(node.name):
-                places.setdefault(node.name, []).append(where(path, node.lineno, node.name))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names = [node.name]
+            elif aliases and isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [t.id for t in targets if isinstance(t, ast.Name) and not t.id.isupper()]
+            else:
+                names = []
+            for name in names:
+                if not name.startswith("_"):
+                    places.setdefault(name, []).append(where(path, node.lineno, name))
+    return places
+
+
+def test_a_public_name_of_the_runner_is_defined_once():
+    places = public_names("san_bench", aliases=False)
     twice = [place for name, many in places.items() if len(many) > 1 and name not in SAME_IN_EACH for place in many]
     assert not twice, "\n".join(twice)
+
+
+def test_no_public_name_is_defined_in_both_packages():
+    method, runner = public_names("san_peft"), public_names("san_bench")
+    both = [place for name in sorted(method.keys() & runner) for place in (*method[name], *runner[name])]
+    assert not both, "\n".join(both)
 
 
 def test_propagation_knows_torch_only():

@@ -56,6 +56,9 @@ def test_every_variant_that_peft_knows_is_decided_on():
         ({"inner": {"r": 8}}, SanError, "peft_type None"),
         ({"inner": {"peft_type": "NEWEST"}}, SanError, "peft_type 'NEWEST'"),
         ({"inner": "lora"}, SanError, "got 'lora'"),
+        ({"inner": {"peft_type": "LORA", "r": "x"}}, SanError, "inner is not a valid configuration.*'str'"),
+        ({"inner": {"peft_type": "LORA", "r": 2, "eva_config": 3}}, SanError, "inner is not a valid.*EvaConfig"),
+        ({"inner": {"peft_type": "LORA", "task_type": "x"}}, SanError, "inner is not a valid.*'x'"),
         (
             {"inner": LoraConfig(target_modules=["fc1"]), "target_modules": ["fc2"]},
             SanError,
@@ -133,7 +136,7 @@ def test_files_that_do_not_fit(tmp_path):
         PeftModel.from_pretrained(KINDS["dense"].net(), tmp_path)
     other = {k.replace("lora_", "hada_"): v for k, v in tensors.items()}
     save_file(other, file)
-    with pytest.raises(AdapterError, match=r"no tensors lora_.*another host"):
+    with pytest.raises(AdapterError, match=r"lacks 6 of its 6 tensors.*lora_A.* has 6 tensors .*hada_A"):
         PeftModel.from_pretrained(KINDS["dense"].net(), tmp_path)
 
 

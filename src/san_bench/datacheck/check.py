@@ -17,8 +17,9 @@ def examine(suite: str, folder: Path, images: bool = True, workers: int | None =
 
     Args:
         suite: `vtab`, `fgvc`, `gic` or `commonsense`; one of their datasets, such as `vtab/cifar`; `folder` or
-            `datasets` for your own images; `llava` or one of its benchmarks, such as `llava/gqa`; or `conversations`.
-        folder: Data folder.
+            `datasets` for your own images; `instructions` for your own text; `llava` or one of its benchmarks, such as
+            `llava/gqa`; or `conversations`.
+        folder: Data folder; for `instructions` also a file or the name of a dataset on the hub.
         images: Also decodes every image and finds duplicates.
         workers: Threads that read images; by default one per CPU core, up to eight.
         **options: The others of `CheckOptions`.
@@ -43,6 +44,7 @@ def check_command(
     workers: int | None = None,
     write_checksums: Path | None = None,
     checksums: Path | None = None,
+    recipe: str | None = None,
 ) -> None:
     """Validates data, prints the report, and exits with code 1 if there are errors."""
     found = examine(
@@ -53,6 +55,7 @@ def check_command(
         write_checksums=write_checksums,
         checksums=checksums,
         progress=sys.stderr.isatty(),
+        recipe=recipe,
     )
     for one in found:
         if one.splits or one.layout:

@@ -28,6 +28,7 @@ class CheckOptions:
         write_checksums: File to write the checksums of all lists, tables and images to.
         checksums: File of checksums to compare with.
         progress: Shows a progress bar.
+        recipe: Recipe whose tokenizer, chat template and cutoff show how long your own records are.
     """
 
     images: bool = True
@@ -36,6 +37,7 @@ class CheckOptions:
     write_checksums: Path | None = None
     checksums: Path | None = None
     progress: bool = False
+    recipe: str | None = None
 
 
 @dataclass(frozen=True)

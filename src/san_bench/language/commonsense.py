@@ -17,7 +17,7 @@ from pathlib import Path
 from san_bench.config.strict import did_you_mean
 from san_bench.datacheck.found import Found
 from san_bench.datacheck.manifest import Facts, Manifest, find_folder, load_manifest, plain
-from san_bench.language.instructions import Questions, Record, load_records
+from san_bench.language.instructions import Instruction, Questions, load_records
 from san_bench.language.records import SUFFIXES
 from san_peft.errors import SanError
 
@@ -88,7 +88,7 @@ def _mix(data: Path) -> Path | None:
     return next((path for suffix in (*SUFFIXES, "") if (path := data / f"{MIX}{suffix}").exists()), None)
 
 
-def load_mix(source: str | Path) -> tuple[Record, ...]:
+def load_mix(source: str | Path) -> tuple[Instruction, ...]:
     """Loads the training mix; every answer must belong to some task.
 
     Args:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from san_bench.language.instructions import Questions
-from san_bench.language.prompts import RESPONSE, Collator, Template, prompt
+from san_bench.language.formats import Chat, Item
+from san_bench.language.instructions import Instruction, Questions
+from san_bench.language.prompts import RESPONSE, Collator, Template, question_of
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_bench.run.processes import gather_results, rank_indices
 from san_peft.errors import SanError
@@ -95,17 +96,19 @@ def answer_task(
     records = questions.records
     if not records:
         raise SanError(f"There are no questions of {task} to answer.")
-    prompts = [prompt(record, template, "evaluation") for record in records]
+    prompts = [question_of(record, tokenizer, template) for record in records]
     texts = generate_texts(model, tokenizer, prompts, batch_size, beams, max_new_tokens)
     rows: list[dict[str, Any]] = []
     for index, (record, text) in enumerate(zip(records, texts, strict=True)):
-        answer, right = questions.read_answer(response(text)), record.answer
+        said = response(text) if isinstance(record, Instruction) else text.strip()
         if exact:
-            answer, right = response(text) or None, record.output.strip()
+            answer, right = said or None, record.output.strip()
+        else:
+            answer, right = questions.read_answer(said), record.answer
         rows.append(
             {
                 "index": index,
-                "instruction": record.instruction,
+                "instruction": _question(record),
                 "answer": right,
                 "generated": text,
                 "predicted": answer,
@@ -115,6 +118,13 @@ def answer_task(
     correct = sum(row["correct"] for row in rows)
     unanswered = sum(row["predicted"] is None for row in rows)
     return TaskAnswers(task=task, correct=correct, unanswered=unanswered, rows=tuple(rows))
+
+
+def _question(record: Item) -> str:
+    """Returns the question of a record as a text for people."""
+    if isinstance(record, Chat):
+        return str(record.asked[-1].get("content")) if record.asked else ""
+    return record.instruction if isinstance(record, Instruction) else record.prompt  # type: ignore[union-attr]
 
 
 def response(text: str) -> str:
@@ -130,7 +140,7 @@ def response(text: str) -> str:
 def generate_texts(
     model: Any,
     tokenizer: PreparedTokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     batch_size: int,
     beams: int = BEAMS,
     max_new_tokens: int = NEW_TOKENS,
@@ -140,7 +150,7 @@ def generate_texts(
     Args:
         model: A causal language model of transformers, with or without an adapter.
         tokenizer: Its prepared tokenizer.
-        prompts: The prompts.
+        prompts: The prompts, as texts or as token IDs.
         batch_size: Batch size.
         beams: Number of beams; 1 is greedy decoding.
         max_new_tokens: Maximum number of new tokens.
@@ -158,8 +168,9 @@ def generate_texts(
     collate = Collator(tokenizer.pad, "left")
     device = next(model.parameters()).device
     own, texts = rank_indices(len(prompts)), {}
+    asked = [tokenizer.encode(one) if isinstance(one, str) else one for one in (prompts[place] for place in own)]
     with scoring(model):
-        for places, tokens in batches([tokenizer.encode(prompts[place]) for place in own], batch_size):
+        for places, tokens in batches(asked, batch_size):
             batch = {name: rows.to(device) for name, rows in collate([{"input_ids": t} for t in tokens]).items()}
             written = model.generate(**batch, generation_config=settings)
             start = batch["input_ids"].shape[1]

@@ -5,8 +5,8 @@ lines except the first are indented by 16 spaces, and training and evaluation di
 first line and on empty lines.
 
 Example:
-    >>> from san_bench.language.instructions import Record
-    >>> record = Record("Is water wet?", "", "the correct answer is true", "true")
+    >>> from san_bench.language.instructions import Instruction
+    >>> record = Instruction("Is water wet?", "", "the correct answer is true", "true")
     >>> print(prompt(record, "clean", "evaluation"))
     Below is an instruction that describes a task. Write a response that appropriately completes the request.
     <BLANKLINE>
@@ -29,7 +29,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from san_bench.language.instructions import Record
+from san_bench.language.chat import encode_asked, encode_chat
+from san_bench.language.formats import Chat, Completion, Item, Passage
+from san_bench.language.instructions import LISTED, Instruction
 from san_bench.language.tokenizer import PreparedTokenizer
 from san_peft.errors import SanError
 
@@ -52,7 +54,7 @@ IGNORED = -100
 """Label of tokens without loss."""
 
 
-def prompt(record: Record, template: Template, phase: Phase) -> str:
+def prompt(record: Instruction, template: Template, phase: Phase) -> str:
     """Returns the prompt of a record. In training, the output is appended directly.
 
     Args:
@@ -75,6 +77,43 @@ def prompt(record: Record, template: Template, phase: Phase) -> str:
     return "\n".join([first, "", *lines, INDENT])
 
 
+def encode_item(record: Item, tokenizer: PreparedTokenizer, template: Template) -> tuple[list[int], list[bool]]:
+    """Tokenizes a record for training, without truncation and without the EOS token after it.
+
+    Args:
+        record: The record.
+        tokenizer: A prepared tokenizer.
+        template: Prompt template of instructions.
+
+    Returns:
+        Token IDs, and for each whether it belongs to the output; in a text without a prompt, all do.
+
+    Raises:
+        SanError: If the chat template does not fit a conversation.
+    """
+    if isinstance(record, Chat):
+        return encode_chat(tokenizer.tokenizer, record)
+    if isinstance(record, Passage):
+        tokens = tokenizer.encode(record.text)
+        return tokens, [True] * len(tokens)
+    text = record.prompt if isinstance(record, Completion) else prompt(record, template, "training")
+    tokens, start = tokenizer.encode_after(text, record.output)
+    return tokens, [False] * start + [True] * (len(tokens) - start)
+
+
+def question_of(record: Item, tokenizer: PreparedTokenizer, template: Template) -> str | list[int]:
+    """Returns what comes before the output of a record, to generate the output; of a text without a prompt, all.
+
+    Returns:
+        A text without BOS; of a conversation the token IDs, as its chat template decides about BOS.
+    """
+    if isinstance(record, Chat):
+        return encode_asked(tokenizer.tokenizer, record)
+    if isinstance(record, Passage):
+        return record.text
+    return record.prompt if isinstance(record, Completion) else prompt(record, template, "evaluation")
+
+
 @dataclass(frozen=True)
 class Tokenised(Dataset):
     """Tokenized records for the transformers `Trainer`.
@@ -82,10 +121,16 @@ class Tokenised(Dataset):
     Attributes:
         examples: `input_ids`, `attention_mask` and `labels` of each training record.
         cut: Indices of truncated records.
+        skipped: Indices of records without any output token left, if the loss is on the output only.
+        total_tokens: Number of tokens of all records before truncation.
+        lost_tokens: Number of tokens that truncation removed.
     """
 
     examples: tuple[dict[str, list[int]], ...]
     cut: tuple[int, ...]
+    skipped: tuple[int, ...] = ()
+    total_tokens: int = 0
+    lost_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -94,51 +139,93 @@ class Tokenised(Dataset):
         return self.examples[index]
 
 
+@dataclass(frozen=True)
+class Example:
+    """A tokenized record.
+
+    Attributes:
+        tokens: Token IDs after truncation.
+        learnt: For each token, whether it belongs to the output.
+        lost_tokens: Number of tokens that truncation removed.
+    """
+
+    tokens: list[int]
+    learnt: list[bool]
+    lost_tokens: int
+
+    def features(self, loss_on: LossOn) -> dict[str, list[int]]:
+        """Returns `input_ids`, `attention_mask` and `labels`."""
+        labels = [
+            token if own or loss_on == "full" else IGNORED for token, own in zip(self.tokens, self.learnt, strict=True)
+        ]
+        return {"input_ids": self.tokens, "attention_mask": [1] * len(self.tokens), "labels": labels}
+
+
+def make_example(record: Item, tokenizer: PreparedTokenizer, template: Template, cutoff: int) -> Example:
+    """Tokenizes a record, truncated on the right; one that is not a conversation ends with EOS unless truncated."""
+    tokens, learnt = encode_item(record, tokenizer, template)
+    if len(tokens) < cutoff and tokens[-1:] != [tokenizer.eos] and not isinstance(record, Chat):
+        tokens, learnt = [*tokens, tokenizer.eos], [*learnt, True]
+    return Example(tokens[:cutoff], learnt[:cutoff], max(0, len(tokens) - cutoff))
+
+
 def tokenise(
-    records: Sequence[Record],
+    records: Sequence[Item],
     tokenizer: PreparedTokenizer,
     template: Template,
     loss_on: LossOn,
     cutoff: int = CUTOFF,
+    places: Sequence[str] = (),
 ) -> Tokenised:
-    """Tokenizes records: BOS, prompt, output, and EOS unless truncated.
+    """Tokenizes records: BOS, prompt, output, and EOS unless truncated; conversations as their template renders them.
 
     Args:
         records: The records.
         tokenizer: A prepared tokenizer.
-        template: Prompt template.
+        template: Prompt template of instructions.
         loss_on: `full` for all tokens, as published; `answer` for output and EOS.
         cutoff: Maximum number of tokens; longer records are truncated on the right. With `loss_on` `answer`, records
             without any output token left are skipped.
+        places: Where each record is from, for messages.
 
     Returns:
         The examples, in the order of the records, and the truncated records.
 
     Raises:
-        SanError: If truncation removes all answers.
+        SanError: If truncation removes all answers, or the chat template does not fit a conversation.
     """
     examples: list[dict[str, list[int]]] = []
     cut: list[int] = []
-    lost = 0
+    skipped: list[int] = []
+    problems: list[str] = []
+    total = lost = 0
     for index, record in enumerate(records):
-        tokens, start = tokenizer.encode_after(prompt(record, template, "training"), record.output)
-        if len(tokens) > cutoff:
+        try:
+            example = make_example(record, tokenizer, template, cutoff)
+        except SanError as error:
+            problems.append(f"{places[index] if places else f'record {index}'}: {error}")
+            continue
+        total += len(example.tokens) + example.lost_tokens
+        lost += example.lost_tokens
+        if example.lost_tokens:
             cut.append(index)
-            tokens = tokens[:cutoff]
-        elif len(tokens) < cutoff and tokens[-1] != tokenizer.eos:
-            tokens = [*tokens, tokenizer.eos]
-        if start >= cutoff:
-            lost += 1
-            if loss_on == "answer":
-                continue
-        labels = tokens if loss_on == "full" else [IGNORED] * start + tokens[start:]
-        examples.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": list(labels)})
-    if lost == len(records):
+        if not any(example.learnt):
+            skipped.append(index)
+        if any(example.learnt) or loss_on == "full":
+            examples.append(example.features(loss_on))
+    if problems:
+        more = f"\n  and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+        raise SanError(
+            f"{len(problems):,} of {len(records):,} records cannot be tokenized:\n  "
+            + "\n  ".join(problems[:LISTED])
+            + more
+        )
+    if len(skipped) == len(records):
         raise SanError(
             f"With a cutoff of {cutoff} tokens, none of the {len(records):,} records has any answer tokens left. "
             "Increase the cutoff."
         )
-    return Tokenised(tuple(examples), tuple(cut))
+    return Tokenised(tuple(examples), tuple(cut), tuple(skipped) if loss_on == "answer" else (), total, lost)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +23,12 @@ from typing import TypeVar
 from san_bench.config.strict import suggest, task_of_suite
 from san_bench.datacheck.manifest import find_folder, load_manifest
 from san_bench.language import commonsense
-from san_bench.language.instructions import Questions, Record, fingerprint, load_records, splits_of
+from san_bench.language.formats import Item
+from san_bench.language.instructions import Questions, fingerprint, load_records
 from san_bench.language.mini import tasks as world
+from san_bench.language.own import Located, load_own, read_eval
+from san_bench.language.recipe import OwnData, Source
+from san_bench.language.stream import RecordStream, open_stream
 from san_peft.errors import SanError
 
 T = TypeVar("T")
@@ -47,11 +51,15 @@ class TextTask:
         name: Its name.
         splits: Training records by split.
         questions: Evaluation questions by split and task.
+        places: Where each record of a split is from, if known.
+        stream: The training records, if they are read while training; `train` then has the first ones only.
     """
 
     name: str
-    splits: dict[str, tuple[Record, ...]]
+    splits: Mapping[str, tuple[Item, ...]]
     questions: dict[str, dict[str, Questions]]
+    places: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stream: RecordStream | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,6 +71,12 @@ class TextTask:
             for name, questions in tasks.items():
                 digest.update(f"{split} {name} {questions.sought} {fingerprint(questions.records)}\n".encode())
         return digest.hexdigest()
+
+    def records(self, split: str) -> tuple[Item, ...]:
+        """Returns the records of a split, those of its questions if it is not for training."""
+        if split in self.splits:
+            return self.splits[split]
+        return tuple(record for questions in self.asked(split).values() for record in questions.records)
 
     def asked(self, split: str) -> dict[str, Questions]:
         """Returns the questions of a split by task.
@@ -90,14 +104,15 @@ def questions_of(name: str, questions: Mapping[str, dict[str, T]], split: str) -
     return questions[split]
 
 
-def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
+def load_text_task(name: str, data: str | Path | OwnData | None = None) -> TextTask:
     """Loads a language task by its name.
 
     Args:
         name: `mini-language` for all eight tasks, or one of them, such as `mini-language/easy`. `commonsense` for the
             published training mix and all eight test sets, or one of them with its own training file.
-            `instructions` for your own records, in files named `train` and, optionally, `val` and `test`.
-        data: Data folder; for instructions also the name of a dataset on the Hugging Face hub.
+            `instructions` for your own records, in any format of `san_bench.language.formats`: in files named `train`
+            and, optionally, `val` and `test`.
+        data: Data folder; for instructions also a file, the name of a dataset on the Hugging Face hub, or settings.
 
     Raises:
         SanError: If the task is unknown, or its data is missing or invalid.
@@ -109,10 +124,12 @@ def load_text_task(name: str, data: str | Path | None = None) -> TextTask:
         raise SanError(f"There is no task {name!r}.{suggest(name, ('mini-language', 'commonsense', 'instructions'))}")
     if data is None:
         raise SanError(f"The task {name!r} needs a data folder: set `data`, or pass --data.")
-    return _commonsense(name, Path(data), task) if suite == "commonsense" else _own(name, data)
+    if isinstance(data, OwnData):
+        return _stream(name, data) if data.streaming else _own(name, data)
+    return _commonsense(name, Path(data), task) if suite == "commonsense" else _own(name, OwnData(train=(_at(data),)))
 
 
-def hold_out(records: Sequence[Record]) -> dict[str, tuple[Record, ...]]:
+def hold_out(records: Sequence[T]) -> dict[str, tuple[T, ...]]:
     """Splits records into `train` and `val`; `trainval` has all records in order.
 
     Args:
@@ -156,18 +173,34 @@ def _commonsense(name: str, data: Path, task: str) -> TextTask:
     return TextTask(name, splits, {"val": val, "test": test})
 
 
-def _own(name: str, data: str | Path) -> TextTask:
-    train = load_records(data, "train")
-    if len(train) < 2:
-        raise SanError(f"{data} has {len(train)} training record; at least 2 are needed, since one is held out.")
-    others = splits_of(data)
-    splits = hold_out(train)
-    if "val" in others:
-        val = load_records(data, "val")
-        splits = {"train": train, "val": val, "trainval": train + val}
-    asked = {"val": splits["val"]} | ({"test": load_records(data, "test")} if "test" in others else {})
-    found = {record.answer for records in (train, *asked.values()) for record in records}
+def _at(path: str | Path) -> Source:
+    return Source(path=str(path))
+
+
+def _own(name: str, data: OwnData) -> TextTask:
+    def split_off(records: Sequence[Located]) -> tuple[Sequence[Located], Sequence[Located]]:
+        parts = hold_out(records)
+        return parts["train"], parts["val"]
+
+    located = load_own(data, split_off)
+    splits = {split: tuple(one.item for one in records) for split, records in located.items()}
+    places = {split: tuple(one.place for one in records) for split, records in located.items()}
+    asked = {split: splits[split] for split in ("val", "test") if split in splits}
+    splits.pop("test", None)
+    return TextTask(name, splits, _questions(name, splits["trainval"], asked), places)
+
+
+def _stream(name: str, data: OwnData) -> TextTask:
+    stream = open_stream(data)
+    test = read_eval(data.eval, data.format).check() if data.eval else []
+    train, asked = tuple(one.item for one in stream.sample), {"test": tuple(one.item for one in test)}
+    places = {"train": tuple(one.place for one in stream.sample), "test": tuple(one.place for one in test)}
+    return TextTask(name, {"train": train}, _questions(name, train, asked), places, stream)
+
+
+def _questions(name: str, train: Sequence[Item], asked: dict[str, tuple[Item, ...]]) -> dict[str, dict[str, Questions]]:
+    """Returns the questions of your own data; with few different answers, the answers that can be chosen from."""
+    found = {getattr(record, "answer", "") for records in (train, *asked.values()) for record in records}
     answers = () if "" in found or len(found) > MOST_ANSWERS else tuple(sorted(found, key=lambda a: (-len(a), a)))
     sought = tuple(re.escape(answer) for answer in answers)
-    questions = {split: {name: Questions(records, answers, sought)} for split, records in asked.items()}
-    return TextTask(name, splits, questions)
+    return {split: {name: Questions(records, answers, sought)} for split, records in asked.items()}

@@ -126,7 +126,7 @@ def misfits(report: dict[str, Any]) -> list[str]:
     return sorted([*report["missing_keys"], *sizes])
 
 
-def place(model: Any) -> None:
+def move_to_gpu(model: Any) -> None:
     """Moves a model from the CPU to the GPU, if there is one."""
     if torch.cuda.is_available() and all(parameter.device.type == "cpu" for parameter in model.parameters()):
         model.to("cuda")

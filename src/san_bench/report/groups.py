@@ -14,7 +14,7 @@ from jaxtyping import Float
 from san_bench.config.strict import counted
 from san_bench.report.tables.sections import Section, sections
 from san_bench.run.results import Row, read_rows
-from san_bench.run.scales import Scales, load_scales
+from san_bench.run.scales import RunScales, load_scales
 
 HOSTS = {"san": "own", "ssf": "own", "lora": "lora", "san-lora": "lora", "dora": "dora", "san-dora": "dora"}
 """Where the scale of a kind of method comes from: its own vectors, LoRA or DoRA."""
@@ -32,7 +32,7 @@ class FinishedRun:
 
     rows: tuple[Row, ...]
     losses: tuple[float, ...]
-    scales: Scales | None
+    scales: RunScales | None
 
     @property
     def row(self) -> Row:

@@ -24,7 +24,7 @@ CARRIERS = {"SAN", "LORA"}
 
 
 @dataclass(frozen=True)
-class Scales:
+class RunScales:
     r"""Trained scales of one run, and how they propagate.
 
     Attributes:
@@ -34,7 +34,7 @@ class Scales:
         bound: Maximum distance of a propagated scale from one, or `None`.
 
     Example:
-        >>> scales = Scales({"fc1": np.float32([2, 3]), "fc2": np.float32([4])}, frozenset({"fc1"}))
+        >>> scales = RunScales({"fc1": np.float32([2, 3]), "fc2": np.float32([4])}, frozenset({"fc1"}))
         >>> scales.acting("fc1").tolist(), scales.acting("fc2").tolist()
         ([4.0, 9.0], [4.0])
     """
@@ -75,7 +75,7 @@ def scale_vectors(module: nn.Module) -> dict[str, Float32[np.ndarray, " channels
     }
 
 
-def scales_of(model: Any) -> Scales:
+def scales_of(model: Any) -> RunScales:
     """Returns the scales of a model with a SAN, LoRA or DoRA adapter; may modify the model.
 
     A LoRA or DoRA adapter without SAN is decomposed as SAN does it, by the norms of rows; nothing propagates.
@@ -89,10 +89,10 @@ def scales_of(model: Any) -> Scales:
         model = propagate(model, propagation="none")
     config, tuner = model.peft_config["default"], model.base_model
     anteriors = frozenset(edge.anterior for edge in tuner.propagation_graph.edges)
-    return Scales(scale_vectors(model.get_base_model()), anteriors, float(config.exponent), config.bound)
+    return RunScales(scale_vectors(model.get_base_model()), anteriors, float(config.exponent), config.bound)
 
 
-def save_scales(run: Path, scales: Scales) -> None:
+def save_scales(run: Path, scales: RunScales) -> None:
     """Saves the scales into the folder of a run, with the hash of the adapter that they belong to."""
     from safetensors.numpy import save
 
@@ -107,7 +107,7 @@ def save_scales(run: Path, scales: Scales) -> None:
     write_atomically(run / FILE, save(tensors, metadata={"scales": json.dumps(facts)}))
 
 
-def load_scales(run: Path) -> Scales | None:
+def load_scales(run: Path) -> RunScales | None:
     """Loads the scales of a finished run from its file, or from its adapter, in which case the file is written.
 
     Args:
@@ -133,7 +133,7 @@ def load_scales(run: Path) -> Scales | None:
     return scales
 
 
-def _read(file: Path) -> tuple[Scales, str | None]:
+def _read(file: Path) -> tuple[RunScales, str | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -144,7 +144,7 @@ def _read(file: Path) -> tuple[Scales, str | None]:
         from san_peft.errors import SanError
 
         raise SanError(f"{file} is corrupt ({error}). Remove it; the run's adapter recreates it.") from error
-    return Scales(vectors, frozenset(facts["propagated"]), facts["exponent"], facts["bound"]), facts["adapter"]
+    return RunScales(vectors, frozenset(facts["propagated"]), facts["exponent"], facts["bound"]), facts["adapter"]
 
 
 def _adapter_hash(run: Path) -> str | None:

@@ -40,7 +40,7 @@ class ShardedModel:
             For a sharded model, the state dict of full tensors in the CPU memory of rank 0 (empty on other ranks);
             `None` for an unsharded model.
         """
-        model, cut = self.trainer.model, is_sharded(self.trainer.model)
+        model, cut = self.trainer.model, has_sharded_parameters(self.trainer.model)
         exact = self._float32_of_deepspeed() if self._back is None else {}
         if cut:
             return {
@@ -71,6 +71,6 @@ class ShardedModel:
         return whole
 
 
-def is_sharded(model: Any) -> bool:
+def has_sharded_parameters(model: Any) -> bool:
     """Returns whether any parameter of a model is sharded across processes."""
     return any(sharded.is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters())

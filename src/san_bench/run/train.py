@@ -24,7 +24,7 @@ from san_bench.models.adapt import (
 )
 from san_bench.models.checkpoint import checkpoint_of
 from san_bench.models.start import start_of
-from san_bench.models.weights import place
+from san_bench.models.weights import move_to_gpu
 from san_bench.run.domain import Domain, domain_of
 from san_bench.run.evaluate import trained_model
 from san_bench.run.folder import claim, weights_sha256
@@ -180,7 +180,7 @@ def _reloaded(domain: Domain, trainer: Any, processes: PartialState) -> Any:
     trainer.accelerator.free_memory()
     processes.wait_for_everyone()
     model = trained_model(domain, Path(domain.recipe.output) / "adapter", trainable=True)
-    place(model)
+    move_to_gpu(model)
     return model
 
 

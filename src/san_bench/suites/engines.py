@@ -145,10 +145,10 @@ def attempt(path: str, value: Any, threads: int | None) -> tuple[Any, str | None
     try:
         return pkgutil.resolve_name(path)(value), None
     except Exception as error:
-        return None, describe(error)
+        return None, format_error(error)
 
 
-def describe(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Formats an error: the message of a `SanError`, else type, message and the last frames of the traceback."""
     errors = sys.modules.get("san_peft.errors")  # importing it would import torch, which takes seconds
     if errors is not None and isinstance(error, errors.SanError):
@@ -189,7 +189,7 @@ class _Child:
             except EOFError:
                 self.reply = None
             except Exception as error:
-                self.reply = None, f"The return value cannot be unpickled. {describe(error)}"
+                self.reply = None, f"The return value cannot be unpickled. {format_error(error)}"
             self.inbox.close()
             self.inbox = None
         return ended
@@ -214,7 +214,7 @@ def _work(outbox: Connection, device: str | None, path: str, value: Any, threads
     try:
         outbox.send(reply)
     except Exception as error:
-        outbox.send((None, f"The return value cannot be pickled. {describe(error)}"))
+        outbox.send((None, f"The return value cannot be pickled. {format_error(error)}"))
 
 
 def _end_with_parent() -> None:

@@ -19,7 +19,7 @@ from san_bench.language.generation import batches, decoding, scoring
 from san_bench.language.prompts import Collator
 from san_bench.models.adapt import PROJECTOR, TOWER
 from san_bench.models.checkpoint import Checkpoint, checkpoint_of
-from san_bench.models.weights import load_pretrained, place
+from san_bench.models.weights import load_pretrained, move_to_gpu
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
 from san_bench.run.processes import gather_results, rank_indices
 from san_bench.vision_language.batches import ModalityBatches
@@ -221,7 +221,7 @@ class Conversations(Domain):
         """
         self.task.require_questions(split)
         chosen = self.task.asked(split)
-        place(model)
+        move_to_gpu(model)
         tasks, files = {}, {}
         for name, asked in chosen.items():
             texts = self.answers(model, asked)

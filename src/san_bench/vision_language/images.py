@@ -21,13 +21,13 @@ from san_peft.errors import SanError
 CHUNK = 64
 """Images per task of a worker thread."""
 
-State = Literal["good", "outside", "missing", "unreadable", "mislabelled"]
+ImageState = Literal["good", "outside", "missing", "unreadable", "mislabelled"]
 """State of an image; a mislabelled one is readable, but its suffix belongs to another format."""
 
 KINDRED = {"MPO": "JPEG"}
 """Formats accepted under another suffix: cameras write MPO, a JPEG with several pictures, as .jpg."""
 
-TEXTS: dict[State, str] = {
+TEXTS: dict[ImageState, str] = {
     "outside": "paths are outside the image folder",
     "missing": "images are missing",
     "unreadable": "images cannot be read",
@@ -129,7 +129,7 @@ def preflight(
 
 def survey(
     files: Iterable[str], root: Path, workers: int | None = None, decode: bool = True
-) -> dict[str, tuple[State, str]]:
+) -> dict[str, tuple[ImageState, str]]:
     """Determines the state of images.
 
     Args:
@@ -150,7 +150,10 @@ def survey(
 
 
 def problems_of_images(
-    name: str, looks: Mapping[str, tuple[State, str]], uses: Mapping[str, int], about: str = "conversations are about"
+    name: str,
+    looks: Mapping[str, tuple[ImageState, str]],
+    uses: Mapping[str, int],
+    about: str = "conversations are about",
 ) -> list[Problem]:
     """Returns the problems of images, one per kind with all its files.
 
@@ -232,7 +235,7 @@ def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _look(root: Path, file: str, endings: dict[str, str], decode: bool) -> tuple[State, str]:
+def _look(root: Path, file: str, endings: dict[str, str], decode: bool) -> tuple[ImageState, str]:
     if leaves_root(file):
         return "outside", ""
     path = root / file
@@ -251,7 +254,7 @@ def _look(root: Path, file: str, endings: dict[str, str], decode: bool) -> tuple
     return "mislabelled", found
 
 
-def _folders(states: dict[str, State]) -> dict[str, FolderCount]:
+def _folders(states: dict[str, ImageState]) -> dict[str, FolderCount]:
     counts: dict[str, Counter[str]] = {}
     for file, state in states.items():
         if state != "outside":

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from san_bench.config.strict import suggest
 from san_bench.image.splits import stored_bytes
-from san_bench.language.records import SUFFIXES, file_rows
+from san_bench.language.records import NESTED, file_rows
 from san_peft.errors import SanError
 
 MARKER = "<image>"
@@ -233,6 +233,6 @@ def _converted(record: dict[str, Any]) -> Conversation:
 def _raw_records(path: Path) -> list[Any]:
     if not path.is_file():
         raise SanError(f"There is no conversation file {path}.")
-    if path.suffix not in SUFFIXES:
-        raise SanError(f"{path} ends in {path.suffix!r}.{suggest(path.suffix, SUFFIXES)}")
+    if path.suffix not in NESTED:
+        raise SanError(f"{path} ends in {path.suffix!r}.{suggest(path.suffix, NESTED)}")
     return [record for _, record in file_rows(path)]

@@ -76,7 +76,7 @@ def submission(
 
 
 def _ask(run: Path, name: str, questions: Sequence[Question], images: Path) -> list[str | None]:
-    from san_bench.models.weights import place
+    from san_bench.models.weights import move_to_gpu
     from san_bench.run.evaluate import run_recipe, trained_model
     from san_bench.vision_language.domain import Conversations
     from san_bench.vision_language.tasks import BenchmarkQuestions, ConversationTask
@@ -90,5 +90,5 @@ def _ask(run: Path, name: str, questions: Sequence[Question], images: Path) -> l
     task = ConversationTask(recipe.task, images, {recipe.eval_split: {name: asked}}, lambda: ({}, None))
     domain = Conversations(recipe, task)
     model = trained_model(domain, run / "adapter")
-    place(model)
+    move_to_gpu(model)
     return [*domain.answers(model, asked)]

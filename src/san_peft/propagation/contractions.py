@@ -94,7 +94,7 @@ class Contractions:
         codes = torch.maximum(x, y)
         self.ledger.consume(codes[alone])
         if name == (rules.RESIDUAL,) and len(left.via) == len(right.via) == 1:
-            if all(rules.kind_of(path) == "exact" for state in (left, right) for path in state.via.values()):
+            if all(rules.path_kind(path) == "exact" for state in (left, right) for path in state.via.values()):
                 self.ledger.joined.add((max(*left.via, *right.via), min(*left.via, *right.via)))
         writers = codes >> 32
         present = {w for w in {**left.via, **right.via} if bool((writers == w).any())}
@@ -267,7 +267,7 @@ class Contractions:
             return high, None
         if any(mixed) or summed is None:
             raise Lost("it combines the streams of several layers")
-        if not summed and len(found) == 2 and all(rules.kind_of(path) == "exact" for path in state.via.values()):
+        if not summed and len(found) == 2 and all(rules.path_kind(path) == "exact" for path in state.via.values()):
             self.ledger.joined.add((max(found), min(found)))
         present = State(high, state.via).present()
         named = state.passed(rules.RESIDUAL, *summed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from san_peft.errors import GraphError
 from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.rules import ATTENTION, kind_of
+from san_peft.propagation.rules import ATTENTION, path_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Edge:
     @property
     def kind(self) -> str:
         """Strongest kind of operation on the edge: `exact` (the scale commutes), `activation`, `norm`, `residual`."""
-        return kind_of(self.via)
+        return path_kind(self.via)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the edge as a JSON-compatible dict."""
@@ -181,7 +181,7 @@ class Barrier:
         return f"{self.operation} at {self.layer}: {self.reason}"
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """Returns a sentence that suggests close matches, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {', '.join(close)}?" if close else ""
@@ -203,7 +203,7 @@ def read_fields(
             raise GraphError(f"{what} {dict(data)!r:.200}: the field {name!r} is missing.")
     for name, value in data.items():
         if name not in types:
-            raise GraphError(f"{what}: unknown field {name!r}.{suggest(str(name), types)}")
+            raise GraphError(f"{what}: unknown field {name!r}.{suggestion(str(name), types)}")
         if not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is int):
             raise GraphError(f"{what}: the field {name!r} has the wrong type, got {value!r:.100}.")
     return dict(data)

@@ -19,7 +19,7 @@ from san_peft.propagation.ledger import Ledger
 from san_peft.propagation.memory import DATA, Block, Memory
 from san_peft.propagation.norms import Norms
 from san_peft.propagation.operations import Operations
-from san_peft.propagation.schema import schema_of, tensors, written
+from san_peft.propagation.schema import overwritten, schema_of, tensors
 
 
 class Follow(TorchDispatchMode):
@@ -177,7 +177,7 @@ class Follow(TorchDispatchMode):
         schema = schema_of(func)
         given = tensors((args, kwargs))
         there = _on_one_device(func, given, args, kwargs)
-        targets = written(func, args, kwargs)
+        targets = overwritten(func, args, kwargs)
         self.overwrite(targets)
         if self.paused:
             return func(*there[0], **there[1])

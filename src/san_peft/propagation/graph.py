@@ -12,7 +12,7 @@ from typing import Any
 
 from san_peft.errors import GraphError
 from san_peft.propagation.channels import ChannelMap
-from san_peft.propagation.edges import Barrier, Edge, Layer, Norm, read_fields, suggest
+from san_peft.propagation.edges import Barrier, Edge, Layer, Norm, read_fields, suggestion
 from san_peft.propagation.schemes import select
 
 __all__ = ["Barrier", "ChannelMap", "Edge", "Layer", "Norm", "PropagationGraph"]
@@ -61,7 +61,7 @@ class PropagationGraph:
         for norm in self.norms:
             for fqn in norm.readers:
                 if known and fqn not in known:
-                    raise GraphError(f"norm {norm} names {fqn}, which was not traced.{suggest(fqn, known)}")
+                    raise GraphError(f"norm {norm} names {fqn}, which was not traced.{suggestion(fqn, known)}")
         pairs: set[tuple[str, str]] = set()
         in_channels = {layer.fqn: layer.in_channels for layer in self.layers}
         out_channels = {layer.fqn: layer.out_channels for layer in self.layers}
@@ -72,7 +72,7 @@ class PropagationGraph:
             pairs.add(pair)
             for fqn in pair:
                 if known and fqn not in known:
-                    raise GraphError(f"edge {edge} names {fqn}, which was not traced.{suggest(fqn, known)}")
+                    raise GraphError(f"edge {edge} names {fqn}, which was not traced.{suggestion(fqn, known)}")
             out = out_channels.setdefault(edge.anterior, edge.channels.source_size)
             if out != edge.channels.source_size:
                 raise GraphError(

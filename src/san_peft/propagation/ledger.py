@@ -60,7 +60,7 @@ class Ledger:
 
     def spend(self, before: list[State], after: list[State]) -> None:
         """Records the channels that an operation reads and does not pass on exactly."""
-        exact = [s.codes for s in after if all(rules.kind_of(path) == "exact" for path in s.via.values())]
+        exact = [s.codes for s in after if all(rules.path_kind(path) == "exact" for path in s.via.values())]
         kept = [thin(codes)[0].flatten() for codes in exact]
         for state in before:
             codes = thin(state.codes)[0].flatten()

@@ -20,7 +20,7 @@ _EXACT = frozenset({ATTENTION, MIX, POOL, GATED})
 _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "norm", BIAS})
 
 
-def kind_of(via: Iterable[str]) -> str:
+def path_kind(via: Iterable[str]) -> str:
     """Returns the kind of a path: the strongest kind among its operations.
 
     From strong to weak: `residual` is a sum with another stream or with a constant per position, `norm` is a

@@ -48,7 +48,7 @@ def argument(func: Any, args: Any, kwargs: dict[str, Any], name: str, default: A
     return kwargs.get(name, default)
 
 
-def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+def overwritten(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """Returns the tensors that an operation writes into."""
     return tensors([argument(func, args, kwargs, name, None) for name in schema_of(func).writes])
 

@@ -287,8 +287,8 @@ def _heads(follow: Follow, out: Any, reads: Mapping[str, Reads], layers: Iterabl
             names = [follow.ledger.writers[w] for w in pair]
             if len(pair) == 2 and not read & set(names):
                 path = tuple(name for name in path if name != rules.RESIDUAL)
-            capped = all(name in rules.LAST or rules.kind_of([name]) == "exact" for name in path)
-            if rules.kind_of(path) == "exact" or (capped and not read & set(names)):
+            capped = all(name in rules.LAST or rules.path_kind([name]) == "exact" for name in path)
+            if rules.path_kind(path) == "exact" or (capped and not read & set(names)):
                 heads |= {layer: None for layer in names if isinstance(layer, str)}
     return tuple(name for name in layers if name in heads)
 

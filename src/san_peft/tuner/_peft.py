@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftType
@@ -32,6 +32,8 @@ from san_peft.tuner.frozen import stored_weight
 from san_peft.tuner.mixed import check_samples
 from san_peft.tuner.sharded import is_sharded
 
+AS_GIVEN = "_san_names_as_given"
+"""Attribute of the config of a host, whose target names PEFT must not convert."""
 PREFIX = "san_"
 """Prefix of all parameter names of the method, by which PEFT finds them in a state dict."""
 
@@ -62,6 +64,9 @@ def register(config_cls: type, model_cls: type) -> None:
             raise RuntimeError(
                 f"Another method named SAN is already registered with PEFT: {mapping[SAN]!r}. Uninstall one of the two."
             )
+    names = transformers_weight_conversion
+    if not hasattr(names.convert_peft_config_for_transformers, "__wrapped__"):
+        names.convert_peft_config_for_transformers = _unless_as_given(names.convert_peft_config_for_transformers)
 
 
 def matches(tuner: BaseTuner, config: Any, name: str) -> bool:
@@ -143,19 +148,19 @@ def refusal(config: Any, model: nn.Module, name: str) -> str | None:
     return None
 
 
-@contextmanager
-def _names_as_given() -> Iterator[None]:
-    """Stops PEFT from converting target names to those of transformers 5.
+def _unless_as_given(convert: Callable[..., None]) -> Callable[..., None]:
+    """Wraps PEFT's conversion of target names to those of transformers 5, so that it leaves out hosts of SAN.
 
     PEFT converts the names that experts had in transformers 4 to those of the fused tensors of transformers 5, even if
     they name a dense layer, such as the shared expert of Qwen3-Next.
     """
-    convert = transformers_weight_conversion.convert_peft_config_for_transformers
-    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        transformers_weight_conversion.convert_peft_config_for_transformers = convert
+
+    @wraps(convert)
+    def converted(peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if AS_GIVEN not in vars(peft_config):
+            convert(peft_config, *args, **kwargs)
+
+    return converted
 
 
 def inject_host(
@@ -175,14 +180,14 @@ def inject_host(
     """
     kept = model.__dict__.pop("peft_config", None)
     try:
-        with _names_as_given():
-            if tuner is None:
-                kind = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-                tuner = kind(model, {adapter_name: config}, adapter_name, **options)
-            else:
-                tuner.peft_config[adapter_name] = config
-                tuner.active_adapter = active
-                tuner.inject_adapter(model, adapter_name, **options)
+        vars(config)[AS_GIVEN] = True
+        if tuner is None:
+            kind = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            tuner = kind(model, {adapter_name: config}, adapter_name, **options)
+        else:
+            tuner.peft_config[adapter_name] = config
+            tuner.active_adapter = active
+            tuner.inject_adapter(model, adapter_name, **options)
     finally:
         model.__dict__.pop("peft_config", None)
         if kept is not None:
@@ -260,11 +265,20 @@ def _itself(module: nn.Module, **_: Any) -> nn.Module:
 class Tuner(BaseTuner):
     """Extends `BaseTuner`, exposing its private hooks under public names for `SanModel`."""
 
+    check_loaded: ClassVar[Callable[[Any, str, dict[str, torch.Tensor]], None]]
+
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         # PEFT ignores layers_to_transform if target_modules is a string or contains the full name
         found = BaseTuner._check_target_module_exists(peft_config, key)
         return found and in_blocks(peft_config, key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        cls.check_loaded(model, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return self.prepare_config(peft_config, model_config)

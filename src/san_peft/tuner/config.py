@@ -10,23 +10,35 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
 from san_peft.errors import AdapterError, GraphError, SanError
 from san_peft.propagation.graph import Edge, PropagationGraph
 from san_peft.propagation.schemes import SCHEMES
 from san_peft.tuner._peft import SAN
-from san_peft.tuner.decompose import host_config, kind_of, moves_weight
+from san_peft.tuner.decompose import host_config, host_kind, moves_weight
 
 FORMAT = 2
 """Version of the adapter format. Format 1 has no `placement`; adapters without a format have no edges either."""
+TYPED = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "train_norms",
+    "shift",
+    "bound",
+    "detach",
+    "gate",
+    "own_scale",
+    "format",
+)
+"""Fields whose type is checked; the others have a check of their own."""
 INNER_REFUSED = {
     "bias": "SAN folds scales into the frozen biases; leave them frozen",
     "layer_replication": "SAN does not support layers that share weights under several names",
@@ -183,8 +195,12 @@ class SanConfig(PeftConfig):
     format: int = field(default=FORMAT, metadata={"help": "The version of the adapter format."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise SanError(str(error)) from error
         self.peft_type = SAN
+        _check_types(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
@@ -202,6 +218,10 @@ class SanConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise SanError("layers_pattern requires layers_to_transform; set both or neither.")
+        if not isinstance(self.exponent_pattern, dict):
+            raise SanError(
+                f"exponent_pattern must be a dict from layer names to numbers, got {self.exponent_pattern!r}."
+            )
         for name, value in {"exponent": self.exponent, **self.exponent_pattern}.items():
             where = name if name == "exponent" else f"exponent_pattern[{name!r}]"
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -212,7 +232,12 @@ class SanConfig(PeftConfig):
             raise SanError(f"bound must be positive and finite, or None; got {self.bound}.")
         self.propagation = _propagation(self.propagation)
         if self.inner is not None:
-            self._take_inner()
+            try:
+                self._take_inner()
+            except SanError:
+                raise
+            except (TypeError, ValueError, AttributeError, KeyError) as error:
+                raise SanError(f"inner is not a valid configuration of a host: {error}") from error
         if self.edges is not None:
             self.resolved_edges()
         if self.placement is not None:
@@ -235,7 +260,7 @@ class SanConfig(PeftConfig):
     def _take_inner(self) -> None:
         """Validates the host's config and adopts its targets and saved modules."""
         inner = host_config(copy.deepcopy(self.inner))
-        kind_of(inner, self.decomposition)
+        host_kind(inner, self.decomposition)
         if self.shift and not self.own_scale:
             raise SanError("shift requires a trainable scale; set own_scale=True, or shift=False.")
         for name, reason in INNER_REFUSED.items():
@@ -287,20 +312,6 @@ class SanConfig(PeftConfig):
             raise GraphError(f"edges must be a list of edges, got {type(self.edges).__name__}.")
         return PropagationGraph(tuple(Edge.from_json(edge) for edge in self.edges or [])).edges
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Loads the config as PEFT does, and validates the checkpoint next to it if the folder is local.
-
-        Raises:
-            AdapterError: If the checkpoint is damaged or lacks a scale, or if a scale is not finite or does not have
-                the length that its edges need.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if isinstance(config, cls) and file.is_file():
-            _check_file(file, config)
-        return config
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves the config as PEFT does, and adds loading instructions to the model card next to it."""
         if self.edges is None and self.propagation != "none":
@@ -317,6 +328,29 @@ class SanConfig(PeftConfig):
                 draft = card.with_suffix(".tmp")
                 draft.write_text(text.rstrip() + "\n" + CARD, encoding="utf-8")
                 draft.replace(card)
+
+
+def _check_types(config: SanConfig) -> None:
+    """Raises `SanError` if a field has another type than declared; a config may come from a damaged file."""
+    types = get_type_hints(type(config))
+    for name in TYPED:
+        value = getattr(config, name)
+        if not _fits(value, types[name]):
+            declared = str(types[name]).removeprefix("<class '").removesuffix("'>")
+            raise SanError(f"{name} must be of type {declared}, got {value!r:.200}.")
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    origin, inside = get_origin(declared), get_args(declared)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is list:
+        return isinstance(value, list | tuple | set) and all(_fits(one, inside[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+    if declared is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, declared) and (declared is bool or not isinstance(value, bool))
 
 
 def _check_placement(value: Any) -> None:
@@ -341,42 +375,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
     raise SanError(f"inner contains a {type(value).__name__}, which cannot be serialised to JSON.")
-
-
-def _check_file(file: Path, config: SanConfig) -> None:
-    """Raises `AdapterError` if the tensors of a checkpoint do not match its config."""
-    lengths = {edge.anterior: edge.channels.source_size for edge in config.resolved_edges()}
-    own = config.inner is None or config.own_scale
-    prefix = None if config.inner is None else PEFT_TYPE_TO_PREFIX_MAPPING[config.inner["peft_type"]]
-    found: dict[str, int] = {}
-    hosts = set()
-    try:
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
-                name = key.removeprefix("base_model.model.")
-                fqn, nested, rest = name.partition(".base_layer.")
-                if ".san_" not in key and not nested:
-                    continue
-                vector = tensors.get_tensor(key)
-                if not torch.isfinite(vector).all():
-                    bad = int((~torch.isfinite(vector)).sum())
-                    raise AdapterError(f"{file}: {bad} of {vector.numel()} entries of {key} are not finite.")
-                if key.endswith(".san_scale.weight"):
-                    found[name.removesuffix(".san_scale.weight")] = vector.numel()
-                if nested and prefix is not None and rest.startswith(prefix):
-                    hosts.add(fqn)
-    except SafetensorError as error:
-        raise AdapterError(f"{file} is damaged ({error}). Download or save the adapter again.") from error
-    for fqn, length in lengths.items():
-        if own and fqn not in found:
-            raise AdapterError(f"{file} has no scale for {fqn}, which the adapter's config propagates.")
-        if own and found[fqn] != length:
-            raise AdapterError(f"{file}: the scale of {fqn} has {found[fqn]} entries, but its edges need {length}.")
-        if prefix is not None and fqn not in hosts:
-            raise AdapterError(
-                f"{file} has no tensors {prefix}* for {fqn}, which hosts SAN according to the adapter's "
-                "config. Was the adapter saved with another host?"
-            )
 
 
 def _propagation(value: Any) -> str | dict[str, Any]:

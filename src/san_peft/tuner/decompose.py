@@ -224,7 +224,11 @@ def _mixing_groups(base: Any) -> str | None:
 
 @torch.no_grad()
 def _pads_by_itself(base: Any) -> bool:
-    """Returns whether a convolution pads in its forward pass, as timm's `Conv2dSame` does."""
+    """Returns whether a convolution pads in its forward pass, as timm's `Conv2dSame` does.
+
+    Compares the sizes of two outputs, since no attribute tells: subclasses keep their padding in `left_pad`, in another
+    module, or compute it from the input, and others have a forward pass of their own without padding.
+    """
     if not isinstance(base, CONVOLUTIONS) or any(type(base).forward is kind.forward for kind in CONVOLUTIONS):
         return False
     axes = len(base.kernel_size)
@@ -232,7 +236,7 @@ def _pads_by_itself(base: Any) -> bool:
     for size in (max(base.kernel_size) + 4, max(base.kernel_size) + 5):
         x = base.weight.new_zeros((1, base.in_channels, *[size] * axes))
         plain = convolve(x, base.weight, None, base.stride, base.padding, base.dilation, base.groups)
-        if base(x).shape != plain.shape:
+        if getattr(base(x), "shape", None) != plain.shape:  # some return a tuple, to which no host can add
             return True
     return False
 
@@ -299,7 +303,7 @@ def _kind(host: BaseTunerLayer) -> Kind:
     return KINDS[type_of(host)]
 
 
-def kind_of(config: PeftConfig, decomposition: str) -> Kind:
+def host_kind(config: PeftConfig, decomposition: str) -> Kind:
     """Returns the entry of `KINDS` for a host's config.
 
     Raises:

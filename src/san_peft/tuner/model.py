@@ -25,9 +25,10 @@ from san_peft.tuner.calibrate import Calibrating
 from san_peft.tuner.checks import check_adapter, saved_modules
 from san_peft.tuner.combine import combine
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight
+from san_peft.tuner.decompose import has_adapter, host_kind, moves_weight
 from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
 from san_peft.tuner.layer import MODES, SanLayer, index_of
+from san_peft.tuner.loading import adding, check_tensors, saved_names
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import forget_quantization, keep_exact
@@ -64,31 +65,41 @@ class SanModel(_peft.Tuner, Calibrating):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds an adapter: resolves targets and edges, injects the layers, then wires the edges."""
-        check_adapter(model, adapter_name, self.peft_config)
-        config: Any = copy.copy(self.peft_config[adapter_name])  # the resolved fields belong to this model only
-        graph = resolve(self, model, config)
-        config.modules_to_save = saved_modules(model, adapter_name, config.modules_to_save)
-        self.peft_config[adapter_name] = config
-        keep_exact(model)
-        if config.inner is not None:
-            self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
-            state_dict = None  # PEFT would infer targets from the names of the host's tensors
-        super().inject_adapter(
-            model,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            state_dict=state_dict,
-            **kwargs,
-        )
-        self._wire(model, adapter_name, config, graph or PropagationGraph(()), low_cpu_mem_usage)
-        self.calibrate_later(adapter_name)
-        if graph is None:
-            self.scales.pending[adapter_name] = partial(self._wire_at_first_pass, adapter_name)
-        _peft.share_layers(model, SanLayer)
-        set_fast_paths(model, False)
-        freeze_statistics(model)
+        """Adds an adapter: resolves targets and edges, injects the layers, then wires the edges.
+
+        Raises:
+            SanError: If the adapter, or its tensors if it is loaded, do not fit. The model is then unchanged.
+        """
+        with adding(self, model, adapter_name):
+            check_adapter(model, adapter_name, self.peft_config)
+            config: Any = copy.copy(self.peft_config[adapter_name])  # the resolved fields belong to this model only
+            graph = resolve(self, model, config)
+            config.modules_to_save = saved_modules(model, adapter_name, config.modules_to_save)
+            self.peft_config[adapter_name] = config
+            keep_exact(model)
+            if config.inner is not None:
+                self._inject_host(model, adapter_name, config, low_cpu_mem_usage)
+                state_dict = None  # PEFT would infer targets from the names of the host's tensors
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+                **kwargs,
+            )
+            self._wire(model, adapter_name, config, graph or PropagationGraph(()), low_cpu_mem_usage)
+            self.calibrate_later(adapter_name)
+            if graph is None:
+                self.scales.pending[adapter_name] = partial(self._wire_at_first_pass, adapter_name)
+            _peft.share_layers(model, SanLayer)
+            set_fast_paths(model, False)
+            freeze_statistics(model)
+
+    @classmethod
+    def check_loaded(cls, model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Checks the tensors that PEFT is about to load into an adapter; see `check_tensors`."""
+        check_tensors(model, adapter_name, saved_names(model, adapter_name, tensors), "the state dict")
 
     def _wire_at_first_pass(self, adapter_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Traces the first batch, and wires an adapter whose edges could not be traced before."""
@@ -200,9 +211,9 @@ class SanModel(_peft.Tuner, Calibrating):
         return vars(self).setdefault("_hosts", {})
 
     def _inject_host(self, model: nn.Module, adapter_name: str, config: SanConfig, empty: bool) -> None:
-        """Injects the host into the targets if it is missing; restores the layers if that fails."""
+        """Injects the host into the targets if it is missing."""
         inner: Any = config.inner_config()
-        kind = kind_of(inner, config.decomposition)
+        kind = host_kind(inner, config.decomposition)
         targets = {n: m for n, m in layers_by_name(model).items() if _peft.matches(self, config, n)}
         if all(has_adapter(_host_of(m), adapter_name) for m in targets.values()):
             return
@@ -217,16 +228,9 @@ class SanModel(_peft.Tuner, Calibrating):
         with self.without_layers(model):
             before: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
             references = reference_norms(before) if moves_weight(inner) else {}
-            try:
-                self.hosts[kind.name] = _peft.inject_host(
-                    self.hosts.get(kind.name), model, inner, adapter_name, self.active_adapters, low_cpu_mem_usage=empty
-                )
-            except BaseException:
-                for name, module in before.items():
-                    model.set_submodule(name, module)
-                    if has_adapter(_host_of(module), adapter_name):
-                        module.delete_adapter(adapter_name)
-                raise
+            self.hosts[kind.name] = _peft.inject_host(
+                self.hosts.get(kind.name), model, inner, adapter_name, self.active_adapters, low_cpu_mem_usage=empty
+            )
         vars(self)["_references"] = references
 
     @contextmanager

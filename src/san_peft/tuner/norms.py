@@ -24,7 +24,7 @@ from san_peft.tuner.sharded import is_sharded
 
 PROBE_ROWS = 512
 """Number of tokens on which the output of a form must equal the module's."""
-Form = Callable[[Any, Tensor, Factor], Tensor]
+NormForm = Callable[[Any, Tensor, Factor], Tensor]
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 """Attribute names of epsilon."""
 
@@ -170,7 +170,7 @@ def find_form(module: Any) -> str:
     return "after"
 
 
-def _keeps_half(base: Any, module: Any, form: Form, probe: Tensor, ones: Factor) -> bool:
+def _keeps_half(base: Any, module: Any, form: NormForm, probe: Tensor, ones: Factor) -> bool:
     """Returns whether a form has the same output dtype as the norm for half-precision inputs."""
     half = probe.to(torch.bfloat16)
     try:
@@ -239,7 +239,7 @@ def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Ten
     return nn.functional.layer_norm(x.to(wide), weight.shape, weight.to(wide) * scale, shift, eps).to(x.dtype)
 
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, NormForm] = {
     "layer_norm": _layer_norm,
     "rms_cast_first": _rms_cast_first,
     "rms_cast_last": _rms_cast_last,

@@ -15,7 +15,7 @@ from san_bench.datacheck.check import check_command, examine
 from san_bench.datacheck.fetch import fetch
 from san_bench.datacheck.manifest import Facts, Manifest, load_manifest
 from san_bench.language import commonsense
-from san_bench.language.instructions import FIELDS, Questions, Record, fingerprint, load_records
+from san_bench.language.instructions import FIELDS, Instruction, Questions, fingerprint, load_records
 from san_peft.errors import SanError
 
 ROWS = [record(task) for task in TASKS]
@@ -129,7 +129,7 @@ def test_what_is_not_here_is_looked_for_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_the_fingerprint_follows_the_records_alone(tmp_path):
-    one = Record("é", "", "b", "c")
+    one = Instruction("é", "", "b", "c")
     expected = hashlib.sha256(b'["\\u00e9", "", "b", "c"]\n').hexdigest()
     assert fingerprint([one]) == expected
     paths = [write(tmp_path / name / "test.json", ROWS) for name in ("here", "there")]
@@ -212,7 +212,7 @@ def test_every_task_loads_from_the_layout_of_the_community(data):
 def test_the_training_mix_may_have_the_answers_of_all_tasks(tmp_path):
     path = write(tmp_path / "commonsense_170k.json", ROWS)
     assert commonsense.load_mix(path) == tuple(ROWS)
-    write(path, [Record("a", "", "b", "answer6")])
+    write(path, [Instruction("a", "", "b", "answer6")])
     with pytest.raises(SanError, match="answer 'answer6' is not one of true, false, solution1"):
         commonsense.load_mix(path)
 

@@ -15,7 +15,7 @@ from tests.bench.texts import PAD, TASKS, gpt2, llama, llama2, llama3, record
 from san_bench.language import generation as module
 from san_bench.language.commonsense import find_task
 from san_bench.language.generation import answer_task, generate_texts, response
-from san_bench.language.instructions import Questions, Record
+from san_bench.language.instructions import Instruction, Questions
 from san_bench.language.likelihood import choose, harness_scores, log_likelihoods, read_harness
 from san_bench.language.prompts import Collator, prompt, tokenise
 from san_bench.language.tokenizer import prepare_tokenizer
@@ -222,7 +222,7 @@ def test_the_likeliest_answer_is_chosen_in_every_batch_size(ready, model):
 
 
 def test_a_record_without_its_answer_cannot_be_chosen_for(ready, model):
-    asked = questions("boolq", [record("boolq"), Record("a", "", "I do not know", "true"), record("piqa")])
+    asked = questions("boolq", [record("boolq"), Instruction("a", "", "I do not know", "true"), record("piqa")])
     with pytest.raises(
         SanError, match=r"2 of 3 records have no answer to choose from, such as index 1, 2: .* true, false"
     ):

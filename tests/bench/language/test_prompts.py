@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.bench.texts import PAD, llama2, llama3, record
 
-from san_bench.language.instructions import Record
+from san_bench.language.instructions import Instruction
 from san_bench.language.prompts import Collator, prompt, tokenise
 from san_bench.language.tokenizer import PreparedTokenizer, prepare_tokenizer
 from san_peft.errors import SanError
@@ -64,7 +64,7 @@ from san_peft.errors import SanError
     ],
 )
 def test_prompts_to_the_last_blank(template, phase, given, expected):
-    assert repr(prompt(Record("do\n\nthis", given, "out", "out"), template, phase)) == repr(expected)
+    assert repr(prompt(Instruction("do\n\nthis", given, "out", "out"), template, phase)) == repr(expected)
 
 
 # Tokenizers
@@ -160,7 +160,7 @@ def test_the_loss_is_on_the_answer_to_the_token(make, template):
 
 def test_the_cutoff_takes_the_end_and_is_reported():
     ready = prepare_tokenizer(llama2())
-    short, long = record("boolq"), Record("word " * 300, "", "the correct answer is true", "true")
+    short, long = record("boolq"), Instruction("word " * 300, "", "the correct answer is true", "true")
     tokens, start = ready.encode_after(prompt(short, "clean", "training"), short.output)
     size = len(tokens)
     whole = tokenise([short], ready, "clean", "answer", size + 1)

@@ -14,7 +14,7 @@ from tests.bench.texts import question, recipe_of, small_language, write
 from san_bench.config.recipe import load_recipe
 from san_bench.language.commonsense import find_task
 from san_bench.language.domain import Texts
-from san_bench.language.instructions import Record, load_records
+from san_bench.language.instructions import Instruction, load_records
 from san_bench.language.tasks import hold_out, load_text_task
 from san_bench.run.domain import domain_of
 from san_bench.run.results import read_rows
@@ -41,16 +41,18 @@ def test_what_is_held_out_depends_on_the_number_of_records_alone():
 
 def test_own_records_have_answers_that_can_be_sought_or_free_ones(tmp_path, place):
     write(tmp_path / "train.json", [question(n) for n in range(4)])
-    free = [[Record("a", "", "b", "")], [Record("a", "", f"b{n}", f"b{n}") for n in range(99)]]
+    free = [[Instruction("a", "", "b", "")], [Instruction("a", "", f"b{n}", f"b{n}") for n in range(99)]]
     for records in free:
         write(tmp_path / "test.json", records)
         (asked,) = load_text_task("instructions", tmp_path).asked("test").values()
         assert (asked.answers, asked.sought) == ((), ())
         with pytest.raises(SanError, match=r"likelihood needs .* scoring.ways=\[exact\]"):
             domain_of(recipe_of(place, tmp_path / "run", data=str(tmp_path)))
-    write(tmp_path / "test.json", [Record("a", "", f"b{n}", f"b{n}") for n in range(98)])  # 100 with true and false
+    write(
+        tmp_path / "test.json", [Instruction("a", "", f"b{n}", f"b{n}") for n in range(98)]
+    )  # 100 with true and false
     assert len(load_text_task("instructions", tmp_path).questions["test"]["instructions"].answers) == 100
-    write(tmp_path / "test.json", [Record("a", "", f"it is {n}", f"answer{n}") for n in (1, 12)])
+    write(tmp_path / "test.json", [Instruction("a", "", f"it is {n}", f"answer{n}") for n in (1, 12)])
     task = load_text_task("instructions", tmp_path)
     (asked,) = task.asked("test").values()
     assert asked.read_answer("so answer12 it is") == "answer12"  # not answer1
@@ -63,7 +65,9 @@ def test_own_records_have_answers_that_can_be_sought_or_free_ones(tmp_path, plac
 
 def test_free_answers_are_scored_word_for_word_and_without_a_test_split(tmp_path, place):
     names = [("cat", "meow"), ("dog", "bark")] * 10
-    write(tmp_path / "data" / "train.json", [Record(f"What says the {a}?", "", f"It says {b}", "") for a, b in names])
+    write(
+        tmp_path / "data" / "train.json", [Instruction(f"What says the {a}?", "", f"It says {b}", "") for a, b in names]
+    )
     recipe = recipe_of(
         place, tmp_path / "run", "full", data=str(tmp_path / "data"), eval_split="val", scoring__ways=["exact"],
         scoring__max_new_tokens=12, optimizer__epochs=20,

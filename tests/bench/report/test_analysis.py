@@ -14,7 +14,7 @@ from tests.bench.suites import LAYERS, pattern, row, write_suite
 from san_bench.report.figures.analysis import analyse, figures, write_pictures
 from san_bench.report.groups import layer_kinds, pairs, read_groups
 from san_bench.report.tables.estimate import wilson
-from san_bench.run.scales import FILE, Scales
+from san_bench.run.scales import FILE, RunScales
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
@@ -131,7 +131,9 @@ def test_variance_of_scales_and_of_what_acts(tmp_path):
         1: {"b.0.fc1": np.float32([2, 2]), "b.0.fc2": np.float32([1, 4])},
     }
     rows = [row("f/a", "san", seed) for seed in range(2)]
-    folder = write_suite(tmp_path, rows, scales=lambda one: Scales(vectors[one["seed"]], frozenset({"b.0.fc1"}), 1.0))
+    folder = write_suite(
+        tmp_path, rows, scales=lambda one: RunScales(vectors[one["seed"]], frozenset({"b.0.fc1"}), 1.0)
+    )
     variance = analyse(folder)["variance"]
     first, second = by(variance, layer="b.0.fc1"), by(variance, layer="b.0.fc2")
     assert (first["variance"], second["variance"]) == ((1 + 0) / 2, (0.25 + 2.25) / 2)
@@ -146,7 +148,7 @@ def test_similarity_by_layer_and_overall(tmp_path):
     moved = {("f/a", 0): [0.1, 0], ("f/a", 1): [0.2, 0], ("f/b", 0): [0, 0.3], ("f/b", 1): [0, 0.1]}
 
     def scales(one):
-        return Scales({"first": np.float32([1, 2]), "second": 1 + np.float32(moved[one["task"], one["seed"]])})
+        return RunScales({"first": np.float32([1, 2]), "second": 1 + np.float32(moved[one["task"], one["seed"]])})
 
     rows = [row(task, "ssf", seed) for task, seed in moved]
     similarity = analyse(write_suite(tmp_path, rows, scales=scales))["similarity"]

@@ -13,7 +13,7 @@ from tests.bench.small import short_recipe, small_scale
 
 from san_bench.run import evaluate
 from san_bench.run.evaluate import load_model
-from san_bench.run.scales import FILE, Scales, load_scales, save_scales
+from san_bench.run.scales import FILE, RunScales, load_scales, save_scales
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
@@ -122,11 +122,11 @@ def test_a_damaged_file_says_what_to_do(tmp_path, content):
 
 def test_what_acts_in_the_end(tmp_path):
     vectors = {"a": np.float32([2.0, -0.5]), "b": np.float32([3.0])}
-    save_scales(tmp_path, Scales(vectors, frozenset({"a"}), 0.5, None))
+    save_scales(tmp_path, RunScales(vectors, frozenset({"a"}), 0.5, None))
     scales = load_scales(tmp_path)
     np.testing.assert_allclose(scales.acting("a"), [2 * 2**0.5, 0.5 * 0.5**0.5])
     assert scales.acting("b").tolist() == [3.0]
-    bounded = Scales(vectors, frozenset({"a"}), 1.0, 0.5)
+    bounded = RunScales(vectors, frozenset({"a"}), 1.0, 0.5)
     np.testing.assert_allclose(bounded.acting("a"), [2 * (1 + 0.5 * np.tanh(2)), -0.5 * (1 + 0.5 * np.tanh(-3))])
-    assert not Scales(vectors, frozenset({"a"}), 0.0).propagates
-    assert Scales(vectors, frozenset({"a"}), 0.0).acting("a").tolist() == [2.0, -0.5]
+    assert not RunScales(vectors, frozenset({"a"}), 0.0).propagates
+    assert RunScales(vectors, frozenset({"a"}), 0.0).acting("a").tolist() == [2.0, -0.5]

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 
 from san_bench.config.strict import task_of_suite
-from san_bench.language.instructions import Record
+from san_bench.language.instructions import Instruction
 from san_bench.language.mini import questions as world_tasks
 from san_bench.language.mini.questions import Item
 from san_bench.language.mini.words import RandomChoices, sentence
@@ -79,7 +79,7 @@ TASKS: dict[str, LanguageTask] = {
 """Every task by its name, without the `mini-language/` before it."""
 
 
-def load(name: str) -> dict[str, tuple[Record, ...]]:
+def load(name: str) -> dict[str, tuple[Instruction, ...]]:
     """Loads the records of a task by their split; a process makes each task once.
 
     Args:
@@ -91,7 +91,7 @@ def load(name: str) -> dict[str, tuple[Record, ...]]:
     return dict(_load(task_of_suite("mini-language", name, TASKS)))
 
 
-def record(name: str, index: int) -> Record:
+def make_instruction(name: str, index: int) -> Instruction:
     """Makes one item of a task.
 
     Args:
@@ -111,7 +111,7 @@ def record(name: str, index: int) -> Record:
         body = f"{sentence(item.question)}\n\n{task.gap.join(marked)}"
     answer = task.answers[label]
     closing = f"Allowed answers: {'/'.join(task.answers)}"
-    return Record(f"{task.lead}\n{body}\n\n{closing}", "", f"the correct answer is {answer}", answer)
+    return Instruction(f"{task.lead}\n{body}\n\n{closing}", "", f"the correct answer is {answer}", answer)
 
 
 def task_fingerprint(name: str) -> str:
@@ -121,6 +121,6 @@ def task_fingerprint(name: str) -> str:
 
 
 @cache
-def _load(name: str) -> dict[str, tuple[Record, ...]]:
-    records = [record(name, index) for index in range(SPLITS["test"].stop)]
+def _load(name: str) -> dict[str, tuple[Instruction, ...]]:
+    records = [make_instruction(name, index) for index in range(SPLITS["test"].stop)]
     return {split: tuple(records[part]) for split, part in SPLITS.items()}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ORDER = ("san", "san-reversed", "san-skip-one", "san-permuted", "san-shuffled", "san-none")
 """Methods of the propagation order ablation, in the order of the bars."""
 
-Record = dict[str, Any]
+_Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def analyse(folder: Path) -> dict[str, Any]:
     return numbers(read_groups(folder))
 
 
-def numbers(groups: Sequence[Group]) -> dict[str, list[Record]]:
+def numbers(groups: Sequence[Group]) -> dict[str, list[_Row]]:
     """Computes the numbers of `analyse` from groups."""
     return {
         "accuracy": _accuracy(groups),
@@ -75,7 +75,7 @@ def numbers(groups: Sequence[Group]) -> dict[str, list[Record]]:
     }
 
 
-def _accuracy(groups: Sequence[Group]) -> list[Record]:
+def _accuracy(groups: Sequence[Group]) -> list[_Row]:
     """Computes mean accuracy over the tasks that all methods of a backbone share, with the spread over seeds."""
     records = []
     for backbone in dict.fromkeys(group.backbone for group in groups):
@@ -120,7 +120,7 @@ def _sampling(group: Group, tasks: set[str]) -> tuple[float, float]:
     return below, above
 
 
-def _curves(group: Group) -> list[Record]:
+def _curves(group: Group) -> list[_Row]:
     """Computes the loss, averaged over equal blocks of steps, with mean, minimum and maximum over the seeds of a task.
 
     The first steps are left out if they do not fill a block.
@@ -151,7 +151,7 @@ def _curves(group: Group) -> list[Record]:
     return records
 
 
-def _variance(group: Group) -> list[Record]:
+def _variance(group: Group) -> list[_Row]:
     """Computes the variance over channels of each layer's scale and of its effective scale, averaged over runs."""
     records = []
     for layer, (kind, depth) in layer_kinds(group.layers).items():
@@ -174,7 +174,7 @@ def _variance(group: Group) -> list[Record]:
     return records
 
 
-def _similarity(group: Group) -> list[Record]:
+def _similarity(group: Group) -> list[_Row]:
     """Computes similarity within and between tasks, for all layers together (with a test) and for each layer."""
     tasks, seeds = [run.task for run in group.scaled], [run.row["seed"] for run in group.scaled]
     if len(set(seeds)) < 2:
@@ -199,11 +199,11 @@ def _similarity(group: Group) -> list[Record]:
     return records
 
 
-def _without_p(comparison: Any) -> Record:
+def _without_p(comparison: Any) -> _Row:
     return {key: value for key, value in asdict(comparison).items() if key != "p"}
 
 
-def _engrams(group: Group) -> list[Record]:
+def _engrams(group: Group) -> list[_Row]:
     """Computes the PCA map of runs, for at least three runs of at least two tasks."""
     runs = group.scaled
     if len(runs) < 3 or len({run.task for run in runs}) < 2:
@@ -257,7 +257,7 @@ def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
     return [*(out / f"{picture.name}.{form}" for picture in pictures), out / "analysis.json"]
 
 
-def draw(groups: Sequence[Group], found: dict[str, list[Record]] | None = None) -> list[Picture]:
+def draw(groups: Sequence[Group], found: dict[str, list[_Row]] | None = None) -> list[Picture]:
     """Draws every figure that groups have data for.
 
     Args:
@@ -286,7 +286,7 @@ def draw(groups: Sequence[Group], found: dict[str, list[Record]] | None = None) 
     return pictures
 
 
-def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Picture]:
+def _accuracy_pictures(records: list[_Row], methods: list[str]) -> list[Picture]:
     """Draws accuracy by backbone, and the propagation order ablation if there is one."""
     from san_bench.report.figures.plots import accuracy_points
 
@@ -309,7 +309,7 @@ def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Pictur
     return pictures
 
 
-def _how(records: list[Record]) -> str:
+def _how(records: list[_Row]) -> str:
     """Describes the points and intervals of accuracy that are drawn."""
     parts = ["mean over the tasks that all methods share"] if max(one["n_tasks"] for one in records) > 1 else []
     spread = {record["sd"] is None for record in records}
@@ -350,7 +350,7 @@ def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[s
     return [*pictures, Picture(f"variance-{end}", caption, variance_by_depth(records, methods))]
 
 
-def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], methods: list[str]) -> list[Picture]:
+def _scale_pictures(end: str, backbone: str, here: dict[str, list[_Row]], methods: list[str]) -> list[Picture]:
     """Draws variance, similarity and the PCA map of all methods with scales."""
     from san_bench.report.figures.scale_plots import engram_map, similarity_by_layer, variance_summary
 
@@ -387,15 +387,15 @@ def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], meth
     return pictures
 
 
-def _same(one: Record, other: Record) -> bool:
+def _same(one: _Row, other: _Row) -> bool:
     return (one["backbone"], one["method"]) == (other["backbone"], other["method"])
 
 
-def _by(records: list[Record], key: str) -> dict[str, list[Record]]:
+def _by(records: list[_Row], key: str) -> dict[str, list[_Row]]:
     return {value: [r for r in records if r[key] == value] for value in dict.fromkeys(r[key] for r in records)}
 
 
-def _span(records: list[Record], key: str) -> str:
+def _span(records: list[_Row], key: str) -> str:
     low, high = min(record[key] for record in records), max(record[key] for record in records)
     return f"{low}" if low == high else f"{low} to {high}"
 
@@ -404,7 +404,7 @@ def _many(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
-def _many_of(records: list[Record], key: str, word: str) -> str:
+def _many_of(records: list[_Row], key: str, word: str) -> str:
     span = _span(records, key)
     return f"{span} {word}{'' if span == '1' else 's'}"
 

@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
 SAVING: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "san"}
 """Settings for text in PDF files, and for reproducible SVG files."""
 
-Record = Mapping[str, Any]
+PlotRow = Mapping[str, Any]
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -86,7 +86,7 @@ def legend(figure: Figure, handles: Sequence[Any], across: int = 4) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=across, handlelength=2.8)
 
 
-def method_lines(records: Sequence[Record], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
+def method_lines(records: Sequence[PlotRow], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
     """Returns legend handles for the methods of some records."""
     here = {record["method"] for record in records}
     return [Line2D([], [], label=m, **look_of(i, marker)) for i, m in enumerate(methods) if m in here]
@@ -114,7 +114,7 @@ def look_of(place: int, marker: bool = True) -> dict[str, Any]:
 
 
 @rc_context(STYLE)
-def accuracy_points(records: Sequence[Record], methods: Sequence[str], reference: str | None = None) -> Figure:
+def accuracy_points(records: Sequence[PlotRow], methods: Sequence[str], reference: str | None = None) -> Figure:
     """Draws accuracy as points with intervals: a panel for each backbone, a row for each method.
 
     The axis of a panel covers the intervals of its methods, not zero, so that differences show; its label says so.
@@ -148,7 +148,7 @@ def accuracy_points(records: Sequence[Record], methods: Sequence[str], reference
     return figure
 
 
-def _zoomed(records: Sequence[Record]) -> tuple[float, float]:
+def _zoomed(records: Sequence[PlotRow]) -> tuple[float, float]:
     """Returns the ends of an axis around intervals and seeds; it covers at least two percentage points."""
     values = [value for record in records for value in (record["low"], record["high"], *record["seeds"])]
     middle, half = (min(values) + max(values)) / 2, max(0.01, 0.55 * (max(values) - min(values)))
@@ -173,7 +173,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 @rc_context(STYLE)
-def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure:
+def learning_curves(records: Sequence[PlotRow], methods: Sequence[str]) -> Figure:
     """Draws the training loss over steps: a panel for each task, a line for each method, a band over its seeds.
 
     Args:

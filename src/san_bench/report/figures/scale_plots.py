@@ -16,7 +16,7 @@ from san_bench.report.figures.plots import (
     COLOURS,
     MARKERS,
     STYLE,
-    Record,
+    PlotRow,
     grid,
     legend,
     look_of,
@@ -69,7 +69,7 @@ def layer_histograms(
 
 
 @rc_context(STYLE)
-def variance_summary(records: Sequence[Record], methods: Sequence[str]) -> Figure:
+def variance_summary(records: Sequence[PlotRow], methods: Sequence[str]) -> Figure:
     """Draws the variance of every layer, of scales and of effective scales side by side.
 
     Args:
@@ -100,7 +100,7 @@ def variance_summary(records: Sequence[Record], methods: Sequence[str]) -> Figur
 
 
 @rc_context(STYLE)
-def variance_by_depth(records: Sequence[Record], methods: Sequence[str]) -> Figure:
+def variance_by_depth(records: Sequence[PlotRow], methods: Sequence[str]) -> Figure:
     """Draws the variance over depth: a panel for each kind of layer, lines for scales and effective scales.
 
     Args:
@@ -128,7 +128,7 @@ def variance_by_depth(records: Sequence[Record], methods: Sequence[str]) -> Figu
 
 
 @rc_context(STYLE)
-def similarity_by_layer(records: Sequence[Record]) -> Figure:
+def similarity_by_layer(records: Sequence[PlotRow]) -> Figure:
     """Draws similarity by layer: a panel for each method, a line within tasks and one between them.
 
     Args:
@@ -153,7 +153,7 @@ def similarity_by_layer(records: Sequence[Record]) -> Figure:
 
 
 @rc_context(STYLE)
-def engram_map(records: Sequence[Record]) -> Figure:
+def engram_map(records: Sequence[PlotRow]) -> Figure:
     """Draws the PCA map of runs: a panel for each method, a colour and marker for each task.
 
     Args:

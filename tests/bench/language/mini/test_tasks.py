@@ -24,7 +24,7 @@ from san_bench.language.mini import tasks as world
 from san_bench.language.mini.facts import ANIMALS, JOBS, KINDS, MATERIALS, OPPOSITES, SIZES, SOUNDS, THINGS
 from san_bench.language.mini.people import TRAITS
 from san_bench.language.mini.relations import DERIVED, FACTS
-from san_bench.language.mini.tasks import SPLITS, TASKS, load, record, task_fingerprint
+from san_bench.language.mini.tasks import SPLITS, TASKS, load, make_instruction, task_fingerprint
 from san_bench.language.mini.wordings import RELATIONS
 from san_bench.language.mini.words import RandomChoices, distinct, plural, sentence, third
 from san_peft.errors import SanError
@@ -85,7 +85,7 @@ def test_the_same_records_on_every_platform(name):
 
 
 def test_a_record_does_not_depend_on_the_others(name):
-    assert [record(name, index) for index in (799, 3, 450)] == [
+    assert [make_instruction(name, index) for index in (799, 3, 450)] == [
         load(name)["test"][299],
         load(name)["train"][3],
         load(name)["val"][50],
