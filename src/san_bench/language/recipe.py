@@ -227,7 +227,7 @@ class TextRecipe(Recipe):
             if self.task != "instructions":
                 raise ValueError(f"data|{self.task} has its own layout; give its folder, or set task to instructions")
             wanted = {"train_split": "train", "eval_split": "test", "selection": "last", "data_workers": 0}
-            wanted["optimizer.epochs"] = 1
+            wanted |= {"optimizer.epochs": 1, "eval_steps": 0}
             has = {**self.model_dump(include=set(wanted)), "optimizer.epochs": self.optimizer.epochs}
             wrong = [f"{key} {value}" for key, value in wanted.items() if has[key] != value]
             if self.data.streaming and wrong:
