@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from san_bench.cli_report import Plot, Report, Table
+from san_bench.cli_train import Check, Init, Runs, Train, by_task_and_way, print_facts
 from san_bench.cli_vqa import LmmsEval, Submission
 
 
@@ -41,30 +43,6 @@ class Demo:
         from san_bench.suites.demo import demo
 
         _finish(demo(self.out, self.methods), self.out)
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a recipe and evaluate it once, or resume an interrupted run."""
-
-    recipe: Positional[str]
-    """A YAML file, or the name of a shipped recipe such as demo/san."""
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
-    """Override values of the recipe, such as optimizer.lr=1e-3 seed=1."""
-    track: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
-    """Experiment trackers to log to, beside log.jsonl."""
-
-    def run(self) -> None:
-        """Trains, evaluates once, and prints the result."""
-        from san_bench.config.recipe import load_recipe
-
-        recipe = load_recipe(self.recipe, self.set)
-        from san_bench.run.train import train
-
-        result = train(recipe, self.track)
-        keys = ("run", "split", "accuracy", "n_test", "trainable_parameters", "train_seconds", "recipe_fingerprint")
-        if os.environ.get("RANK", "0") == "0":  # under accelerate launch or torchrun, rank 0 alone prints
-            _table({key: result[key] for key in keys} | _of_tasks(result))
 
 
 @dataclass(frozen=True)
@@ -149,31 +127,7 @@ class Eval:
         """Evaluates and prints the scores."""
         from san_bench.run.evaluate import evaluate
 
-        _table(_scores(evaluate(self.folder, self.split, self.mode)))
-
-
-@dataclass(frozen=True)
-class Check:
-    """Validate a recipe and report all errors at once, each with its line and key."""
-
-    recipe: Positional[str]
-    """A YAML file, or the name of a shipped recipe."""
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")] = ()
-    """Override values of the recipe."""
-
-    def run(self) -> None:
-        """Validates the recipe, and the tokenizer or processor of a local model, and prints the fingerprint."""
-        from san_bench.config.recipe import load_recipe
-
-        recipe = load_recipe(self.recipe, self.set)
-        if recipe.model.partition("/")[0] != "embedded":  # shipped models are complete
-            from san_bench.models import local_model
-
-            if (local_model(recipe.model) or Path(recipe.model)).is_dir():  # download nothing from the hub here
-                from san_bench.run.domain import check_companions
-
-                check_companions(recipe)
-        print(f"{self.recipe} is valid. Fingerprint {recipe.fingerprint}")
+        print_facts(_scores(evaluate(self.folder, self.split, self.mode)))
 
 
 @dataclass(frozen=True)
@@ -214,7 +168,7 @@ class Env:
         from san_bench.run.provenance import provenance
 
         facts = provenance()
-        print(json.dumps(facts, indent=2)) if self.json else _table({**facts.pop("versions"), **facts})
+        print(json.dumps(facts, indent=2)) if self.json else print_facts({**facts.pop("versions"), **facts})
 
 
 @dataclass(frozen=True)
@@ -251,7 +205,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Export:
-    """Export a run for use without san_peft: merge its adapter into the model, or convert it to a LoRA adapter."""
+    """Export a run for use without san_peft: merge its adapter, convert it to LoRA, or detach SAN from its host."""
 
     folder: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of the run."""
@@ -261,19 +215,23 @@ class Export:
     """Merge the adapter into the weights and save a plain transformers checkpoint with the same outputs."""
     as_lora: Annotated[int | None, arg(metavar="RANK")] = None
     """Save the closest LoRA adapter of this rank, and print the approximation error."""
+    detach: bool = False
+    """Save the host of san-lora or san-dora as an ordinary LoRA or DoRA adapter, without propagated scales."""
 
     def run(self) -> None:
-        """Merges or converts the adapter, compares the outputs and saves the model."""
-        from san_bench.run.evaluate import export, export_lora
+        """Merges, converts or detaches the adapter, compares the outputs and saves the model."""
+        from san_bench.run.evaluate import export, export_host, export_lora
         from san_peft.errors import SanError
 
-        if self.merged == (self.as_lora is not None):
+        if self.merged + self.detach + (self.as_lora is not None) != 1:
             raise SanError(
-                f"Choose either --merged or --as-lora RANK. The unmerged adapter is in {self.folder / 'adapter'}."
+                f"Choose one of --merged, --as-lora RANK and --detach. The unmerged adapter is in "
+                f"{self.folder / 'adapter'}."
             )
-        _table(
-            export(self.folder, self.out) if self.merged else export_lora(self.folder, self.out, int(self.as_lora or 0))
-        )
+        if self.as_lora is not None:
+            print_facts(export_lora(self.folder, self.out, self.as_lora))
+        else:
+            print_facts((export if self.merged else export_host)(self.folder, self.out))
 
 
 @dataclass(frozen=True)
@@ -323,7 +281,7 @@ EXTRAS = {
 }
 """The extra that installs an optional module."""
 
-WORK = (Demo, Train, Bench, Eval, Check, Recipes, Env, Trace, Export, Submission, LmmsEval, Data)
+WORK = (Demo, Init, Check, Train, Eval, Runs, Bench, Recipes, Env, Trace, Export, Submission, LmmsEval, Data)
 VERBS: tuple[type[Verb], ...] = (*WORK, Table, Plot, Report)
 
 
@@ -343,12 +301,18 @@ def parse(words: Sequence[str] | None = None) -> Verb:
         prog="san",
         args=words,
         config=(OmitArgPrefixes,),
-        description="Fine-tune models with SAN and other PEFT methods, and compare the results.",
+        description=(
+            "Fine-tune models with SAN and other PEFT methods, and compare the results. `san --version` prints the "
+            "version, `san VERB --help` the options of a subcommand."
+        ),
     )
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the command. A user error prints one message and exits with code 2, Ctrl-C exits with code 130."""
+    if (sys.argv[1:] if words is None else [*words]) == ["--version"]:
+        print(f"san-peft {version('san-peft')}")
+        return
     verb = parse(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a busy machine
@@ -367,12 +331,10 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f'san: {error.name} is missing: pip install "san-peft[{extra}]"', file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        from san_peft.errors import SanError
-
         if _is_disk_full(error):
             hint = "Free some space, and run the same command again to resume."
             print(f"san: No space left on device: {error}. {hint}", file=sys.stderr)
-        elif isinstance(error, SanError | FileExistsError):
+        elif isinstance(error, FileExistsError) or type(error).__module__ == "san_peft.errors":
             print(f"san: {error}", file=sys.stderr)
         else:
             raise
@@ -398,24 +360,7 @@ def _finish(found: Any, out: Path) -> None:
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
     """Returns a result with one entry per task, if it has several."""
-    return {key: value for key, value in result.items() if key not in ("tasks", "ways")} | _of_tasks(result)
-
-
-def _of_tasks(result: dict[str, Any]) -> dict[str, str]:
-    from san_bench.run.results import by_task
-
-    rows = by_task(result) if "tasks" in result else []
-    return {f"{row['task']} by {row['way']}": f"{row['accuracy']:.4g} of {row['n_test']}" for row in rows}
-
-
-def _table(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console(soft_wrap=True).print(table)
+    return {key: value for key, value in result.items() if key not in ("tasks", "ways")} | by_task_and_way(result)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,12 @@ from tests.bench.shards import launch
 from tests.bench.texts import recipe_of, small_language
 
 from san_bench.report.groups import losses_of
+from san_bench.run import launch as launching
 from san_bench.run.evaluate import evaluate
 from san_bench.run.train import train
 
 pytestmark = pytest.mark.gpu
-SETTINGS = sorted((Path(__file__).parents[2] / "examples" / "distributed").glob("*.yaml"))
+SETTINGS = sorted(launching.SETTINGS.glob("*.yaml"))
 KINDS = ("san", "san-lora", "full")
 BFLOAT16 = {"weights": "bf16", "precision": "bf16"}
 
@@ -32,7 +32,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda path: path.stem)
 def test_a_launch_trains_as_one_process_does(alone, settings, kind):
-    if "deepspeed" in settings.name:
+    if "zero" in settings.name:
         pytest.importorskip("deepspeed")
     place, results = alone
     output = place / settings.stem / kind

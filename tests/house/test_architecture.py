@@ -48,7 +48,8 @@ RUNNER: dict[str, set[str]] = {
     "suites": {"config", "kinds", "models", "report", "run"},
     "cli_report": {"report"},
     "cli_vqa": {"vision_language"},
-    "cli": {"cli_report", "cli_vqa", "config", "datacheck", "graph", "models", "run", "suites"},
+    "cli_train": {"config", "models", "run"},
+    "cli": {"cli_report", "cli_train", "cli_vqa", "config", "datacheck", "graph", "models", "run", "suites"},
     "entry": {"cli"},
     "__main__": {"entry"},
 }

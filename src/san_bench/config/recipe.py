@@ -1,7 +1,8 @@
-"""Recipes: the complete configuration of a run, in one strict and frozen YAML file.
+"""Recipes: the complete configuration of a run, read from strict YAML.
 
-Every key is required, unknown keys are errors, and only the data, whose fingerprint is part of the result, comes from
-outside the file. All errors are reported at once, each with its line, its key, and a suggestion for a mistyped word.
+A recipe states what differs from the default values, and from the recipe that its `extends` names. Unknown keys are
+errors. All errors are reported at once, each with its file, line and key, and a suggestion for a mistyped word. A run
+records the resolved recipe with all values. Only the data comes from outside; its fingerprint is part of the result.
 
 Example:
     >>> recipe = load_recipe("demo/san")
@@ -24,7 +25,16 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from san_bench.config.methods import Method
-from san_bench.config.strict import Strict, check_file, did_you_mean, read_file, san_error
+from san_bench.config.strict import (
+    File,
+    Strict,
+    check_file,
+    did_you_mean,
+    later,
+    parse_overrides,
+    read_file,
+    san_error,
+)
 from san_bench.kinds import recipe_class
 
 
@@ -38,6 +48,7 @@ class Optimizer(Strict):
         decay_vectors: Also decays vectors other than biases and norms. Scales are stored as their offset from one, so
             decay pulls them towards one.
         epochs: Number of epochs.
+        max_steps: Maximum number of optimizer steps, which may end the last epoch early; `null` for no maximum.
         batch_size: Effective batch size: examples per optimizer step, over all devices and accumulation steps.
         accumulation: Gradient accumulation steps.
         warmup: Fraction of the steps used for warm-up.
@@ -47,18 +58,19 @@ class Optimizer(Strict):
         max_grad_norm: Maximum gradient norm for clipping; 0 turns clipping off.
     """
 
-    kind: Literal["adamw", "sgd"]
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    decay_vectors: bool
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    accumulation: int = Field(ge=1)
-    warmup: float = Field(ge=0, lt=1)
-    warmup_lr: float = Field(ge=0, lt=1)
-    schedule: Literal["constant", "linear", "cosine"]
-    min_lr: float = Field(ge=0, lt=1)
-    max_grad_norm: float = Field(ge=0)
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(gt=0, le=1e6)
+    weight_decay: float = Field(0.0, ge=0)
+    decay_vectors: bool = False
+    epochs: int = Field(ge=1, le=2**20)
+    max_steps: int | None = later(None, ge=1, le=2**20)
+    batch_size: int = Field(ge=1, le=2**20)
+    accumulation: int = Field(1, ge=1, le=2**20)
+    warmup: float = Field(0.0, ge=0, lt=1)
+    warmup_lr: float = Field(0.0, ge=0, lt=1)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    min_lr: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Optimizer:
@@ -82,6 +94,10 @@ def split_revision(model: str) -> tuple[str, str | None]:
     return (name, revision) if at and not Path(model).exists() else (model, None)
 
 
+VALIDATION = {"train800val200": "train800+val200", "trainval": "train+val"}
+"""Splits that join a training and a validation split, and the names of both."""
+
+
 class Recipe(Strict):
     """Settings common to all runs.
 
@@ -98,20 +114,25 @@ class Recipe(Strict):
         compile: Uses `torch.compile`.
         data_workers: Data loader worker processes; 0 loads in the training process.
         checkpoint_steps: Steps between checkpoints, 0 for none. A run resumes from the last one.
-        output: Output folder; not part of the fingerprint.
+        eval_steps: Steps between evaluations on the validation split during training, 0 for none. Without them, a
+            selection evaluates after every epoch.
+        patience: Stops the training after this many evaluations without improvement; `null` for no early stopping.
+        output: Output folder; not part of the fingerprint. `runs/NAME` by default, after the name of the file.
     """
 
     task: str = Field(min_length=1)
-    data: str | None
+    data: str | None = None
     model: str = Field(min_length=1)
     method: Method
     optimizer: Optimizer
-    protocol: str | None
-    seed: int = Field(ge=0, lt=2**32)
-    precision: Literal["fp32", "bf16", "fp16"]
-    compile: bool
-    data_workers: int = Field(ge=0)
-    checkpoint_steps: int = Field(ge=0)
+    protocol: str | None = None
+    seed: int = Field(0, ge=0, lt=2**32)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    data_workers: int = Field(0, ge=0, le=256)
+    checkpoint_steps: int = Field(0, ge=0)
+    eval_steps: int = later(0, ge=0, le=2**20)
+    patience: int | None = later(None, ge=1, le=2**20)
     output: str = Field(min_length=1)
 
     @field_validator("model")
@@ -122,21 +143,31 @@ class Recipe(Strict):
             raise ValueError(f"{model!r} lacks the {'revision' if name else 'name'}; a model is NAME or NAME@REVISION")
         return model
 
+    @model_validator(mode="after")
+    def _validates(self) -> Recipe:
+        selection, train_split = getattr(self, "selection", "last"), getattr(self, "train_split", "train")
+        if self.patience is not None and selection == "last":
+            raise ValueError("patience|early stopping needs evaluations; set selection to best-val")
+        if self.eval_steps and train_split in VALIDATION:
+            apart = VALIDATION[train_split].split("+")[0]
+            raise ValueError(f"eval_steps|{train_split} contains the validation split; train on {apart}")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the model is evaluated during training, to select a checkpoint or to log the loss."""
+        return bool(self.eval_steps) or getattr(self, "selection", "last") != "last"
+
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the recipe as canonical JSON, without `output` and `data`."""
-        text = json.dumps(
-            self.model_dump(mode="json", exclude={"output", "data"}), sort_keys=True, separators=(",", ":")
-        )
+        """The sha256 of the recipe as canonical JSON, without `output`, `data` and `later` fields at their default."""
+        settings = {key: value for key, value in self.canonical().items() if key not in ("output", "data")}
+        text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML, with keys in the order of the class."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-VALIDATION = {"train800val200": "train800+val200", "trainval": "train+val"}
-"""Splits that join a training and a validation split, and the names of both."""
 
 
 def check_splits(train_split: str, eval_split: str, selection: str) -> None:
@@ -195,7 +226,7 @@ def find(name: str | Path, kind: str | None = "recipes") -> Path:
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Any:
-    """Loads and validates a recipe.
+    """Loads and validates a recipe, with the recipes that it extends.
 
     Args:
         name: Path of a YAML file, or name of a shipped recipe.
@@ -207,5 +238,67 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | Sequence[str] =
     Raises:
         SanError: If it is invalid; the message lists every problem and its location.
     """
-    file = read_file(find(name), overrides)
+    file, changes = extended(find(name)), parse_overrides(overrides)
+    file.data.setdefault("output", f"runs/{file.path.stem}")
+    if "method.kind" in changes and _kind(file.data) != changes["method.kind"]:
+        file.data["method"] = {}  # the settings of another method
+        file.forget(("method",))
+    file.override(changes)
     return check_file(recipe_class(file.data), file)
+
+
+def extended(path: Path, above: tuple[Path, ...] = ()) -> File:
+    """Reads a recipe file and merges it into the one that its `extends` names.
+
+    Mappings are merged key by key; other values replace those of the base. A method of another kind replaces the whole
+    `method`. `output` is not inherited.
+
+    Args:
+        path: The file.
+        above: Resolved paths of the files that extend this one, to detect cycles.
+
+    Raises:
+        SanError: If a base does not exist, or extends a file that extends it.
+    """
+    file, chain = read_file(path), (*above, path.resolve())
+    if "extends" not in file.data:
+        return file
+    name, place = file.data.pop("extends"), file.lines.pop(("extends",))
+    if not isinstance(name, str) or not name:
+        raise san_error(f"{place}: extends: name a shipped recipe or a YAML file, not {name!r}.")
+    beside = path.parent / name
+    try:
+        base = find(beside if beside.is_file() else name)
+    except ValueError as error:
+        raise san_error(f"{place}: extends: {error}") from error
+    if base.resolve() in chain:
+        circle = " -> ".join(file.name for file in (*chain[chain.index(base.resolve()) :], base))
+        raise san_error(f"{place}: extends: the recipes extend each other: {circle}. Remove one `extends`.")
+    below = extended(base, chain)
+    below.data.pop("output", None)
+    if "kind" in _mapping(file.data, "method") and _kind(file.data) != _kind(below.data):
+        below.data.pop("method", None)
+        below.forget(("method",))
+    _merge(below, file.data, ())
+    return File(path, below.data, {**below.lines, **file.lines}, [*below.problems, *file.problems])
+
+
+def _merge(below: File, over: dict[str, Any], loc: tuple[str, ...]) -> None:
+    data = below.data
+    for key in loc:
+        data = data[key]
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(below, value, (*loc, key))
+        else:
+            data[key] = value
+            below.forget((*loc, key))
+
+
+def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _kind(data: Mapping[str, Any]) -> Any:
+    return _mapping(data, "method").get("kind")

@@ -1,37 +1,69 @@
 """Strict, frozen models read from YAML. All problems are reported at once, with line, key and suggestion.
 
-Used for recipes, protocols and suites. Every key is required, and unknown keys are errors.
+Used for recipes, protocols and suites. Unknown keys are errors, and so are missing keys without a default value.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 
 class Strict(BaseModel):
-    """Frozen base model: every key is required and unknown keys are errors."""
+    """Frozen base model: unknown keys are errors, and values are not converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
+
+    def canonical(self) -> dict[str, Any]:
+        """Returns the values as JSON types, without those of `later` fields that have their default."""
+        data = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            key, value = field.alias or name, getattr(self, name)
+            if field.json_schema_extra == LATER and value == field.default:
+                data.pop(key, None)
+            elif key in data and isinstance(value, Strict):
+                data[key] = value.canonical()
+        return data
+
+
+LATER: Any = {"later": True}
+"""Mark of a field that earlier versions did not have."""
+
+
+def later(default: Any, **options: Any) -> Any:
+    """Returns a field that earlier versions did not have: at its default, a recipe keeps its fingerprint.
+
+    Args:
+        default: Default value, with which a run is the same as before the field existed.
+        options: Other options of pydantic's `Field`.
+    """
+    return Field(default, json_schema_extra=LATER, **options)
 
 
 Model = TypeVar("Model", bound=Strict)
 Loc = tuple[str, ...]
+Lines = dict[Loc, str]
+"""Origin of every key, as `FILE:LINE` or `command line`."""
+
+COMMAND_LINE = "command line"
+"""Origin of overrides."""
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[tuple[Loc, str]]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines, list[tuple[Loc, str]]]:
     """Reads a mapping from a YAML file.
 
     Returns:
-        The data, the line of every key, and problems that YAML itself accepts, such as duplicate keys.
+        The data, the place of every key, and problems that YAML itself accepts, such as duplicate keys.
 
     Raises:
         SanError: If the file is not YAML, or not a mapping.
@@ -40,7 +72,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Loc, int | None], list[t
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
         if isinstance(root, yaml.MappingNode):
-            lines, problems = _lines(root)
+            lines, problems = _lines(root, path)
             data = _Loader("").construct_document(root)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date
         mark = getattr(error, "problem_mark", None)
@@ -74,26 +106,34 @@ class File:
     Attributes:
         path: The file.
         data: The mapping, with overrides applied.
-        lines: Line of every key; `None` for overrides.
+        lines: Place of every key.
         problems: Problems that YAML itself accepts.
     """
 
     path: Path
     data: dict[str, Any]
-    lines: dict[Loc, int | None]
+    lines: Lines
     problems: list[tuple[Loc, str]]
+
+    def forget(self, loc: Loc) -> None:
+        """Forgets the places of a key and of those under it."""
+        for known in [known for known in self.lines if known[: len(loc)] == loc]:
+            del self.lines[known]
+
+    def override(self, overrides: Mapping[str, Any] | Sequence[str]) -> File:
+        """Sets values by dotted key, and returns the file; see `read_model`."""
+        for key, value in parse_overrides(overrides).items():
+            put(self.data, key, value)
+            loc = tuple(key.split("."))
+            for depth in range(1, len(loc)):
+                self.lines.setdefault(loc[:depth], COMMAND_LINE)
+            self.lines[loc] = COMMAND_LINE
+        return self
 
 
 def read_file(path: Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> File:
     """Reads a YAML file and applies overrides; see `read_model`."""
-    data, lines, problems = read_yaml(path)
-    for key, value in parse_overrides(overrides).items():
-        put(data, key, value)
-        *parents, last = key.split(".")
-        for depth in range(1, len(parents) + 1):
-            lines.setdefault(tuple(parents[:depth]), None)
-        lines[(*parents, last)] = None
-    return File(path, data, lines, problems)
+    return File(path, *read_yaml(path)).override(overrides)
 
 
 def check_file(model: type[Model], file: File) -> Model:
@@ -135,7 +175,7 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise san_error(f"--set {key}: {parent!r} is a value and has no keys.")
+            raise san_error(f"{COMMAND_LINE}: {key}: {parent!r} is a value and has no keys.")
     place[last] = value
 
 
@@ -158,6 +198,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{did_you_mean(word, words)} Choose from {', '.join(words)}."
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun.
+
+    Example:
+        >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
+        ('1 image', '1,200 images', '2 classes')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
     """Returns the name of a task without its suite prefix.
 
@@ -172,10 +222,15 @@ def task_of_suite(suite: str, name: str, known: Iterable[str]) -> str:
 
 
 def san_error(message: str) -> Exception:
-    """Returns a `SanError`; the import is deferred because it imports torch."""
-    from san_peft.errors import SanError
-
-    return SanError(message)
+    """Returns a `SanError`, without importing torch."""
+    name = "san_peft.errors"
+    if name not in sys.modules:  # an import statement would import the whole package, which takes seconds
+        (folder,) = find_spec("san_peft").submodule_search_locations  # type: ignore[union-attr]
+        spec: Any = spec_from_file_location(name, Path(folder) / "errors.py")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name].SanError(message)
 
 
 class _Loader(yaml.SafeLoader):
@@ -190,16 +245,16 @@ _Loader.add_implicit_resolver(
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise san_error(f"--set {text}: write key=value, such as optimizer.lr=1e-3.")
+        raise san_error(f"{COMMAND_LINE}: {text}: write key=value, such as optimizer.lr=1e-3.")
     try:
         return key, yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise san_error(f"--set {text}: {value!r} is not YAML.") from error
+        raise san_error(f"{COMMAND_LINE}: {text}: {value!r} is not YAML.") from error
 
 
-def _lines(root: yaml.MappingNode) -> tuple[dict[Loc, int | None], list[tuple[Loc, str]]]:
-    """Returns the line of every key, and duplicate keys (YAML would silently keep the last)."""
-    lines: dict[Loc, int | None] = {}
+def _lines(root: yaml.MappingNode, path: Path) -> tuple[Lines, list[tuple[Loc, str]]]:
+    """Returns the place of every key, and duplicate keys (YAML would silently keep the last)."""
+    lines: Lines = {}
     twice: list[tuple[Loc, str]] = []
 
     def walk(node: yaml.Node, loc: Loc) -> Iterator[None]:
@@ -207,20 +262,17 @@ def _lines(root: yaml.MappingNode) -> tuple[dict[Loc, int | None], list[tuple[Lo
             for key, value in node.value:
                 here = (*loc, str(key.value))
                 if here in lines:
-                    twice.append((here, f"is a duplicate key, first in line {lines[here]}"))
-                lines[here] = key.start_mark.line + 1
+                    twice.append((here, f"is a duplicate key, first in line {lines[here].rpartition(':')[2]}"))
+                lines[here] = f"{path}:{key.start_mark.line + 1}"
                 yield from walk(value, here)
 
     list(walk(root, ()))
     return lines, twice
 
 
-def _place(path: Path, lines: Mapping[Loc, int | None], loc: Loc) -> str:
+def _place(path: Path, lines: Mapping[Loc, str], loc: Loc) -> str:
     known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
-    line = lines.get(known)
-    if known and line is None:
-        return f"--set {'.'.join(loc)}"
-    return f"{path}{f':{line}' if line else ''}: {'.'.join(loc) or 'recipe'}"
+    return f"{lines.get(known, path)}: {'.'.join(loc) or 'recipe'}"
 
 
 def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
@@ -232,9 +284,9 @@ def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
         key, _, text = str(error["ctx"]["error"]).partition("|")  # validators prefix the key: "key|text"
         return (*loc, *([key] if text else [])), f"{text or key}."
     if kind == "extra_forbidden":
-        return loc, f"unknown key.{suggest(loc[-1], model.model_fields)}"
+        return loc, f"unknown key.{suggest(loc[-1], _keys(model))}"
     if kind == "missing":
-        return loc, "is missing; there are no default values."
+        return loc, "is missing, and has no default value."
     if kind == "union_tag_invalid":
         tag = given.get("kind") if isinstance(given, Mapping) else given
         return (*loc, "kind"), f"unknown {loc[-1]} {tag!r}.{suggest(str(tag), kinds)}"
@@ -243,7 +295,17 @@ def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return loc, f"{given!r} is not valid.{suggest(str(given), choices)}"
-    return loc, f"{error['msg'][0].lower()}{error['msg'][1:]}, but it is {given!r}."
+    said = WANTED.get(kind, f"{error['msg'][0].lower()}{error['msg'][1:]}")
+    return loc, f"{said}, but it is {given!r}."
+
+
+WANTED = {
+    "tuple_type": "input should be a list such as [a, b]",
+    "dict_type": "input should be a mapping of keys to values",
+    "model_type": "input should be a mapping of keys to values",
+    "model_attributes_type": "input should be a mapping of keys to values",
+}
+"""What a value should be, in the words of YAML instead of pydantic's."""
 
 
 def _resolve(model: type[BaseModel], raw: Sequence[str]) -> tuple[Loc, type[BaseModel], dict[str, type[BaseModel]]]:
@@ -254,7 +316,7 @@ def _resolve(model: type[BaseModel], raw: Sequence[str]) -> tuple[Loc, type[Base
     while rest:
         key = rest.pop(0)
         loc.append(key)
-        field: FieldInfo | None = model.model_fields.get(key)
+        field: FieldInfo | None = _keys(model).get(key)
         if field is None:
             break
         inner = _models(field.annotation)
@@ -275,6 +337,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Returns the fields of a model by their keys in YAML."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _is_mapping(annotation: Any) -> bool:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from san_bench.config.strict import suggest
+from san_bench.config.strict import counted, suggest
 from san_bench.datacheck.found import CheckOptions, Found
 from san_bench.kinds import KINDS, check_of
 from san_peft.errors import SanError
@@ -64,6 +64,13 @@ def check_command(
     for problem in problems:
         print(f"{problem.level}: {problem}")
     errors = sum(problem.level == "error" for problem in problems)
-    print(f"{errors} errors, {len(problems) - errors} warnings" if problems else "No problems.")
+    if problems:
+        print(f"{counted(errors, 'error')}, {counted(len(problems) - errors, 'warning')}")
+    else:
+        print("No problems.")
+    if checksums is not None and not any(checksums.name in problem.text for problem in problems):
+        print(f"All checksums in {checksums} match.")
+    if write_checksums is not None:
+        print(f"Checksums written: {write_checksums}")
     if errors:
         sys.exit(1)

@@ -17,16 +17,6 @@ from san_bench.datacheck.manifest import Facts, Manifest
 from san_peft.errors import SanError
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Returns a number with its noun.
-
-    Example:
-        >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
-        ('1 image', '1,200 images', '2 classes')
-    """
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
-
-
 @dataclass(frozen=True)
 class CheckOptions:
     """Options of a data check; a kind of data uses those that apply to it.

@@ -218,14 +218,14 @@ class Images(Domain):
 
     def training(self, model: Any) -> Training:
         """Returns the training setup; with `channels_last`, also converts the memory format of the model."""
-        recipe, selects = self.recipe, self.recipe.selection != "last"
+        recipe, evaluates = self.recipe, self.recipe.evaluates
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         settings = self.companions(recipe)
         collate = Collate(
             mixing(recipe.augmentation, self.task.num_classes), self.task.num_classes, recipe.channels_last
         )
-        chosen_by = Prepared(self.task[_chosen_by(recipe, self.task)], settings) if selects else None
+        chosen_by = Prepared(self.task[_chosen_by(recipe, self.task)], settings) if evaluates else None
         return Training(
             dataset=Prepared(self.task[recipe.train_split], settings, recipe.augmentation),
             collate=collate,

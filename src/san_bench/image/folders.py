@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from san_bench.config.strict import suggest
-from san_bench.datacheck.found import Found, counted
+from san_bench.config.strict import counted, suggest
+from san_bench.datacheck.found import Found
 from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
 from san_bench.datacheck.names import NAMES
 from san_bench.image.layouts import HOLDOUT, read_folders, standard

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from san_bench.datacheck.found import Found, counted
+from san_bench.config.strict import counted
+from san_bench.datacheck.found import Found
 from san_bench.datacheck.names import NAMES
 from san_bench.image.listing import Tree
 from san_bench.image.recipe import Holdout

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from san_bench.datacheck.found import Found, counted
+from san_bench.config.strict import counted
+from san_bench.datacheck.found import Found
 from san_bench.image.decode import EXTENSIONS
 
 SYSTEM = frozenset(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ def _reason(error: Exception, model: str | Path) -> str:
     for name in ("config.json", "preprocessor_config.json"):
         if not isinstance(error, TypeError) and Path(model).is_dir() and not (Path(model) / name).is_file():
             return f"it has no {name}"
-    return " ".join(str(error).split())[:200].rstrip(".")
+    return shorten(str(error), 200, placeholder=" ...").rstrip(".")
 
 
 def _from_transformers(facts: dict[str, Any]) -> dict[str, Any]:

@@ -38,11 +38,11 @@ class Input(Strict):
             for the range 0 to 1.
     """
 
-    size: int | None = Field(ge=1)
-    resize: Literal["squash", "crop"]
-    crop_pct: float | None = Field(gt=0, le=1)
-    interpolation: Literal["checkpoint", "bilinear", "bicubic"]
-    normalization: Literal["checkpoint", "imagenet", "inception", "none"]
+    size: int | None = Field(None, ge=1, le=4096)
+    resize: Literal["squash", "crop"] = "crop"
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    interpolation: Literal["checkpoint", "bilinear", "bicubic"] = "checkpoint"
+    normalization: Literal["checkpoint", "imagenet", "inception", "none"] = "checkpoint"
 
 
 class Augmentation(Strict):
@@ -60,14 +60,14 @@ class Augmentation(Strict):
         smoothing: Label smoothing.
     """
 
-    crop: Literal["none", "random", "random-resized"]
-    smallest_crop: float = Field(gt=0, le=1)
-    flip: bool
-    randaugment: str | None
-    erasing: float = Field(ge=0, le=1)
-    mixup: float = Field(ge=0)
-    cutmix: float = Field(ge=0)
-    smoothing: float = Field(ge=0, lt=1)
+    crop: Literal["none", "random", "random-resized"] = "none"
+    smallest_crop: float = Field(0.08, gt=0, le=1)
+    flip: bool = False
+    randaugment: str | None = None
+    erasing: float = Field(0.0, ge=0, le=1)
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    smoothing: float = Field(0.0, ge=0, lt=1)
 
 
 class Holdout(Strict):
@@ -100,20 +100,20 @@ class ImageRecipe(Recipe):
         augmentation: Training augmentation.
         drop_path: Stochastic depth rate, for models that support it.
         ema: Decay of the exponential moving average of the weights, which is then evaluated; or `null`.
-        selection: Checkpoint selection. `last`: after the last step. `best-val`: best epoch on the validation split.
-            `best-test`: best epoch on `eval_split`, as in older papers.
+        selection: Checkpoint selection. `last`: after the last step. `best-val`: best epoch on the validation split, or
+            the best evaluation with `eval_steps`. `best-test`: best epoch on `eval_split`, as in older papers.
         channels_last: Uses the channels-last memory format.
     """
 
-    train_split: Literal["train800", "train800val200", "train", "trainval"]
-    eval_split: Literal["val200", "val", "test"]
+    train_split: Literal["train800", "train800val200", "train", "trainval"] = "train"
+    eval_split: Literal["val200", "val", "test"] = "test"
     holdout: Holdout = Holdout()
-    input: Input
-    augmentation: Augmentation
-    drop_path: float = Field(ge=0, lt=1)
-    ema: float | None = Field(gt=0, lt=1)
-    selection: Literal["last", "best-val", "best-test"]
-    channels_last: bool
+    input: Input = Input()
+    augmentation: Augmentation = Augmentation()
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    ema: float | None = Field(None, gt=0, lt=1)
+    selection: Literal["last", "best-val", "best-test"] = "last"
+    channels_last: bool = False
 
     @field_validator("task")
     @classmethod

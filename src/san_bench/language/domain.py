@@ -158,7 +158,7 @@ class Texts(Domain):
         Raises:
             SanError: If truncation removes all answers, or the model does not support packing.
         """
-        text, selects, stream = self.recipe.text, self.recipe.selection != "last", self._stream()
+        text, stream = self.recipe.text, self._stream()
         plain = Collator(self.tokenizer.pad, "right")
         if self.recipe.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()  # checkpointing needs an input with gradient
@@ -166,7 +166,7 @@ class Texts(Domain):
             dataset=self.tokens(self.recipe.train_split) if stream is None else stream,
             collate=_packing(model) if text.packing else plain,
             plain=plain,
-            chosen_by=self.tokens("val") if selects else None,
+            chosen_by=self.tokens("val") if self.recipe.evaluates else None,
             metric="loss",
             loss=None,
             mean_of_parts=False,

@@ -36,11 +36,11 @@ class Text(Strict):
             `san_bench.language.chat.CHAT_TEMPLATES`; by default the tokenizer's own.
     """
 
-    template: Literal["legacy", "clean"]
-    loss_on: Literal["full", "answer"]
-    cutoff: int = Field(ge=2)
-    pad: str = Field(min_length=1)
-    packing: bool
+    template: Literal["legacy", "clean"] = "clean"
+    loss_on: Literal["full", "answer"] = "answer"
+    cutoff: int = Field(1024, ge=2, le=2**24)
+    pad: str = Field("auto", min_length=1)
+    packing: bool = False
     chat_template: str | None = Field(default=None, min_length=1)
 
     @model_serializer(mode="wrap")
@@ -156,9 +156,9 @@ class Scoring(Strict):
     ways: Annotated[
         tuple[Literal["generation", "likelihood", "exact", "loss", "lm-eval"], ...], Field(min_length=1, strict=False)
     ]
-    batch_size: int = Field(ge=1)
-    beams: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    batch_size: int = Field(16, ge=1, le=2**20)
+    beams: int = Field(1, ge=1, le=1024)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
 
     @field_validator("ways")
     @classmethod
@@ -186,17 +186,19 @@ class TextRecipe(Recipe):
         scoring: Evaluation settings.
         gradient_checkpointing: Recomputes activations in the backward pass to save memory.
         selection: Checkpoint selection. `last`: after the last step. `best-val`: the epoch with the smallest validation
-            loss.
+            loss, or the evaluation with `eval_steps`.
     """
 
-    data: Annotated[str | OwnData | None, BeforeValidator(_own)]  # pyright: ignore[reportIncompatibleVariableOverride]
-    train_split: Literal["train", "trainval"]
-    eval_split: Literal["val", "test"]
-    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"]
+    data: Annotated[str | OwnData | None, BeforeValidator(_own)] = (  # pyright: ignore[reportIncompatibleVariableOverride]
+        None
+    )
+    train_split: Literal["train", "trainval"] = "train"
+    eval_split: Literal["val", "test"] = "test"
+    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"] = "fp32"
     text: Text
     scoring: Scoring
-    gradient_checkpointing: bool
-    selection: Literal["last", "best-val"]
+    gradient_checkpointing: bool = False
+    selection: Literal["last", "best-val"] = "last"
 
     @property
     def fingerprint(self) -> str:

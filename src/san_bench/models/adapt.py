@@ -16,6 +16,7 @@ from torch import nn
 from san_bench.config.methods import Ia3, Lora, San, SanOver, Ssf
 from san_bench.config.recipe import Recipe
 from san_bench.models.checkpoint import checkpoint_of
+from san_bench.models.start import start_of, with_graph, with_start
 from san_peft.errors import SanError
 from san_peft.tuner.resolve import norms_of
 
@@ -69,6 +70,9 @@ def with_method(model: Any, recipe: Recipe) -> nn.Module:
         names = _plain_parameters(model, recipe)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(_is_head(model, name) or name in names)
+    elif start_of(method) is not None:
+        with calm():
+            model = with_start(model, recipe)
     else:
         import peft
 
@@ -147,9 +151,10 @@ def peft_config(recipe: Recipe, model: nn.Module) -> Any:
     if isinstance(method, SanOver):
         names = ("propagation", "decomposition", "exponent", "bound", "detach")
         options = {name: getattr(method, name) for name in names}
-        return SanConfig(inner=_lora(recipe, model), **_broken(options, recipe, model))
+        return SanConfig(inner=_lora(recipe, model), **with_graph(options, recipe, model))
     if isinstance(method, San):
-        options = _broken(method.model_dump(exclude={"kind"}), recipe, model)
+        names = ("propagation", "exponent", "shift", "train_norms", "detach", "gate")
+        options = with_graph({name: getattr(method, name) for name in names}, recipe, model)
     elif isinstance(method, Ssf):
         options = {"propagation": "none", "shift": True, "train_norms": method.train_norms}
     else:
@@ -173,17 +178,6 @@ def _shared(recipe: Any, model: nn.Module) -> dict[str, Any]:
     if getattr(recipe, "projector_lr", None) is not None:
         shared["modules_to_save"] = [PROJECTOR]
     return shared
-
-
-def _broken(options: dict[str, Any], recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """Returns the options of SAN, with an ablated graph as `propagation` if the recipe asks for an ablation."""
-    from san_peft import trace
-    from san_peft.propagation import ABLATIONS, ablate
-
-    if options["propagation"] not in ABLATIONS:
-        return options
-    graph = ablate(trace(model).select("all"), options["propagation"], seed=recipe.seed)
-    return {**options, "propagation": graph}
 
 
 def _lora(recipe: Recipe, model: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -235,4 +236,4 @@ def _build(name: str, build: Any) -> nn.Module:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return shorten(str(error), 200, placeholder=" ...")

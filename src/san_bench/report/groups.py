@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from san_bench.config.strict import counted
 from san_bench.report.tables.sections import Section, sections
 from san_bench.run.results import Row, read_rows
 from san_bench.run.scales import RunScales, load_scales
@@ -108,7 +109,7 @@ def read_groups(folder: Path) -> list[Group]:
             else:
                 groups.setdefault(name, []).append(found)
     if problems:
-        raise SanError("\n".join([f"Cannot read the scales of {len(problems)} runs:", *problems]))
+        raise SanError("\n".join([f"Cannot read the scales of {counted(len(problems), 'run')}:", *problems]))
     return [Group(backbone, method, tuple(runs)) for (backbone, method), runs in groups.items()]
 
 

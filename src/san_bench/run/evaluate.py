@@ -186,6 +186,39 @@ def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
     }
 
 
+def export_host(run: str | Path, out: str | Path) -> dict[str, Any]:
+    """Detaches SAN from a run's adapter, and writes its host: an ordinary LoRA or DoRA adapter.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write; it must be new or empty.
+
+    Returns:
+        The folder, its kind, and the maximum absolute difference of the logits without propagation.
+
+    Raises:
+        SanError: If the folder is not empty, or the run's method has no host.
+    """
+    from san_peft import detach_san
+
+    folder = _free(Path(out))
+    kind = run_recipe(run).method.kind
+    if kind not in ("san-lora", "san-dora"):
+        raise SanError(f"The method of {run} is {kind!r}; only san-lora and san-dora have a host to detach from.")
+    model, domain = load_model(run)
+    probe = domain.probe(32)
+    with torch.no_grad():
+        before = model(**probe).logits
+        model = detach_san(model)
+        difference = float((model(**probe).logits - before).abs().max())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        complete = Path(scratch) / "adapter"
+        model.save_pretrained(str(complete))
+        complete.replace(folder)
+    return {"folder": str(folder), "kind": kind.removeprefix("san-"), "max_abs_difference": difference}
+
+
 def _free(folder: Path) -> Path:
     """Returns the folder if it is new or empty.
 

@@ -23,10 +23,11 @@ from san_bench.models.adapt import (
     with_method,
 )
 from san_bench.models.checkpoint import checkpoint_of
+from san_bench.models.start import start_of
 from san_bench.models.weights import move_to_gpu
 from san_bench.run.domain import Domain, domain_of
 from san_bench.run.evaluate import trained_model
-from san_bench.run.folder import claim
+from san_bench.run.folder import claim, weights_sha256
 from san_bench.run.model_card import write_card
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of
@@ -128,6 +129,7 @@ def _identity(domain: Domain) -> dict[str, Any]:
         "lr": recipe.optimizer.lr,
         "recipe_fingerprint": recipe.fingerprint,
         "task_fingerprint": domain.fingerprint,
+        **({} if (start := start_of(recipe.method)) is None else {"start_sha256": weights_sha256(start)}),
     }
 
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from san_bench.config.recipe import Recipe
@@ -239,7 +239,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
     recipe: Any = domain.recipe
     optimizer, gpu = recipe.optimizer, torch.cuda.is_available()
     training = domain.training(model)
-    steps = math.ceil(len(training.dataset) / optimizer.batch_size) * optimizer.epochs
+    steps = planned_steps(recipe, len(training.dataset))
     if recipe.precision == "fp16" and not gpu:
         raise SanError("precision fp16 needs a GPU. Choose bf16 or fp32.")
     processes = PartialState(cpu=not gpu).num_processes
@@ -252,6 +252,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         )
     tracked, trackers = tracking(track, recipe, folder)
     selects, saves = recipe.selection != "last", "steps" if recipe.checkpoint_steps else "no"
+    evaluation = "steps" if recipe.eval_steps else "epoch" if selects else "no"
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=optimizer.batch_size // parts,
@@ -259,6 +260,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         **(_checkpointing() if training.gradient_checkpointing else {}),
         gradient_accumulation_steps=optimizer.accumulation,
         num_train_epochs=optimizer.epochs,
+        max_steps=-1 if optimizer.max_steps is None else steps,
         learning_rate=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         warmup_steps=round(optimizer.warmup * steps),
@@ -274,9 +276,10 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         dataloader_num_workers=recipe.data_workers,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch" if selects else "no",
-        save_strategy="epoch" if selects else saves,
-        save_steps=recipe.checkpoint_steps or 500,
+        eval_strategy=evaluation,
+        eval_steps=recipe.eval_steps or None,
+        save_strategy=evaluation if selects else saves,
+        save_steps=(recipe.eval_steps if selects else recipe.checkpoint_steps) or 500,
         save_total_limit=2,
         load_best_model_at_end=selects,
         metric_for_best_model=training.metric if selects else None,
@@ -285,7 +288,11 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         **tracked,
     )
     journal = Journal(folder)
-    middle = [Checkpoints(recipe.checkpoint_steps)] if selects and recipe.checkpoint_steps else []
+    controls: list[TrainerCallback] = []
+    if selects and recipe.checkpoint_steps:
+        controls.append(Checkpoints(recipe.checkpoint_steps))
+    if recipe.patience is not None:
+        controls.append(EarlyStoppingCallback(recipe.patience))
     trainer = _Trainer(
         recipe,
         training,
@@ -295,7 +302,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
         train_dataset=training.dataset,
         eval_dataset=training.chosen_by,
         compute_metrics=_accuracy if training.metric == "accuracy" else None,
-        callbacks=[*middle, journal, *trackers],
+        callbacks=[*controls, journal, *trackers],
     )
     if training.average is not None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -305,6 +312,12 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
     return trainer, journal
+
+
+def planned_steps(recipe: Recipe, n_train: int) -> int:
+    """Returns the number of optimizer steps of a recipe on so many training samples, without early stopping."""
+    steps = math.ceil(n_train / recipe.optimizer.batch_size) * recipe.optimizer.epochs
+    return min(steps, recipe.optimizer.max_steps or steps)
 
 
 def _checkpointing() -> dict[str, Any]:

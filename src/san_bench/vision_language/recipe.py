@@ -34,9 +34,9 @@ class Talk(Strict):
             before training.
     """
 
-    max_length: int = Field(ge=2)
-    pad_to_square: bool
-    drop_bad_images: bool
+    max_length: int = Field(2048, ge=2)
+    pad_to_square: bool = False
+    drop_bad_images: bool = False
 
 
 class Answering(Strict):
@@ -48,9 +48,9 @@ class Answering(Strict):
         max_new_tokens: Maximum number of new tokens; decoding is greedy.
     """
 
-    benchmarks: Annotated[tuple[str, ...], Field(strict=False)]
-    batch_size: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    benchmarks: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    batch_size: int = Field(16, ge=1, le=2**20)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
 
     @field_validator("benchmarks")
     @classmethod
@@ -84,15 +84,15 @@ class ConversationRecipe(Recipe):
         selection: Checkpoint selection: after the last step.
     """
 
-    train_split: Literal["train", "trainval"]
-    eval_split: Literal["val", "test"]
-    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"]
-    tower: Literal["frozen", "adapted"]
-    projector_lr: float | None = Field(gt=0)
+    train_split: Literal["train", "trainval"] = "train"
+    eval_split: Literal["val", "test"] = "test"
+    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"] = "fp32"
+    tower: Literal["frozen", "adapted"] = "frozen"
+    projector_lr: float | None = Field(None, gt=0)
     conversation: Talk
-    answering: Answering
-    gradient_checkpointing: bool
-    selection: Literal["last"]
+    answering: Answering = Answering()
+    gradient_checkpointing: bool = False
+    selection: Literal["last"] = "last"
 
     @field_validator("task")
     @classmethod
@@ -109,6 +109,8 @@ class ConversationRecipe(Recipe):
         for key, split in (("train_split", self.train_split), ("eval_split", self.eval_split)):
             if self.task != "mini-vl" and split in ("val", "trainval"):
                 raise ValueError(f"{key}|{self.task} has no held-out records, so no {split}; only mini-vl has")
+        if self.eval_steps:
+            raise ValueError("eval_steps|vision-language runs have no evaluation during training; set it to 0")
         check_weights(self.method.kind, self.weights)
         if bool(self.answering.benchmarks) != (self.task == "llava"):
             what = (

@@ -167,7 +167,21 @@ def test_the_command_prints_all_and_ends_with_1(tmp_path, capsys):
     assert stop.value.code == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines[1].startswith("error: folder: test: 1 images cannot be read: test/cat/000.png")
-    assert lines[2] == "1 errors, 0 warnings"
+    assert lines[2] == "1 error, 0 warnings"
+
+
+def test_the_command_says_what_became_of_checksums(tmp_path, capsys):
+    place = class_folders(tmp_path / "mine", {"train": 10, "test": 5}, ["cat", "dog"])
+    check_command("folder", place, write_checksums=tmp_path / "sums")
+    assert f"Checksums written: {tmp_path / 'sums'}" in capsys.readouterr().out
+    check_command("folder", place, checksums=tmp_path / "sums")
+    assert f"All checksums in {tmp_path / 'sums'} match." in capsys.readouterr().out
+    (tmp_path / "sums").write_text("".join((tmp_path / "sums").read_text().splitlines(True)[1:]))
+    with pytest.raises(SystemExit):
+        check_command("folder", place, checksums=tmp_path / "sums")
+    printed = capsys.readouterr().out
+    assert "1 files are new" in printed
+    assert "match" not in printed
 
 
 def test_an_empty_file_list_of_many_is_cut_short_in_print_but_complete(data):

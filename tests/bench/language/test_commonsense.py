@@ -252,7 +252,7 @@ def test_the_command_says_what_it_found(data, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines() == [
         "commonsense/boolq: test 3 (true 3, false 0)",
         "error: commonsense/boolq: test has 3 records, not 3,270",
-        "1 errors, 0 warnings",
+        "1 error, 0 warnings",
     ]
     with pytest.raises(SanError, match="none of the 8 tasks of commonsense"):
         check_command("commonsense", tmp_path)

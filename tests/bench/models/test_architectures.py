@@ -237,3 +237,12 @@ def test_small_images_have_as_many_tiles(tmp_path):
 def test_a_model_of_images_alone_keeps_its_size(tmp_path):
     transformers.SwinConfig(image_size=32, patch_size=4, window_size=4).save_pretrained(tmp_path)
     assert empty_model(str(tmp_path)).config.image_size == 32
+
+
+def test_a_long_reason_is_cut_after_a_whole_word():
+    def fail():
+        raise ValueError("reason " * 100)
+
+    with pytest.raises(SanError) as caught:
+        models._build("x", fail)
+    assert str(caught.value).endswith("reason ...")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from san_bench.report.groups import losses_of
 from san_bench.run import sharded as shards
 from san_bench.run.evaluate import evaluate
+from san_bench.run.launch import SETTINGS
 from san_bench.run.train import train
 
-SETTINGS = Path(__file__).parents[3] / "examples" / "distributed"
 RECIPES = {
     "san": ("san", {"selection": "best-val", "train_split": "train"}),
     "san-lora": ("san-lora", {}),
@@ -49,7 +48,7 @@ def test_two_processes_train_as_one(alone, stage, name):
     output, file = place / f"zero{stage}" / name, place / f"zero{stage}-{name}.yaml"
     file.write_text(recipe_of(place, output, kind, **more).to_yaml(), encoding="utf-8")
     words = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    settings = SETTINGS / f"deepspeed-zero{stage}.yaml"
+    settings = SETTINGS / f"zero{stage}.yaml"
     launch(settings, file, *words, timeout=500, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     again, result = json.loads((output / "result.json").read_text()), results[name]
     assert (result["processes"], again["processes"]) == (1, 2)

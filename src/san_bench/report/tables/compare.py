@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from san_bench.config.strict import counted
 from san_bench.report.origin import origin, verified
 from san_bench.report.tables.estimate import (
     LEAST_PAIRS,
@@ -92,7 +93,7 @@ def means_table(section: Section, papers: Sequence[Published]) -> ResultTable:
             _mean_field(group, [tasks], lambda paper, name=group: paper.groups.get(name))
             for group, tasks in groups.items()
         ),
-        _mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks),
+        _mean_of_all(section),
     ]
     if groups:
         fields.append(
@@ -118,7 +119,7 @@ def task_tables(section: Section, papers: Sequence[Published]) -> list[ResultTab
     fields = [_task_field(task) for task in section.tasks if task in there]
     if len(section.tasks) == 1:
         return [_accuracy(section, "accuracy", fields, papers, (READING,))]
-    mean = _mean_field(f"Mean of {len(section.tasks)} tasks", [[*section.tasks]], lambda paper: paper.mean_of_tasks)
+    mean = _mean_of_all(section)
     return [_accuracy(section, "accuracy", [*fields, mean], papers, (READING, MEANS))]
 
 
@@ -153,7 +154,7 @@ def difference_table(section: Section, reference: str | None) -> ResultTable | N
         f"tasks, then seeds within them, {RESAMPLES:,} times, with equal weight for all tasks. With fewer than "
         f"{LEAST_PAIRS} pairs, or two tasks: ± sample standard deviation of the pairs. Better, equal and worse count "
         "tasks by their mean.",
-        *([f"{alone} runs have no matching run of {chosen} and are left out."] if alone else []),
+        *([f"{counted(alone, 'run')} without a matching run of {chosen}: left out."] if alone else []),
         *([LEGACY] if any(line.selection == "best-test" for line in section.lines) else []),
     ]
     return ResultTable(
@@ -277,6 +278,11 @@ def _task_field(task: str) -> _Field:
     return _Field(_short(task), (task,), lambda tasks: _over_seeds(tasks.get(task, {})), printed)
 
 
+def _mean_of_all(section: Section) -> _Field:
+    title = f"Mean of {counted(len(section.tasks), 'task')}"
+    return _mean_field(title, [[*section.tasks]], lambda paper: paper.mean_of_tasks)
+
+
 def _mean_field(name: str, parts: Sequence[Sequence[str]], printed: Callable[[Published], float | None]) -> _Field:
     return _Field(name, tuple(task for part in parts for task in part), lambda tasks: _mean(tasks, parts), printed)
 
@@ -330,7 +336,7 @@ def _mean(tasks: Tasks, parts: Sequence[Sequence[str]]) -> _Value:
 
 
 def _known(values: Sequence[float]) -> _Value:
-    return _Value(estimate(values), f"{len(values)} runs") if values else _Value(None, "–")
+    return _Value(estimate(values), counted(len(values), "run")) if values else _Value(None, "–")
 
 
 def _paired(seeds: Seeds, base: Seeds) -> list[float]:
@@ -346,7 +352,7 @@ def _difference(pairs: Sequence[Sequence[float]], name: str = "") -> Cell:
     if interval := bootstrap_interval(pairs):
         spread = f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
     text = f"{mean:+.1f}{spread} ({every.n})".replace("-", "−")
-    return Cell(f"{name} {text}" if name else text, mean, f"{len(pairs)} tasks, {every.n} pairs")
+    return Cell(f"{name} {text}" if name else text, mean, f"{counted(len(pairs), 'task')}, {counted(every.n, 'pair')}")
 
 
 def _wins(pairs: Mapping[str, Sequence[float]]) -> list[Cell]:

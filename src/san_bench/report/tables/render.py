@@ -70,8 +70,14 @@ def to_markdown(table: ResultTable) -> str:
     """
     rule = ["--:" if right else ":--" for right in numeric(table)]
     lines = [table.columns, rule, *([cell.text for cell in row] for row in table.rows)]
-    grid = "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
-    return "\n\n".join([*([f"**{table.title}**"] if table.title else []), grid, *table.notes]) + "\n"
+    grid = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    title = [f"**{' '.join(table.title.split())}**"] if table.title else []
+    return "\n\n".join([*title, grid, *table.notes]) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Returns a text as a cell of a Markdown table, which has no line breaks."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def to_latex(table: ResultTable) -> str:
