@@ -79,7 +79,7 @@ def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
 def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
     kind, _, task = suite.partition("/")
     if kind in OWN:
-        return [folders.read_own(suite, folder)]
+        return [folders.read_photos(suite, folder)]
     if kind not in SUITES:
         raise SanError(f"Unknown image data {suite!r}.{suggest(kind, [*SUITES, *OWN])}")
     if not folder.is_dir():

@@ -62,7 +62,7 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     return found
 
 
-def read_own(name: str, data: Path, holdout: Holdout = HOLDOUT) -> Found:
+def read_photos(name: str, data: Path, holdout: Holdout = HOLDOUT) -> Found:
     """Reads your own images and collects validation problems.
 
     Args:

@@ -52,5 +52,5 @@ def load_task(name: str, data: Path | None = None, holdout: Holdout = HOLDOUT) -
     if data is None:
         raise SanError(f"The task {name!r} needs data: set `data` to a folder, or pass --data to a suite.")
     if suite in OWN:
-        return task_of(folders.read_own(name, Path(data), holdout))
+        return task_of(folders.read_photos(name, Path(data), holdout))
     return SUITES[suite].load(task or suite, Path(data))

@@ -14,7 +14,7 @@ from tests.bench.copies import class_folders, picture, table, write_picture
 from san_bench.config.recipe import load_recipe
 from san_bench.datacheck.check import examine
 from san_bench.image.domain import recipe_task
-from san_bench.image.folders import read_own
+from san_bench.image.folders import read_photos
 from san_bench.image.recipe import Holdout
 from san_bench.image.tasks import load_task
 from san_peft.errors import SanError
@@ -85,12 +85,12 @@ def test_two_folders_for_one_split_are_not_mixed(tmp_path):
 
 
 def test_hidden_and_system_files_are_left_out_and_counted(photos):
-    clean = read_own("folder", photos)
+    clean = read_photos("folder", photos)
     for name in (".DS_Store", "cat/._000.png", "cat/Thumbs.db", "dog/desktop.ini"):
         (photos / name).write_bytes(b"system")
     write_picture(photos / "__MACOSX" / "cat" / "000.png", 1)
     write_picture(photos / ".trash" / "000.png", 1)
-    found = read_own("folder", photos)
+    found = read_photos("folder", photos)
     assert found.names == ("cat", "dog")
     assert found.layout.replace(", 6 hidden or system files left out", "") == clean.layout
     assert [s.fingerprint for s in found.splits.values()] == [s.fingerprint for s in clean.splits.values()]
@@ -102,7 +102,7 @@ def test_links_do_not_multiply_images(photos, tmp_path):
     (photos / "cat" / "again").symlink_to(photos / "cat")
     (photos / "dog" / "up").symlink_to(tmp_path)
     (photos / "all").symlink_to(photos)
-    found = read_own("folder", photos)
+    found = read_photos("folder", photos)
     assert every(load_task("folder", photos)) == expected
     (items,) = [items for text, items in warnings(found).items() if text.startswith("3 linked folders")]
     assert set(items) == {"all", "cat/again", "dog/up"}
@@ -123,7 +123,7 @@ def test_the_output_of_a_run_is_no_class(photos):
         (photos / name).parent.mkdir(parents=True)
         (photos / name).write_text("{}")
         write_picture((photos / name).parent / "curve.png", 1)
-    found = read_own("folder", photos)
+    found = read_photos("folder", photos)
     assert load_task("folder", photos).fingerprint == expected
     said = warnings(found)
     assert said["2 folders left out with the output of a run"] == ("out", "runs/first")
@@ -134,7 +134,7 @@ def test_warnings_name_the_folders_of_classes_and_files(photos):
     write_picture(photos / "eel" / "1.png", 1)
     (photos / "dog" / "live.heic").write_bytes(b"photo")
     write_picture(photos / "stray.png", 2)
-    said = warnings(read_own("folder", photos))
+    said = warnings(read_photos("folder", photos))
     assert said["1 class of one image only"] == ("eel",)
     assert said["1 image left out beside the class folders"] == ("stray.png",)
     (items,) = [items for text, items in said.items() if ".heic" in text]
@@ -145,7 +145,7 @@ def test_a_class_in_one_split_alone_is_named(tmp_path):
     class_folders(tmp_path, {"train": 8, "test": 6}, ["cat", "dog"])
     for i in range(3):
         write_picture(tmp_path / "train" / "eel" / f"{i}.png", 500 + i)
-    assert warnings(read_own("folder", tmp_path))["test has no image of 1 class"] == ("eel",)
+    assert warnings(read_photos("folder", tmp_path))["test has no image of 1 class"] == ("eel",)
 
 
 def test_one_class_is_an_error_that_looks_deeper(photos, tmp_path):
@@ -280,4 +280,4 @@ def test_several_own_folders_are_tasks_of_their_own(photos):
         assert load_task(f"folder/{name}", photos.parent / name).fingerprint == task.fingerprint
     with pytest.raises(SanError, match="no folder"):
         load_task("folder/planes", photos.parent)
-    assert read_own("folder/plants", photos.parent, Holdout(test=0.5)).splits["test"].labels.size == 15
+    assert read_photos("folder/plants", photos.parent, Holdout(test=0.5)).splits["test"].labels.size == 15
