@@ -17,7 +17,7 @@ from torch import Tensor
 from san_peft.errors import AdapterError, MergeError
 from san_peft.tuner.decompose import unfit
 from san_peft.tuner.layer import SanLayer
-from san_peft.tuner.loading import Source, check_tensors
+from san_peft.tuner.loading import AdapterSource, check_tensors
 from san_peft.tuner.sharded import is_sharded
 
 COMPARED = (
@@ -69,7 +69,7 @@ def hotswap(
     if any(layer.merged for layer in model.modules() if isinstance(layer, SanLayer)):
         raise AdapterError("The model is merged. Call unmerge_adapter() before swapping its adapter.")
     place: Any = kwargs | {name: v for name, v in (("subfolder", subfolder), ("revision", revision)) if v is not None}
-    source = Source(os.fspath(path), None, place)
+    source = AdapterSource(os.fspath(path), None, place)
     here, there = model.peft_config[adapter_name], source.config()
     for name in COMPARED:
         ours, theirs = getattr(here, name, None), getattr(there, name, None)

@@ -20,7 +20,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from san_peft.tuner._peft import SAN
-from san_peft.tuner.loading import HUB, Source, check_tensors, damaged_config, loading
+from san_peft.tuner.loading import HUB, AdapterSource, check_tensors, damaged_config, loading
 
 _FINDS = frozenset(inspect.signature(find_adapter_config_file).parameters)
 
@@ -36,7 +36,7 @@ def wrap_loaders() -> None:
     mixin.load_adapter = _checked(mixin.load_adapter)
 
 
-def _known(load: Callable[..., Any], source_of: Callable[[dict[str, Any]], Source]) -> Callable[..., Any]:
+def _known(load: Callable[..., Any], source_of: Callable[[dict[str, Any]], AdapterSource]) -> Callable[..., Any]:
     """Wraps a method of PEFT, so that the tuner knows where the adapter comes from."""
     signature = inspect.signature(load)
 
@@ -52,14 +52,14 @@ def _known(load: Callable[..., Any], source_of: Callable[[dict[str, Any]], Sourc
     return known
 
 
-def _of_new_model(given: dict[str, Any]) -> Source:
+def _of_new_model(given: dict[str, Any]) -> AdapterSource:
     mapping = given.get("key_mapping")
     if mapping is None:  # as PEFT does
         mapping = getattr(given["model"], "_checkpoint_conversion_mapping", {})
     return _source(given["model_id"], given.get("kwargs", {}), mapping)
 
 
-def _of_model(given: dict[str, Any]) -> Source:
+def _of_model(given: dict[str, Any]) -> AdapterSource:
     source = _source(given["model_id"], given.get("kwargs", {}), given.get("key_mapping"))
     model, name = given["self"], given["adapter_name"]
     if model.peft_type == SAN and name in model.peft_config:  # no adapter will be added
@@ -89,9 +89,9 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _of_transformers(given: dict[str, Any]) -> Source:
+def _of_transformers(given: dict[str, Any]) -> AdapterSource:
     if given.get("adapter_state_dict") is not None:
-        return Source(tensors=given["adapter_state_dict"])
+        return AdapterSource(tensors=given["adapter_state_dict"])
     config: Any = given.get("load_config")
     path = given.get("peft_model_id") or getattr(config, "pretrained_model_name_or_path", None)
     kwargs = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
@@ -102,7 +102,7 @@ def _of_transformers(given: dict[str, Any]) -> Source:
     return _source(path, options, None, safetensors)
 
 
-def _san_config(source: Source) -> Any:
+def _san_config(source: AdapterSource) -> Any:
     """Returns the config of a SAN adapter, or `None` for any other adapter."""
     if source.path is None:
         return None
@@ -129,6 +129,6 @@ def _with_adapter_name(tensors: Mapping[str, Tensor], config: Any, adapter_name:
     return named
 
 
-def _source(path: Any, options: Mapping[str, Any], mapping: Any, safetensors: bool = True) -> Source:
+def _source(path: Any, options: Mapping[str, Any], mapping: Any, safetensors: bool = True) -> AdapterSource:
     kept = {name: value for name, value in options.items() if name in HUB and value is not None}
-    return Source(None if path is None else os.fspath(path), None, kept, mapping, safetensors)
+    return AdapterSource(None if path is None else os.fspath(path), None, kept, mapping, safetensors)

@@ -37,7 +37,7 @@ HUB = frozenset(inspect.signature(hf_hub_download).parameters)
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """Where the tensors of an adapter come from: a folder, a Hub repository, or a state dict.
 
     Attributes:
@@ -105,7 +105,7 @@ class Source:
         raise AdapterError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Save or download the adapter again.")
 
 
-def damaged_config(source: Source, error: ValueError) -> AdapterError:
+def damaged_config(source: AdapterSource, error: ValueError) -> AdapterError:
     """Returns the error for a config that is not valid JSON."""
     return AdapterError(f"{CONFIG_NAME} in {source} is damaged ({error}). Download or save the adapter again.")
 
@@ -218,11 +218,11 @@ def saved_names(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tenso
 
 # ---------------------------------------------------------------------- while a library loads an adapter
 
-_current: ContextVar[Source | None] = ContextVar("source of the adapter that is being loaded", default=None)
+_current: ContextVar[AdapterSource | None] = ContextVar("source of the adapter that is being loaded", default=None)
 
 
 @contextmanager
-def loading(source: Source) -> Iterator[None]:
+def loading(source: AdapterSource) -> Iterator[None]:
     """Tells `adding` where the adapter comes from that is loaded in this context, and in this thread."""
     token = _current.set(_current.get() or source)  # `from_pretrained` calls `load_adapter`
     try:
