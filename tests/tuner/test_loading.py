@@ -216,11 +216,11 @@ def test_the_hub_is_asked_for_safetensors_only(saved, monkeypatch):
         return str(saved / FILE)
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
-    source = loading.Source("who/what", options={"revision": "v2"})
+    source = loading.AdapterSource("who/what", options={"revision": "v2"})
     assert source.read().keys() == load_file(saved / FILE).keys()
     assert asked == [("who/what", FILE, {"revision": "v2"})]
     with pytest.raises(AdapterError, match=r"who/what has no adapter_model\.safetensors on the Hub.*not there"):
-        loading.Source("who/what", options={"revision": "v1"}).read()
+        loading.AdapterSource("who/what", options={"revision": "v1"}).read()
 
 
 def test_hotswap_adapter_of_peft_refuses_it(saved):

@@ -10,7 +10,7 @@ from san_bench.datacheck.found import CheckOptions, Found
 from san_bench.language import commonsense
 from san_bench.language.chat import check_chat_template
 from san_bench.language.formats import Chat
-from san_bench.language.own import Reading, read_own
+from san_bench.language.own import Reading, read_splits
 from san_bench.language.prompts import Tokenised, tokenise
 from san_bench.language.recipe import OwnData, Source, TextRecipe
 from san_bench.language.survey import findings_in
@@ -48,7 +48,7 @@ def _own(folder: Path, name: str | None) -> list[Found]:
         raise SanError(f"{name} is a recipe of the task {recipe.task}; --recipe takes one of the task instructions.")
     train = (Source(path=str(folder)),)
     own = recipe.data if recipe is not None and isinstance(recipe.data, OwnData) else OwnData(train=train)
-    splits = read_own(own.model_copy(update={"train": train}))
+    splits = read_splits(own.model_copy(update={"train": train}))
     known = [record.item for one in splits["train"] for record in one.records]
     return [
         _report(f"instructions/{split}", one, recipe, known if split != "train" else [])

@@ -122,7 +122,7 @@ def read_eval(source: Source, form: str = "auto") -> Reading:
     return read_source(source, "test" if "test" in splits_of(source.path, source.config) else None, form)
 
 
-def read_own(data: OwnData) -> dict[str, list[Reading]]:
+def read_splits(data: OwnData) -> dict[str, list[Reading]]:
     """Reads all sources: `train`, and those of `val` and `test` that exist."""
     found = {"train": [read_source(one, "train", data.format, part) for part, one in enumerate(data.train)]}
     if data.eval is not None:
@@ -149,7 +149,7 @@ def load_own(
     Raises:
         SanError: If a source does not exist or has invalid records, or too few are left to train with.
     """
-    read = {split: [record for one in parts for record in one.check()] for split, parts in read_own(data).items()}
+    read = {split: [record for one in parts for record in one.check()] for split, parts in read_splits(data).items()}
     train = read["train"]
     if data.held_out is not None:
         train, read["test"] = hold_out_by_content(train, data.held_out, data.seed)
