@@ -21,7 +21,7 @@ class San(Strict):
 
     kind: Literal["san"]
     propagation: Propagation
-    exponent: float
+    exponent: float = Field(ge=-1000, le=1000)
     shift: bool
     train_norms: bool
     detach: bool
@@ -43,7 +43,7 @@ class Lora(Strict):
     """
 
     kind: Literal["lora", "dora"]
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=2**16)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
     targets: Targets
@@ -53,13 +53,13 @@ class SanOver(Strict):
     """SAN over LoRA or DoRA: the scale is decomposed from the host adapter and propagated."""
 
     kind: Literal["san-lora", "san-dora"]
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=2**16)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
     targets: Targets
     propagation: Propagation
     decomposition: Literal["norm", "projection"]
-    exponent: float
+    exponent: float = Field(ge=-1000, le=1000)
     bound: float | None
     detach: bool
 

@@ -48,11 +48,11 @@ class Optimizer(Strict):
     """
 
     kind: Literal["adamw", "sgd"]
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e6)
     weight_decay: float = Field(ge=0)
     decay_vectors: bool
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=2**20)
+    batch_size: int = Field(ge=1, le=2**20)
     accumulation: int = Field(ge=1)
     warmup: float = Field(ge=0, lt=1)
     warmup_lr: float = Field(ge=0, lt=1)
@@ -110,7 +110,7 @@ class Recipe(Strict):
     seed: int = Field(ge=0, lt=2**32)
     precision: Literal["fp32", "bf16", "fp16"]
     compile: bool
-    data_workers: int = Field(ge=0)
+    data_workers: int = Field(ge=0, le=256)
     checkpoint_steps: int = Field(ge=0)
     output: str = Field(min_length=1)
 

@@ -35,7 +35,7 @@ class Input(Strict):
             for the range 0 to 1.
     """
 
-    size: int | None = Field(ge=1)
+    size: int | None = Field(ge=1, le=4096)
     resize: Literal["squash", "crop"]
     crop_pct: float | None = Field(gt=0, le=1)
     interpolation: Literal["checkpoint", "bilinear", "bicubic"]

@@ -33,7 +33,7 @@ class Text(Strict):
 
     template: Literal["legacy", "clean"]
     loss_on: Literal["full", "answer"]
-    cutoff: int = Field(ge=2)
+    cutoff: int = Field(ge=2, le=2**24)
     pad: str = Field(min_length=1)
     packing: bool
 
@@ -53,9 +53,9 @@ class Scoring(Strict):
     ways: Annotated[
         tuple[Literal["generation", "likelihood", "exact", "lm-eval"], ...], Field(min_length=1, strict=False)
     ]
-    batch_size: int = Field(ge=1)
-    beams: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=2**20)
+    beams: int = Field(ge=1, le=1024)
+    max_new_tokens: int = Field(ge=1, le=2**20)
 
     @field_validator("ways")
     @classmethod

@@ -34,7 +34,7 @@ class Talk(Strict):
             before training.
     """
 
-    max_length: int = Field(ge=2)
+    max_length: int = Field(ge=2, le=2**24)
     pad_to_square: bool
     drop_bad_images: bool
 
@@ -49,8 +49,8 @@ class Answering(Strict):
     """
 
     benchmarks: Annotated[tuple[str, ...], Field(strict=False)]
-    batch_size: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=2**20)
+    max_new_tokens: int = Field(ge=1, le=2**20)
 
     @field_validator("benchmarks")
     @classmethod
