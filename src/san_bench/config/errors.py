@@ -148,7 +148,9 @@ def cause(error: BaseException) -> str:
         text = f"{where}{error.strerror}"
     else:
         lines = [line.strip() for line in without_frames(str(error)).splitlines() if line.strip()]
-        text = f"{type(error).__name__}: {_cut(lines[0], 500)}" if lines else type(error).__name__
+        said = _cut(lines[0], 500) if lines else ""
+        alone = said and isinstance(error, OSError | ValueError | ImportError)  # of others, the text says too little
+        text = said if alone else f"{type(error).__name__}{f': {said}' if said else ''}"
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
