@@ -28,8 +28,11 @@ class Strict(BaseModel):
 Model = TypeVar("Model", bound=Strict)
 Loc = tuple[str, ...]
 
-MOST_BYTES = 2**18
+MOST_BYTES = 2**17
 """Maximum size of a YAML file."""
+
+MOST_LINE = 2**14
+"""Maximum length of a line of YAML; the time to parse nested lists grows with the square of it."""
 
 MOST_CHARACTERS = 2**20
 """Maximum number of characters and values of a YAML document whose aliases are expanded."""
@@ -230,6 +233,9 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 def _construct(text: str) -> tuple[yaml.Node | None, Any]:
     """Parses YAML without expanding more than `MOST_CHARACTERS` through its anchors."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > MOST_LINE:
+            raise ValueError(f"line {number} has {len(line):,} characters, more than {MOST_LINE:,}")
     root = yaml.compose(text, _Loader)
     if root is None:
         return None, None

@@ -319,8 +319,9 @@ def _read_failures(file: Path) -> list[Row]:
         if line.strip():
             try:
                 failure = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"{file}:{number}: invalid JSON: {error.msg} ({len(line)} characters).")
+            except (json.JSONDecodeError, RecursionError) as error:
+                said = getattr(error, "msg", error)
+                problems.append(f"{file}:{number}: invalid JSON: {said} ({len(line)} characters).")
                 continue
             if isinstance(failure, dict):
                 failures.append(failure)
