@@ -28,7 +28,7 @@ class Strict(BaseModel):
 Model = TypeVar("Model", bound=Strict)
 Loc = tuple[str, ...]
 
-MOST_BYTES = 2**17
+MOST_BYTES = 2**16
 """Maximum size of a YAML file."""
 
 MOST_LINE = 2**14

@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from san_bench.config.errors import loading
-from san_bench.config.suite import Choice, PlannedRun, Rates, Suite, best_rates, load_suite, plan, plan_search
+from san_bench.config.errors import cause, loading
+from san_bench.config.suite import Choice, PlannedRun, Rates, Suite, best_rates, plan, plan_search
 from san_bench.kinds import recipe_class
 from san_bench.run.folder import RESULT, check_unlocked, held
 from san_bench.run.provenance import write_atomically, write_rows
@@ -114,10 +114,9 @@ def _check_same(suite: Suite, name: str, out: Path) -> None:
     if not file.exists():
         return
     try:
-        old = load_suite(file)
-    except SanError as error:
-        reason = str(error).splitlines()[0]
-        raise SanError(f"{out} holds a suite that cannot be read: {reason} {OTHER_OUT}") from error
+        old = Suite.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise SanError(f"{out} holds a suite that cannot be read: {cause(error)} {OTHER_OUT}") from error
     changed = [key for key in ("protocol", "mix") if getattr(old, key) != getattr(suite, key)]
     for key in ("tasks", "models", "methods", "settings"):
         before, now = getattr(old, key), getattr(suite, key)
