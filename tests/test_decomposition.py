@@ -148,8 +148,45 @@ def test_a_reference_norm_counts_as_one():
 
 def test_an_unknown_decomposition():
     weight, a, b = parts(2, 3, 1, 0)
-    with pytest.raises(SanError, match="'angle'; choose norm or projection"):
+    with pytest.raises(SanError, match="'angle'; choose from norm, projection, feature"):
         factored(weight, a, b, 1.0, "angle")
+
+
+def test_the_feature_scale_is_a_least_squares_fit_of_outputs():
+    """Inputs with orthogonal channels, so that their second moments are diagonal, in float64."""
+    weight, a, b = parts(5, 6, 2, 4)
+    spread = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2, 0.0], dtype=torch.float64)
+    inputs = torch.linalg.qr(parts(40, 6, 1, 5)[0]).Q * spread
+    moments = inputs.square().mean(0)
+    frozen, adapted = inputs @ weight.T, inputs @ (weight + 0.7 * b @ a).T
+    expected = (frozen * adapted).sum(0) / frozen.square().sum(0)
+    norm = (weight.square() @ moments).sqrt()
+    found = low_rank_scale(weight_product(weight, a * moments), a, b, norm, 0.7, "feature")
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(dense_scale(0.7 * b @ a, weight, "feature", moments), expected)
+    assert not torch.allclose(factored(weight, a, b, 0.7, "projection"), expected, rtol=0.1)
+
+
+def test_feature_scales_of_several_layers_together():
+    torch.manual_seed(0)
+    weights = [torch.randn(4, 5, dtype=torch.float64) for _ in range(3)]
+    moments = torch.rand(3, 5, dtype=torch.float64)
+    down = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in weights]
+    up = [torch.randn(4, 2, dtype=torch.float64, requires_grad=True) for _ in weights]
+    norms = torch.stack([(w.square() @ m).sqrt() for w, m in zip(weights, moments, strict=True)])
+    inverse = floored(norms).square().reciprocal()
+
+    def together(*given: Tensor) -> Tensor:
+        unpack = [lambda w=w: w for w in weights]
+        return low_rank_scales(unpack, inverse, 0.7, "feature", None, given[:3], given[3:], moments)
+
+    each = [
+        low_rank_scale(weight_product(w, a * m), a, b, n, 0.7, "feature")
+        for w, m, n, a, b in zip(weights, moments, norms, down, up, strict=True)
+    ]
+    torch.testing.assert_close(together(*down, *up), torch.stack(each))
+    assert torch.autograd.gradcheck(together, (*down, *up))
+    assert torch.autograd.gradgradcheck(together, (*down, *up))
 
 
 class Allocations(TorchDispatchMode):

@@ -18,7 +18,7 @@ from san_peft.errors import SanError
 from san_peft.products import full_types, times_columns, times_rows, weight_product
 from san_peft.scaling import plain_operations, replayed
 
-DECOMPOSITIONS = ("norm", "projection")
+DECOMPOSITIONS = ("norm", "projection", "feature")
 
 FLOOR = 0.1
 """Smallest row norm that an update is divided by, as a fraction of the median row norm of the layer."""
@@ -59,9 +59,11 @@ def low_rank_scale(
        \qquad g_j = 1 + \frac{c \langle B, M \rangle_j}{n_j} \;\text{(projection)} $$
 
     `norm` is the ratio of the row norms of the adapted and the frozen weight, which is DoRA's magnitude relative to its
-    initial value. `projection` is the signed least-squares scale of the adapted row onto the frozen one. Both are
-    exactly one at $B = 0$ and have a gradient there. Row norms below a tenth of the median are clamped to it in the
-    denominators (`floored`).
+    initial value. `projection` is the signed least-squares scale of the adapted row onto the frozen one. `feature` is
+    the signed least-squares scale of what the adapter adds to the output on the frozen output, for inputs whose
+    channels are uncorrelated with second moments $C$: it is `projection` with $M = W_0 (A C)^\top$ and
+    $n_j = \sum_k C_k w_{jk}^2$, which the caller passes as `product` and `norm`. All are exactly one at $B = 0$
+    and have a gradient there. Row norms below a tenth of the median are clamped to it in denominators (`floored`).
 
     Args:
         product: The product $M$.
@@ -69,7 +71,7 @@ def low_rank_scale(
         lora_B: Up-projection.
         norm: Row norms of the frozen weight, $\sqrt{n_j}$.
         scaling: Scaling $c$ of the adapter.
-        decomposition: `norm` or `projection`.
+        decomposition: `norm`, `projection` or `feature`.
         reference: Row norms that correspond to a scale of one, where the initialisation moves a part of the weight into
             the adapter (PiSSA, OLoRA); `None` is `norm`. Only for `decomposition="norm"`.
 
@@ -77,19 +79,19 @@ def low_rank_scale(
         The scale of each output channel, in at least float32.
 
     Raises:
-        SanError: For an unknown decomposition, or a reference with `projection`.
+        SanError: For an unknown decomposition, or a reference with a decomposition other than `norm`.
 
     Example:
         >>> weight, a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0]])
         >>> low_rank_scale(weight_product(weight, a), a, b, torch.tensor([5.0])).tolist()
         [2.0]
     """
-    _check_decomposition(decomposition)
+    check_decomposition(decomposition)
     wide = product.dtype
     rows, columns, norm = lora_A.to(wide), lora_B.to(wide), norm.to(wide)
-    if decomposition == "projection":
+    if decomposition != "norm":
         if reference is not None:
-            raise SanError("A reference norm needs decomposition='norm', got 'projection'.")
+            raise SanError(f"A reference norm needs decomposition='norm', got {decomposition!r}.")
         return 1 + _ratio(scaling * (columns * product).sum(1), floored(norm).square())
     gain = _gain(product, rows, columns, scaling)
     if reference is None:
@@ -140,6 +142,7 @@ def low_rank_scales(
     start: Float[Tensor, "layers out"] | None,
     lora_A: Sequence[Float[Tensor, "r in"]],
     lora_B: Sequence[Float[Tensor, "out r"]],
+    moments: Float[Tensor, "layers in"] | None = None,
 ) -> Float[Tensor, "layers out"]:
     r"""Decomposes the scales of several layers of the same shape at once: a batched `low_rank_scale`.
 
@@ -149,17 +152,19 @@ def low_rank_scales(
     $$ \frac{\partial L}{\partial B} = \operatorname{diag}(u)\, N, \qquad
        \frac{\partial L}{\partial A} = (\operatorname{diag}(u) B)^\top W + c\,(B^\top \operatorname{diag}(u) B)\, A, $$
 
-    and for `projection` $N = M$, $u = c\,\dot g / n$ without the second term.
+    and for `projection` $N = M$, $u = c\,\dot g / n$ without the second term. `feature` is `projection` with $A C$ in
+    place of $A$, see `low_rank_scale`.
 
     Args:
         weights: The frozen weights.
         inverse: Inverse of the squared, `floored` row norms, $1 / n$; zero where the norm is zero.
         scaling: Scaling $c$ of the adapters.
-        decomposition: `norm` or `projection`.
+        decomposition: `norm`, `projection` or `feature`.
         start: Replaces the one under the root where the reference norms are not those of the frozen weights (see
             `reference` of `low_rank_scale`); `None` is one.
         lora_A: Down-projections, in at least float32.
         lora_B: Up-projections.
+        moments: The second moments $C$ of the input columns, for `feature`.
 
     Returns:
         The scales.
@@ -170,22 +175,24 @@ def low_rank_scales(
         [[2.0]]
     """
     if plain_operations():
-        return _plain_scales(weights, inverse, scaling, decomposition, start, lora_A, lora_B)
-    return _LowRankScales.apply(weights, inverse, scaling, decomposition == "norm", start, *lora_A, *lora_B)
+        return _plain_scales(weights, inverse, scaling, decomposition == "norm", start, moments, lora_A, lora_B)
+    return _LowRankScales.apply(weights, inverse, scaling, decomposition == "norm", start, moments, *lora_A, *lora_B)
 
 
 def _plain_scales(
     weights: Sequence[Unpack],
     inverse: Tensor,
     scaling: float,
-    decomposition: str,
+    norm: bool,
     start: Tensor | None,
+    moments: Tensor | None,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
 ) -> Tensor:
     rows, columns = torch.stack(list(lora_A)), torch.stack(list(lora_B))
-    product = torch.stack([weight_product(w(), a) for w, a in zip(weights, lora_A, strict=True)])
-    if decomposition == "projection":
+    rows = rows if moments is None else rows * moments.unsqueeze(1)
+    product = torch.stack([weight_product(w(), a) for w, a in zip(weights, rows.unbind(0), strict=True)])
+    if not norm:
         return 1 + scaling * (columns * product).sum(-1) * inverse
     full = product + scaling * columns @ (rows @ rows.transpose(1, 2))
     gain = scaling * (columns * (product + full)).sum(-1) * inverse
@@ -203,10 +210,12 @@ class _LowRankScales(torch.autograd.Function):
         scaling: float,
         norm: bool,
         start: Tensor | None,
+        moments: Tensor | None,
         *adapters: Tensor,
     ) -> Tensor:
         count = len(weights)
         rows, columns = torch.stack(adapters[:count]), torch.stack(adapters[count:])
+        rows = rows if moments is None else rows.mul_(moments.unsqueeze(1))
         product = torch.stack([times_rows(w().detach(), a) for w, a in zip(weights, rows.unbind(0), strict=True)])
         total = along = product
         if norm:
@@ -220,21 +229,21 @@ class _LowRankScales(torch.autograd.Function):
         else:
             scale = gain.mul_(scaling).add_(1)
         ctx.weights, ctx.scaling, ctx.norm = weights, scaling, norm
-        ctx.save_for_backward(rows, columns, total, scale if norm else None, inverse, start, *adapters)
+        ctx.save_for_backward(rows, columns, total, scale if norm else None, inverse, start, moments, *adapters)
         return scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        rows, columns, total, scale, inverse, start, *adapters = ctx.saved_tensors
+        rows, columns, total, scale, inverse, start, moments, *adapters = ctx.saved_tensors
         if torch.is_grad_enabled():  # double backward: use differentiable operations
-            count, decomposition = len(ctx.weights), "norm" if ctx.norm else "projection"
+            count = len(ctx.weights)
 
             def plain(*given: Any) -> Tensor:
                 return _plain_scales(
-                    ctx.weights, inverse, ctx.scaling, decomposition, start, given[:count], given[count:]
+                    ctx.weights, inverse, ctx.scaling, ctx.norm, start, moments, given[:count], given[count:]
                 )
 
-            return (None, None, None, None, None, *replayed(plain, adapters, grads[0]))
+            return (*[None] * 6, *replayed(plain, adapters, grads[0]))
         weighed = grads[0] * inverse
         if ctx.norm:
             weighed = weighed.div_(scale)
@@ -246,24 +255,32 @@ class _LowRankScales(torch.autograd.Function):
             if ctx.norm:
                 square = torch.bmm(scaled.transpose(1, 2), columns)
                 grad_rows = grad_rows.baddbmm_(square, rows, alpha=ctx.scaling)
+            if moments is not None:
+                grad_rows = grad_rows.mul_(moments.unsqueeze(1))
         grad_columns = weighed * total
-        return (None, None, None, None, None, *grad_rows.unbind(0), *grad_columns.unbind(0))
+        return (*[None] * 6, *grad_rows.unbind(0), *grad_columns.unbind(0))
 
 
 def dense_scale(
-    change: Float[Tensor, "out in"], weight: Float[Tensor, "out in"], decomposition: str = "norm"
+    change: Float[Tensor, "out in"],
+    weight: Float[Tensor, "out in"],
+    decomposition: str = "norm",
+    moments: Float[Tensor, " in"] | None = None,
 ) -> Float[Tensor, " out"]:
     r"""Decomposes the scale of any weight update, given as a matrix.
 
     $$ g_j = \lVert w_j + \delta_j \rVert / \lVert w_j \rVert \;\text{(norm)}, \qquad
        g_j = 1 + \langle \delta_j, w_j \rangle / \lVert w_j \rVert^2 \;\text{(projection)} $$
 
+    and for `feature` as for `projection`, with inner products weighted by the second moments of the input.
+
     The norms of nearly dead rows are clamped by `floored`, as in `low_rank_scale`.
 
     Args:
         change: Weight update $\delta$.
         weight: Frozen weight.
-        decomposition: `norm` or `projection`.
+        decomposition: `norm`, `projection` or `feature`.
+        moments: The second moments of the input columns, for `feature`; `None` is one for all.
 
     Returns:
         The scale of each output channel, in at least float32.
@@ -275,19 +292,21 @@ def dense_scale(
         >>> dense_scale(torch.tensor([[3.0, -4.0]]), torch.tensor([[0.0, 4.0]])).tolist()
         [0.75]
     """
-    _check_decomposition(decomposition)
+    check_decomposition(decomposition)
     wide = torch.promote_types(change.dtype, torch.float32)
     change, frozen = change.to(wide), weight.detach().to(wide)
-    along = (change * frozen).sum(1)
-    total = floored(torch.linalg.vector_norm(frozen, dim=1)).square()
-    if decomposition == "projection":
+    weighted = frozen if moments is None else frozen * moments.to(frozen)
+    along = (change * weighted).sum(1)
+    total = floored((frozen * weighted).sum(1).sqrt()).square()
+    if decomposition != "norm":
         return 1 + _ratio(along, total)
     return _root(_ratio(2 * along + change.square().sum(1), total))
 
 
-def _check_decomposition(decomposition: str) -> None:
+def check_decomposition(decomposition: str) -> None:
+    """Raises `SanError` for an unknown decomposition."""
     if decomposition not in DECOMPOSITIONS:
-        raise SanError(f"Unknown decomposition {decomposition!r}; choose {' or '.join(DECOMPOSITIONS)}.")
+        raise SanError(f"Unknown decomposition {decomposition!r}; choose from {', '.join(DECOMPOSITIONS)}.")
 
 
 def _ratio(value: Tensor, total: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from san_peft import MergeError, SanConfig, SanError, SanLayer, TargetError
 pytestmark = pytest.mark.slow
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-8}  # norms and the loss of transformers compute in float32
+FLOAT32 = {"rtol": 1e-3, "atol": 1e-6}  # moments are summed in float32, in another order
 CASES = [f"{spread}-{host}" for spread, host in worker.CASES]
 BLOCK = "base_model.model.model.layers.0"
 PROBE = torch.arange(1, 9)[None]
@@ -49,8 +50,9 @@ def test_two_processes_train_as_one(case, spread, alone):
     assert case not in report, report[case]
     found, expected = load_file(spread / f"{case}.safetensors"), alone[case.rpartition("-")[2]]
     assert found.keys() == expected.keys()
+    close = FLOAT32 if case.endswith("feature") else CLOSE
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], value, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_comparison_is_one_of_moving_numbers(alone):
@@ -82,7 +84,8 @@ def test_the_gathered_adapter_loads_on_one_device(case, spread, alone):
     again = PeftModel.from_pretrained(worker.base_model(host), spread / case).eval()
     with torch.no_grad():
         out = again(input_ids=PROBE).logits
-    torch.testing.assert_close(out, alone[host]["out.after"], rtol=1e-6, atol=1e-7)
+    close = FLOAT32 if host == "feature" else {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(out, alone[host]["out.after"], **close)
 
 
 @pytest.mark.parametrize(

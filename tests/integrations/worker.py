@@ -32,6 +32,7 @@ HOSTS: dict[str, Callable[[], SanConfig]] = {
     "own": lambda: SanConfig(target_modules=TARGETS),
     "late": lambda: SanConfig(target_modules=TARGETS),
     "lora": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
+    "feature": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS), decomposition="feature"),
     "dora": lambda: SanConfig(inner=LoraConfig(r=3, use_dora=True, target_modules=TARGETS)),
     "half": lambda: SanConfig(inner=LoraConfig(r=3, target_modules=TARGETS)),
     "loha": lambda: SanConfig(inner=LoHaConfig(r=2, target_modules=TARGETS)),
@@ -177,7 +178,7 @@ SPREAD: dict[str, Callable[[PeftModel], nn.Module]] = {
     "fsdp-checkpointed": lambda model: fsdp(checkpointed(False)(model)),
     "fsdp-reentrant": lambda model: fsdp(checkpointed(True)(model)),
 }
-CASES = [(spread, host) for spread in ("ddp", "fsdp", "accelerate-fsdp") for host in ("own", "lora", "dora")]
+CASES = [(spread, host) for spread in ("ddp", "fsdp", "accelerate-fsdp") for host in ("own", "lora", "feature", "dora")]
 CASES += [
     ("fsdp", "gpt2"),
     ("ddp", "late"),

@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shift": {"shift": True},
     "lora": {"inner": LORA},
     "projection": {"inner": LORA, "decomposition": "projection"},
+    "feature": {"inner": LORA, "decomposition": "feature"},
     "dora": {"inner": DORA},
     "all": {"inner": LORA, "own_scale": True, "shift": True},
     "dora-own": {"inner": DORA, "own_scale": True},
@@ -56,6 +57,10 @@ def adapted(name: str = "llama-grouped", **options: Any) -> PeftModel:
     net = larger(MODELS[name]().double())
     model = get_peft_model(net, SanConfig(target_modules=TARGETS.get(name), **options)).double().eval()
     disturb(model)
+    with torch.no_grad():  # a calibrated adapter
+        for name, moments in model.named_buffers():
+            if name.endswith(".moments"):
+                moments.copy_(0.5 + torch.rand(moments.shape, generator=torch.Generator().manual_seed(len(name))))
     return model
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from san_peft import ChannelMap, Edge, PropagationGraph, SanConfig, trace
 
-SOME = ["own", "shift", "lora", "projection", "dora", "all"]
+SOME = ["own", "shift", "lora", "feature", "dora", "all"]
 
 
 class Chain(nn.Module):

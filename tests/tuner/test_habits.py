@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-SOME = ["own", "shift", "lora", "projection", "dora", "all"]
+SOME = ["own", "shift", "lora", "feature", "dora", "all"]
 
 
 # ---------------------------------------------------------------------- gradients of gradients

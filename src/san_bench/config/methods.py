@@ -58,7 +58,7 @@ class SanOver(Strict):
     dropout: float = Field(ge=0, lt=1)
     targets: Targets
     propagation: Propagation
-    decomposition: Literal["norm", "projection"]
+    decomposition: Literal["norm", "projection", "feature"]
     exponent: float = Field(ge=-1000, le=1000)
     bound: float | None
     detach: bool

@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from san_peft.errors import AdapterError
+from san_peft.tuner.calibrate import moments_of
 from san_peft.tuner.decompose import moves_weight
 from san_peft.tuner.layer import SanLayer
 
@@ -88,6 +89,9 @@ def combine(
         with torch.no_grad():
             for bank, value in vectors:
                 bank[adapter_name].weight.copy_(value)
+            for layer in layers:
+                if (moments := moments_of(layer, adapter_name)) is not None:
+                    moments.copy_(torch.stack([moments_of(layer, name) for name in adapters]).mean(0))  # type: ignore[misc]
             for name, state in modules.items():
                 _write(tuner.model.get_submodule(name), adapter_name, state)
     except BaseException:

@@ -84,7 +84,9 @@ class SanConfig(PeftConfig):
         inner: The config of the adapter that hosts SAN, such as `LoraConfig(r=8)`, or its dict. The host adapts the
             same layers; its scale is derived from the host's weights, without adding parameters.
         decomposition: How to derive the scale from the host. `"norm"` divides the norm of each adapted row by the norm
-            of the frozen row; `"projection"` is the least-squares fit of the adapted row by the frozen row.
+            of the frozen row; `"projection"` is the least-squares fit of the adapted row by the frozen row;
+            `"feature"` fits what the host adds to the output by the frozen output, with second moments of the inputs
+            from the first training batch (see `SanModel.calibrate`).
         own_scale: Whether layers with a host also get a trainable scale. Layers without a host always have one.
         edges: The resolved edges. Filled in when the adapter is injected, or in the first forward pass if example
             inputs cannot be derived. They are saved with the adapter, so loading does not trace the model.
@@ -168,8 +170,8 @@ class SanConfig(PeftConfig):
         default=None,
         metadata={"help": "The config of the adapter that hosts SAN, such as LoraConfig(r=8), or its dict."},
     )
-    decomposition: Literal["norm", "projection"] = field(
-        default="norm", metadata={"help": "How to derive the scale from the host: 'norm' or 'projection'."}
+    decomposition: Literal["norm", "projection", "feature"] = field(
+        default="norm", metadata={"help": "How to derive the scale from the host: 'norm', 'projection' or 'feature'."}
     )
     own_scale: bool = field(default=False, metadata={"help": "Whether layers with a host also get a trainable scale."})
     edges: list[dict] | None = field(
@@ -243,10 +245,10 @@ class SanConfig(PeftConfig):
         for name, rank in ranks.items() if inner.peft_type != "OFT" else ():
             if rank is not None and rank < 1:
                 raise SanError(f"inner has rank {rank} ({name}); the rank must be at least 1.")
-        if moves_weight(inner) and self.decomposition == "projection":
+        if moves_weight(inner) and self.decomposition != "norm":
             raise SanError(
                 f"init_lora_weights={inner.init_lora_weights!r} moves part of the frozen weight into the adapter, so "  # type: ignore[attr-defined]
-                "decomposition='projection' is undefined. Use decomposition='norm'."
+                f"decomposition={self.decomposition!r} is undefined. Use decomposition='norm'."
             )
         for name in (
             "target_modules",

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from san_peft.decomposition import dense_scale, floored, low_rank_scale
+from san_peft.decomposition import check_decomposition, dense_scale, floored, low_rank_scale
 from san_peft.errors import AdapterError, SanError
-from san_peft.tuner.quantized import dense_weight, is_quantized, row_matrix, unpacked_product
+from san_peft.tuner.quantized import is_quantized, row_matrix, unpacked_product
+from san_peft.tuner.row_norms import RowNorms, input_channels, per_column, state_of
 from san_peft.tuner.sharded import is_sharded, onloaded, whole, whole_product
 
 MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -33,57 +34,6 @@ REFUSED = {
 """PEFT types that cannot host SAN, with the reason."""
 
 
-class RowNorms:
-    """Computes and caches the row norms of a frozen weight; recomputes them if the weight changes.
-
-    Args:
-        host: The layer that hosts SAN.
-        like_dora: Whether to round as PEFT's DoRA does, so that magnitude over norm starts at exactly one.
-    """
-
-    def __init__(self, host: BaseTunerLayer, like_dora: bool = False) -> None:
-        self.host, self.like_dora = host, like_dora
-        # keyed by whether the weight is sharded, since FSDP2 alternates between both
-        self._made: dict[bool, tuple[Any, Tensor]] = {}
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        """Returns the norms in at least float32, as the same tensor until the weight changes."""
-        base: Any = self.host.get_base_layer()
-        if torch.compiler.is_compiling():  # compiled code could not detect a stale cache
-            return row_norms(base, self.like_dora)
-        weight, sharded = base.weight, is_sharded(base.weight)
-        address = 0 if sharded or is_quantized(base) else weight.data_ptr()
-        now = (id(weight), address, -1 if weight.is_inference() else weight._version, weight.device, weight.dtype)
-        made = self._made.get(sharded)
-        if made is None or made[0] != now:
-            made = self._made[sharded] = (now, row_norms(base, self.like_dora))
-        return made[1]
-
-
-@torch.no_grad()
-def row_norms(base: Any, like_dora: bool = False) -> Tensor:
-    """Computes the row norms of a frozen layer's weight in at least float32."""
-    weight = dense_weight(base)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    rows = weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
-    if not like_dora:
-        return whole(torch.linalg.vector_norm(rows, dim=1, dtype=wide))
-    if weight.dim() == 2:
-        return whole(torch.linalg.norm(rows, dim=1)).to(wide)
-    return whole(weight.norm(p=2, dim=tuple(range(1, weight.dim())))).to(wide)
-
-
-def reference_norms(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Computes the row norms before an initialisation moves part of the weight into the adapter."""
-    found = {}
-    for name, layer in layers.items():
-        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        if not base.weight.is_meta:
-            found[name] = row_norms(base)
-    return found
-
-
 class HostScale(nn.Module):
     """Computes the scale of one adapter of a host layer; has no parameters of its own.
 
@@ -92,18 +42,44 @@ class HostScale(nn.Module):
     """
 
     reference: Tensor | None
+    moments: Tensor | None
 
     def __init__(self, host: BaseTunerLayer, adapter_name: str, decomposition: str, norms: RowNorms) -> None:
         super().__init__()
         self._host = (host,)  # a tuple, so that the host is not registered as a submodule twice
         self.adapter_name, self.decomposition, self.norms = adapter_name, decomposition, norms
         self.register_buffer("reference", None, persistent=False)
+        self.register_buffer("moments", None)
         self.frozen: Tensor | None = None
+        self._columns: tuple[Any, Tensor] | None = None
+        if decomposition == "feature":
+            base: Any = host.get_base_layer()
+            default = torch.get_default_device()
+            device = default if default.type == "meta" else base.weight.device
+            self.moments = torch.ones(input_channels(base), device=device)
+            norms.moments = self.columns
 
     @property
     def host(self) -> Any:
         """Returns PEFT's layer."""
         return self._host[0]
+
+    def columns(self) -> Float32[Tensor, " in"] | None:
+        """Returns the second moments of the input, one per column of the frozen weight; `None` if they are not used.
+
+        Returns the same tensor until the moments change.
+        """
+        moments = self.moments
+        if moments is None:
+            return None
+        base: Any = self.host.get_base_layer()
+        if torch.compiler.is_compiling():
+            return per_column(base, moments)
+        now = state_of(moments)
+        if self._columns is None or self._columns[0] != now:
+            with torch.no_grad():
+                self._columns = now, per_column(base, moments)
+        return self._columns[1]
 
     def forward(self) -> Float32[Tensor, " out"]:
         """Returns the scale in at least float32."""
@@ -124,12 +100,14 @@ class HostScale(nn.Module):
             return _kind(host).scale(host, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostScale:
-        kept = self.reference
+        before = {"reference": self.reference, "moments": self.moments}
         super()._apply(fn, recurse)
         if self.frozen is not None:
             self.frozen = self.frozen.to(fn(self.frozen).device)
-        if kept is not None and self.reference is not None and self.reference.dtype != kept.dtype:
-            self.reference = kept.to(self.reference.device)  # moves to another device, but keeps its dtype
+        for name, kept in before.items():
+            now = getattr(self, name)
+            if kept is not None and now is not None and now.dtype != kept.dtype:
+                setattr(self, name, kept.to(now.device))  # moves to another device, but keeps its dtype
         return self
 
     def extra_repr(self) -> str:
@@ -164,7 +142,7 @@ class Kind:
     name: str
     scale: Callable[[Any, HostScale], Tensor]
     layers: tuple[type[nn.Module], ...]
-    decompositions: tuple[str, ...] = ("norm", "projection")
+    decompositions: tuple[str, ...] = ("norm", "projection", "feature")
     forms_delta: bool = False
     variants: tuple[str, ...] = ()
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -182,7 +160,9 @@ def _lora(host: Any, scale: HostScale) -> Tensor:
 def _low_rank(host: Any, scale: HostScale, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     base = host.get_base_layer()
     down, up = whole(lora_A).flatten(1), whole(lora_B).flatten(1)
-    product = unpacked_product(base, down) if is_quantized(base) else whole_product(row_matrix(base), down)
+    columns = scale.columns()
+    rows = down if columns is None else down * columns
+    product = unpacked_product(base, rows) if is_quantized(base) else whole_product(row_matrix(base), rows)
     return low_rank_scale(product, down, up, scale.norms(), scaling, scale.decomposition, scale.reference)
 
 
@@ -202,7 +182,7 @@ def _delta(host: Any, scale: HostScale) -> Tensor:
     _check_whole(host)
     delta = host.get_delta_weight(scale.adapter_name)
     delta = delta.t() if isinstance(host.get_base_layer(), Conv1D) else delta.flatten(1)
-    return dense_scale(delta, row_matrix(host.get_base_layer()), scale.decomposition)
+    return dense_scale(delta, row_matrix(host.get_base_layer()), scale.decomposition, scale.columns())
 
 
 def _rotation(host: Any, scale: HostScale) -> Tensor:
@@ -213,7 +193,7 @@ def _rotation(host: Any, scale: HostScale) -> Tensor:
     wide = torch.promote_types(rotation.dtype, torch.float32)
     rows = rows.to(wide)
     # OFT applies the transpose of its matrix, HRA the matrix itself: the projection is the same
-    return dense_scale(rows @ rotation.to(wide) - rows, rows, scale.decomposition)
+    return dense_scale(rows @ rotation.to(wide) - rows, rows, scale.decomposition, scale.columns())
 
 
 def _check_whole(host: Any) -> None:
@@ -281,13 +261,13 @@ KINDS = {
             },
             unfit=_mixing_groups,
         ),
-        Kind("IA3", _ia3, (nn.Linear, nn.Conv2d, nn.Conv3d, Conv1D)),
+        Kind("IA3", _ia3, (nn.Linear, nn.Conv2d, nn.Conv3d, Conv1D), ("norm", "projection")),
         Kind("VERA", _vera, (nn.Linear, Conv1D)),
         Kind("LOHA", _delta, (nn.Linear, nn.Conv1d, nn.Conv2d), forms_delta=True),
         Kind("LOKR", _delta, (nn.Linear, nn.Conv1d, nn.Conv2d), forms_delta=True),
         Kind("RANDLORA", _delta, (nn.Linear, Conv1D), forms_delta=True),
-        Kind("OFT", _rotation, (nn.Linear, nn.Conv2d), ("projection",), forms_delta=True, unfit=_overlapping),
-        Kind("HRA", _rotation, (nn.Linear, nn.Conv2d), ("projection",), forms_delta=True),
+        Kind("OFT", _rotation, (nn.Linear, nn.Conv2d), ("projection", "feature"), forms_delta=True, unfit=_overlapping),
+        Kind("HRA", _rotation, (nn.Linear, nn.Conv2d), ("projection", "feature"), forms_delta=True),
     )
 }
 """Supported hosts by PEFT type."""
@@ -325,6 +305,7 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
     Raises:
         AdapterError: If the host, its variant or the decomposition is not supported.
     """
+    check_decomposition(decomposition)
     name = str(getattr(config.peft_type, "value", config.peft_type))
     if name not in KINDS:
         if config.is_prompt_learning or config.is_adaption_prompt:
@@ -335,9 +316,19 @@ def kind_of(config: PeftConfig, decomposition: str) -> Kind:
     kind = KINDS[name]
     _check_variants(kind, config)
     if decomposition not in kind.decompositions:
+        why = (
+            "rotates the frozen weight and preserves the norms of its rows, so that the scale would always be one"
+            if decomposition == "norm"
+            else "trains its scale as a vector, and has nothing to decompose"
+        )
         raise AdapterError(
-            f"{name} rotates the frozen weight and preserves the norms of its rows, so decomposition={decomposition!r} "
-            f"would always give a scale of one. Use decomposition={kind.decompositions[0]!r}."
+            f"{name} does not support decomposition={decomposition!r}: it {why}. "
+            f"Use decomposition={kind.decompositions[0]!r}."
+        )
+    if decomposition == "feature" and getattr(config, "use_dora", False):
+        raise AdapterError(
+            "LORA with use_dora=True does not support decomposition='feature': DoRA's magnitude is its scale. "
+            "Use decomposition='norm'."
         )
     return kind
 

@@ -162,6 +162,8 @@ def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
     else:
         inverse, start = layout.constant(("inverse", number), [*norms, *references], _inverse_of_references)
     hosts = [layer.host for layer in group]
+    columns = [column for scale in scales if (column := scale.columns()) is not None]
+    moments = layout.constant(("moments", number), columns, torch.stack) if columns else None
     return low_rank_scales(
         [_unpack(host.get_base_layer()) for host in hosts],
         inverse,
@@ -169,6 +171,7 @@ def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
         scales[0].decomposition,
         start,
         *_matrices(hosts, name, inverse.dtype),
+        moments,
     )
 
 

@@ -52,7 +52,7 @@ def trace_first_pass(
             f"but this one runs inside torch.jit.trace. {WAYS_OUT}"
         )
     try:
-        return trace_plain(model, _bound(model, args, kwargs), tables)
+        return trace_plain(model, copied_call(model, args, kwargs), tables)
     except TraceError:
         if not _runs(model, args, kwargs):
             return None
@@ -61,7 +61,7 @@ def trace_first_pass(
         return None
 
 
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+def copied_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """Returns a copy of a call's arguments, with detached tensors and caches, that the model may modify."""
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors_within(args, kwargs)}
     args, kwargs = copy.deepcopy((args, dict(kwargs)), memo)
@@ -70,7 +70,7 @@ def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 @torch.no_grad()
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    again = _bound(model, args, kwargs)
+    again = copied_call(model, args, kwargs)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)):
         try:

@@ -17,12 +17,13 @@ from san_peft.rounding import multiply
 from san_peft.scaling import SALT, Factor, near_zero, scale_channels
 from san_peft.tuner.acting import ActingLayer
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import HostScale, RowNorms, has_adapter, type_of
+from san_peft.tuner.decompose import HostScale, has_adapter, type_of
 from san_peft.tuner.fill import Vectors
 from san_peft.tuner.frozen import TRANSPOSED, stored_weight
 from san_peft.tuner.hosted import PLAIN, HostedLayer, is_quiet
 from san_peft.tuner.merge import Factors, MergingLayer
 from san_peft.tuner.quantized import is_packed, is_quantized
+from san_peft.tuner.row_norms import RowNorms
 from san_peft.tuner.scales import Scales
 from san_peft.tuner.tools import ToolLayer
 from san_peft.tuner.vectors import Incoming, ScaleVector, total_scale

@@ -15,8 +15,9 @@ from san_peft.errors import AdapterError, MergeError
 from san_peft.functional import fold, rounded
 from san_peft.rounding import HALF, round_to
 from san_peft.tuner._peft import TunerLayer
-from san_peft.tuner.decompose import has_adapter, row_norms
+from san_peft.tuner.decompose import has_adapter
 from san_peft.tuner.frozen import check_mergeable
+from san_peft.tuner.row_norms import row_norms
 
 Tensors = tuple[Tensor, Tensor | None]
 """Weight and bias of a layer."""

@@ -21,22 +21,24 @@ from san_peft.propagation.trace import arguments_of
 from san_peft.tuner import _peft
 from san_peft.tuner.acting import set_fast_paths
 from san_peft.tuner.attention import layer_for
+from san_peft.tuner.calibrate import Calibrating
 from san_peft.tuner.checks import check_adapter, saved_modules
 from san_peft.tuner.combine import combine
 from san_peft.tuner.config import SanConfig
-from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight, reference_norms
+from san_peft.tuner.decompose import has_adapter, kind_of, moves_weight
 from san_peft.tuner.first_pass import WAYS_OUT, trace_first_pass
 from san_peft.tuner.layer import MODES, SanLayer, index_of
 from san_peft.tuner.merge import check_layers, existing, merge_layers
 from san_peft.tuner.precision import PrecisionReport, report
 from san_peft.tuner.quantized import forget_quantization, keep_exact
 from san_peft.tuner.resolve import exactly, layers_by_name, resolve, settle, tables_of
+from san_peft.tuner.row_norms import reference_norms
 from san_peft.tuner.scales import Scales
 from san_peft.tuner.statistics import freeze_statistics, release_statistics
 from san_peft.tuner.vectors import Incoming
 
 
-class SanModel(_peft.Tuner):
+class SanModel(_peft.Tuner, Calibrating):
     """Creates a SAN model from a pretrained model: trainable scales on frozen layers, propagated to the next layers.
 
     Args:
@@ -81,6 +83,7 @@ class SanModel(_peft.Tuner):
             **kwargs,
         )
         self._wire(model, adapter_name, config, graph or PropagationGraph(()), low_cpu_mem_usage)
+        self.calibrate_later(adapter_name)
         if graph is None:
             self.scales.pending[adapter_name] = partial(self._wire_at_first_pass, adapter_name)
         _peft.share_layers(model, SanLayer)
@@ -106,7 +109,7 @@ class SanModel(_peft.Tuner):
             inputs: A dict of keyword arguments, a tuple of arguments, or a tensor; `None` does nothing.
         """
         if inputs is not None and self.scales.pending:
-            self.scales.wire_pending(*arguments_of(inputs))
+            self.scales.prepare_with(self.scales.pending, *arguments_of(inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; scales are computed once for the whole forward pass."""

@@ -71,6 +71,7 @@ class Scales:
         self.readers: dict[str, dict[str, tuple[str, ...]]] = {}
         self.attention: dict[str, set[tuple[str, str]]] = {}
         self.pending: dict[str, Callable[..., None]] = {}
+        self.calibrating: dict[str, Callable[..., None]] = {}
         self.mixed: tuple[str, ...] = ()
         self.wiring = 0
         self._forget_passes()
@@ -127,6 +128,7 @@ class Scales:
     def unwire(self, adapter_name: str) -> None:
         """Removes an adapter."""
         self.pending.pop(adapter_name, None)
+        self.calibrating.pop(adapter_name, None)
         self.placements.pop(adapter_name, None)
         self.readers.pop(adapter_name, None)
         self.attention.pop(adapter_name, None)
@@ -178,18 +180,22 @@ class Scales:
             running[0] += 1
             return
         if self.pending:
-            self.wire_pending(args, kwargs)
+            self.prepare_with(self.pending, args, kwargs)
+        if self.calibrating and self.model.training and torch.is_grad_enabled():
+            self.prepare_with(self.calibrating, args, kwargs)
         self._running[key] = running = [1, None]
         running[1] = self._latest = self._pass(kwargs)
 
-    @torch.compiler.disable(reason="the edges are traced in the first forward pass; run one before compiling")
-    def wire_pending(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Traces the first batch to wire adapters whose edges are pending."""
+    @torch.compiler.disable(reason="the first forward pass traces or calibrates an adapter; run one before compiling")
+    def prepare_with(
+        self, waiting: Mapping[str, Callable[..., None]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Traces or calibrates adapters with the first batch. This calls the model, which then begins no pass."""
         key = _thread()
-        self._running[key] = [1, None]  # tracing calls the model, which must not begin a pass
+        self._running[key] = [1, None]
         try:
-            for wire in list(self.pending.values()):
-                wire(args, kwargs)
+            for adapt in list(waiting.values()):
+                adapt(args, kwargs)
         finally:
             del self._running[key]
 
@@ -399,22 +405,19 @@ class Scales:
 
     def _near_zero(self, layout: ScaleLayout, vectors: Whole) -> dict[str, list[bool]] | None:
         """Returns which parts of the vectors have an entry near zero; `None` if no gradient may divide by a scale."""
-        if plain_operations() or not torch.is_grad_enabled():
-            return None
-        return self._watch.near_zero(layout, vectors)
+        exact = plain_operations() or not torch.is_grad_enabled()
+        return None if exact else self._watch.near_zero(layout, vectors)
 
     def _weight(self) -> Tensor | None:
         layer = next(iter(self.layers.values()), None)
         return None if layer is None else stored_weight(layer.get_base_layer())
 
     def _device(self) -> torch.device:
-        weight = self._weight()
-        return torch.device("cpu") if weight is None else weight.device
+        return torch.device("cpu") if (weight := self._weight()) is None else weight.device
 
     def _dtype(self) -> torch.dtype:
         """Returns the compute dtype of the frozen layers."""
-        weight = self._weight()
-        if weight is None:
+        if (weight := self._weight()) is None:
             return torch.float32
         kind = weight.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
