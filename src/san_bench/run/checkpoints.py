@@ -23,6 +23,9 @@ from san_bench.config.errors import Stopped
 from san_bench.run.folder import COMPLETE
 from san_bench.run.provenance import write_atomically
 
+STATE = "trainer_state.json"
+"""File of a checkpoint in which transformers' Trainer names the best one so far."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -150,14 +153,13 @@ def _damage(checkpoint: Path, earlier: set[str]) -> str | None:
     try:
         _, files = _marker(checkpoint)
         found = _hashes(checkpoint) if files else {}
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if files else {}
-        best = state.get("best_model_checkpoint")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{COMPLETE} is not readable ({error})"
     wrong = [name for name, digest in files.items() if found.get(name) != digest]
     if wrong:
         missing = [name for name in wrong if name not in found]
         return f"{', '.join(missing)} missing" if missing else f"{', '.join(wrong)} changed since it was saved"
+    best = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["best_model_checkpoint"] if files else None
     if best and Path(best).name not in earlier | {checkpoint.name}:
         return f"the best checkpoint so far, {Path(best).name}, is missing or damaged"
     return None

@@ -160,12 +160,10 @@ def _trained(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = dict(json.loads(file.read_text(encoding="utf-8")))
-        whole = facts["weights"] == weights_sha256(folder / "adapter")
-        dict(facts["measured"]), dict(facts["described"])
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if whole:
-        return facts
+        if facts["weights"] == weights_sha256(folder / "adapter") and {"measured", "described"} <= facts.keys():
+            return facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: {file} is damaged: {cause(error)}", file=sys.stderr)
     print(f"warning: the weights in {folder / 'adapter'} are damaged; the run is trained again.", file=sys.stderr)
     return None
 
