@@ -77,7 +77,7 @@ def loading(thing: str, way_out: str) -> Iterator[None]:
 
         if isinstance(error, SanError) or is_disk_full(error):
             raise
-        raise SanError(f"{thing} cannot be loaded: {cause(error)} {way_out}") from error
+        raise SanError(f"{thing} cannot be loaded: {cause_of(error)} {way_out}") from error
 
 
 @contextmanager
@@ -135,13 +135,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return f"Out of memory. {error}".strip()
     if isinstance(error, UnicodeError):
-        return f"Text that is not UTF-8: {cause(error)} Convert the file, or choose another name."
+        return f"Text that is not UTF-8: {cause_of(error)} Convert the file, or choose another name."
     if type(error).__module__.partition(".")[0] in READERS:
-        return f"A file is invalid: {cause(error)} Replace it, or create it again."
+        return f"A file is invalid: {cause_of(error)} Replace it, or create it again."
     return None
 
 
-def cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Returns type and first line of an error as a sentence; of an error of the system, its path and reason."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fspath(error.filename)!s}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""

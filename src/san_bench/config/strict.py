@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from san_bench.config.errors import cause, shown
+from san_bench.config.errors import cause_of, shown
 
 
 class Strict(BaseModel):
@@ -228,7 +228,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     try:
         return key, _construct(value)[1]
     except NOT_YAML as error:
-        raise san_error(f"--set {text}: {shown(value)} is not YAML. {cause(error)}") from error
+        raise san_error(f"--set {text}: {shown(value)} is not YAML. {cause_of(error)}") from error
 
 
 def _construct(text: str) -> tuple[yaml.Node | None, Any]:

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from san_bench.config.errors import cause, loading
+from san_bench.config.errors import cause_of, loading
 from san_bench.config.recipe import VALIDATION
 from san_bench.image.preprocess import InputSettings, Prepared, input_settings, mixing
 from san_bench.image.recipe import ImageRecipe
@@ -107,8 +107,8 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
         )
     except Exception as error:  # transformers raises errors of many types for another kind of model and damaged files
         raise SanError(
-            f"{recipe.model} cannot be loaded as an image classification model: {cause(error)} Set model to a folder, "
-            "a name on the hub, or embedded."
+            f"{recipe.model} cannot be loaded as an image classification model: {cause_of(error)} Set model to a "
+            "folder, a name on the hub, or embedded."
         ) from error
     finally:
         transformers_logging.set_verbosity(level)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, set_seed
 
-from san_bench.config.errors import cause
+from san_bench.config.errors import cause_of
 from san_bench.language.generation import answer_task
 from san_bench.language.instructions import Questions
 from san_bench.language.likelihood import choose, harness_scores, load_harness
@@ -89,7 +89,7 @@ class Texts(Domain):
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.options)
         except Exception as error:  # of many types, for damaged files
             raise SanError(
-                f"{checkpoint.path} has no tokenizer that transformers can load: {cause(error)} Add the model's "
+                f"{checkpoint.path} has no tokenizer that transformers can load: {cause_of(error)} Add the model's "
                 "tokenizer.json and tokenizer_config.json."
             ) from error
         return prepare_tokenizer(tokenizer, recipe.text.pad)

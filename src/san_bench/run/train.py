@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from san_bench.config.errors import Stopped, cause, loading
+from san_bench.config.errors import Stopped, cause_of, loading
 from san_bench.config.recipe import Recipe, split_revision
 from san_bench.models.adapt import (
     PLAIN,
@@ -163,7 +163,7 @@ def _trained(folder: Path) -> dict[str, Any] | None:
         if facts["weights"] == weights_sha256(folder / "adapter") and {"measured", "described"} <= facts.keys():
             return facts
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"warning: {file} is damaged: {cause(error)}", file=sys.stderr)
+        print(f"warning: {file} is damaged: {cause_of(error)}", file=sys.stderr)
     print(f"warning: the weights in {folder / 'adapter'} are damaged; the run is trained again.", file=sys.stderr)
     return None
 
@@ -228,7 +228,7 @@ def _fit(trainer: Any, journal: Journal, folder: Path, processes: PartialState) 
         if isinstance(error, SanError | OSError) or step > (step_of(checkpoint) if checkpoint else 0):
             raise
         raise SanError(
-            f"The first step of {folder} fails: {cause(error)} Its model, input and method may not fit together: "
+            f"The first step of {folder} fails: {cause_of(error)} Its model, input and method may not fit together: "
             "check model, input, text or conversation, and method in the recipe."
         ) from error
     seconds, step, peak = journal.seconds, journal.step_seconds, _peak_rss()

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from san_bench.config.errors import cause, loading
+from san_bench.config.errors import cause_of, loading
 from san_bench.config.suite import Choice, PlannedRun, Rates, Suite, best_rates, plan, plan_search
 from san_bench.kinds import recipe_class
 from san_bench.run.folder import RESULT, check_unlocked, held
@@ -116,7 +116,7 @@ def _check_same(suite: Suite, name: str, out: Path) -> None:
     try:
         old = Suite.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise SanError(f"{out} holds a suite that cannot be read: {cause(error)} {OTHER_OUT}") from error
+        raise SanError(f"{out} holds a suite that cannot be read: {cause_of(error)} {OTHER_OUT}") from error
     changed = [key for key in ("protocol", "mix") if getattr(old, key) != getattr(suite, key)]
     for key in ("tasks", "models", "methods", "settings"):
         before, now = getattr(old, key), getattr(suite, key)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from san_bench import cli
-from san_bench.config.errors import cause, explain, loading, shorten, shown
+from san_bench.config.errors import cause_of, explain, loading, shorten, shown
 from san_peft.errors import SanError
 
 
@@ -44,7 +44,7 @@ def test_a_worker_s_traceback_is_left_out():
     inner = "Traceback (most recent call last):\n  File\nsan_peft.errors.SanError: a.png is broken. Replace it.\n"
     error = SanError(f"Caught SanError in DataLoader worker process 0.\nOriginal {inner}")
     assert explain(error) == "a.png is broken. Replace it."
-    assert "File" not in cause(error)
+    assert "File" not in cause_of(error)
 
 
 def test_errors_of_the_program_are_none_for_a_user():
