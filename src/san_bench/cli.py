@@ -32,14 +32,14 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Output folder for runs, results, table and plots."""
-    methods: tuple[str, ...] = ("san", "linear", "ssf", "lora-equal", "lora-r8", "full")
-    """Recipes under demo/ to run, in this order; fewer methods take less time."""
+    methods: tuple[str, ...] = ()
+    """Methods of the suite demo to run, in this order, such as san ssf; all six by default."""
 
     def run(self) -> None:
-        """Runs the demo and prints its table."""
+        """Runs the suite demo, prints its table, and exits with code 1 if runs failed."""
         from san_bench.suites.demo import demo
 
-        demo(self.out, self.methods)
+        _finish(demo(self.out, self.methods), self.out)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Bench:
         return shlex.join(words)
 
     def run(self) -> None:
-        """Runs the suite and prints the path of the results."""
+        """Runs the suite, prints the path of the results, and exits with code 1 if runs failed."""
         from san_bench.config.suite import Choice, load_suite
         from san_bench.suites.engines import LocalEngine
         from san_bench.suites.ray import RayEngine
@@ -130,8 +130,7 @@ class Bench:
             else LocalEngine(self.workers, threads)
         )
         out = self.out or Path("runs") / name
-        rows = bench(suite, name, choice, out, engine, self.search, self.keep_models, self.command)
-        print(f"{len(rows)} runs have finished: {out / 'rows.jsonl'}. Compare them with `san table {out}`.")
+        _finish(bench(suite, name, choice, out, engine, self.search, self.keep_models, self.command), out)
 
 
 @dataclass(frozen=True)
@@ -350,6 +349,17 @@ def main(words: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a busy machine
     with reported(EXTRAS):
         verb.run()
+
+
+def _finish(found: Any, out: Path) -> None:
+    """Prints what `bench` finished and where, and exits with code 1 if runs failed."""
+    finished, failed = len({row["run"] for row in found.rows}), len(found.failures)
+    of = f"of {finished + failed} {'run' if finished + failed == 1 else 'runs'}"
+    if finished:
+        print(f"{finished} {of} finished: {out / 'rows.jsonl'}. Compare them with `san table {out}`.", flush=True)
+    if failed:
+        print(f"san: {failed} {of} failed: {out / 'failures.jsonl'}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:

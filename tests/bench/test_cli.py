@@ -100,7 +100,6 @@ def test_check_prints_the_fingerprint(capsys):
         (["train", "demo/sam"], "'demo/san'"),
         (["check", "demo/san", "--set", "optimizer.lrr=1"], "optimizer.lrr"),
         (["demo", "--methods", "sann"], "'sann'"),
-        (["demo", "--methods"], "lora-equal"),
         (["eval", "nowhere"], "nowhere"),
         (["export", "nowhere", "--out", "there", "--merged"], "nowhere"),
         (["lmms-eval", "nowhere"], "nowhere"),

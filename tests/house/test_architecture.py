@@ -45,7 +45,7 @@ RUNNER: dict[str, set[str]] = {
     "vision_language": {"config", "datacheck", "image", "language", "models", "run"},
     "report": {"config", "run", "vision_language"},
     "graph": {"models", "run"},
-    "suites": {"config", "image", "kinds", "models", "report", "run"},
+    "suites": {"config", "kinds", "models", "report", "run"},
     "cli_report": {"report"},
     "cli_vqa": {"vision_language"},
     "cli": {"cli_report", "cli_vqa", "config", "datacheck", "graph", "models", "run", "suites"},

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from san_bench.cli import parse
+from san_bench.config.recipe import load_recipe
 from san_bench.config.suite import Choice, best_rates, load_suite, plan_search
 from san_bench.report.tables.table import table_command
 from san_bench.run.results import read_rows
@@ -50,6 +51,21 @@ def test_the_rates_that_ship_are_those_that_the_trials_chose(folder):
             grid = suite.search.grid.get(method, suite.search.grid["default"])
             tried = {row["lr"] for row in trials if (row["backbone"], row["method"]) == (backbone, method)}
             assert tried >= set(grid), f"{method} on {backbone} was not tried with {set(grid) - tried}"
+
+
+def test_the_rates_of_the_demo_are_those_that_its_trials_chose():
+    """Its trials are those of the recipes demo/..., which differ from the suite's in the name of the protocol alone."""
+    rows = [json.loads(line) for line in (ROOT / "results/demo/trials.jsonl").read_text(encoding="utf-8").splitlines()]
+    suite = load_suite("demo")
+    grid, seeds = suite.search.grid["default"], suite.search.seeds
+    tried = {(row["recipe"], row["lr"], row["seed"]) for row in rows}
+    assert tried == {(method, lr, seed) for method in suite.methods for lr in grid for seed in seeds}
+    for row in rows:
+        changes = {"optimizer.lr": row["lr"], "seed": row["seed"], "train_split": "train800", "eval_split": "val200"}
+        assert load_recipe(f"demo/{row['recipe']}", changes).fingerprint == row["recipe_fingerprint"]
+    trials = [{**row, "backbone": "vit", "method": row["recipe"], "task": "digits"} for row in rows]
+    assert best_rates(suite, trials) == suite.rates
+    assert all(min(grid) < rate < max(grid) for rate in suite.rates["vit"].values()), "a rate lies on the grid's edge"
 
 
 def test_the_pages_show_the_rows(tmp_path):

@@ -78,6 +78,8 @@ class Suite(Strict):
         models: Models by backbone name.
         methods: Methods by their name in tables.
         modes: Ablation modes in which SAN adapters are scored besides `both`.
+        verify: Whether every saved adapter is loaded, merged and scored again after its run; see
+            `san_bench.suites.verify`.
         settings: Overrides of the protocol by task and dotted key.
         search: Learning rate search.
         rates: Selected learning rates.
@@ -89,6 +91,7 @@ class Suite(Strict):
     models: dict[str, str]
     methods: dict[str, Method]
     modes: Annotated[tuple[Literal["neuron", "synapse", "off"], ...], Field(strict=False)]
+    verify: bool = False
     settings: dict[str, dict[str, Any]]
     search: Search
     rates: Rates

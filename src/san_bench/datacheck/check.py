@@ -55,11 +55,8 @@ def check_command(
         progress=sys.stderr.isatty(),
     )
     for one in found:
-        if one.splits:
-            sizes = ", ".join(f"{name} {len(split):,}" for name, split in one.splits.items())
-            print(f"{one.name}: {one.layout}; {sizes}; {one.classes} classes")
-        elif one.layout:
-            print(f"{one.name}: {one.layout}")
+        if one.splits or one.layout:
+            print(one.summary())
     problems = [problem for one in found for problem in one.problems]
     for problem in problems:
         print(f"{problem.level}: {problem}")

@@ -17,6 +17,16 @@ from san_bench.datacheck.manifest import Facts, Manifest
 from san_peft.errors import SanError
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns a number with its noun.
+
+    Example:
+        >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
+        ('1 image', '1,200 images', '2 classes')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 @dataclass(frozen=True)
 class CheckOptions:
     """Options of a data check; a kind of data uses those that apply to it.
@@ -60,7 +70,8 @@ class Problem:
 
     def __str__(self) -> str:
         more = f" and {len(self.items) - 5:,} more" if len(self.items) > 5 else ""
-        return f"{self.task}: {self.text}" + (f": {', '.join(self.items[:5])}{more}" if self.items else "")
+        said = f"{self.task}: {self.text}" + (f": {', '.join(self.items[:5])}{more}" if self.items else "")
+        return said.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
 
 
 @dataclass
@@ -72,6 +83,7 @@ class Found:
         folder: Its folder, if any.
         layout: Description of its layout.
         classes: Number of classes.
+        names: Names of the classes, if they are known.
         splits: The splits by name.
         files: Lists, tables and archives that the splits were read from.
         problems: Validation problems.
@@ -81,6 +93,7 @@ class Found:
     folder: Path | None = None
     layout: str = ""
     classes: int = 0
+    names: tuple[str, ...] = ()
     splits: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -119,7 +132,15 @@ class Found:
         absent = set(range(self.classes)) - occurring
         if absent and self.splits:
             seen = self.classes - len(absent)
-            self.add(f"only {seen} of {self.classes} classes occur, without", (str(c) for c in sorted(absent)))
+            known = self.names if len(self.names) == self.classes else tuple(map(str, range(self.classes)))
+            self.add(f"only {seen} of {self.classes} classes occur, without", (known[c] for c in sorted(absent)))
+
+    def summary(self) -> str:
+        """Describes layout, splits and classes in one line."""
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return (
+            f"{self.name}: {self.layout}; {sizes}; {self.classes} classes" if sizes else f"{self.name}: {self.layout}"
+        )
 
     def check(self) -> None:
         """Raises `SanError` with all errors, if there are any."""

@@ -25,7 +25,8 @@ def by_split(files: list[Path]) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {}
     for path in files:
         name = re.sub(r"-\d+-of-\d+.*$", "", path.stem)
-        name = name if name.lower() in NAMES or not path.stem.replace("-", "").isdecimal() else path.parent.name
+        if name.lower() not in NAMES and (path.parent.name.lower() in NAMES or path.stem.replace("-", "").isdecimal()):
+            name = path.parent.name
         parts.setdefault(NAMES.get(name.lower(), name), []).append(path)
     for split, paths in parts.items():
         folders = sorted({path.parent for path in paths})

@@ -6,8 +6,6 @@ Checksum files have the format of `sha256sum`.
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -16,13 +14,14 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
-
 from san_bench.config.strict import suggest
 from san_bench.datacheck.found import CheckOptions, Found, Problem
 from san_bench.datacheck.manifest import SUITES, Manifest, load_manifest
 from san_bench.image import fgvc, folders, vtab
-from san_bench.image.splits import ArraySplit, FileSplit, JoinedSplit, Split, TableSplit
+from san_bench.image.decode import remark
+from san_bench.image.recipe import OWN
+from san_bench.image.splits import ArraySplit, FileSplit, Split, TableSplit
+from san_bench.image.survey import Decoded, Looks, encoded_reader, in_chunks, thread_count, unique_parts
 from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
@@ -33,16 +32,13 @@ Genuine datasets have some overlap: the 40 orientations of dSprites include both
 replaced by a copy of another one is far above it.
 """
 
-CHUNK = 64
-"""Images per task of a worker thread."""
-
 
 def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
     """Validates the data of a suite and collects all problems.
 
     Args:
-        suite: `vtab`, `fgvc` or `gic`; one of their datasets, such as `vtab/cifar`; or `folder` or `datasets` for your
-            own images.
+        suite: `vtab`, `fgvc` or `gic`; one of their datasets, such as `vtab/cifar`; `folder` for your own images in
+            any layout, or `datasets` for tables only.
         folder: Data folder.
         options: All of them apply.
 
@@ -64,12 +60,13 @@ def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
             _look_for_files(one)
         return found
     sums: dict[str, str] = {}
-    total = sum(len(split) for one in found for _, split in _parts(one))
-    workers = options.workers or min(8, os.cpu_count() or 1)
-    with Progress(disable=not options.progress) as bar, ThreadPoolExecutor(workers) as pool:
+    folder = folder.parent if folder.is_file() else folder  # what the names of checksums are relative to
+    total = sum(len(split) for one in found for split in unique_parts(one.splits).values())
+    with Progress(disable=not options.progress) as bar, ThreadPoolExecutor(thread_count(options.workers)) as pool:
         line = bar.add_task("reading images", total=total)
         for one in found:
-            columns = {name: _survey(one, name, split, pool, partial(bar.advance, line)) for name, split in _parts(one)}
+            parts = unique_parts(one.splits).items()
+            columns = {name: _digests(one, name, split, pool, partial(bar.advance, line)) for name, split in parts}
             _find_repeated(one, columns)
             sums.update(_checksums(one, columns, folder))
     if checksums:
@@ -81,10 +78,10 @@ def examine(suite: str, folder: Path, options: CheckOptions) -> list[Found]:
 
 def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
     kind, _, task = suite.partition("/")
-    if suite in folders.OWN:
-        return [folders.read(suite, folder)]
+    if kind in OWN:
+        return [folders.read_own(suite, folder)]
     if kind not in SUITES:
-        raise SanError(f"Unknown image data {suite!r}.{suggest(kind, [*SUITES, *folders.OWN])}")
+        raise SanError(f"Unknown image data {suite!r}.{suggest(kind, [*SUITES, *OWN])}")
     if not folder.is_dir():
         raise SanError(f"There is no folder {folder}.")
     manifest = manifest or load_manifest(kind)
@@ -102,72 +99,50 @@ def _read(suite: str, folder: Path, manifest: Manifest | None) -> list[Found]:
     return found
 
 
-def _parts(found: Found) -> list[tuple[str, Split]]:
-    """Returns the splits with images of their own, without those that join others."""
-    return [(n, s) for n, s in found.splits.items() if n != "trainval" and not isinstance(s, JoinedSplit)]
-
-
 def _look_for_files(found: Found) -> None:
-    for name, split in _parts(found):
+    for name, split in unique_parts(found.splits).items():
         if isinstance(split, FileSplit):
             missing = [file for file in split.files if not (split.root / file).is_file()]
             if missing:
                 found.add(f"{name}: {len(missing):,} images are missing", missing)
 
 
-def _survey(
+def _digests(
     found: Found, name: str, split: Split, pool: ThreadPoolExecutor, advance: Callable[[int], None]
 ) -> list[str | None]:
-    """Reads every image of a split, adds missing and unreadable ones as problems, and returns the sha256 of each."""
-    chunks = [range(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
+    """Decodes every image of a split, adds what is wrong with it, and returns the sha256 of each.
+
+    What was fine is remembered, so that a run need not decode it again.
+    """
     digests: list[str | None] = []
-    missing, broken = [], []
-    for chunk, results in zip(chunks, pool.map(partial(_look, _reader(split)), chunks), strict=True):
-        for index, result in zip(chunk, results, strict=True):
-            digests.append(None if isinstance(result, Exception) else result)
-            if isinstance(result, FileNotFoundError):
-                missing.append(split.item_name(index))
-            elif isinstance(result, Exception):
-                broken.append(f"{split.item_name(index)} ({result})")
+    looks = Looks(found.name)
+    memory = Decoded(split) if isinstance(split, FileSplit | TableSplit) else None
+    chunks = in_chunks(len(split))
+    for chunk, results in zip(chunks, pool.map(partial(_digest, split), chunks), strict=True):
+        for index, (digest, look) in zip(chunk, results, strict=True):
+            digests.append(digest)
+            looks.add(name, split.item_name(index), look)
+            if memory:
+                memory.add(index, look)
         advance(len(chunk))
-    if missing:
-        found.add(f"{name}: {len(missing):,} images are missing", missing)
-    if broken:
-        found.add(f"{name}: {len(broken):,} images cannot be read", broken)
+    found.problems += looks.problems()
+    if memory:
+        memory.save()
     return digests
 
 
-def _look(read: Callable[[int], tuple[bytes, bool]], indices: range) -> list[str | Exception]:
-    results: list[str | Exception] = []
+def _digest(split: Split, indices: list[int]) -> list[tuple[str | None, str | Exception]]:
+    pixels = split.images if isinstance(split, ArraySplit) else None
+    read = encoded_reader(split) if pixels is None else lambda index: pixels[index].tobytes()
+    results: list[tuple[str | None, str | Exception]] = []
     for index in indices:
         try:
-            content, encoded = read(index)
-            if encoded:
-                with Image.open(io.BytesIO(content)) as image:
-                    image.load()
-            results.append(hashlib.sha256(content).hexdigest())
+            content = read(index)
+            look = remark(content) if pixels is None else ""
+            results.append((hashlib.sha256(content).hexdigest(), look))
         except Exception as error:  # any decoding error is a finding
-            results.append(error)
+            results.append((None, error))
     return results
-
-
-def _reader(split: Split) -> Callable[[int], tuple[bytes, bool]]:
-    """Returns a function from an index to the bytes of the image and whether they are encoded."""
-    if isinstance(split, FileSplit):
-        return lambda index: ((split.root / split.files[index]).read_bytes(), True)
-    if isinstance(split, ArraySplit):
-        return lambda index: (split.images[index].tobytes(), False)
-    if isinstance(split, TableSplit):
-        import datasets
-
-        table = split.table.cast_column(split.column, datasets.Image(decode=False))
-
-        def read(index: int) -> tuple[bytes, bool]:
-            cell = table[index][split.column]
-            return (Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]), True
-
-        return read
-    raise TypeError(f"The images of a {type(split).__name__} cannot be read one by one.")
 
 
 def _find_repeated(found: Found, columns: dict[str, list[str | None]]) -> None:

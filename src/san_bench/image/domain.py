@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,17 +26,19 @@ from san_bench.config.recipe import VALIDATION
 from san_bench.image.preprocess import InputSettings, Prepared, input_settings, mixing
 from san_bench.image.recipe import ImageRecipe
 from san_bench.image.splits import Split, VisionTask
+from san_bench.image.survey import decode_all
 from san_bench.image.tasks import load_task
 from san_bench.models.adapt import head_of
 from san_bench.models.checkpoint import checkpoint_of
 from san_bench.models.weights import misfits
 from san_bench.run.domain import Batch, Domain, Findings, Scores, Training
+from san_bench.run.provenance import write_atomically
 from san_peft.errors import SanError
 
 
 def recipe_task(recipe: ImageRecipe) -> VisionTask:
     """Loads the task of a recipe."""
-    return load_task(recipe.task, Path(recipe.data) if recipe.data else None)
+    return load_task(recipe.task, Path(recipe.data) if recipe.data else None, recipe.holdout)
 
 
 def prepared(split: Split, recipe: ImageRecipe) -> Prepared:
@@ -97,6 +101,9 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
         if isinstance(options := getattr(config, "model_args", None), dict):
             options.pop("num_classes", None)  # the size of timm's old head would be given twice
         _set_drop_path(config, recipe)
+        if task.names:
+            config.id2label = dict(enumerate(task.names))
+            config.label2id = {name: index for index, name in config.id2label.items()}
         model, report = AutoModelForImageClassification.from_pretrained(
             checkpoint.path,
             **checkpoint.options,
@@ -187,12 +194,19 @@ class Images(Domain):
         return len(self.task[self.recipe.train_split])
 
     def inspect(self) -> Findings:
-        """Checks that preprocessing settings are available."""
+        """Checks that preprocessing settings are available, and decodes every image that was not decoded before."""
         try:
             self.companions(self.recipe)
         except SanError as error:
             return Findings(errors=(str(error),))
-        return Findings()
+        problems = decode_all(self.task, progress=sys.stderr.isatty())
+        warnings = [f"warning: {problem}" for problem in problems if problem.level == "warning"]
+        errors = [str(problem) for problem in problems if problem.level == "error"]
+        return Findings((*self.task.remarks, *warnings), tuple(errors))
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the names of the classes, if they are known."""
+        return {"class_names": list(self.task.names)} if self.task.names else {}
 
     @classmethod
     def companions(cls, recipe: ImageRecipe) -> InputSettings:
@@ -239,7 +253,10 @@ class Images(Domain):
         return {"pixel_values": prepared(self.task[self.recipe.eval_split], self.recipe).batch(size)}
 
     def score(self, model: Any, split: str) -> Scores:
-        """Returns accuracy, n, a hash of the predictions, and the logits as `predictions.safetensors`."""
+        """Returns accuracy, n, a hash of the predictions, and the logits as `predictions.safetensors`.
+
+        If the classes have names, `classes.json` counts the images and the correct predictions of each.
+        """
         chosen = self.task[split]
         logits = predict(model, chosen, self.recipe)
         if not logits.isfinite().all():
@@ -247,13 +264,22 @@ class Images(Domain):
                 f"{self.recipe.output} predicts values that are not finite. Try a smaller optimizer.lr, with another "
                 "output."
             )
-        return Scores(score_logits(logits, chosen), {"predictions.safetensors": save({"logits": logits.contiguous()})})
+        files = {"predictions.safetensors": save({"logits": logits.contiguous()})}
+        if self.task.names:
+            files["classes.json"] = _by_class(logits, chosen, self.task.names)
+        return Scores(score_logits(logits, chosen), files)
 
     def save_companions(self, folder: Path) -> None:
         """Copies the `preprocessor_config.json` of the pretrained model."""
         settings = Path(checkpoint_of(self.recipe).path) / "preprocessor_config.json"
         if settings.is_file():
             shutil.copyfile(settings, folder / settings.name)
+
+    def save_labels(self, folder: Path) -> None:
+        """Writes `labels.json`: the name of each class by its index, as `id2label` in a configuration."""
+        if self.task.names:
+            text = json.dumps(dict(enumerate(self.task.names)), indent=2, ensure_ascii=False)
+            write_atomically(folder / "labels.json", text + "\n")
 
 
 @dataclass(frozen=True)
@@ -277,6 +303,15 @@ class Loss:
         outputs = model(pixel_values=batch["pixel_values"])
         smoothing = 0.0 if self.mixed else self.smoothing
         return F.cross_entropy(outputs.logits, batch["labels"], label_smoothing=smoothing), outputs
+
+
+def _by_class(logits: Float[Tensor, "n classes"], split: Split, names: tuple[str, ...]) -> bytes:
+    correct = (logits.argmax(-1) == torch.from_numpy(split.labels)).numpy()
+    rows = []
+    for index, name in enumerate(names):
+        of = split.labels == index
+        rows.append({"class": name, "n": int(of.sum()), "correct": int(correct[of].sum())})
+    return (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _chosen_by(recipe: ImageRecipe, task: VisionTask) -> str:

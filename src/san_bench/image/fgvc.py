@@ -23,8 +23,9 @@ import numpy as np
 
 from san_bench.datacheck.found import Found
 from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
-from san_bench.image.layouts import first_folder, read_folders, read_tables, standard
+from san_bench.image.layouts import first_folder, read_folders, standard
 from san_bench.image.splits import FileSplit, JoinedSplit, VisionTask, task_of
+from san_bench.image.tables import read_tables
 from san_peft.errors import SanError
 
 Rows = dict[str, list[tuple[str, Any]]]

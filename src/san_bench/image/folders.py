@@ -1,4 +1,4 @@
-"""Datasets without list files: CIFAR-100, ImageNet-1k, any image folder, any dataset of the `datasets` library.
+"""Datasets without list files: CIFAR-100, ImageNet-1k, and your own images in any layout.
 
 All have the splits `train`, `val`, `trainval` and `test`; `san_bench.image.layouts.standard` creates missing ones.
 """
@@ -11,25 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from san_bench.config.strict import suggest
-from san_bench.datacheck.found import Found
+from san_bench.datacheck.found import Found, counted
 from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
 from san_bench.datacheck.names import NAMES
-from san_bench.image.layouts import read_folders, read_tables, standard, table_splits
+from san_bench.image.layouts import HOLDOUT, read_folders, standard
+from san_bench.image.listing import Tree
+from san_bench.image.recipe import Holdout
 from san_bench.image.splits import ArraySplit, VisionTask, task_of
+from san_bench.image.tables import LISTS, read_tables, table_splits
 from san_peft.errors import SanError
-
-OWN = ("folder", "datasets")
-"""Tasks for your own data."""
 
 
 def load(task: str, data: Path, manifest: Manifest | None = None) -> VisionTask:
-    """Loads `cifar100`, `imagenet-1k`, an image folder, or a dataset of the `datasets` library.
+    """Loads `cifar100` or `imagenet-1k`.
 
     Args:
-        task: `cifar100` or `imagenet-1k`, or `folder` or `datasets` for your own data.
-        data: Parent of the dataset folder; for `folder` and `datasets` the dataset folder itself, for `datasets` also
-            a name on the Hugging Face hub.
-        manifest: Expected data of the first two; by default their own manifest.
+        task: One of the two.
+        data: Parent of the dataset folder.
+        manifest: Expected data; by default their own manifest.
 
     Returns:
         The task.
@@ -46,15 +45,9 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     Raises:
         SanError: If the task or data does not exist, or there is no readable data.
     """
-    if task in OWN:
-        found = Found(task, data)
-        (_read_folder if task == "folder" else _read_datasets)(found, data)
-        standard(found)
-        found.expect_labels()
-        return found
     facts = (manifest or load_manifest("gic")).tasks.get(task)
     if facts is None:
-        raise SanError(f"There is no task {task!r}.{suggest(task, ['cifar100', 'imagenet-1k', *OWN])}")
+        raise SanError(f"There is no task {task!r}.{suggest(task, ['cifar100', 'imagenet-1k'])}")
     folder = find_folder(data, facts)
     found = Found(f"gic/{task}", folder)
     if not ((task == "cifar100" and _read_batches(found, folder)) or read_folders(found, folder)):
@@ -67,6 +60,108 @@ def read(task: str, data: Path, manifest: Manifest | None = None) -> Found:
     standard(found, facts.splits["val"])
     found.expect(facts)
     return found
+
+
+def read_own(name: str, data: Path, holdout: Holdout = HOLDOUT) -> Found:
+    """Reads your own images and collects validation problems.
+
+    Args:
+        name: `folder` for images in any layout, `folder/NAME` for those in the folder NAME inside `data`, or
+            `datasets` for tables only.
+        data: A folder with one folder of images per class, with or without a folder per split; a CSV, TSV, JSON lines
+            or Parquet list of paths and labels; a dataset of the `datasets` library, or its name on the Hugging Face
+            hub.
+        holdout: Splits to hold out if the data lacks them.
+
+    Returns:
+        The report, with the splits `train`, `val`, `trainval` and `test`.
+
+    Raises:
+        SanError: If there is no readable data.
+    """
+    kind, _, below = name.partition("/")
+    data = data.expanduser()
+    if below:
+        data = data if data.name == below and not (data / below).exists() else data / below
+    found = Found(name, data)
+    try:
+        _read_own(found, kind, data)
+    except OSError as error:
+        raise SanError(f"{data} cannot be read: {error}") from error
+    given = set(found.splits)
+    standard(found, holdout=holdout)
+    found.expect_labels()
+    if found.classes == 1:
+        found.add(f"all images are of one class, {found.names[0]}. A classifier needs two or more{_deeper(found)}")
+    _warn_of_classes(found, own_val={"val", "test"} <= given)
+    return found
+
+
+def _read_own(found: Found, kind: str, data: Path) -> None:
+    if not data.exists():
+        _read_hub(found, data, needs_owner=kind == "folder")
+    elif kind == "folder":
+        _read_any(found, data)
+    elif not read_tables(found, data, LISTS):
+        _load_dataset(found, data.as_posix(), "contains no readable dataset")
+        found.folder = data
+
+
+def _read_any(found: Found, data: Path) -> None:
+    """Reads class folders, or else tables and lists."""
+    listed = Found(found.name, data)
+    if data.is_dir() and read_folders(found, data):
+        if found.classes > 1 or not read_tables(listed, data, LISTS):
+            return
+    elif not read_tables(listed, data, LISTS):
+        raise SanError(
+            f"{data} is not an image folder. Expected one folder per split, such as train/ and test/, each with one "
+            "folder of images per class; or the class folders alone; or a table such as labels.csv, with the columns "
+            "file_name and label."
+        )
+    vars(found).update(vars(listed))
+
+
+def _read_hub(found: Found, data: Path, needs_owner: bool) -> None:
+    name = data.as_posix()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+" if needs_owner else r"[\w.-]+(/[\w.-]+)?", name):
+        raise SanError(f"There is no folder {data}, and it is not a valid dataset name on the Hugging Face hub.")
+    _load_dataset(found, name, "is neither a local folder nor available on the Hugging Face hub")
+
+
+def _load_dataset(found: Found, name: str, else_: str) -> None:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        tables = datasets.load_dataset(name)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise SanError(f"{name} {else_}: {error}") from error
+    found.folder, found.layout = None, "tables"
+    found.splits, found.names = table_splits({NAMES.get(str(n).lower(), str(n)): t for n, t in tables.items()})
+    found.classes = len(found.names)
+
+
+def _deeper(found: Found) -> str:
+    """Returns a hint if the class folders lie one folder deeper, as in an unpacked archive."""
+    place = (found.folder or Path()) / found.names[0]
+    inside = [path.name for path in Tree(place).folders(place)] if place.is_dir() else []
+    return f". It has folders of its own ({', '.join(inside[:3])}): is the data in {place}?" if inside else ""
+
+
+def _warn_of_classes(found: Found, own_val: bool) -> None:
+    """Adds classes that have one image, or none in a split; a small `val` of ours need not have all classes."""
+    if not {"trainval", "test"} <= set(found.splits):
+        return
+    counts = {n: np.bincount(found.splits[n].labels, minlength=found.classes) for n in ("train", "val", "test")}
+    total = np.sum(list(counts.values()), axis=0)
+    once = [name for name, count in zip(found.names, total, strict=True) if count == 1]
+    if once:
+        found.add(f"{counted(len(once), 'class', 'classes')} of one image only", once, "warning")
+    for split in ("train", "val", "test") if own_val else ("train", "test"):
+        absent = [name for name, n, of in zip(found.names, counts[split], total, strict=True) if not n and of > 1]
+        if absent:
+            found.add(f"{split} has no image of {counted(len(absent), 'class', 'classes')}", absent, "warning")
 
 
 def _read_batches(found: Found, folder: Path) -> bool:
@@ -89,38 +184,3 @@ def _read_batches(found: Found, folder: Path) -> bool:
     found.layout = "torchvision's batches"
     found.files += sorted(path for path in batches.iterdir() if path.is_file())
     return True
-
-
-def _read_folder(found: Found, folder: Path) -> None:
-    if not folder.is_dir():
-        raise SanError(f"There is no folder {folder}.")
-    if not read_folders(found, folder):
-        raise SanError(
-            f"{folder} is not an image folder. Expected one folder per split, such as train/ and test/, each with one "
-            "folder of images per class; or the class folders alone. For tables, use the task `datasets`."
-        )
-
-
-def _read_datasets(found: Found, data: Path) -> None:
-    if data.is_dir() and read_tables(found, data):
-        return
-    name = data.as_posix()
-    if not data.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise SanError(f"There is no folder {data}, and it is not a valid dataset name on the Hugging Face hub.")
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        tables = datasets.load_dataset(name)
-    except (DatasetsError, OSError, ValueError) as error:
-        where = (
-            "contains no readable dataset"
-            if data.is_dir()
-            else "is neither a local folder nor available on the Hugging Face hub"
-        )
-        raise SanError(f"{name} {where}: {error}") from error
-    found.folder = data if data.is_dir() else None
-    found.layout = "tables"
-    found.splits, found.classes = table_splits(
-        {NAMES.get(str(name).lower(), str(name)): t for name, t in tables.items()}
-    )

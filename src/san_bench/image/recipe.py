@@ -8,9 +8,9 @@ Example:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from san_bench.config.recipe import Recipe, check_splits
 from san_bench.config.strict import Strict, suggest
@@ -18,8 +18,11 @@ from san_bench.config.strict import Strict, suggest
 TASKS = ("digits", "folder", "datasets")
 """Tasks outside a suite."""
 
-SUITES = ("mini-vision/", "vtab/", "fgvc/", "gic/")
+SUITES = ("mini-vision/", "vtab/", "fgvc/", "gic/", "folder/")
 """Prefixes of all other task names."""
+
+OWN = ("folder", "datasets")
+"""Tasks for your own data: images in any layout, or only tables. `folder/NAME` is the folder NAME inside `data`."""
 
 
 class Input(Strict):
@@ -67,6 +70,20 @@ class Augmentation(Strict):
     smoothing: float = Field(ge=0, lt=1)
 
 
+class Holdout(Strict):
+    """Splits that are held out from your own images where the data has none, stratified by class.
+
+    Attributes:
+        val: Fraction of the training images that becomes `val`.
+        test: Fraction of all images that becomes `test`.
+        seed: Seed of the draw, apart from that of the training: runs with other seeds have the same splits.
+    """
+
+    val: float = Field(default=0.1, gt=0, lt=1)
+    test: float = Field(default=0.2, gt=0, lt=1)
+    seed: int = Field(default=2024, ge=0)
+
+
 class ImageRecipe(Recipe):
     """Recipe of an image classification run; see `Recipe` for the common settings.
 
@@ -74,6 +91,7 @@ class ImageRecipe(Recipe):
         task: Task name; see `san_bench.image.tasks.load_task`.
         train_split: Training split.
         eval_split: Split for the evaluation after training.
+        holdout: Splits to hold out from your own images; left out of the recipe and its fingerprint by default.
         model: `embedded` (the small ViT that ships with the package), `embedded/swin`, `embedded/convnext`,
             `real/dinov2-small` or `real/efficientnet-lite0` (see `san_bench.models.real`), a folder, or a name that
             transformers resolves, such as `timm/vit_base_patch16_224.augreg_in21k`. Weights are loaded in float32.
@@ -89,6 +107,7 @@ class ImageRecipe(Recipe):
 
     train_split: Literal["train800", "train800val200", "train", "trainval"]
     eval_split: Literal["val200", "val", "test"]
+    holdout: Holdout = Holdout()
     input: Input
     augmentation: Augmentation
     drop_path: float = Field(ge=0, lt=1)
@@ -104,6 +123,20 @@ class ImageRecipe(Recipe):
                 f"unknown task {task!r}.{suggest(task, [*TASKS, *(f'{name}...' for name in SUITES)])[:-1]}"
             )
         return task
+
+    @model_validator(mode="after")
+    def _holds_out_own_images(self) -> ImageRecipe:
+        if self.holdout != Holdout() and self.task.partition("/")[0] not in OWN:
+            raise ValueError(f"holdout|{self.task} has fixed splits; leave holdout out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what has its default value, so that recipes from before it existed keep their fingerprints."""
+        found = dump(self)
+        if self.holdout == Holdout():
+            found.pop("holdout", None)
+        return found
 
     @model_validator(mode="after")
     def _scored_on_unseen_images(self) -> ImageRecipe:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from san_bench.config.strict import suggest
 from san_bench.datacheck.found import Found
+from san_bench.image.decode import UNREADABLE, read_rgb, to_rgb, why
 from san_peft.errors import SanError
 
 if TYPE_CHECKING:
@@ -112,11 +113,10 @@ class FileSplit(Split):
         """Reads and decodes a file."""
         path = self.root / self.files[index]
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises different errors by format
+            return read_rgb(path)
+        except UNREADABLE as error:
             raise SanError(
-                f"The image {path} cannot be read: {error}. `san data check` lists all unreadable files."
+                f"The image {path} cannot be read: {why(error)}. `san data check` lists all unreadable files."
             ) from error
 
     @property
@@ -124,7 +124,8 @@ class FileSplit(Split):
         """The sha256 over one line per file: name, bytes, label. A missing file has -1 bytes."""
         digest = hashlib.sha256()
         for name, label in zip(self.files, self.labels, strict=True):
-            digest.update(f"{name}\t{stored_bytes(self.root / name)}\t{label}\n".encode())
+            line = f"{name}\t{stored_bytes(self.root / name)}\t{label}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))  # names of files need not be UTF-8
         return digest.hexdigest()
 
 
@@ -144,9 +145,9 @@ class TableSplit(Split):
     def image(self, index: int) -> Image.Image:
         """Decodes the image of a row."""
         try:
-            return self.table[int(index)][self.column].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise SanError(f"Row {index} of the column {self.column!r} has no readable image: {error}.") from error
+            return to_rgb(self.table[int(index)][self.column])
+        except UNREADABLE as error:
+            raise SanError(f"Row {index} of the column {self.column!r} has no readable image: {why(error)}.") from error
 
     @property
     def fingerprint(self) -> str:
@@ -199,11 +200,15 @@ class VisionTask:
         name: Task name.
         num_classes: Number of classes; labels start at 0.
         splits: The splits by name.
+        names: Names of the classes, if they are known.
+        remarks: What a user should know about the data: its layout and sizes, and warnings.
     """
 
     name: str
     num_classes: int
     splits: dict[str, Split]
+    names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Validates the labels.
@@ -237,7 +242,9 @@ def task_of(found: Found) -> VisionTask:
         SanError: If its data has errors; the message lists them all.
     """
     found.check()
-    return VisionTask(found.name, found.classes, found.splits)
+    remarks = (found.summary(), *(f"{problem.level}: {problem}" for problem in found.problems))
+    names = found.names if len(found.names) == found.classes else ()
+    return VisionTask(found.name, found.classes, found.splits, names, remarks)
 
 
 def stratified(

@@ -16,24 +16,28 @@ from pathlib import Path
 from san_bench.config.strict import suggest
 from san_bench.image import fgvc, folders, vtab
 from san_bench.image.digits import load_digits_task
+from san_bench.image.layouts import HOLDOUT
 from san_bench.image.mini import tasks as mini
-from san_bench.image.splits import VisionTask
+from san_bench.image.recipe import OWN, Holdout
+from san_bench.image.splits import VisionTask, task_of
 from san_peft.errors import SanError
 
 TASKS: dict[str, Callable[[], VisionTask]] = {"digits": load_digits_task}
 """Tasks outside a suite that ship with the package, by name."""
 
-SUITES = {"vtab": vtab, "fgvc": fgvc, "gic": folders, "folder": folders, "datasets": folders}
+SUITES = {"vtab": vtab, "fgvc": fgvc, "gic": folders}
 """Modules with `load(task, data)`, by the part of the task name before the slash."""
 
 
-def load_task(name: str, data: Path | None = None) -> VisionTask:
+def load_task(name: str, data: Path | None = None, holdout: Holdout = HOLDOUT) -> VisionTask:
     """Loads a task by its name.
 
     Args:
-        name: A name in `TASKS`; a task of `mini-vision/`, `vtab/`, `fgvc/` or `gic/`; or `folder` or `datasets` for any
-            image folder or any dataset of the `datasets` library.
-        data: Data folder; not needed for tasks in `TASKS` and `mini-vision/`.
+        name: A name in `TASKS`; a task of `mini-vision/`, `vtab/`, `fgvc/` or `gic/`; `folder` for your own images in
+            any layout, `folder/NAME` for those in the folder NAME inside `data`; or `datasets` for tables only.
+        data: Data folder; not needed for tasks in `TASKS` and `mini-vision/`. For your own images also a list of paths
+            and labels, or a dataset on the Hugging Face hub.
+        holdout: Splits to hold out from your own images.
 
     Raises:
         SanError: If the task is unknown, or its data is missing or invalid.
@@ -43,8 +47,10 @@ def load_task(name: str, data: Path | None = None) -> VisionTask:
         return TASKS[name]()
     if suite == "mini-vision":
         return mini.load(name)
-    if suite not in SUITES:
-        raise SanError(f"There is no task {name!r}.{suggest(name, [*TASKS, 'mini-vision/count', *SUITES])}")
+    if suite not in SUITES and suite not in OWN:
+        raise SanError(f"There is no task {name!r}.{suggest(name, [*TASKS, 'mini-vision/count', *SUITES, *OWN])}")
     if data is None:
-        raise SanError(f"The task {name!r} needs a data folder: set `data`, or pass --data.")
+        raise SanError(f"The task {name!r} needs data: set `data` to a folder, or pass --data to a suite.")
+    if suite in OWN:
+        return task_of(folders.read_own(name, Path(data), holdout))
     return SUITES[suite].load(task or suite, Path(data))

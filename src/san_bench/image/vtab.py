@@ -16,8 +16,9 @@ from pathlib import Path
 
 from san_bench.datacheck.found import Found
 from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
-from san_bench.image.layouts import read_folders, read_list, read_tables
+from san_bench.image.layouts import read_folders, read_list
 from san_bench.image.splits import JoinedSplit, VisionTask, task_of
+from san_bench.image.tables import read_tables
 from san_peft.errors import SanError
 
 SPLITS = ("train800", "val200", "train800val200", "test")

@@ -1,4 +1,4 @@
-"""Labels of runs in tables and plots, and sentences on the provenance of results."""
+"""Sentences on the provenance of results."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from san_bench.run.results import trainings
-
-LABELS = {
-    "san": "SAN",
-    "linear": "linear probe",
-    "ssf": "SSF",
-    "lora-equal": "LoRA, rank 1 (as many parameters as SAN)",
-    "lora-r8": "LoRA, rank 8",
-    "full": "full fine-tuning",
-}
-"""Labels of the demo's recipes in tables and plots."""
-
-
-def label(run: str) -> str:
-    """Returns the label of a demo run in tables and plots."""
-    return LABELS.get(run, run)
 
 
 def origin(rows: Sequence[dict[str, Any]], command: str) -> str:
@@ -52,13 +37,37 @@ def origin(rows: Sequence[dict[str, Any]], command: str) -> str:
     return "\n\n".join(line[0].upper() + line[1:] for line in lines)
 
 
+def verified(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Describes what the adapters of a suite with `verify: true` changed when they were loaded and merged.
+
+    Args:
+        rows: Result rows.
+
+    Returns:
+        One sentence, or none if no adapter was verified.
+    """
+    checked = [row for row in trainings(rows) if "merge_changed_predictions" in row]
+    if not checked:
+        return []
+    loaded, merged, changed = (
+        max(row[key] or 0 for row in checked)
+        for key in ("reload_max_abs_difference", "merge_max_abs_difference", "merge_changed_predictions")
+    )
+    predictions = f"at most {changed:,} predictions of a run" if changed else "no prediction"
+    return [
+        f"Verified adapters: {', '.join(dict.fromkeys(row['method'] for row in checked))}. Loaded from disk, they give "
+        f"the same predictions, and outputs that differ by at most {loaded:.2g}. Merged into the model, they change "
+        f"{predictions}, and outputs by at most {merged:.2g}."
+    ]
+
+
 def _in_suite(row: dict[str, Any]) -> bool:
     return "/" in row.get("run", "/")
 
 
 def _who(rows: Sequence[dict[str, Any]]) -> str:
     if not any(map(_in_suite, rows)):
-        return ", ".join(label(row["run"]) for row in rows)
+        return ", ".join(row["run"] for row in rows)
     methods, count = ", ".join(dict.fromkeys(row["method"] for row in rows)), len(trainings(rows))
     return f"{count} {'run' if count == 1 else 'runs'} of {methods}"
 
@@ -66,4 +75,4 @@ def _who(rows: Sequence[dict[str, Any]]) -> str:
 def _name(row: dict[str, Any]) -> str:
     if _in_suite(row):
         return f"the run of {row['method']} on {row['task']}, seed {row['seed']},"
-    return label(row["run"])
+    return row["run"]

@@ -152,6 +152,9 @@ class Domain(ABC):
     def save_companions(self, folder: Path) -> None:
         """Saves the preprocessing of the model: an image processor or a tokenizer."""
 
+    def save_labels(self, folder: Path) -> None:  # noqa: B027 - most modalities have no classes
+        """Saves the names of the classes beside an adapter, whose configuration has no place for them."""
+
 
 def domain_of(recipe: Recipe) -> Domain:
     """Loads the data of a recipe.

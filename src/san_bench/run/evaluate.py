@@ -178,6 +178,7 @@ def export_lora(run: str | Path, out: str | Path, rank: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         complete = Path(scratch) / "adapter"
         report = save_as_lora(model, complete, rank)
+        domain.save_labels(complete)
         lora = PeftModel.from_pretrained(domain.base_model(), complete).eval()  # type: ignore[arg-type]
         with torch.no_grad():
             before, after = model(**probe).logits, lora(**probe).logits

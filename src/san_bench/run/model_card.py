@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from san_bench.config.recipe import Recipe, split_revision
 from san_bench.models import FAMILIES
 from san_bench.run.provenance import write_atomically
 from san_bench.run.results import by_task
+
+MOST_CLASSES = 200
+"""Classes that a model card lists."""
 
 CODE_OF_SAN = "import san_peft  # registers SAN with PEFT\nfrom peft import PeftModel"
 
@@ -46,10 +50,14 @@ def write_card(folder: Path, recipe: Recipe, result: dict[str, Any], model: Any)
         )
         for row in rows
     ]
-    write_atomically(file, f"---\n{data.to_yaml().strip()}\n---\n\n{_text(name, recipe, result, rows, model)}")
+    write_atomically(
+        file, f"---\n{data.to_yaml().strip()}\n---\n\n{_text(name, recipe, result, rows, model, folder.parent)}"
+    )
 
 
-def _text(name: str, recipe: Recipe, result: dict[str, Any], rows: list[dict[str, Any]], model: Any) -> str:
+def _text(
+    name: str, recipe: Recipe, result: dict[str, Any], rows: list[dict[str, Any]], model: Any, folder: Path
+) -> str:
     base = Path(recipe.model).name if Path(recipe.model).is_dir() else split_revision(recipe.model)[0]
     of = f" revision `{result['model_revision']}`," if result["model_revision"] else ""
     facts = {
@@ -72,7 +80,21 @@ def _text(name: str, recipe: Recipe, result: dict[str, Any], rows: list[dict[str
     ]
     if len(rows) > 1:
         lines += ["", f"Unweighted mean of the tasks, by {result['way']}: {result['accuracy']:.4f}."]
-    return "\n".join([*lines, "", *_loading(recipe, model), ""])
+    return "\n".join([*lines, "", *_classes(folder), *_loading(recipe, model), ""])
+
+
+def _classes(folder: Path) -> list[str]:
+    """Returns a table of the classes, from the `classes.json` of a run whose classes have names."""
+    file = folder / "classes.json"
+    if not file.is_file():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    lines = [f"## Classes: {len(rows)}", "", "| label | name | correct | n |", "|---|---|---|---|"]
+    for index, row in enumerate(rows[:MOST_CLASSES]):
+        name = " ".join(row["class"].split()).replace("|", "\\|")
+        lines.append(f"| {index} | {name} | {row['correct']:,} | {row['n']:,} |")
+    more = len(rows) - MOST_CLASSES
+    return [*lines, *(["", f"{more:,} more classes are in `labels.json`."] if more > 0 else []), ""]
 
 
 def _loading(recipe: Recipe, model: Any) -> list[str]:

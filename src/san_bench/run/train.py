@@ -44,10 +44,10 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
 
     The folder `recipe.output` gets `recipe.yaml`, `log.jsonl` (the loss of every step), `adapter/` (what
     `save_pretrained` writes: an adapter, or the whole model for methods without one), the predictions,
-    `scales.safetensors` if the adapter has scales, `images.json` if the images of conversations lie in a folder, and
-    `result.json`. A finished run is not repeated: its result is returned. Under `accelerate launch` or `torchrun` each
-    process trains on its shard of every batch, and rank 0 writes. A model trained with sharded parameters is saved from
-    full tensors, loaded again on every device and scored.
+    `scales.safetensors` if the adapter has scales, `classes.json` if the classes have names, `images.json` if the
+    images of conversations lie in a folder, and `result.json`. A finished run is not repeated: its result is returned.
+    Under `accelerate launch` or `torchrun` each process trains on its shard of every batch, and rank 0 writes. A model
+    trained with sharded parameters is saved from full tensors, loaded again on every device and scored.
 
     Args:
         recipe: Recipe of the run.
@@ -109,6 +109,7 @@ def train(recipe: Recipe, track: Sequence[str] = ()) -> dict[str, Any]:
         }
         if processes.is_main_process:
             scores.save(folder)
+            domain.save_labels(folder / "adapter")
             write_card(folder / "adapter", recipe, result, model)
             if getattr(model, "peft_type", None) in CARRIERS:
                 save_scales(folder, scales_of(model))  # may change the model

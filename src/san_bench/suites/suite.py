@@ -11,21 +11,34 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from san_bench.config.errors import cause_of, loading
+from san_bench.config.errors import loading
 from san_bench.config.suite import Choice, PlannedRun, Rates, Suite, best_rates, plan, plan_search
 from san_bench.kinds import recipe_class
 from san_bench.run.folder import RESULT, check_unlocked, held
 from san_bench.run.provenance import write_atomically, write_rows
 from san_bench.run.results import by_task
 from san_bench.suites.engines import Engine
+from san_bench.suites.verify import read_checks, verify
 from san_peft.errors import SanError
 
 Row = dict[str, Any]
+
+
+class Benched(NamedTuple):
+    """What became of the runs of a choice.
+
+    Attributes:
+        rows: Rows of all finished runs.
+        failures: A row for each failed run, with its `error`.
+    """
+
+    rows: list[Row]
+    failures: list[Row]
 
 
 def bench(
@@ -37,7 +50,7 @@ def bench(
     search: bool = False,
     keep_models: bool = False,
     command: str | None = None,
-) -> list[Row]:
+) -> Benched:
     """Runs a suite, or a part of it.
 
     The folder gets `suite.yaml`, `runs/<task>/<backbone>/<method>/<address>/` with the run folders, `rows.jsonl` with a
@@ -56,10 +69,10 @@ def bench(
         command: Command line, which is added to `commands.txt` for reports.
 
     Returns:
-        The rows of all finished runs of the choice.
+        The rows of all finished runs of the choice, and its failures.
 
     Raises:
-        SanError: If the choice is invalid, or every run fails.
+        SanError: If the choice is invalid, or every trial of a search fails.
     """
     # Other processes and machines may have another working directory.
     out, choice = out.absolute(), replace(choice, data=choice.data and choice.data.absolute())
@@ -79,9 +92,14 @@ def bench(
             write_atomically(file, "".join(f"{line}\n" for line in dict.fromkeys([*known, command])))
         begun.append(name)
         if search:
-            found = best_rates(suite, _carry_out(trials, prints, name, out / "search", engine, console))
+            tried = _carry_out(trials, prints, name, out / "search", engine, console)
+            if not tried.rows:
+                raise SanError(
+                    f"All {len(tried.failures)} trials failed, see {out / 'search' / 'failures.jsonl'}. The first "
+                    f"error: {tried.failures[0]['error']}"
+                )
             rates = _rates(rates_file)
-            for backbone, by_method in found.items():
+            for backbone, by_method in best_rates(suite, tried.rows).items():
                 for method, rate in by_method.items():
                     known_rate = rates.setdefault(backbone, {}).get(method)
                     both = isinstance(rate, dict) and isinstance(known_rate, dict)
@@ -89,7 +107,7 @@ def bench(
             write_atomically(rates_file, json.dumps(rates, indent=2) + "\n")
             runs = plan(suite, choice, rates)
             prints |= _fingerprints([run for run in runs if run.task not in prints])
-        return _carry_out(runs, prints, name, out, engine, console, keep_models, suite.modes)
+        return _carry_out(runs, prints, name, out, engine, console, keep_models, suite)
 
 
 def _rates(file: Path) -> Rates:
@@ -113,14 +131,13 @@ def _check_same(suite: Suite, name: str, out: Path) -> None:
         raise SanError(f"{out} holds results of the suite {', '.join(sorted(others))}, not of {name}. {OTHER_OUT}")
     if not file.exists():
         return
-    try:
-        old = Suite.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise SanError(f"{out} holds a suite that cannot be read: {cause_of(error)} {OTHER_OUT}") from error
-    changed = [key for key in ("protocol", "mix") if getattr(old, key) != getattr(suite, key)]
-    for key in ("tasks", "models", "methods", "settings"):
-        before, now = getattr(old, key), getattr(suite, key)
-        changed += [f"{key}.{one}" for one in before if one in now and before[one] != now[one]]
+    with loading(f"{file}", OTHER_OUT):
+        old, new = dict(json.loads(file.read_text(encoding="utf-8"))), suite.model_dump(mode="json")
+        old["groups"] = {task: group for group, tasks in old["groups"].items() for task in tasks}
+        new["groups"] = suite.tasks
+        changed = [key for key in ("protocol", "mix") if old[key] != new[key]]
+        for key in ("groups", "models", "methods", "settings"):
+            changed += [f"{key}.{one}" for one in old[key] if one in new[key] and old[key][one] != new[key][one]]
     if changed:
         raise SanError(f"{out} holds another suite than {name}: {', '.join(changed)} differ. {OTHER_OUT}")
 
@@ -136,9 +153,10 @@ def _carry_out(
     engine: Engine,
     console: Console,
     keep_models: bool = False,
-    modes: Sequence[str] = (),
-) -> list[Row]:
-    from san_bench.models.adapt import SAN
+    suite: Suite | None = None,
+) -> Benched:
+    """Executes runs; those of a suite, other than trials, are also scored in its modes and verified."""
+    from san_bench.models.adapt import PLAIN, SAN
 
     jobs = {}
     for run in runs:
@@ -146,13 +164,13 @@ def _carry_out(
         folder = f"runs/{run.task.replace('/', '-')}/{run.backbone}/{run.method}/{address}"
         labels = {"suite": name, "backbone": run.backbone, "method": run.method, "run": folder}
         recipe = run.recipe.model_copy(update={"output": str(out / folder)})
-        wanted = list(modes) if recipe.method.kind in SAN else []
         jobs[folder] = {
             "recipe": recipe.model_dump(mode="json"),
             "labels": labels,
             "groups": run.groups,
             "keep": keep_models,
-            "modes": wanted,
+            "modes": list(suite.modes) if suite and recipe.method.kind in SAN else [],
+            "verify": bool(suite and suite.verify and recipe.method.kind not in PLAIN),
         }
     rows = {key: found for key, job in jobs.items() if (found := _rows(job)) is not None}
     todo = {key: job for key, job in jobs.items() if key not in rows}
@@ -168,6 +186,7 @@ def _carry_out(
     for outcome in _watched(engine, todo, console):
         if outcome.error is None:
             rows[outcome.job] = outcome.value
+            console.print(f"{outcome.job} finished", highlight=False)
         else:
             job = jobs[outcome.job]
             task = job["recipe"]["task"]
@@ -175,13 +194,9 @@ def _carry_out(
             failures[outcome.job] = {**facts, "error": outcome.error}
             console.print(f"{outcome.job} failed: {outcome.error.splitlines()[0]}", style="red", highlight=False)
         store()
-    failed = [key for key in jobs if key in failures]
-    if failed and not rows:
-        raise SanError(
-            f"All {len(failed)} runs failed, see {out / 'failures.jsonl'}. The first error: "
-            f"{failures[failed[0]]['error']}"
-        )
-    return [row for key in jobs for row in rows.get(key, [])]
+    return Benched(
+        [row for key in jobs for row in rows.get(key, [])], [failures[key] for key in jobs if key in failures]
+    )
 
 
 def _watched(engine: Engine, jobs: dict[str, Any], console: Console) -> Iterator[Any]:
@@ -207,6 +222,8 @@ def run_job(job: dict[str, Any]) -> list[Row]:
         for mode in job["modes"]:
             if not eval_file(Path(recipe.output), recipe.eval_split, mode).exists():
                 evaluate(recipe.output, mode=mode)
+        if job["verify"] and read_checks(Path(recipe.output)) is None:
+            verify(recipe.output)
     if recipe.method.kind in PLAIN and not job["keep"]:
         shutil.rmtree(Path(recipe.output) / "adapter", ignore_errors=True)
     rows = _rows(job)
@@ -215,12 +232,15 @@ def run_job(job: dict[str, Any]) -> list[Row]:
 
 
 def _rows(job: Row) -> list[Row] | None:
-    """Reads the rows of a run that has finished and was evaluated in every mode; else returns `None`."""
+    """Reads the rows of a run that has finished, was evaluated in every mode and verified; else returns `None`."""
     from san_bench.run.evaluate import eval_file
 
     folder, split = Path(job["recipe"]["output"]), job["recipe"]["eval_split"]
     files = {mode: eval_file(folder, split, mode) for mode in job["modes"]}
     if not all(file.exists() for file in (folder / RESULT, *files.values())):
+        return None
+    checks = read_checks(folder) if job["verify"] else {}
+    if checks is None:
         return None
     rows = []
     with loading(f"The result in {folder}", "Remove the folder, and the same command repeats the run."):
@@ -228,7 +248,7 @@ def _rows(job: Row) -> list[Row] | None:
         for place, row in enumerate(by_task(json.loads((folder / RESULT).read_text(encoding="utf-8")))):
             scores = {mode: found[place]["accuracy"] for mode, found in modes.items()}
             group = {"group": job["groups"].get(row["task"])}
-            rows.append({**row, **job["labels"], **group, **({"modes": scores} if scores else {})})
+            rows.append({**row, **job["labels"], **group, **({"modes": scores} if scores else {}), **checks})
     return rows
 
 

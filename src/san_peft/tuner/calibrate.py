@@ -34,10 +34,6 @@ class Calibrating:
         Raises:
             AdapterError: If the adapter does not exist, is merged, or has another decomposition.
             SanError: If there are no batches, or a layer receives an input that is not finite.
-
-        Example:
-            >>> model = get_peft_model(vit, SanConfig(inner=LoraConfig(r=8), decomposition="feature"))
-            >>> model.base_model.calibrate([batch for batch, _ in zip(loader, range(10))])
         """
         layers = {
             fqn: layer for fqn, layer in self.scales.layers.items() if moments_of(layer, adapter_name) is not None

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import runpy
-from pathlib import Path
-
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -267,21 +263,6 @@ def test_unknown_names_are_answered_with_known_ones():
         SanError, match=r"no recipe 'demo/sam'. Did you mean 'demo/san'\? Give a file, or one of demo/full"
     ):
         find("demo/sam")
-
-
-SEARCH = Path(__file__).parents[3] / "scripts" / "search_learning_rates.py"
-
-
-@pytest.mark.skipif(not SEARCH.exists(), reason="a source archive has no scripts")
-def test_learning_rates_are_those_that_the_search_chose():
-    search = runpy.run_path(str(SEARCH))
-    rows = [json.loads(line) for line in search["TRIALS"].read_text(encoding="utf-8").splitlines()]
-    assert search["current"](rows) == rows, "some trials were made with other recipes than today's"
-    best = search["choose"](rows)
-    for name in (n.removeprefix("demo/") for n in NAMES if n.startswith("demo/")):
-        assert sum(row["recipe"] == name for row in rows) == len(search["GRID"]) * len(search["SEEDS"])
-        assert load_recipe(f"demo/{name}").optimizer.lr == best[name]
-        assert min(search["GRID"]) < best[name] < max(search["GRID"]), f"{name}: the best rate lies on the grid's edge"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ import torch
 from tests.bench.small import short_recipe, small_scale, small_task
 from transformers import AutoModelForImageClassification
 
-from san_bench.image.domain import load_predictions
+from san_bench.image.domain import base_model, load_predictions
 from san_bench.image.preprocess import for_checkpoint
 from san_bench.run.evaluate import evaluate, export
 from san_bench.run.train import train
@@ -36,6 +37,15 @@ def test_images_get_the_size_that_the_model_was_built_for(size, tmp_path):
     assert for_checkpoint(small_task()["test"], tmp_path).settings.size == 32
     (tmp_path / "config.json").write_text(json.dumps({**facts, "num_classes": 7}))
     assert for_checkpoint(small_task()["test"], tmp_path).settings.size == 224
+
+
+def test_names_of_classes_are_saved_in_timms_way(folder, tmp_path):
+    names = tuple("abcdefghij")
+    recipe = short_recipe("linear", tmp_path / "run", model=str(folder))
+    base_model(recipe, replace(small_task(), names=names)).save_pretrained(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["label_names"] == list(names)
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "plain").config
+    assert (config.id2label[9], config.label2id["j"]) == ("j", 9)
 
 
 @pytest.mark.parametrize("name", ["san", "linear", "full"])

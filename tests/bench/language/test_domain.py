@@ -289,6 +289,7 @@ def benched(place, tmp_path_factory):
             "models": {"small": str(place / "model")},
             "methods": {kind: METHODS[kind] for kind in ("san", "lora")},
             "modes": ["neuron"],
+            "verify": True,
             "settings": {},
             "search": {"tasks": [], "seeds": [100], "grid": {"default": [1e-3, 1e-2]}, "per": "suite"},
             "rates": {},
@@ -298,9 +299,10 @@ def benched(place, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "SPLITS", splits)
         world._load.cache_clear()
-        rows = bench(suite, "tiny", Choice(methods=("san",)), folder / "out", Here(), search=True)
+        rows = bench(suite, "tiny", Choice(methods=("san",)), folder / "out", Here(), search=True).rows
         again = Here()
-        rows += bench(suite, "tiny", Choice(methods=("lora",), overrides={"optimizer.lr": 0.01}), folder / "out", again)
+        lora = Choice(methods=("lora",), overrides={"optimizer.lr": 0.01})
+        rows += bench(suite, "tiny", lora, folder / "out", again).rows
         bench(suite, "tiny", Choice(methods=("san",)), folder / "out", again)
     world._load.cache_clear()
     assert again.ran == ["lora"]  # what is done is not repeated
@@ -331,6 +333,8 @@ def test_one_training_is_scored_on_every_task_of_a_mix(benched):
     assert len({row["run"] for row in own}) == 1
     assert all(set(row["modes"]) == {"neuron"} for row in own)
     assert all("modes" not in row for row in rows if row["method"] == "lora")
+    assert all(row["reload_max_abs_difference"] == 0.0 < row["merge_max_abs_difference"] < 1e-3 for row in rows)
+    assert all(row["merge_changed_predictions"] == 0 for row in rows)
     chosen = json.loads((out / "rates.json").read_text())["small"]["san"]
     trials = [json.loads(line) for line in (out / "search" / "rows.jsonl").read_text().splitlines()]
     assert {row["split"] for row in trials} == {"val"}

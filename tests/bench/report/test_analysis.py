@@ -13,6 +13,7 @@ from tests.bench.suites import LAYERS, pattern, row, write_suite
 
 from san_bench.report.figures.analysis import analyse, figures, write_pictures
 from san_bench.report.groups import layer_kinds, pairs, read_groups
+from san_bench.report.tables.estimate import wilson
 from san_bench.run.scales import FILE, Scales
 from san_bench.run.train import train
 from san_peft.errors import SanError
@@ -72,11 +73,25 @@ def test_accuracy_is_of_tasks_that_all_methods_have_with_the_spread_of_whole_see
     assert ssf["mean"] == pytest.approx((0.2 + 0.6) / 2)
     assert ssf["seeds"] == pytest.approx([0.3, 0.6])  # seed 2 has one task alone
     assert ssf["sd"] == pytest.approx(0.3 / 2**0.5)
+    assert (ssf["low"], ssf["high"]) == (pytest.approx(0.4 - ssf["sd"]), pytest.approx(0.4 + ssf["sd"]))
     assert san["mean"] == pytest.approx(0.7)
     assert (san["seeds"], san["sd"]) == (pytest.approx([0.7]), None)
 
 
-def test_methods_without_a_task_in_common_get_no_bars(tmp_path):
+def test_one_seed_has_the_interval_of_its_test_images(tmp_path):
+    (san,) = analyse(write_suite(tmp_path / "one", [row("f/a", "san", 0, 0.6)]))["accuracy"]
+    assert (san["low"], san["high"]) == pytest.approx(wilson(60, 100))
+    rows = [row("f/a", "san", 0, 0.6), row("f/b", "san", 0, 0.9)]
+    (san,) = analyse(write_suite(tmp_path / "two", rows))["accuracy"]
+    lows, highs = zip(wilson(60, 100), wilson(90, 100), strict=True)
+    assert san["low"] == pytest.approx(0.75 - np.hypot(0.6 - lows[0], 0.9 - lows[1]) / 2)
+    assert san["high"] == pytest.approx(0.75 + np.hypot(0.6 - highs[0], 0.9 - highs[1]) / 2)
+    (picture,) = figures(tmp_path / "two")
+    assert "95% for the sampling of the test data" in picture.caption
+    assert "seeds to each side" not in picture.caption
+
+
+def test_methods_without_a_task_in_common_get_no_points(tmp_path):
     folder = write_suite(tmp_path, [row("f/a", "ssf", 0), row("f/b", "san", 0)])
     assert analyse(folder)["accuracy"] == []
     assert figures(folder) == []
@@ -92,6 +107,22 @@ def test_curves_are_means_over_blocks_and_ranges_over_seeds(tmp_path):
     assert curve["high"][:2] == [11.0, 31.0]
     assert curve["mean"][:2] == [8.25, 23.25]
     assert (curve["steps"][-1], curve["n_runs"]) == (395.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "block", "left_out"), [(1, 1, 0), (32, 1, 0), (59, 2, 1), (157, 7, 3), (3000, 30, 0)]
+)
+def test_blocks_of_a_curve_are_equal(tmp_path, steps, block, left_out):
+    losses = [float(step) for step in range(1, steps + 1)]
+    folder = write_suite(tmp_path, [row("f/a", "san", 0)], lambda one: losses)
+    (curve,) = analyse(folder)["curves"]
+    assert curve["block"] == block
+    assert curve["steps"] == curve["mean"]  # the loss is the number of the step
+    assert curve["steps"][0] == left_out + (block + 1) / 2
+    assert curve["steps"][-1] == steps - (block - 1) / 2
+    assert set(np.diff(curve["steps"])) <= {block}
+    (_, picture) = figures(folder)
+    assert f"blocks of {block} step{'' if block == 1 else 's'}. n = 1 per" in picture.caption
 
 
 def test_variance_of_scales_and_of_what_acts(tmp_path):
@@ -248,12 +279,14 @@ def test_a_suite_gives_every_picture_that_it_has_data_for(suite):
     assert "san, with propagation and ssf, without propagation" in captions["histograms-own-vit"]
     assert "n = 9 runs of 3 tasks each" in captions["variance-own-vit"]
     assert "n = 3 per method and task" in captions["curves-vit"]
+    assert "bands: minimum to maximum over seeds" in captions["curves-vit"]
+    assert "small circles: seeds" in captions["accuracy"]
     assert "(n = 9 pairs)" in captions["similarity-vit"]
     assert "(n = 18 pairs)" in captions["similarity-vit"]
     assert "san: n = 9 runs" in captions["engrams-vit"]
 
 
-def test_rows_alone_give_bars(tmp_path):
+def test_rows_alone_give_accuracy(tmp_path):
     assert [picture.name for picture in figures(write_suite(tmp_path, [row("f/a", "san", 0)]))] == ["accuracy"]
 
 
@@ -263,7 +296,7 @@ def test_the_ablation_of_order_has_a_picture_of_its_own(tmp_path):
     (picture,) = figures(write_suite(tmp_path / "order", rows))
     assert picture.name == "order"
     assert [axes.get_title() for axes in picture.figure.axes] == ["vit", "swin"]
-    labels = [text.get_text() for text in picture.figure.axes[0].get_xticklabels()]
+    labels = [text.get_text() for text in picture.figure.axes[0].get_yticklabels()]
     assert labels == ["san", "san-reversed", "san-shuffled", "san-none"]
     with_ssf = [*rows, row("f/a", "ssf", 0), row("f/a", "ssf", 0, backbone="swin")]
     names = [picture.name for picture in figures(write_suite(tmp_path / "both", with_ssf))]

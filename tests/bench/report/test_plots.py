@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from san_bench.report.figures import plots
 from san_bench.report.figures.plots import (
     COLOURS,
-    accuracy_bars,
+    accuracy_points,
     learning_curves,
     look_of,
-    loss_curves,
-    order_bars,
-    scale_histograms,
     write_figure,
 )
 from san_bench.report.figures.scale_plots import (
@@ -36,48 +30,82 @@ def texts(figure: Figure) -> set[str]:
     return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
 
-def bar(backbone, method, mean, sd=None, seeds=()):
-    return {"backbone": backbone, "method": method, "mean": mean, "sd": sd, "seeds": list(seeds)}
+def point(backbone, method, mean, low, high, seeds=()):
+    return {"backbone": backbone, "method": method, "mean": mean, "low": low, "high": high, "seeds": list(seeds)}
 
 
-def test_bars_start_at_zero_and_say_their_number():
+def intervals(axes):
+    """Ends of the horizontal intervals of a panel."""
+    return sorted(tuple(path[:, 0]) for c in axes.collections for path in c.get_segments())
+
+
+def shown(axis):
+    """Labels of the ticks inside the limits of an axis."""
+    low, high = axis.get_view_interval()
+    return [tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+def test_accuracy_has_points_with_intervals_on_an_axis_that_shows_differences():
     records = [
-        bar("vit", "ssf", 0.4, 0.1, [0.3, 0.5]),
-        bar("vit", "san", 0.8, 0.05, [0.75, 0.85]),
-        bar("swin", "san", 0.6),
+        point("vit", "ssf", 0.80, 0.79, 0.81, [0.785, 0.815]),
+        point("vit", "san", 0.82, 0.815, 0.825),
+        point("swin", "san", 0.6, 0.5, 0.7),
     ]
-    figure = accuracy_bars(records, METHODS)
-    (axes,) = figure.axes
-    bars = [(round(patch.get_x() + patch.get_width() / 2), patch.get_height(), patch.get_y()) for patch in axes.patches]
-    assert bars == [(0, 0.4, 0), (0, 0.8, 0), (1, 0.6, 0)]
-    assert axes.get_ylim()[0] == 0
-    assert axes.get_ylim()[1] > 0.85
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["vit", "swin"]
-    assert [text.get_text() for text in axes.texts] == ["40.0", "80.0", "60.0"]
-    assert texts(figure) == {"ssf", "san"}
-    seeds = sorted(float(y) for line in axes.lines if line.get_marker() == "o" for y in line.get_ydata())
-    assert seeds == [0.3, 0.5, 0.75, 0.85]
-    spans = sorted(tuple(path[:, 1]) for c in axes.collections for path in c.get_segments())
-    np.testing.assert_allclose(spans, [(0.3, 0.5), (0.75, 0.85)])
-    lefts = [patch.get_x() for patch in axes.patches[:2]]
-    assert lefts[1] >= lefts[0] + axes.patches[0].get_width()  # bars do not overlap
+    figure = accuracy_points(records, METHODS)
+    vit, swin = figure.axes
+    np.testing.assert_allclose(intervals(vit), [(0.79, 0.81), (0.815, 0.825)])
+    np.testing.assert_allclose(intervals(swin), [(0.5, 0.7)])
+    low, high = vit.get_xlim()
+    assert 0.77 < low < 0.785
+    assert 0.825 < high < 0.84
+    assert vit.get_xlabel() == "accuracy (axis does not start at 0)"
+    assert [label.get_text() for label in vit.get_yticklabels()] == ["ssf", "san"]
+    assert (vit.get_title(), swin.get_title()) == ("vit", "swin")
+    assert [(text.get_text(), text.xy) for text in vit.texts] == [("80.0", (1.02, 0)), ("82.0", (1.02, 1))]
+    circles = [float(x) for line in vit.lines if line.get_markerfacecolor() == "white" for x in line.get_xdata()]
+    assert circles == [0.785, 0.815]
+    figure.draw_without_rendering()
+    assert {"79%", "80%", "81%", "82%"} <= set(shown(vit.xaxis))
 
 
-def test_many_bars_turn_their_numbers():
-    records = [bar(backbone, f"m{i}", 0.5) for backbone in ("vit", "swin", "convnext") for i in range(9)]
-    (axes,) = accuracy_bars(records, [f"m{i}" for i in range(9)]).axes
-    assert {text.get_rotation() for text in axes.texts} == {90}
+def test_equal_accuracies_are_not_blown_up():
+    (axes,) = accuracy_points([point("vit", "san", 0.5, 0.5, 0.5)], METHODS).axes
+    np.testing.assert_allclose(axes.get_xlim(), (0.49, 0.51))
 
 
-def test_order_has_a_panel_for_each_backbone_and_a_line_at_the_last():
+def test_a_reference_has_a_dotted_line_in_the_panels_that_have_it():
     names = ("san", "san-reversed", "san-none")
-    records = [bar("vit", "san-none", 0.5), bar("vit", "san", 0.7), bar("swin", "san", 0.6)]
-    vit, swin = order_bars(records, names).axes
-    assert [label.get_text() for label in vit.get_xticklabels()] == ["san", "san-none"]
-    assert [patch.get_height() for patch in vit.patches] == [0.7, 0.5]
+    records = [
+        point("vit", "san-none", 0.5, 0.4, 0.6),
+        point("vit", "san", 0.7, 0.6, 0.8),
+        point("swin", "san", 0.6, 0.5, 0.7),
+    ]
+    vit, swin = accuracy_points(records, names, "san-none").axes
+    assert [label.get_text() for label in vit.get_yticklabels()] == ["san", "san-none"]
     dotted = [line for line in vit.lines if line.get_linestyle() == ":"]
-    assert [line.get_ydata()[0] for line in dotted] == [0.5]
+    assert [line.get_xdata()[0] for line in dotted] == [0.5]
     assert not [line for line in swin.lines if line.get_linestyle() == ":"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.88, 0.95, ["0.88", "0.89", "0.9", "0.91", "0.92", "0.93", "0.94", "0.95"]),
+        (0.96, 1.04, ["0.96", "0.98", "1", "1.02", "1.04"]),
+        (0.3, 2.0, ["0.3", "0.5", "1", "2"]),
+        (0.02, 3.0, ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]),
+        (1e-4, 5.0, ["0.0001", "0.001", "0.01", "0.1", "1"]),
+    ],
+)
+def test_ticks_of_the_loss_are_plain_numbers(low, high, ticks):
+    ends = [low, high]
+    figure = learning_curves(
+        [{"task": "a", "method": "san", "steps": [1, 2], "mean": ends, "low": ends, "high": ends}], METHODS
+    )
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    assert shown(axis) == ticks
+    assert {tick.label1.get_text() for tick in axis.get_minor_ticks()} <= {""}
 
 
 def test_a_method_looks_the_same_in_every_picture():
@@ -86,11 +114,11 @@ def test_a_method_looks_the_same_in_every_picture():
     variance = variance_by_depth(
         [{"method": "san", "kind": "fc1", "depth": 0, "variance": 1.0, "acting": 4.0}], METHODS
     )
-    bars = accuracy_bars([bar("vit", "san", 0.5)], METHODS)
+    points = accuracy_points([point("vit", "san", 0.5, 0.4, 0.6)], METHODS)
     colours = {
         curves.axes[0].lines[0].get_color(),
         variance.axes[0].lines[0].get_color(),
-        to_hex(bars.axes[0].patches[0].get_facecolor()).upper(),
+        points.axes[0].lines[0].get_color(),
     }
     assert colours == {look_of(2)["color"]}
     looks = [(look["color"], look["linestyle"], look["marker"]) for look in map(look_of, range(28))]
@@ -140,6 +168,18 @@ def test_curves_have_a_band_from_lowest_to_highest():
     assert texts(figure) == {"san", "ssf"}
 
 
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_legend_fits_the_figure(tasks):
+    names = [f"a-method-with-a-long-name-{place}" for place in range(9)]
+    record = {"steps": [1, 2], "mean": [2.0, 1.0], "low": [2.0, 1.0], "high": [2.0, 1.0]}
+    figure = learning_curves(
+        [{**record, "method": name, "task": f"f/{task}"} for name in names for task in range(tasks)], names
+    )
+    figure.draw_without_rendering()
+    box, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+
+
 def test_histograms_have_a_row_for_each_layer():
     draw = np.random.default_rng(0)
     scales = {
@@ -182,6 +222,10 @@ def test_variance_of_both_powers_stands_side_by_side():
     assert [label.get_text() for label in left.get_yticklabels()] == ["san (n = 3)", "ssf (n = 3)"]
     assert [text.get_text() for text in left.texts] == ["0.02", "0.02"]  # geometric means
     assert [text.get_text() for text in right.texts] == ["0.08", "0.02"]
+    assert [text.xy for text in left.texts] == [(1.02, 0), (1.02, 1)]  # right of the panel, where no dot is
+    figure = left.figure
+    figure.draw_without_rendering()
+    assert not [text for text in shown(left.xaxis) if "10" in text]
     dots = sorted(float(x) for line in left.lines if line.get_marker() == "." for x in line.get_xdata())
     assert dots == [0.01, 0.02, 0.04]
     assert left.get_xlim() == right.get_xlim()
@@ -243,34 +287,19 @@ def test_the_map_is_true_to_scale_and_names_its_tasks():
 
 def test_a_picture_is_readable_in_print(tmp_path):
     """150 dots per inch, white behind, letters of six points at least, nothing cut off at the edges."""
-    figure = accuracy_bars([bar("vit", "san", 0.5, 0.1, [0.4, 0.6])], METHODS)
-    write_figure(figure, tmp_path / "bars.png")
-    image = np.asarray(Image.open(tmp_path / "bars.png").convert("RGB"))
-    assert image.shape[:2] == (3.6 * 150, 3.6 * 150)
+    figure = accuracy_points([point("vit", "san", 0.5, 0.4, 0.6, [0.4, 0.6])], METHODS)
+    write_figure(figure, tmp_path / "accuracy.png")
+    image = np.asarray(Image.open(tmp_path / "accuracy.png").convert("RGB"))
+    assert image.shape[1] == 3.6 * 150
     for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
         assert (edge == 255).all()
     (axes,) = figure.axes
-    sizes = [t.get_fontsize() for t in (*axes.texts, *axes.get_xticklabels(), axes.yaxis.label, axes.title)]
+    sizes = [t.get_fontsize() for t in (*axes.texts, *axes.get_xticklabels(), axes.xaxis.label, axes.title)]
     assert min(sizes) >= 6
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
-        write_figure(Figure(), tmp_path / "bars.png")
+        write_figure(Figure(), tmp_path / "accuracy.png")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_demo_has_its_two(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(plots, "write_figure", lambda figure, path: kept.append(figure))
-    loss_curves({"san": [2.0] * 20, "full": [1.0] * 20}, tmp_path / "curves.png")
-    scale_histograms({"san": {"fc1": [1.0, 1.1, 0.9]}}, tmp_path / "scales.png")
-    (curves,), (histogram,) = (figure.axes for figure in kept)
-    bold = [line for line in curves.lines if line.get_alpha() is None]
-    assert [line.get_label() for line in bold] == ["SAN", "full fine-tuning"]
-    np.testing.assert_allclose([line.get_xydata()[0] for line in bold], [[10, 2], [10, 1]])
-    assert histogram.get_title() == "fc1 (n = 3)"
-    picture = io.BytesIO()
-    kept[1].savefig(picture)
-    assert picture.getvalue().startswith(b"\x89PNG")

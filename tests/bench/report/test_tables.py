@@ -89,6 +89,11 @@ def test_one_group_is_not_told_twice():
     assert len(difference.rows[0]) == len(difference.columns)
 
 
+def test_one_task_has_no_table_of_means():
+    first, *_ = tables(suite("san", {"a": SAN["a"]}) + suite("ssf", {"a": SAN["a"]}))
+    assert first.columns == ("Method", "Selection", "n", "Parameters, M", "a")
+
+
 def test_accuracy_by_task(both):
     _, natural, structured, *_ = tables(both)
     assert natural.columns == ("Method", "Selection", "n", "Parameters, M", "a", "b")

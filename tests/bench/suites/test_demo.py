@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.bench import jobs
 from tests.bench.small import SHORT, SIZES, small_scale
 
 from san_bench import cli
-from san_bench.config.recipe import load_recipe
-from san_bench.image import tasks as vision
-from san_bench.report.tables.table import COLUMNS, demo_cells, demo_to_markdown, notes, origin, wilson
+from san_bench.config.recipe import load_recipe, shipped
+from san_bench.config.suite import Choice, load_suite, plan
+from san_bench.report.tables.render import to_markdown
+from san_bench.report.tables.table import COLUMNS, demo_cells, demo_table, notes, origin, table_command, wilson
 from san_bench.run import train as training
 from san_bench.suites import demo as demo_module
 from san_bench.suites.demo import demo
-from san_bench.suites.engines import in_fresh_process
-from san_peft.errors import MergeError, SanError
-
-pytestmark = pytest.mark.slow
+from san_bench.suites.engines import Outcome, attempt, import_path
+from san_peft.errors import SanError
 
 METHODS = ("san", "linear")
 ROOT = Path(__file__).parents[3]
 
 
+class Here:
+    """The engine of the demo, without processes."""
+
+    def __init__(self, *_):
+        pass
+
+    def run(self, function, jobs):
+        for name, job in jobs.items():
+            yield Outcome(name, *attempt(import_path(function), job, None))
+
+
 @pytest.fixture(scope="module")
 def cut():
-    """The demo in this process, on the small task, with short recipes."""
+    """The demo in this process, on the small task, with short runs."""
+    short = load_suite("demo").model_copy(update={"settings": {"digits": {**SHORT, "optimizer.decay_vectors": True}}})
     with small_scale() as patch:
-        patch.setattr(demo_module, "in_fresh_process", lambda function, value: function(value))
-        patch.setattr(demo_module, "load_recipe", lambda name, changes: load_recipe(name, {**SHORT, **changes}))
+        patch.setattr(demo_module, "LocalEngine", Here)
+        patch.setattr(demo_module, "load_suite", lambda name: {"demo": short}[name])
         yield
 
 
@@ -41,7 +50,7 @@ def cut():
 def done(cut, tmp_path_factory):
     """A demo that has run: its folder and rows."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, demo(out, METHODS)
+    return out, demo(out, METHODS).rows
 
 
 def table_of(text):
@@ -53,19 +62,29 @@ def table_of(text):
     return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]}
 
 
+def test_its_runs_are_those_of_the_recipes_of_the_same_names():
+    runs = plan(load_suite("demo"), Choice())
+    assert {f"demo/{run.method}" for run in runs} == {name for name in shipped() if name.startswith("demo/")}
+    for run in runs:
+        recipe = load_recipe(f"demo/{run.method}", {"protocol": "mini", "output": run.recipe.output})
+        assert run.recipe == recipe
+
+
+@pytest.mark.slow
 def test_it_writes_rows_table_and_plots(done):
     out, rows = done
-    assert {p.name for p in out.iterdir()} == {"san", "linear", "results.jsonl", "table.md", "curves.png", "scales.png"}
-    assert [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()] == rows
-    assert [row["run"] for row in rows] == list(METHODS)
+    written = {"runs", "suite.yaml", "commands.txt", "rows.jsonl", "failures.jsonl"}
+    assert {p.name for p in out.iterdir()} == {*written, "table.md", "curves.png", "scales.png"}
+    assert [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()] == rows
+    assert [row["method"] for row in rows] == list(METHODS)
     for row in rows:
         assert {"recipe_fingerprint", "task_fingerprint", "seed", "versions", "commit", "cpu", "threads"} <= set(row)
-        assert row.items() >= json.loads((out / row["run"] / "result.json").read_text()).items()
     for name in ("curves.png", "scales.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert (out / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_table_has_the_numbers_of_the_rows(done):
     out, rows = done
     text = (out / "table.md").read_text(encoding="utf-8")
@@ -83,14 +102,20 @@ def test_the_table_has_the_numbers_of_the_rows(done):
     assert rows[0]["versions"]["torch"] in text
 
 
-def test_the_saved_adapter_was_loaded_and_merged(done):
-    _, (san, linear) = done
+@pytest.mark.slow
+def test_the_saved_adapter_was_loaded_and_merged(done, capsys):
+    out, (san, linear) = done
     assert san["reload_max_abs_difference"] == 0.0
     assert 0.0 < san["merge_max_abs_difference"] < 1e-3
-    assert san["merge_changed_classes"] == 0
+    assert san["merge_changed_predictions"] == 0
     assert "merge_max_abs_difference" not in linear
+    said = f"Verified adapters: san. Loaded from disk, .* no prediction, .* {san['merge_max_abs_difference']:.2g}."
+    assert re.search(said, (out / "table.md").read_text(encoding="utf-8"))
+    table_command([out], "markdown", only=("cost",))
+    assert re.search(said, capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_again_it_prints_the_table_and_trains_nothing(done, capsys, monkeypatch):
     out, rows = done
     before = (out / "table.md").read_text()
@@ -99,65 +124,72 @@ def test_again_it_prints_the_table_and_trains_nothing(done, capsys, monkeypatch)
     printed = capsys.readouterr().out
     assert "linear probe" in printed
     assert f"{rows[0]['correct']} / {SIZES['test']}" in printed
-    assert "all 40 predicted classes are the same" in printed
+    assert printed.splitlines()[-1].startswith(f"2 of 2 runs finished: {out / 'rows.jsonl'}")
     assert (out / "table.md").read_text() == before
 
 
-def test_an_adapter_that_was_changed_is_found_out(done, tmp_path):
-    out, _ = done
-    file = out / "san" / "adapter" / "adapter_model.safetensors"
+@pytest.mark.slow
+def test_fewer_methods_have_a_table_and_curves_of_their_own(done, monkeypatch):
+    out, drawn = done[0], []
+    monkeypatch.setattr("san_bench.report.figures.plots.write_figure", lambda figure, path: drawn.append(figure))
+    try:
+        demo(out, ("linear",))
+        assert list(table_of((out / "table.md").read_text(encoding="utf-8"))) == ["linear probe"]
+        assert [len(figure.axes[0].lines) for figure in drawn] == [1]
+    finally:
+        demo(out, METHODS)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_was_changed_is_found_out(done, capsys):
+    out, (san, _) = done
+    file = out / san["run"] / "adapter" / "adapter_model.safetensors"
     whole = file.read_bytes()
     tensors = load_file(file)
     scale = next(name for name in tensors if "fc1.san_scale" in name)
     save_file({**tensors, scale: tensors[scale] + 3.0}, file)
     try:
-        with pytest.raises(SanError, match=r"san\b.* \d+ of 40"):
-            demo(out, ("san",))
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["demo", "--out", str(out), "--methods", *METHODS])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"san: 1 of 2 runs failed: {out / 'failures.jsonl'}"
+        failure = json.loads((out / "failures.jsonl").read_text())
+        assert (failure["method"], failure["run"]) == ("san", san["run"])
+        assert re.search(r"san/\w+ gives another prediction for \d+ of 40", failure["error"])
     finally:
         file.write_bytes(whole)
+    assert demo(out, METHODS).failures == []
 
 
+@pytest.mark.slow
 def test_a_merge_that_changes_outputs_is_found_out(done, monkeypatch):
     from san_peft.tuner import merge
 
+    out, (san, _) = done
     fold = merge.fold
 
     def wrong(*tensors, **options):
         weight, bias = fold(*tensors, **options)
         return weight * 1.05, bias
 
-    monkeypatch.setattr(merge, "fold", wrong)
-    with pytest.raises(MergeError, match="the tolerance of"):
-        demo(done[0], ("san",))
-
-
-def test_runs_of_other_recipes_are_refused_before_anything_is_trained(done, cut, monkeypatch):
-    out, _ = done
-    changed = {**SHORT, "seed": 9}
-    monkeypatch.setattr(demo_module, "load_recipe", lambda name, changes: load_recipe(name, {**changed, **changes}))
-    with pytest.raises(SanError, match=r": san\. .*--out \S*out-2"):
-        demo(out, ("ssf", "san"))
-    assert not (out / "ssf").exists()
+    (out / san["run"] / "verified.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "fold", wrong)
+        found = demo(out, ("san",))
+    assert found.rows == []
+    assert "the tolerance of" in found.failures[0]["error"]
+    assert demo(out, METHODS).failures == []
 
 
 def test_unknown_methods_are_answered_with_known_ones(tmp_path):
-    with pytest.raises(SanError, match=r"no method 'lora-eqal'\. Did you mean 'lora-equal'\? Choose from full, linear"):
+    with pytest.raises(SanError, match=r"no method 'lora-eqal'\. Did you mean 'lora-equal'\?"):
         demo(tmp_path / "out", ("san", "lora-eqal"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "NEEDED", ("sklearn", "matplotlip"))
     with pytest.raises(SanError, match=r'needs matplotlip: pip install "san-peft\[demo\]"'):
         demo(tmp_path / "out", METHODS)
-
-
-def test_a_fresh_process_returns_and_raises():
-    assert in_fresh_process(jobs.facts, None)["pid"] != os.getpid()
-    with pytest.raises(SanError, match="no task 'digit'"):
-        in_fresh_process(vision.load_task, "digit")
-    with pytest.raises(SanError, match=r"double_or_die .*SIGKILL"):
-        in_fresh_process(jobs.double_or_die, -1)
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -171,10 +203,12 @@ def test_wilsons_interval(correct, n, low, high):
     assert wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_cell_has_its_column(done):
     assert len(demo_cells(done[1][0])) == len(COLUMNS)
 
 
+@pytest.mark.slow
 def test_rows_that_differ_in_origin_say_so(done):
     _, (san, linear) = done
     same = origin([san, linear], "san demo")
@@ -182,16 +216,17 @@ def test_rows_that_differ_in_origin_say_so(done):
     assert same.startswith("Measured ")
     other = {**linear, "commit": "abc", "finished": "2020-01-02T00:00:00+00:00"}
     first, second = origin([san, other], "san demo").split("\n\n")
-    assert first.startswith("SAN: measured ")
-    assert second.startswith("Linear probe: measured 2020-01-02 by `san demo`; commit abc; ")
+    assert first.startswith("1 run of san: measured ")
+    assert second.startswith("1 run of linear: measured 2020-01-02 by `san demo`; commit abc; ")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_so(done):
-    assert "SAN was interrupted and resumed at step 6." in demo_to_markdown(
-        [{**done[1][0], "resumed_from_step": 6}], "x"
-    )
+    text = to_markdown(demo_table([{**done[1][0], "resumed_from_step": 6}], "x"))
+    assert "The run of san on digits, seed 0, was interrupted and resumed at step 6." in text
 
 
+@pytest.mark.slow
 def test_several_seeds_and_sizes_are_all_named(done):
     san, linear = done[1]
     assert "seed 0, 3, evaluated once on n = 40, 1,000 test" in notes([san, {**linear, "seed": 3, "n_test": 1000}])

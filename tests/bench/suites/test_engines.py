@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from tests.bench import jobs
 
+from san_bench.image import tasks as vision
 from san_bench.suites import engines
-from san_bench.suites.engines import LocalEngine, Outcome, import_path
+from san_bench.suites.engines import LocalEngine, Outcome, import_path, in_fresh_process
 from san_peft.errors import SanError
 
 ROOT = Path(__file__).parents[3]
@@ -151,6 +152,7 @@ def test_jobs_end_when_the_caller_stops_asking(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_jobs_end_with_the_process_that_started_them(tmp_path):
     program = f"""
+from san_bench.image import tasks as vision
 from san_bench.suites import engines
 from tests.bench import jobs
 engines.PRELOAD = []
@@ -171,3 +173,12 @@ def test_a_function_needs_an_import_path():
     for function in (lambda value: value, gone.__get__(1)):
         with pytest.raises(SanError, match="import"):
             list(LocalEngine(workers=1, threads=1).run(function, {"a": 1}))
+
+
+@pytest.mark.slow
+def test_a_fresh_process_returns_and_raises():
+    assert in_fresh_process(jobs.facts, None)["pid"] != os.getpid()
+    with pytest.raises(SanError, match="no task 'digit'"):
+        in_fresh_process(vision.load_task, "digit")
+    with pytest.raises(SanError, match=r"double_or_die .*SIGKILL"):
+        in_fresh_process(jobs.double_or_die, -1)

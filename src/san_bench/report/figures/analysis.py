@@ -7,6 +7,7 @@ about scales.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from san_bench.report.figures.similarity import PERMUTATIONS, compare, correlations, cosines, embed
 from san_bench.report.groups import Group, layer_kinds, pairs, read_groups
+from san_bench.report.tables.estimate import wilson
 from san_bench.run.provenance import write_atomically
 
 if TYPE_CHECKING:
@@ -86,12 +88,17 @@ def _accuracy(groups: Sequence[Group]) -> list[Record]:
                     by_seed.setdefault(row["seed"], {})[row["task"]] = row["accuracy"]
             of_task = [[values[task] for values in by_seed.values() if task in values] for task in tasks]
             complete = [statistics.fmean(values.values()) for values in by_seed.values() if len(values) == len(tasks)]
+            mean = statistics.fmean(statistics.fmean(values) for values in of_task)
+            sd = statistics.stdev(complete) if len(complete) > 1 else None
+            below, above = _sampling(group, tasks) if sd is None else (sd, sd)
             records.append(
                 {
                     "backbone": backbone,
                     "method": group.method,
-                    "mean": statistics.fmean(statistics.fmean(values) for values in of_task),
-                    "sd": statistics.stdev(complete) if len(complete) > 1 else None,
+                    "mean": mean,
+                    "sd": sd,
+                    "low": mean - below,
+                    "high": mean + above,
                     "seeds": complete,
                     "n_tasks": len(tasks),
                     "n_runs": sum(map(len, of_task)),
@@ -100,8 +107,24 @@ def _accuracy(groups: Sequence[Group]) -> list[Record]:
     return records
 
 
+def _sampling(group: Group, tasks: set[str]) -> tuple[float, float]:
+    """Returns how far the 95% interval of the mean accuracy over tasks reaches down and up.
+
+    It covers the sampling of the test data, not seeds. The Wilson intervals of the tasks are combined by the method of
+    variance estimates recovery (Zou and Donner, 2008).
+    """
+    first = {row["task"]: row for run in reversed(group.runs) for row in run.rows if row["task"] in tasks}
+    means = [row["accuracy"] for row in first.values()]
+    ends = zip(*(wilson(round(row["accuracy"] * row["n_test"]), row["n_test"]) for row in first.values()), strict=True)
+    below, above = (math.dist(means, end) / len(means) for end in ends)
+    return below, above
+
+
 def _curves(group: Group) -> list[Record]:
-    """Computes the loss, averaged over blocks of steps, with mean, minimum and maximum over the seeds of a task."""
+    """Computes the loss, averaged over equal blocks of steps, with mean, minimum and maximum over the seeds of a task.
+
+    The first steps are left out if they do not fill a block.
+    """
     by_task: dict[str, list[tuple[float, ...]]] = {}
     for run in group.runs:
         if run.losses:
@@ -109,14 +132,16 @@ def _curves(group: Group) -> list[Record]:
     records = []
     for task, losses in by_task.items():
         steps = min(map(len, losses))
-        blocks = np.array_split(np.arange(steps), min(steps, max(20, min(100, steps // 10))))
-        means = np.array([[np.mean(np.array(one)[block]) for block in blocks] for one in losses])
+        width = max(1, steps // max(20, min(100, steps // 10)))
+        start = steps % width
+        means = np.array([np.reshape(one[start:steps], (-1, width)).mean(axis=1) for one in losses])
         records.append(
             {
                 "backbone": group.backbone,
                 "method": group.method,
                 "task": task,
-                "steps": [float(block.mean() + 1) for block in blocks],
+                "block": width,
+                "steps": [float(first + (width + 1) / 2) for first in range(start, steps, width)],
                 "mean": means.mean(axis=0).tolist(),
                 "low": means.min(axis=0).tolist(),
                 "high": means.max(axis=0).tolist(),
@@ -203,8 +228,7 @@ def figures(folder: Path) -> list[Picture]:
     Raises:
         SanError: If rows or scales cannot be read, or rows cannot be compared.
     """
-    groups = read_groups(folder)
-    return _draw(groups, numbers(groups))
+    return draw(read_groups(folder))
 
 
 def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
@@ -225,7 +249,7 @@ def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
 
     groups = read_groups(folder)
     found = numbers(groups)
-    pictures = _draw(groups, found)
+    pictures = draw(groups, found)
     for picture in pictures:
         write_figure(picture.figure, out / f"{picture.name}.{form}")
     captions = {picture.name: picture.caption for picture in pictures}
@@ -233,7 +257,14 @@ def write_pictures(folder: Path, out: Path, form: str) -> list[Path]:
     return [*(out / f"{picture.name}.{form}" for picture in pictures), out / "analysis.json"]
 
 
-def _draw(groups: Sequence[Group], found: dict[str, list[Record]]) -> list[Picture]:
+def draw(groups: Sequence[Group], found: dict[str, list[Record]] | None = None) -> list[Picture]:
+    """Draws every figure that groups have data for.
+
+    Args:
+        groups: Groups, such as those of `read_groups`.
+        found: Their numbers, if they are computed already.
+    """
+    found = found or numbers(groups)
     methods = list(dict.fromkeys(group.method for group in groups))
     pictures = _accuracy_pictures(found["accuracy"], methods)
     for backbone in dict.fromkeys(group.backbone for group in groups):
@@ -245,36 +276,49 @@ def _draw(groups: Sequence[Group], found: dict[str, list[Record]]) -> list[Pictu
         if curves := here["curves"]:
             from san_bench.report.figures.plots import learning_curves
 
+            several = max(record["n_runs"] for record in curves) > 1
             caption = (
-                f"Training loss on {backbone}, averaged over blocks of steps. Lines: mean over seeds; bands: minimum "
-                f"to maximum over seeds. n = {_span(curves, 'n_runs')} per method and task."
+                f"Training loss on {backbone}, averaged over blocks of {_many_of(curves, 'block', 'step')}. "
+                f"{'Lines: mean over seeds; bands: minimum to maximum over seeds. ' if several else ''}"
+                f"n = {_span(curves, 'n_runs')} per method and task."
             )
             pictures.append(Picture(f"curves-{end}", caption, learning_curves(curves, methods)))
     return pictures
 
 
 def _accuracy_pictures(records: list[Record], methods: list[str]) -> list[Picture]:
-    """Draws bars by backbone, and the propagation order ablation if there is one."""
-    from san_bench.report.figures.plots import accuracy_bars, order_bars
+    """Draws accuracy by backbone, and the propagation order ablation if there is one."""
+    from san_bench.report.figures.plots import accuracy_points
 
     counts = "; ".join(
         f"{backbone}: n = {_span(mine, 'n_runs')} over {_many(mine[0]['n_tasks'], 'task')}"
         for backbone, mine in _by(records, "backbone").items()
     )
-    how = (
-        "mean over the tasks that all methods share; whiskers: standard deviation of this mean over seeds; dots: "
-        f"seeds. Runs per method, {counts}."
-    )
     ordered = [record for record in records if record["method"] in ORDER]
+    ablated = bool({record["method"] for record in ordered} & set(ORDER[1:5]))
     pictures = []
-    if any(record["method"] not in ORDER for record in records):
-        pictures.append(Picture("accuracy", f"Accuracy by backbone: {how}", accuracy_bars(records, methods)))
-    if {record["method"] for record in ordered} & set(ORDER[1:5]):
-        caption = f"Accuracy with ablated propagation order: {how} Dotted line: without propagation."
-        pictures.append(Picture("order", caption, order_bars(ordered, ORDER)))
-    elif ordered and not pictures:
-        pictures.append(Picture("accuracy", f"Accuracy by backbone: {how}", accuracy_bars(records, methods)))
+    if len(ordered) < len(records) or (ordered and not ablated):
+        caption = f"Accuracy by backbone: {_how(records)} Runs per method, {counts}."
+        pictures.append(Picture("accuracy", caption, accuracy_points(records, methods)))
+    if ablated:
+        caption = (
+            f"Accuracy with ablated propagation order: {_how(ordered)} Runs per method, {counts}. Dotted line: without "
+            "propagation."
+        )
+        pictures.append(Picture("order", caption, accuracy_points(ordered, ORDER, ORDER[-1])))
     return pictures
+
+
+def _how(records: list[Record]) -> str:
+    """Describes the points and intervals of accuracy that are drawn."""
+    parts = ["mean over the tasks that all methods share"] if max(one["n_tasks"] for one in records) > 1 else []
+    spread = {record["sd"] is None for record in records}
+    if False in spread:
+        parts.append("intervals: one standard deviation of this mean over seeds to each side; small circles: seeds")
+    if True in spread:
+        of = " of methods with one seed" if False in spread else ""
+        parts.append(f"intervals{of}: 95% for the sampling of the test data, which does not cover seeds")
+    return f"{'; '.join(parts)}. The axes do not start at zero."
 
 
 def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[str]) -> list[Picture]:
@@ -293,10 +337,14 @@ def _pair_pictures(end: str, backbone: str, chosen: list[Group], methods: list[s
         "Dotted line: initial value 1."
     )
     pictures = [Picture(f"histograms-{end}", caption, layer_histograms(scales, methods))]
-    caption = (
-        f"Variance over the channels of a layer, of {who}, on {backbone}, averaged over runs; {runs}. Solid: scale γ. "
-        "Dashed: effective scale γ to the power 1 + k of a propagated scale, so part of the lower variance of γ is "
+    dashed = (
+        " Dashed: effective scale γ to the power 1 + k of a propagated scale, so part of the lower variance of γ is "
         "mechanical."
+    )
+    dashed = dashed if any(group.propagates for group in chosen) else ""
+    caption = (
+        f"Variance over the channels of a layer, of {who}, on {backbone}, averaged over runs; {runs}. Solid: scale "
+        f"γ.{dashed}"
     )
     records = [record for group in chosen for record in _variance(group)]
     return [*pictures, Picture(f"variance-{end}", caption, variance_by_depth(records, methods))]
@@ -309,8 +357,9 @@ def _scale_pictures(end: str, backbone: str, here: dict[str, list[Record]], meth
     pictures = []
     if variance := here["variance"]:
         caption = (
-            f"Variance of trained scales on {backbone}. Dots: layers, averaged over n runs; large markers: geometric "
-            "mean over layers. Left: scale γ. Right: effective scale γ to the power 1 + k of a propagated scale."
+            f"Variance of trained scales on {backbone}. Dots: layers, averaged over n runs; large markers and "
+            "numbers: geometric mean over layers. Left: scale γ. Right: effective scale γ to the power 1 + k of a "
+            "propagated scale."
         )
         pictures.append(Picture(f"variance-{end}", caption, variance_summary(variance, methods)))
     if cosine := [record for record in here["similarity"] if record["measure"] == "cosine"]:
@@ -353,6 +402,11 @@ def _span(records: list[Record], key: str) -> str:
 
 def _many(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def _many_of(records: list[Record], key: str, word: str) -> str:
+    span = _span(records, key)
+    return f"{span} {word}{'' if span == '1' else 's'}"
 
 
 def _number(value: float | None) -> str:

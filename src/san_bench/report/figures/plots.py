@@ -1,7 +1,7 @@
 """Draw figures from computed numbers, in a colour-blind-safe palette.
 
-Every plot is a matplotlib figure without a window. Methods also differ by marker, line style or hatching, so that
-figures work in greyscale.
+Every plot is a matplotlib figure without a window. Methods also differ by marker or line style, so that figures work
+in greyscale.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from san_bench.report.origin import label
 from san_bench.run.provenance import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), without its yellow, which is faint on white."""
 MARKERS = "os^DvPX*<>h"
 DASHES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -46,9 +44,6 @@ STYLE: dict[Any, Any] = {
 }
 SAVING: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "san"}
 """Settings for text in PDF files, and for reproducible SVG files."""
-
-WINDOW = 10
-"""Window of the moving average of the demo's loss, in steps."""
 
 Record = Mapping[str, Any]
 
@@ -83,9 +78,12 @@ def grid(count: int, width: float, height: float, across: int = 4, share: bool =
 
 
 def legend(figure: Figure, handles: Sequence[Any], across: int = 4) -> None:
-    """Adds a legend below all panels, if there are any handles."""
+    """Adds a legend below all panels, if there are any handles, with as many columns as fit the figure."""
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(across, len(handles)), handlelength=2.8)
+        longest = max(len(handle.get_label()) for handle in handles)
+        fitting = max(1, int(figure.get_figwidth() / (0.6 + 0.075 * longest)))
+        across = min(across, fitting, len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=across, handlelength=2.8)
 
 
 def method_lines(records: Sequence[Record], methods: Sequence[str], marker: bool = True) -> list[Line2D]:
@@ -116,101 +114,62 @@ def look_of(place: int, marker: bool = True) -> dict[str, Any]:
 
 
 @rc_context(STYLE)
-def accuracy_bars(records: Sequence[Record], methods: Sequence[str]) -> Figure:
-    """Draws bars of accuracy by backbone, with spread, seeds and values.
+def accuracy_points(records: Sequence[Record], methods: Sequence[str], reference: str | None = None) -> Figure:
+    """Draws accuracy as points with intervals: a panel for each backbone, a row for each method.
+
+    The axis of a panel covers the intervals of its methods, not zero, so that differences show; its label says so.
 
     Args:
-        records: With `backbone`, `method`, `mean`, `sd` or `None`, and `seeds`, the accuracy of each seed.
+        records: With `backbone`, `method`, `mean`, `low` and `high`, the ends of its interval, and `seeds`, the
+            accuracy of each seed.
         methods: All methods; the index of a method determines its style.
+        reference: Method at whose accuracy each panel has a dotted line.
     """
     backbones = list(dict.fromkeys(record["backbone"] for record in records))
     here = [method for method in methods if any(record["method"] == method for record in records)]
-    width = 0.85 / len(here)
-    figure = Figure(figsize=(min(max(3.6, 0.42 * len(here) * len(backbones) + 1.2), 11), 3.6), layout="constrained")
-    axes = figure.subplots()
-    for number, method in enumerate(here):
-        place = methods.index(method)
-        mine = [record for record in records if record["method"] == method]
-        at = np.array([backbones.index(record["backbone"]) for record in mine])
-        at = at + (number - (len(here) - 1) / 2) * width
-        heights = [record["mean"] for record in mine]
-        look: dict[str, Any] = {
-            "color": COLOURS[place % len(COLOURS)],
-            "hatch": HATCHES[place % len(HATCHES)],
-            "edgecolor": "white",
-        }
-        axes.bar(at, heights, width * 0.92, label=method, **look)
-        _spread(axes, at, mine, width, crowded=len(here) * len(backbones) > 24)
-    axes.set_xticks(range(len(backbones)), backbones)
-    _accuracy_axis(axes, records)
-    handles, _ = axes.get_legend_handles_labels()
-    legend(figure, handles)
-    return figure
-
-
-@rc_context(STYLE)
-def order_bars(records: Sequence[Record], names: Sequence[str]) -> Figure:
-    """Draws the propagation order ablation: a panel for each backbone, a bar for each order.
-
-    Args:
-        records: As for `accuracy_bars`.
-        names: All methods, in the order of the bars.
-    """
-    backbones = list(dict.fromkeys(record["backbone"] for record in records))
-    figure, panels = grid(len(backbones), 3.4, 2.9, across=3)
+    figure, panels = grid(len(backbones), 3.6, 0.8 + 0.24 * len(here), across=3, share=True)
     for axes, backbone in zip(panels, backbones, strict=True):
-        here = {record["method"]: record for record in records if record["backbone"] == backbone}
-        mine = [here[name] for name in names if name in here]
-        at = np.arange(len(mine))
-        for place, record in zip(at, mine, strict=True):
-            look: dict[str, Any] = {
-                "color": COLOURS[names.index(record["method"]) % len(COLOURS)],
-                "edgecolor": "white",
-            }
-            axes.bar(place, record["mean"], 0.8, hatch=HATCHES[names.index(record["method"])], **look)
-            if record["method"] == names[-1]:
-                axes.axhline(record["mean"], color="black", linewidth=0.8, linestyle=":")
-        _spread(axes, at, mine, 0.8)
-        axes.set_xticks(at, [record["method"] for record in mine], rotation=30, ha="right")
-        axes.set_title(backbone)
-        _accuracy_axis(axes, mine)
+        for record in (record for record in records if record["backbone"] == backbone):
+            row, mean = here.index(record["method"]), record["mean"]
+            look = {**look_of(methods.index(record["method"])), "linestyle": ""}
+            away = [[mean - record["low"]], [record["high"] - mean]]
+            axes.errorbar(mean, row, xerr=away, capsize=2.5, elinewidth=1.2, **look)
+            seeds = record["seeds"] if len(record["seeds"]) > 1 else []
+            axes.plot(seeds, [row + 0.27] * len(seeds), "o", color="white", markeredgecolor="black", markersize=2.5)
+            mark_row(axes, row, f"{100 * mean:.1f}")
+            if record["method"] == reference:
+                axes.axvline(mean, color="black", linewidth=0.8, linestyle=":")
+        axes.set(title=backbone, xlim=_zoomed([record for record in records if record["backbone"] == backbone]))
+        axes.set_xlabel(f"accuracy{' (axis does not start at 0)' if axes.get_xlim()[0] > 0 else ''}")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    panels[0].set_yticks(range(len(here)), here)
+    panels[0].set_ylim(len(here) - 0.4, -0.6)
     return figure
 
 
-def _spread(axes: Axes, at: Any, records: Sequence[Record], width: float, crowded: bool = False) -> None:
-    """Adds spread, seeds and values to the bars at positions `at`."""
-    for place, record in zip(at, records, strict=True):
-        if record["sd"] is not None:
-            axes.errorbar(place, record["mean"], record["sd"], color="black", capsize=2, linewidth=0.9)
-        seeds = record["seeds"] if len(record["seeds"]) > 1 else []
-        axes.plot(
-            [place + width / 4] * len(seeds),
-            seeds,
-            "o",
-            color="white",
-            markeredgecolor="black",
-            markersize=2.5,
-            zorder=3,
-        )
-        axes.annotate(
-            f"{100 * record['mean']:.1f}",
-            (place, _top(record)),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            rotation=90 if crowded else 0,
-            fontsize=6.5,
-        )
+def _zoomed(records: Sequence[Record]) -> tuple[float, float]:
+    """Returns the ends of an axis around intervals and seeds; it covers at least two percentage points."""
+    values = [value for record in records for value in (record["low"], record["high"], *record["seeds"])]
+    middle, half = (min(values) + max(values)) / 2, max(0.01, 0.55 * (max(values) - min(values)))
+    return middle - half, middle + half
 
 
-def _top(record: Record) -> float:
-    return max([record["mean"] + (record["sd"] or 0.0), *record["seeds"]])
+def mark_row(axes: Axes, row: float, text: str) -> None:
+    """Writes a number to the right of a panel, where it covers no point."""
+    place = axes.get_yaxis_transform()
+    axes.annotate(text, (1.02, row), xycoords=place, va="center", fontsize=7, annotation_clip=False)
 
 
-def _accuracy_axis(axes: Axes, records: Sequence[Record]) -> None:
-    axes.set(ylim=(0, 1.12 * max(map(_top, records)) or 1.0), ylabel="accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(visible=False, axis="x")
+def plain_numbers(axis: Axis) -> None:
+    """Writes the ticks of a logarithmic axis, whose data is drawn, as plain numbers: 0.5 and 2, not powers of ten."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.2 else (1, 2, 5) if decades < 3.5 else (1,)))
+    if sum(low <= tick <= high for tick in axis.get_majorticklocs()) < 3 and decades < 1:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: np.format_float_positional(value, 6, False, False, "-")))
+    axis.set_minor_formatter(NullFormatter())
 
 
 @rc_context(STYLE)
@@ -222,7 +181,7 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
         methods: All methods; the index of a method determines its style.
     """
     tasks = short_names(record["task"] for record in records)
-    figure, panels = grid(len(tasks), 2.7, 2.2)
+    figure, panels = grid(len(tasks), *((2.7, 2.2) if len(tasks) > 1 else (6.0, 3.4)))
     for axes, task in zip(panels, tasks, strict=True):
         for record in (record for record in records if record["task"] == task):
             look = look_of(methods.index(record["method"]), marker=False)
@@ -230,72 +189,8 @@ def learning_curves(records: Sequence[Record], methods: Sequence[str]) -> Figure
             axes.fill_between(
                 record["steps"], record["low"], record["high"], color=look["color"], alpha=0.18, linewidth=0
             )
-        axes.set(yscale="log", xlabel="step", ylabel="training loss", title=tasks[task])
+        axes.set(xlabel="step", ylabel="training loss", title=tasks[task], yscale="log")
+        plain_numbers(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     legend(figure, method_lines(records, methods, marker=False))
     return figure
-
-
-# ---------------------------------------------------------------------------------------------- the demo
-
-
-def loss_curves(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draws the training loss of several runs.
-
-    Args:
-        losses: Loss of every step, by run.
-        path: File to write, atomically.
-    """
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for run, values in losses.items():
-        loss = np.asarray(values, dtype=float)
-        (line,) = axes.plot(*_smooth(loss), label=label(run))
-        axes.plot(np.arange(1, len(loss) + 1), loss, color=line.get_color(), alpha=0.15, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="training loss (cross-entropy)", yscale="log")
-    axes.set_title(f"One run per method; bold: mean of {WINDOW} steps, faint: every step", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    write_figure(figure, path)
-
-
-def scale_histograms(scales: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Draws the distribution of trained scales, one panel for each kind of layer.
-
-    A propagated scale multiplies a channel twice, in the anterior and in the posterior layer, so the legend has the
-    variance of the scale and of its square.
-
-    Args:
-        scales: Entries of all scale vectors, by run and by kind of layer such as `fc1`.
-        path: File to write, atomically.
-    """
-    kinds = list(dict.fromkeys(kind for by_kind in scales.values() for kind in by_kind))
-    across = min(4, len(kinds))
-    down = math.ceil(len(kinds) / across)
-    figure = Figure(figsize=(3.1 * across, 2.7 * down), layout="constrained")
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for panel, kind in zip(panels, kinds, strict=False):
-        _panel(panel, kind, {run: np.asarray(by_kind[kind]) for run, by_kind in scales.items() if kind in by_kind})
-    for panel in panels[len(kinds) :]:
-        panel.set_axis_off()
-    figure.suptitle(
-        "Trained scales γ by kind of layer, one at the start; var γ and var γ² over all entries", fontsize=10
-    )
-    write_figure(figure, path)
-
-
-def _panel(axes: Axes, kind: str, values: Mapping[str, Float[np.ndarray, " n"]]) -> None:
-    every = np.concatenate(list(values.values()))
-    bins = np.histogram_bin_edges(every, bins=40)
-    for run, scale in values.items():
-        text = f"{label(run)}: var γ = {scale.var():.2g}, var γ² = {(scale**2).var():.2g}"
-        axes.hist(scale, bins=bins.tolist(), density=True, alpha=0.55, label=text)
-    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_title(f"{kind} (n = {len(next(iter(values.values())))})", fontsize=9)
-    axes.tick_params(labelsize=7)
-    axes.legend(frameon=False, fontsize=6, loc="lower center", bbox_to_anchor=(0.5, -0.38))
-
-
-def _smooth(values: Float[np.ndarray, " n"]) -> tuple[Any, Any]:
-    """Computes the moving average over `WINDOW` steps, or over all if there are fewer."""
-    width = min(WINDOW, len(values))
-    return np.arange(width, len(values) + 1), np.convolve(values, np.ones(width) / width, mode="valid")

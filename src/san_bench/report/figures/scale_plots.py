@@ -20,7 +20,9 @@ from san_bench.report.figures.plots import (
     grid,
     legend,
     look_of,
+    mark_row,
     method_lines,
+    plain_numbers,
     short_names,
 )
 
@@ -87,9 +89,10 @@ def variance_summary(records: Sequence[Record], methods: Sequence[str]) -> Figur
             if len(values):
                 middle = float(np.exp(np.log(values).mean()))
                 axes.plot(middle, place, look["marker"], color=look["color"], markeredgecolor="black", markersize=7)
-                axes.annotate(f"{middle:.2g}", (middle, place), xytext=(0, 6), textcoords="offset points", ha="center")
+                mark_row(axes, place, f"{middle:.2g}")
         axes.set(xscale="log", title=title, xlabel="variance of a layer's entries")
         axes.margins(x=0.12)
+    plain_numbers(figure.axes[0].xaxis)  # of both: the axis is shared
     axes = figure.axes[0]
     axes.set_yticks(range(len(runs)), [f"{method} (n = {n})" for method, n in runs.items()])
     axes.set_ylim(len(runs) - 0.4, -0.6)
@@ -119,6 +122,7 @@ def variance_by_depth(records: Sequence[Record], methods: Sequence[str]) -> Figu
             axes.plot([record["depth"] for record in mine], [record[key] for record in mine], **look)
         axes.set(yscale="log", title=kind, xlabel="depth", ylabel="variance")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    plain_numbers(panels[0].yaxis)  # of all: the axis is shared
     legend(figure, [Line2D([], [], label=f"{method}: {text}", **look) for method, _, text, look in looks])
     return figure
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from san_bench.report.origin import origin
+from san_bench.report.origin import origin, verified
 from san_bench.report.tables.estimate import (
     LEAST_PAIRS,
     RESAMPLES,
@@ -225,7 +225,7 @@ def cost_table(section: Section) -> ResultTable:
         f"{section.title}: cost",
         ("Method", "Selection", "Machine", "Runs", "Trained without head", "with head", *(name for name, _ in known)),
         tuple(made),
-        (reading, *_origin(section)),
+        (reading, *verified(section.rows), *_origin(section)),
     )
 
 

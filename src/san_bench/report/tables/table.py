@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.table
 from rich.console import Console
 
 from san_bench.config.strict import did_you_mean, san_error
-from san_bench.report.origin import label, origin
+from san_bench.report.origin import origin, verified
 from san_bench.report.tables import render
 from san_bench.report.tables.compare import cost_table, difference_table, means_table, modes_table, task_tables
 from san_bench.report.tables.estimate import wilson
@@ -37,6 +36,16 @@ COLUMNS = (
 )
 """Columns of the demo's table."""
 
+LABELS = {
+    "san": "SAN",
+    "linear": "linear probe",
+    "ssf": "SSF",
+    "lora-equal": "LoRA, rank 1 (as many parameters as SAN)",
+    "lora-r8": "LoRA, rank 8",
+    "full": "full fine-tuning",
+}
+"""Names of the demo's methods in its table."""
+
 
 def tables(rows: Sequence[Row], published: bool = True, reference: str | None = None) -> list[ResultTable]:
     """Builds the tables of suites for each backbone: means, accuracy by task, paired differences and cost.
@@ -58,7 +67,7 @@ def tables(rows: Sequence[Row], published: bool = True, reference: str | None = 
     for section in sections(rows):
         fits = published and section.split == "test" and section.way in ("", "generation")
         papers = published_rows(section.family, backbone_of(section.model)) if fits else []
-        made += [means_table(section, papers)] if section.groups else []
+        made += [means_table(section, papers)] if section.groups and len(section.tasks) > 1 else []
         made += task_tables(section, papers)
         differences = difference_table(section, reference)
         modes = modes_table(section)
@@ -115,9 +124,9 @@ def table_command(
 def demo_cells(row: Row) -> tuple[Cell, ...]:
     """Formats a result of the demo as the cells of `COLUMNS`."""
     low, high = wilson(row["correct"], row["n_test"])
-    trained, head = row["trainable_parameters"], row["trainable_head"]
+    name, trained, head = str(row["method"]), row["trainable_parameters"], row["trainable_head"]
     return (
-        Cell(label(row["run"])),
+        Cell(LABELS.get(name, name)),
         Cell(f"{row['accuracy']:.1%}", row["accuracy"]),
         Cell(f"{100 * low:.1f}–{100 * high:.1f}%", low),
         Cell(f"{row['correct']} / {row['n_test']}", row["correct"]),
@@ -131,17 +140,8 @@ def demo_cells(row: Row) -> tuple[Cell, ...]:
 
 def demo_table(rows: Sequence[Row], command: str) -> ResultTable:
     """Builds the demo's table, with notes and provenance."""
-    return ResultTable("", COLUMNS, tuple(map(demo_cells, rows)), (notes(rows), *origin(rows, command).split("\n\n")))
-
-
-def demo_to_rich(rows: Sequence[Row]) -> rich.table.Table:
-    """Renders the demo's table for the terminal."""
-    return render.to_rich(demo_table(rows, ""))
-
-
-def demo_to_markdown(rows: Sequence[Row], command: str) -> str:
-    """Renders the demo's table as Markdown, followed by notes and provenance."""
-    return render.to_markdown(demo_table(rows, command))
+    said = [notes(rows), *verified(rows), *origin(rows, command).split("\n\n")]
+    return ResultTable("", COLUMNS, tuple(map(demo_cells, rows)), tuple(said))
 
 
 def notes(rows: Sequence[Row]) -> str:
