@@ -221,6 +221,8 @@ def test_a_run_with_a_damaged_newest_checkpoint_ends_alike(name, tmp_path, monke
 
 ALARMS = """
 import json, os, signal, sys
+
+import peft, san_peft, san_bench.run.train  # so that the children start from imports alone
 from san_bench import cli
 from san_bench.image import tasks as vision
 from tests.bench.small import small_task
