@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 from san_bench.cli_report import Plot, Report, Table
 from san_bench.cli_train import Check, Init, Runs, Train, by_task_and_way, print_facts
 from san_bench.cli_vqa import LmmsEval, Submission
+from san_bench.config.errors import reported
 
 
 class Verb(Protocol):
@@ -309,42 +309,15 @@ def parse(words: Sequence[str] | None = None) -> Verb:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs the command. A user error prints one message and exits with code 2, Ctrl-C exits with code 130."""
+    """Runs the command. An error is one message and exit code 2; SIGINT exits with 130, SIGTERM with 143."""
     if (sys.argv[1:] if words is None else [*words]) == ["--version"]:
         print(f"san-peft {version('san-peft')}")
         return
     verb = parse(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a busy machine
-    try:
+    with reported(EXTRAS):
         verb.run()
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("san: interrupted. Run the same command again to resume.", file=sys.stderr)
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get(str(error.name).partition(".")[0])
-        if extra is None:
-            raise
-        print(f'san: {error.name} is missing: pip install "san-peft[{extra}]"', file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        if _is_disk_full(error):
-            hint = "Free some space, and run the same command again to resume."
-            print(f"san: No space left on device: {error}. {hint}", file=sys.stderr)
-        elif isinstance(error, FileExistsError) or type(error).__module__ == "san_peft.errors":
-            print(f"san: {error}", file=sys.stderr)
-        else:
-            raise
-        sys.exit(2)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Checks for a full disk, quota or file size limit; safetensors (Rust) reports the number only in its message."""
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def _finish(found: Any, out: Path) -> None:

@@ -18,6 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from san_bench.config.errors import cause_of, shown
+
 
 class Strict(BaseModel):
     """Frozen base model: unknown keys are errors, and values are not converted."""
@@ -58,6 +60,29 @@ Lines = dict[Loc, str]
 COMMAND_LINE = "command line"
 """Origin of overrides."""
 
+MOST_BYTES = 2**16
+"""Maximum size of a YAML file."""
+
+MOST_LINE = 2**14
+"""Maximum length of a line of YAML; the time to parse nested lists grows with the square of it."""
+
+MOST_CHARACTERS = 2**20
+"""Maximum number of characters and values of a YAML document whose aliases are expanded."""
+
+MOST_DIGITS = 100
+"""Maximum length of a number, date or other YAML scalar that is not text."""
+
+MOST_NUMBER = 1e15
+"""Largest absolute value of any number."""
+
+MOST_PROBLEMS = 40
+"""Problems that one message describes."""
+
+QUOTE = "'"
+
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, TypeError, KeyError, AttributeError, IndexError, OverflowError)
+"""What PyYAML raises for invalid text, explicit tags on other values, and deep nesting."""
+
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines, list[tuple[Loc, str]]]:
     """Reads a mapping from a YAML file.
@@ -68,16 +93,20 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines, list[tuple[Loc, str]]]
     Raises:
         SanError: If the file is not YAML, or not a mapping.
     """
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise san_error(f"{path} has {size:,} bytes; a YAML file has at most {MOST_BYTES:,}.")
     data, lines, problems = None, {}, []
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
-        if isinstance(root, yaml.MappingNode):
-            lines, problems = _lines(root, path)
-            data = _Loader("").construct_document(root)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date
+        root, data = _construct(path.read_text(encoding="utf-8"))
+    except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise san_error(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if isinstance(root, yaml.MappingNode):
+        lines, problems = _lines(root, path)
+    else:
+        data = None
     if data is None:
         raise san_error(
             f"{path}: expected a mapping of keys to values. `san recipes --copy demo/san` writes an example."
@@ -153,14 +182,19 @@ def check(model: type[Model], data: Any, place: Any = None, problems: Sequence[t
     Raises:
         SanError: If there are problems; the message lists every one and its location.
     """
-    place, found = place or (lambda loc: ".".join(loc) or model.__name__), list(problems)
+    place, found = place or (lambda loc: ".".join(loc) or model.__name__), [*problems, *_extreme(data)]
+    rest = 0
     try:
         result = model.model_validate(data)
     except ValidationError as error:
-        found += [_describe(dict(e), model) for e in error.errors(include_url=False)]
+        extreme, every = {loc for loc, _ in found}, error.errors(include_url=False)
+        rest = max(0, len(every) - MOST_PROBLEMS)
+        described = [_describe(dict(e), model) for e in every[:MOST_PROBLEMS]]
+        found += [one for one in described if one[0] not in extreme]
         result = None
     if found or result is None:
-        raise san_error("\n".join(f"{place(loc)}: {text}" for loc, text in found))
+        lines = [f"{place(loc)}: {text}" for loc, text in found]
+        raise san_error("\n".join([*lines, *([f"... and {rest:,} more problems."] if rest else [])]))
     return result
 
 
@@ -188,7 +222,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Mapping[str
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean ...?" with the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word[:100], list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -247,9 +281,52 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise san_error(f"{COMMAND_LINE}: {text}: write key=value, such as optimizer.lr=1e-3.")
     try:
-        return key, yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise san_error(f"{COMMAND_LINE}: {text}: {value!r} is not YAML.") from error
+        return key, _construct(value)[1]
+    except NOT_YAML as error:
+        raise san_error(f"{COMMAND_LINE}: {text}: {shown(value)} is not YAML. {cause_of(error)}") from error
+
+
+def _construct(text: str) -> tuple[yaml.Node | None, Any]:
+    """Parses YAML without expanding more than `MOST_CHARACTERS` through its anchors."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > MOST_LINE:
+            raise ValueError(f"line {number} has {len(line):,} characters, more than {MOST_LINE:,}")
+    root = yaml.compose(text, _Loader)
+    if root is None:
+        return None, None
+    found = _expanded(root, {}, set())
+    if found > MOST_CHARACTERS:
+        raise ValueError(f"its anchors expand to {found:,} characters, more than {MOST_CHARACTERS:,}")
+    return root, _Loader("").construct_document(root)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int], opened: set[int]) -> int:
+    """Returns the number of characters and values of a node with all aliases expanded."""
+    if id(node) in opened:
+        raise ValueError(f"an anchor in line {node.start_mark.line + 1} contains itself")
+    if id(node) not in known:
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > MOST_DIGITS and not node.tag.endswith((":str", ":null")):
+                raise ValueError(f"a number in line {node.start_mark.line + 1} has {len(node.value):,} characters")
+            known[id(node)] = 1 + len(node.value)
+        else:
+            parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+            known[id(node)] = 1 + sum(_expanded(part, known, opened | {id(node)}) for part in parts)
+    return known[id(node)]
+
+
+def _extreme(value: Any, loc: Loc = ()) -> Iterator[tuple[Loc, str]]:
+    """Yields numbers that no setting can have, and texts that are no file name, with their places."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _extreme(inner, (*loc, str(key)))
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _extreme(inner, (*loc, str(place)))
+    elif isinstance(value, int | float) and MOST_NUMBER < abs(value) < float("inf"):
+        yield loc, f"{shown(value)} is too large; numbers are at most {MOST_NUMBER:g}."
+    elif isinstance(value, str) and "\0" in value:
+        yield loc, f"{shown(value)} contains a null character."
 
 
 def _lines(root: yaml.MappingNode, path: Path) -> tuple[Lines, list[tuple[Loc, str]]]:
@@ -260,7 +337,7 @@ def _lines(root: yaml.MappingNode, path: Path) -> tuple[Lines, list[tuple[Loc, s
     def walk(node: yaml.Node, loc: Loc) -> Iterator[None]:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                here = (*loc, str(key.value))
+                here = (*loc, str(key.value) if isinstance(key, yaml.ScalarNode) else "?")
                 if here in lines:
                     twice.append((here, f"is a duplicate key, first in line {lines[here].rpartition(':')[2]}"))
                 lines[here] = f"{path}:{key.start_mark.line + 1}"
@@ -288,15 +365,15 @@ def _describe(error: dict[str, Any], root: type[BaseModel]) -> tuple[Loc, str]:
     if kind == "missing":
         return loc, "is missing, and has no default value."
     if kind == "union_tag_invalid":
-        tag = given.get("kind") if isinstance(given, Mapping) else given
-        return (*loc, "kind"), f"unknown {loc[-1]} {tag!r}.{suggest(str(tag), kinds)}"
+        tag = shown(given.get("kind") if isinstance(given, Mapping) else given)
+        return (*loc, "kind"), f"unknown {loc[-1]} {tag}.{suggest(tag.strip(QUOTE), kinds)}"
     if kind == "union_tag_not_found":
         return (*loc, "kind"), f"is missing. Choose from {', '.join(kinds)}."
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return loc, f"{given!r} is not valid.{suggest(str(given), choices)}"
+        return loc, f"{shown(given)} is not valid.{suggest(shown(given).strip(QUOTE), choices)}"
     said = WANTED.get(kind, f"{error['msg'][0].lower()}{error['msg'][1:]}")
-    return loc, f"{said}, but it is {given!r}."
+    return loc, f"{said}, but it is {shown(given)}."
 
 
 WANTED = {

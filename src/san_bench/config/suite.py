@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from san_bench.config.errors import shown
 from san_bench.config.methods import Method
 from san_bench.config.recipe import VALIDATION, Recipe, find
 from san_bench.config.strict import Strict, check, parse_overrides, put, read_model, read_yaml, san_error, suggest
@@ -26,6 +28,20 @@ from san_bench.kinds import recipe_class
 
 Rates = dict[str, dict[str, float | dict[str, float]]]
 """Learning rates by backbone and method: one for all tasks, or one per task."""
+
+
+MOST_NAME = 100
+"""Maximum length of the name of a task, model or method, in characters."""
+
+
+def is_folder_name(name: str) -> bool:
+    r"""Returns whether a name of a task, model or method can be the name of a folder: none that leaves its parent.
+
+    Example:
+        >>> [is_folder_name(name) for name in ("san-lora r=8", "..", "a/b", "", "a\nb")]
+        [True, False, False, False, False]
+    """
+    return len(name) <= MOST_NAME and re.fullmatch(r"[\w+=(),@-][\w+=(),@ .-]*", name) is not None
 
 
 class Search(Strict):
@@ -79,6 +95,17 @@ class Suite(Strict):
     settings: dict[str, dict[str, Any]]
     search: Search
     rates: Rates
+
+    @model_validator(mode="after")
+    def _names_are_folders(self) -> Suite:
+        for place, names in (("methods", self.methods), ("models", self.models), ("groups", (*self.tasks, self.mix))):
+            for name in names:
+                if name is not None and not all(map(is_folder_name, name.split("/") if place == "groups" else [name])):
+                    raise ValueError(
+                        f"{place}|{shown(name)} cannot name a folder; use up to {MOST_NAME} letters, digits, spaces "
+                        "and .-_+=, not starting with a dot"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _knows_its_tasks(self) -> Suite:

@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from san_bench.config.errors import cause_of, loading
 from san_bench.config.recipe import VALIDATION
 from san_bench.image.preprocess import InputSettings, Prepared, input_settings, mixing
 from san_bench.image.recipe import ImageRecipe
@@ -74,8 +75,14 @@ def score_logits(logits: Float[Tensor, "n classes"], split: Split) -> dict[str, 
 
 
 def load_predictions(run: Path) -> Float[Tensor, "n classes"]:
-    """Loads the saved logits of a run."""
-    return load_file(Path(run) / "predictions.safetensors")["logits"]
+    """Loads the saved logits of a run.
+
+    Raises:
+        SanError: If they are missing or damaged.
+    """
+    file = Path(run) / "predictions.safetensors"
+    with loading(f"{file}", f"`san eval {run}` predicts again."):
+        return load_file(file)["logits"]
 
 
 def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
@@ -88,8 +95,8 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
     transformers_logging.set_verbosity_error()  # a new head is expected
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    checkpoint = checkpoint_of(recipe)
     try:
-        checkpoint = checkpoint_of(recipe)
         config = AutoConfig.from_pretrained(checkpoint.path, num_labels=task.num_classes, **checkpoint.options)
         if isinstance(options := getattr(config, "model_args", None), dict):
             options.pop("num_classes", None)  # the size of timm's old head would be given twice
@@ -105,8 +112,11 @@ def base_model(recipe: ImageRecipe, task: VisionTask) -> nn.Module:
             ignore_mismatched_sizes=True,  # only for the head, checked below
             output_loading_info=True,
         )
-    except (OSError, ImportError) as error:
-        raise SanError(f"{recipe.model} cannot be loaded as an image classification model: {error}") from error
+    except Exception as error:  # transformers raises errors of many types for another kind of model and damaged files
+        raise SanError(
+            f"{recipe.model} cannot be loaded as an image classification model: {cause_of(error)} Set model to a "
+            "folder, a name on the hub, or embedded."
+        ) from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -214,7 +224,8 @@ class Images(Domain):
 
     def trained_model(self, folder: Path) -> nn.Module:
         """Loads a fully trained model with its head."""
-        return AutoModelForImageClassification.from_pretrained(folder)
+        with loading(f"The model in {folder}", "Train the run again, with another output."):
+            return AutoModelForImageClassification.from_pretrained(folder)
 
     def training(self, model: Any) -> Training:
         """Returns the training setup; with `channels_last`, also converts the memory format of the model."""

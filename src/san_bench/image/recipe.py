@@ -38,9 +38,9 @@ class Input(Strict):
             for the range 0 to 1.
     """
 
-    size: int | None = Field(None, ge=1, le=4096)
+    size: int | None = Field(default=None, ge=1, le=4096)
     resize: Literal["squash", "crop"] = "crop"
-    crop_pct: float | None = Field(None, gt=0, le=1)
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
     interpolation: Literal["checkpoint", "bilinear", "bicubic"] = "checkpoint"
     normalization: Literal["checkpoint", "imagenet", "inception", "none"] = "checkpoint"
 
@@ -61,13 +61,13 @@ class Augmentation(Strict):
     """
 
     crop: Literal["none", "random", "random-resized"] = "none"
-    smallest_crop: float = Field(0.08, gt=0, le=1)
+    smallest_crop: float = Field(default=0.08, gt=0, le=1)
     flip: bool = False
     randaugment: str | None = None
-    erasing: float = Field(0.0, ge=0, le=1)
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
-    smoothing: float = Field(0.0, ge=0, lt=1)
+    erasing: float = Field(default=0.0, ge=0, le=1)
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class Holdout(Strict):
@@ -110,8 +110,8 @@ class ImageRecipe(Recipe):
     holdout: Holdout = Holdout()
     input: Input = Input()
     augmentation: Augmentation = Augmentation()
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    ema: float | None = Field(None, gt=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     selection: Literal["last", "best-val", "best-test"] = "last"
     channels_last: bool = False
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, set_seed
 
+from san_bench.config.errors import cause_of
 from san_bench.language.chat import check_chat_template, ends_of_turn, set_chat_template
 from san_bench.language.formats import Chat, Passage
 from san_bench.language.generation import answer_task
@@ -129,8 +130,11 @@ class Texts(Domain):
         checkpoint = checkpoint_of(recipe)
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.options)
-        except (OSError, ValueError) as error:
-            raise SanError(f"{checkpoint.path} has no tokenizer that transformers can load: {error}") from error
+        except Exception as error:  # of many types, for damaged files
+            raise SanError(
+                f"{checkpoint.path} has no tokenizer that transformers can load: {cause_of(error)} Add the model's "
+                "tokenizer.json and tokenizer_config.json."
+            ) from error
         prepared = prepare_tokenizer(tokenizer, recipe.text.pad)
         set_chat_template(tokenizer, recipe.text.chat_template, begins=prepared.bos is not None)
         return prepared

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from san_bench.config.errors import cause_of
 from san_bench.models.checkpoint import Checkpoint
 from san_peft.errors import SanError
 from san_peft.tuner.quantized import keep_exact
@@ -51,8 +52,12 @@ def load_pretrained(auto: Any, checkpoint: Checkpoint, recipe: Any, whole: Seque
         )
     try:
         model, report = auto.from_pretrained(checkpoint.path, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise SanError(f"{recipe.model} cannot be loaded as a language model: {error}") from error
+    except Exception as error:  # transformers raises errors of many types for another kind of model and damaged files
+        name = f"{checkpoint.path}{'' if checkpoint.revision is None else f'@{checkpoint.revision}'}"
+        raise SanError(
+            f"{name} cannot be loaded as a language model: {cause_of(error)} Set model to a folder or a name "
+            "on the hub of a model of this kind."
+        ) from error
     strange = misfits(report)
     if strange:
         raise SanError(

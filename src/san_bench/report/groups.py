@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from san_bench.config.errors import loading
 from san_bench.config.strict import counted
 from san_bench.report.tables.sections import Section, sections
 from san_bench.run.results import Row, read_rows
@@ -131,8 +132,9 @@ def losses_of(run: Path) -> tuple[float, ...]:
     log = run / "log.jsonl"
     if not log.is_file():
         return ()
-    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-    return tuple(row["loss"] for row in rows if "loss" in row)
+    with loading(f"{log}", "Remove it to do without the loss."):
+        rows = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        return tuple(float(row["loss"]) for row in rows if "loss" in row)
 
 
 def layer_kinds(layers: Iterable[str]) -> dict[str, tuple[str, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from san_bench.config.errors import loading
 from san_bench.config.recipe import Recipe, load_recipe
 from san_bench.models.adapt import PLAIN, SAN, calm
 from san_bench.run.domain import Domain, domain_of
@@ -56,6 +57,11 @@ def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
     Raises:
         SanError: If the adapter's shapes do not match the model.
     """
+    if not saved.is_dir():
+        raise SanError(
+            f"{saved.parent} has no {saved.name}/ with the trained weights (`san bench` keeps full models only with "
+            "--keep-models). Train the run again, with another output."
+        )
     if domain.recipe.method.kind in PLAIN:
         return domain.trained_model(saved).eval()
     import peft
@@ -64,12 +70,13 @@ def trained_model(domain: Domain, saved: Path, trainable: bool = False) -> Any:
         import san_peft  # noqa: F401 - registers SAN with PEFT
     model = domain.base_model()
     try:
-        with calm():
+        with calm(), loading(f"The adapter in {saved}", "Train the run again, with another output."):
             return peft.PeftModel.from_pretrained(model, saved, is_trainable=trainable).eval()  # type: ignore[arg-type]
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
+    except SanError as error:
+        lines = str(error.__cause__).splitlines()
+        said = next((line.strip() for line in lines if "size mismatch" in line), None)
+        if said is None:
             raise
-        said = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise SanError(
             f"The adapter in {saved} was trained on a model with other shapes than {domain.recipe.model}: {said}"
         ) from error

@@ -54,6 +54,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # of no use to a reader: the temporary name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

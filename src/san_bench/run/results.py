@@ -158,9 +158,9 @@ def _read(folder: Path, problems: list[str]) -> Iterator[Row]:
                 for row in by_task(json.loads(line)):
                     _Result.model_validate(row)
                     yield row
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 where = file if whole else f"{file}:{number}"
-                problems.append(f"{where}: invalid JSON: {error.msg} ({len(line)} characters).")
+                problems.append(f"{where}: invalid JSON: {getattr(error, 'msg', error)} ({len(line)} characters).")
             except ValidationError as error:
                 said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())
                 problems.append(f"{file}{'' if whole else f':{number}'}: {said}.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from san_bench.config.errors import loading
 from san_bench.run.provenance import write_atomically
 
 if TYPE_CHECKING:
@@ -124,8 +125,11 @@ def load_scales(run: Path) -> RunScales | None:
         if _adapter_hash(run) in (None, origin):  # without an adapter there is nothing to compare with
             return scales
     config = run / "adapter" / "adapter_config.json"
-    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("peft_type") not in CARRIERS:
+    if not config.is_file():
         return None
+    with loading(f"{config}", "Train the run again, with another output."):
+        if json.loads(config.read_text(encoding="utf-8")).get("peft_type") not in CARRIERS:
+            return None
     from san_bench.run.evaluate import load_model
 
     scales = scales_of(load_model(run)[0])
@@ -140,7 +144,7 @@ def _read(file: Path) -> tuple[RunScales, str | None]:
         with safe_open(file, "np") as tensors:
             facts = json.loads((tensors.metadata() or {})["scales"])
             vectors = {layer: tensors.get_tensor(layer) for layer in facts["layers"]}
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         from san_peft.errors import SanError
 
         raise SanError(f"{file} is corrupt ({error}). Remove it; the run's adapter recreates it.") from error

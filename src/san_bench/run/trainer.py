@@ -20,13 +20,11 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from san_bench.config.recipe import Recipe
+from san_bench.run.checkpoints import Completion, seconds_of
 from san_bench.run.domain import Domain, Training
-from san_bench.run.provenance import write_atomically, write_rows
+from san_bench.run.provenance import write_rows
 from san_bench.run.tracking import tracking
 from san_peft.errors import SanError
-
-COMPLETE = "complete"
-"""Marker file of a complete checkpoint; holds the seconds of training so far."""
 
 AVERAGE = "average.safetensors"
 """File of the exponential moving average of the trained weights inside a checkpoint."""
@@ -118,15 +116,17 @@ class _Trainer(Trainer):
 
 
 class Journal(TrainerCallback):
-    """Writes `log.jsonl`, marks checkpoints as complete, and stops the training if the loss is not finite.
+    """Writes `log.jsonl`, and stops the training if the loss is not finite.
 
     Attributes:
+        completion: Callback that marks checkpoints as complete, and stops the training after a signal.
         memory: Reserved GPU memory in bytes after each step; empty on the CPU.
         ends: End times of the steps since the last start, from `time.perf_counter`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.earlier, self.start = folder, 0.0, time.perf_counter()
+        self.completion = Completion(folder, lambda: self.seconds)
         self.memory: list[int] = []
         self.ends: list[float] = []
 
@@ -143,7 +143,7 @@ class Journal(TrainerCallback):
 
     def begin(self, checkpoint: Path | None) -> None:
         """Starts the clock, from the training time that a checkpoint records."""
-        self.earlier = float((checkpoint / COMPLETE).read_text(encoding="utf-8")) if checkpoint else 0.0
+        self.earlier = seconds_of(checkpoint) if checkpoint else 0.0
         self.start = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -161,12 +161,9 @@ class Journal(TrainerCallback):
             self.memory.append(torch.cuda.memory_reserved())
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes the log, and marks the checkpoint as complete."""
-        if not state.is_world_process_zero:
-            return
-        write_rows(self.folder / "log.jsonl", state.log_history)
-        marker = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
-        write_atomically(marker, f"{self.seconds:.3f}\n")
+        """Writes the log."""
+        if state.is_world_process_zero:
+            write_rows(self.folder / "log.jsonl", state.log_history)
 
 
 class Checkpoints(TrainerCallback):
@@ -311,6 +308,7 @@ def make_trainer(model: Any, domain: Domain, folder: Path, track: Sequence[str] 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
+    trainer.add_callback(journal.completion)
     return trainer, journal
 
 

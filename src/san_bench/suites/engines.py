@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from san_bench.config.errors import explain
 from san_bench.config.strict import san_error
 
 PRELOAD = ["san_bench.run.train", "peft", "san_peft"]
 """Modules that the fork server imports once for all processes."""
 
-PATIENCE = 5.0
-"""Seconds between terminating and killing a process."""
+PATIENCE = 30.0
+"""Seconds between terminating and killing a process, in which a training saves a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Outcome:
     Attributes:
         job: Name of the job.
         value: Return value of the function.
-        error: Error message, or `None`. A `SanError` is its message alone; other errors are preceded by their type and
-            followed by the last frames of their traceback.
+        error: Error message, or `None`. Errors of the program are preceded by their type and followed by the last
+            frames of their traceback.
     """
 
     job: str
@@ -149,10 +150,10 @@ def attempt(path: str, value: Any, threads: int | None) -> tuple[Any, str | None
 
 
 def format_error(error: BaseException) -> str:
-    """Formats an error: the message of a `SanError`, else type, message and the last frames of the traceback."""
-    errors = sys.modules.get("san_peft.errors")  # importing it would import torch, which takes seconds
-    if errors is not None and isinstance(error, errors.SanError):
-        return str(error)
+    """Formats an error: the message for a user, or type, message and the last frames of the traceback."""
+    text = explain(error)
+    if text is not None:
+        return text
     frames = "".join(traceback.format_tb(error.__traceback__, limit=-3))
     return f"{type(error).__name__}: {error}\n{frames}".rstrip()
 
@@ -210,7 +211,10 @@ def _work(outbox: Connection, device: str | None, path: str, value: Any, threads
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    reply = attempt(path, value, threads)
+    try:
+        reply = attempt(path, value, threads)
+    except KeyboardInterrupt as stop:  # a training that was stopped, after its checkpoint was saved
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
     try:
         outbox.send(reply)
     except Exception as error:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from san_bench.config.errors import loading
 from san_bench.config.suite import Choice, PlannedRun, Rates, Suite, best_rates, plan, plan_search
 from san_bench.kinds import recipe_class
+from san_bench.run.folder import RESULT, check_unlocked, held
 from san_bench.run.provenance import write_atomically, write_rows
 from san_bench.run.results import by_task
 from san_bench.suites.engines import Engine
@@ -74,32 +76,78 @@ def bench(
     """
     # Other processes and machines may have another working directory.
     out, choice = out.absolute(), replace(choice, data=choice.data and choice.data.absolute())
+    text = json.dumps(suite.model_dump(mode="json"), indent=2) + "\n"  # JSON is YAML
+    _check_same(suite, name, out)
+    check_unlocked(out)
     console, rates_file = Console(stderr=True), out / "rates.json"
-    rates: Rates = json.loads(rates_file.read_text(encoding="utf-8")) if rates_file.exists() else {}
-    if search:
-        trials = _carry_out(plan_search(suite, choice), name, out / "search", engine, console)
-        if not trials.rows:
-            raise SanError(
-                f"All {len(trials.failures)} trials failed, see {out / 'search' / 'failures.jsonl'}. The first error: "
-                f"{trials.failures[0]['error']}"
-            )
-        for backbone, by_method in best_rates(suite, trials.rows).items():
-            for method, rate in by_method.items():
-                known = rates.setdefault(backbone, {}).get(method)
-                both = isinstance(rate, dict) and isinstance(known, dict)
-                rates[backbone][method] = {**known, **rate} if both else rate  # type: ignore[dict-item]
-        write_atomically(rates_file, json.dumps(rates, indent=2) + "\n")
-    runs = plan(suite, choice, rates)
-    text = json.dumps(suite.model_dump(mode="json"), indent=2)  # JSON is YAML
-    write_atomically(out / "suite.yaml", text + "\n")
-    if command is not None:
-        known = file.read_text(encoding="utf-8").splitlines() if (file := out / "commands.txt").exists() else []
-        write_atomically(file, "".join(f"{line}\n" for line in dict.fromkeys([*known, command])))
-    return _carry_out(runs, name, out, engine, console, keep_models, suite)
+    trials = plan_search(suite, choice) if search else []
+    runs = [] if search else plan(suite, choice, _rates(rates_file))
+    prints = _fingerprints([*trials, *runs])  # loads the data: its errors should come before the folder is made
+    begun: list[str] = []
+    with held(out, lambda: bool(begun)):
+        _check_same(suite, name, out)
+        write_atomically(out / "suite.yaml", text)
+        if command is not None:
+            known = file.read_text(encoding="utf-8").splitlines() if (file := out / "commands.txt").exists() else []
+            write_atomically(file, "".join(f"{line}\n" for line in dict.fromkeys([*known, command])))
+        begun.append(name)
+        if search:
+            tried = _carry_out(trials, prints, name, out / "search", engine, console)
+            if not tried.rows:
+                raise SanError(
+                    f"All {len(tried.failures)} trials failed, see {out / 'search' / 'failures.jsonl'}. The first "
+                    f"error: {tried.failures[0]['error']}"
+                )
+            rates = _rates(rates_file)
+            for backbone, by_method in best_rates(suite, tried.rows).items():
+                for method, rate in by_method.items():
+                    known_rate = rates.setdefault(backbone, {}).get(method)
+                    both = isinstance(rate, dict) and isinstance(known_rate, dict)
+                    rates[backbone][method] = {**known_rate, **rate} if both else rate  # type: ignore[dict-item]
+            write_atomically(rates_file, json.dumps(rates, indent=2) + "\n")
+            runs = plan(suite, choice, rates)
+            prints |= _fingerprints([run for run in runs if run.task not in prints])
+        return _carry_out(runs, prints, name, out, engine, console, keep_models, suite)
+
+
+def _rates(file: Path) -> Rates:
+    """Reads the learning rates that a search has selected, if there was one."""
+    if not file.exists():
+        return {}
+    with loading(f"{file}", "Remove it, and search the learning rates again with --search."):
+        rates = json.loads(file.read_text(encoding="utf-8"))
+        return {backbone: dict(by_method) for backbone, by_method in rates.items()}
+
+
+def _check_same(suite: Suite, name: str, out: Path) -> None:
+    """Checks that a folder holds no results, or results of this suite, which may have got new entries since.
+
+    Raises:
+        SanError: If it holds another suite, or this suite with other settings.
+    """
+    file = out / "suite.yaml"
+    others = {str(row["suite"]) for row in _read(out / "rows.jsonl") if row.get("suite")} - {name}
+    if others:
+        raise SanError(f"{out} holds results of the suite {', '.join(sorted(others))}, not of {name}. {OTHER_OUT}")
+    if not file.exists():
+        return
+    with loading(f"{file}", OTHER_OUT):
+        old, new = dict(json.loads(file.read_text(encoding="utf-8"))), suite.model_dump(mode="json")
+        old["groups"] = {task: group for group, tasks in old["groups"].items() for task in tasks}
+        new["groups"] = suite.tasks
+        changed = [key for key in ("protocol", "mix") if old[key] != new[key]]
+        for key in ("groups", "models", "methods", "settings"):
+            changed += [f"{key}.{one}" for one in old[key] if one in new[key] and old[key][one] != new[key][one]]
+    if changed:
+        raise SanError(f"{out} holds another suite than {name}: {', '.join(changed)} differ. {OTHER_OUT}")
+
+
+OTHER_OUT = "Choose another folder with --out; a suite may get new methods, models and tasks in the same folder."
 
 
 def _carry_out(
     runs: Sequence[PlannedRun],
+    prints: Mapping[str, str],
     name: str,
     out: Path,
     engine: Engine,
@@ -111,7 +159,6 @@ def _carry_out(
     from san_bench.models.adapt import PLAIN, SAN
 
     jobs = {}
-    prints = _fingerprints(runs)
     for run in runs:
         address = hashlib.sha256(f"{run.recipe.fingerprint} {prints[run.task]}".encode()).hexdigest()[:12]
         folder = f"runs/{run.task.replace('/', '-')}/{run.backbone}/{run.method}/{address}"
@@ -190,22 +237,28 @@ def _rows(job: Row) -> list[Row] | None:
 
     folder, split = Path(job["recipe"]["output"]), job["recipe"]["eval_split"]
     files = {mode: eval_file(folder, split, mode) for mode in job["modes"]}
-    if not all(file.exists() for file in (folder / "result.json", *files.values())):
+    if not all(file.exists() for file in (folder / RESULT, *files.values())):
         return None
     checks = read_checks(folder) if job["verify"] else {}
     if checks is None:
         return None
     rows = []
-    modes = {mode: by_task(json.loads(file.read_text(encoding="utf-8"))) for mode, file in files.items()}
-    for place, row in enumerate(by_task(json.loads((folder / "result.json").read_text(encoding="utf-8")))):
-        scores = {mode: found[place]["accuracy"] for mode, found in modes.items()}
-        group = {"group": job["groups"].get(row["task"])}
-        rows.append({**row, **job["labels"], **group, **({"modes": scores} if scores else {}), **checks})
+    with loading(f"The result in {folder}", "Remove the folder, and the same command repeats the run."):
+        modes = {mode: by_task(json.loads(file.read_text(encoding="utf-8"))) for mode, file in files.items()}
+        for place, row in enumerate(by_task(json.loads((folder / RESULT).read_text(encoding="utf-8")))):
+            scores = {mode: found[place]["accuracy"] for mode, found in modes.items()}
+            group = {"group": job["groups"].get(row["task"])}
+            rows.append({**row, **job["labels"], **group, **({"modes": scores} if scores else {}), **checks})
     return rows
 
 
 def _read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Reads the rows of a file, if there is one."""
+    if not path.exists():
+        return []
+    with loading(f"{path}", "Remove its invalid lines; rows of finished runs are written again."):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [{**row, "run": str(row["run"])} for row in map(json.loads, lines)]
 
 
 def _fingerprints(runs: Sequence[PlannedRun]) -> dict[str, str]:

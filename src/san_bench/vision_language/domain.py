@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
+from san_bench.config.errors import cause_of
 from san_bench.language.generation import batches, decoding, scoring
 from san_bench.language.prompts import Collator
 from san_bench.models.adapt import PROJECTOR, TOWER
@@ -130,8 +131,11 @@ class Conversations(Domain):
         checkpoint = checkpoint_of(recipe)
         try:
             processor = AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.options)
-        except (OSError, ValueError) as error:
-            raise SanError(f"{checkpoint.path} has no processor that transformers can load: {error}") from error
+        except Exception as error:  # of many types, for damaged files
+            raise SanError(
+                f"{checkpoint.path} has no processor that transformers can load: {cause_of(error)} Add the model's "
+                "processor_config.json, preprocessor_config.json and tokenizer files."
+            ) from error
         try:
             check_processor(processor, recipe.conversation.pad_to_square)
         except SanError as error:

@@ -34,7 +34,7 @@ class Talk(Strict):
             before training.
     """
 
-    max_length: int = Field(2048, ge=2)
+    max_length: int = Field(default=2048, ge=2, le=2**24)
     pad_to_square: bool = False
     drop_bad_images: bool = False
 
@@ -49,8 +49,8 @@ class Answering(Strict):
     """
 
     benchmarks: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    batch_size: int = Field(16, ge=1, le=2**20)
-    max_new_tokens: int = Field(64, ge=1, le=2**20)
+    batch_size: int = Field(default=16, ge=1, le=2**20)
+    max_new_tokens: int = Field(default=64, ge=1, le=2**20)
 
     @field_validator("benchmarks")
     @classmethod
@@ -88,7 +88,7 @@ class ConversationRecipe(Recipe):
     eval_split: Literal["val", "test"] = "test"
     weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"] = "fp32"
     tower: Literal["frozen", "adapted"] = "frozen"
-    projector_lr: float | None = Field(None, gt=0)
+    projector_lr: float | None = Field(default=None, gt=0)
     conversation: Talk
     answering: Answering = Answering()
     gradient_checkpointing: bool = False

@@ -298,3 +298,32 @@ def test_shipped_recipes_keep_their_fingerprints(name, file):
     recipe = load_recipe(name)
     assert recipe.fingerprint[:12] == FINGERPRINTS[name]
     assert load_recipe(file(recipe.to_yaml())).fingerprint == recipe.fingerprint, "fields at their default count"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.batch_size=100000000000000000000", "optimizer.batch_size: 100000000000000000000 .* 1e\\+15"),
+        ("method.exponent=1e30", "method.exponent: 1e\\+30"),
+        ("method.exponent=5000", "method.exponent: .*1000"),
+        ("input.size=100000", "input.size: .*4096"),
+        ("data_workers=100000", "data_workers: .*256"),
+        ("optimizer.epochs=100000000000", "optimizer.epochs: "),
+        ('output="a\\0b"', "output: .* null character"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_refused(override, said):
+    with pytest.raises(SanError, match=said):
+        load_recipe("demo/san", [override])
+
+
+def test_anchors_expand_to_a_bounded_size(tmp_path):
+    """Eight lines once made a message of 226 MB."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{n}: &{n} [{', '.join(['*' + m] * 9)}]" for m, n in zip("abcdefg", "bcdefgh", strict=True)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(SanError, match=r"bomb\.yaml: not YAML: its anchors expand to [\d,]{9,} characters"):
+        load_recipe(tmp_path / "bomb.yaml")
+    (tmp_path / "many.yaml").write_text("".join(f"key{number}: 1\n" for number in range(200)))
+    with pytest.raises(SanError, match="and 180 more problems"):
+        load_recipe(tmp_path / "many.yaml")

@@ -16,9 +16,10 @@ from tests.bench.small import short_recipe, small_scale
 
 from san_bench import cli
 from san_bench.image.domain import load_predictions
-from san_bench.run import train as training
 from san_bench.run import trainer
+from san_bench.run.checkpoints import last_checkpoint
 from san_bench.run.evaluate import evaluate
+from san_bench.run.folder import COMPLETE
 from san_bench.run.train import train
 from san_peft.errors import SanError
 
@@ -104,10 +105,10 @@ def test_a_checkpoint_without_its_marker_is_dropped(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if whole:
-            (folder / training.COMPLETE).write_text("1.5\n")
-    assert training._last_checkpoint(tmp_path).name == "checkpoint-10"
+            (folder / COMPLETE).write_text("1.5\n")
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
-    assert training._last_checkpoint(tmp_path / "none") is None
+    assert last_checkpoint(tmp_path / "none") is None
 
 
 def test_a_training_starts_anew_where_the_only_checkpoint_is_half_written(tmp_path):

@@ -254,3 +254,43 @@ def model_graph(recipe, task):
 
 def test_a_job_is_what_other_processes_find():
     assert run_job.__module__ == "san_bench.suites.suite"
+
+
+def test_a_folder_belongs_to_one_suite_which_may_grow(suite, tmp_path):
+    """Rows of another suite, other settings of a method, and another protocol are refused; a new method is not."""
+    few = suite.model_copy(update={"methods": {name: suite.methods[name] for name in ("linear", "norm")}})
+    choice = Choice(("linear",), tasks=COUNT, overrides=SMALL)
+    assert len(bench(few, "mine", choice, tmp_path / "out", Here(("linear",))).failures) == 1
+    before = (tmp_path / "out" / "suite.yaml").read_bytes()
+    changed = few.model_copy(update={"methods": {"linear": suite.methods["norm"]}})
+    for other, said in ((changed, "methods.linear"), (few.model_copy(update={"protocol": "vpt"}), "protocol")):
+        with pytest.raises(SanError, match=f"holds another suite than mine: {said}"):
+            bench(other, "mine", choice, tmp_path / "out", Here())
+    assert (tmp_path / "out" / "suite.yaml").read_bytes() == before
+    (tmp_path / "out" / "rows.jsonl").write_text('{"run": "a", "suite": "mini-vision"}\n')
+    with pytest.raises(SanError, match="results of the suite mini-vision, not of mine"):
+        bench(few, "mine", choice, tmp_path / "out", Here())
+    (tmp_path / "out" / "rows.jsonl").write_text("")
+    bench(suite, "mine", choice, tmp_path / "out", Here(("linear",)))
+    assert "san" in load_suite(tmp_path / "out" / "suite.yaml").methods
+
+
+def test_a_suite_that_fails_before_its_first_run_leaves_no_folder(suite, tmp_path):
+    other = suite.model_copy(update={"groups": {"natural": ("vtab/cifar",)}})
+    for broken, choice in (
+        (other, Choice(("san",), data=tmp_path / "nowhere", overrides=SMALL)),
+        (suite, Choice(("sam",))),
+    ):
+        with pytest.raises(SanError):
+            bench(broken, "vtab", choice, tmp_path / "runs" / "out", Here())
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_rows_and_rates_are_named(suite, tmp_path):
+    choice = Choice(("linear",), tasks=COUNT, overrides=SMALL)
+    for name in ("rows.jsonl", "rates.json"):
+        (tmp_path / name).write_text('{"run": "a')
+        with pytest.raises(SanError, match=name.replace(".", r"\.")):
+            bench(suite, "mine", choice, tmp_path, Here())
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()

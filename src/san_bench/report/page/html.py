@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_bench.config.strict import san_error
+from san_bench.config.strict import read_yaml, san_error
 from san_bench.report.tables.render import numeric
 from san_bench.report.tables.settings import Setting, side_by_side
 from san_bench.report.tables.table import tables
@@ -224,9 +224,9 @@ def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
         file = (folder / str(row.get("run")) if suite else folder) / "recipe.yaml"
         if file.is_file():
             try:
-                recipe = _read_yaml(file)
+                recipe, _, _ = read_yaml(file)
             except ValueError as error:
-                problems.append(f"{file}: {error}")
+                problems.append(str(error))
             else:
                 found.setdefault(row["method"], []).append({k: v for k, v in recipe.items() if k != "output"})
     if problems:
@@ -319,8 +319,9 @@ def _read_failures(file: Path) -> list[Row]:
         if line.strip():
             try:
                 failure = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"{file}:{number}: invalid JSON: {error.msg} ({len(line)} characters).")
+            except (json.JSONDecodeError, RecursionError) as error:
+                said = getattr(error, "msg", error)
+                problems.append(f"{file}:{number}: invalid JSON: {said} ({len(line)} characters).")
                 continue
             if isinstance(failure, dict):
                 failures.append(failure)
@@ -338,16 +339,3 @@ def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
         return file.read_text(encoding="utf-8").splitlines()
     suites = dict.fromkeys(row.get("suite") for row in rows)
     return [f"san bench {suite}" if suite else "san train recipe.yaml" for suite in suites]
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping, or raises `ValueError`."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {getattr(error, 'problem', None) or error}.") from error
-    if not isinstance(data, dict):
-        raise ValueError("must be a mapping of keys to values.")
-    return data
