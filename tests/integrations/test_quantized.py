@@ -31,7 +31,7 @@ from san_peft import (
     save_as_lora,
     trace,
 )
-from san_peft.tuner import decompose, quantized
+from san_peft.tuner import quantized, row_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 50}
@@ -220,8 +220,8 @@ def test_nothing_unpacked_is_kept_and_norms_are_taken_once(load, monkeypatch):
     assert saved
     assert max(t.numel() for t in saved) <= 128 * 4, "a factor, never a weight"
     calls = []
-    original = decompose.row_norms
-    monkeypatch.setattr(decompose, "row_norms", lambda *args: calls.append(args) or original(*args))
+    original = row_norms.row_norms
+    monkeypatch.setattr(row_norms, "row_norms", lambda *args: calls.append(args) or original(*args))
     for _ in range(2):
         model.train()(input_ids=IDS, labels=IDS).loss.backward()
         logits(model.eval())

@@ -65,7 +65,7 @@ class StopRequest:
             os.write(2, f"\n{name}: saving a checkpoint after this step. Another signal stops at once.\n".encode())
 
 
-class Completion(TrainerCallback):
+class CompleteCheckpoints(TrainerCallback):
     """Marks checkpoints as complete, and ends the training after a signal.
 
     It must be the last callback, since others write to the checkpoint.

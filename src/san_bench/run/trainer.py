@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from san_bench.config.recipe import Recipe
-from san_bench.run.checkpoints import Completion, seconds_of
+from san_bench.run.checkpoints import CompleteCheckpoints, seconds_of
 from san_bench.run.domain import Domain, Training
 from san_bench.run.provenance import write_rows
 from san_bench.run.tracking import tracking
@@ -126,7 +126,7 @@ class Journal(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.earlier, self.start = folder, 0.0, time.perf_counter()
-        self.completion = Completion(folder, lambda: self.seconds)
+        self.completion = CompleteCheckpoints(folder, lambda: self.seconds)
         self.memory: list[int] = []
         self.ends: list[float] = []
 

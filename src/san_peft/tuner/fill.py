@@ -162,8 +162,8 @@ def _low_rank(layout: ScaleLayout, number: int, group: list[Any]) -> Tensor:
     else:
         inverse, start = layout.constant(("inverse", number), [*norms, *references], _inverse_of_references)
     hosts = [layer.host for layer in group]
-    columns = [column for scale in scales if (column := scale.columns()) is not None]
-    moments = layout.constant(("moments", number), columns, torch.stack) if columns else None
+    columns: Any = [scale.columns() for scale in scales]
+    moments = None if columns[0] is None else layout.constant(("moments", number), columns, torch.stack)
     return low_rank_scales(
         [_unpack(host.get_base_layer()) for host in hosts],
         inverse,

@@ -20,7 +20,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from san_peft.tuner._peft import SAN
-from san_peft.tuner.loading import HUB, AdapterSource, check_tensors, damaged_config, loading
+from san_peft.tuner.loading import HUB, AdapterSource, check_tensors, damaged_config, reading
 
 _FINDS = frozenset(inspect.signature(find_adapter_config_file).parameters)
 
@@ -44,7 +44,7 @@ def _known(load: Callable[..., Any], source_of: Callable[[dict[str, Any]], Adapt
     def known(*args: Any, **kwargs: Any) -> Any:
         source = source_of(signature.bind(*args, **kwargs).arguments)
         try:
-            with loading(source):
+            with reading(source):
                 return load(*args, **kwargs)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise damaged_config(source, error) from error
@@ -83,7 +83,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
         given["peft_config"] = config
         given["kwargs"] = {**given.get("kwargs", {}), "download_kwargs": source.options}
         given["adapter_state_dict"] = _with_adapter_name(tensors, config, given.get("adapter_name") or "default")
-        with loading(source):
+        with reading(source):
             return load(*bound.args, **bound.kwargs)
 
     return checked

@@ -222,7 +222,7 @@ _current: ContextVar[AdapterSource | None] = ContextVar("source of the adapter t
 
 
 @contextmanager
-def loading(source: AdapterSource) -> Iterator[None]:
+def reading(source: AdapterSource) -> Iterator[None]:
     """Tells `adding` where the adapter comes from that is loaded in this context, and in this thread."""
     token = _current.set(_current.get() or source)  # `from_pretrained` calls `load_adapter`
     try:

@@ -239,10 +239,10 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(tmp_path):
     (tmp_path / "failures.jsonl").unlink()
     (tmp_path / one["run"]).mkdir(parents=True)
     (tmp_path / one["run"] / "recipe.yaml").write_text("task: [\n")
-    with pytest.raises(SanError, match=r"(?s)1 .*recipe\.yaml: not YAML"):
+    with pytest.raises(SanError, match=r"(?s)1 .*recipe\.yaml:2: not YAML"):
         write_report(tmp_path, out)
     (tmp_path / one["run"] / "recipe.yaml").write_text("- task\n")
-    with pytest.raises(SanError, match=r"recipe.yaml: must be a mapping"):
+    with pytest.raises(SanError, match=r"recipe.yaml: expected a mapping"):
         write_report(tmp_path, out)
     assert not out.exists()
     (tmp_path / one["run"] / "recipe.yaml").unlink()

@@ -300,7 +300,8 @@ def test_another_recipe_in_the_folder_is_refused(runs):
 def test_a_folder_of_an_older_version_is_refused(tmp_path):
     recipe = short_recipe("linear", tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml().replace("precision:", "dtype:"))
-    with pytest.raises(SanError, match=r"holds a run of another recipe \(unknown, .*yaml:22: dtype: unknown key"):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(SanError, match=r"holds a run of another recipe \(unknown, .*yaml:\d+: dtype: unknown key"):
         train(recipe)
 
 
@@ -313,8 +314,8 @@ def test_a_run_that_has_not_finished_is_not_scored(tmp_path):
 
 @pytest.mark.parametrize("name", ["san", "full"])
 def test_a_loss_that_is_not_finite_stops_at_once(name, tmp_path):
-    recipe = short_recipe(name, tmp_path / name, optimizer__lr=1e15)
-    with pytest.raises(SanError, match=r"step [2-7]\b.*optimizer\.lr below 1e\+15"):
+    recipe = short_recipe(name, tmp_path / name, optimizer__lr=1e6)
+    with pytest.raises(SanError, match=r"step [2-7]\b.*optimizer\.lr below 1e\+06"):
         train(recipe)
     assert not (tmp_path / name / "result.json").exists()
 

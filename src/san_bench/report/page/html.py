@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_bench.config.strict import read_yaml, san_error
+from san_bench.config.strict import counted, read_yaml, san_error
 from san_bench.report.tables.render import numeric
 from san_bench.report.tables.settings import Setting, side_by_side
 from san_bench.report.tables.table import tables
@@ -230,7 +230,7 @@ def _recipes(folder: Path, rows: Sequence[Row]) -> Compared:
             else:
                 found.setdefault(row["method"], []).append({k: v for k, v in recipe.items() if k != "output"})
     if problems:
-        raise san_error("\n".join([f"{len(problems)} invalid recipes; repair or remove them:", *problems]))
+        raise san_error("\n".join([f"{counted(len(problems), 'invalid recipe')}; repair or remove:", *problems]))
     return Compared(tuple(found), tuple(side_by_side(list(found.values()))))
 
 
