@@ -57,6 +57,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns width and height of an image after `to_rgb`, without decoding it."""
+    return image.size[::-1] if _orientation(image) >= 5 else image.size
+
+
 def read_rgb(source: Path | bytes) -> Image.Image:
     """Reads and decodes an image file, or its content; see `to_rgb`.
 

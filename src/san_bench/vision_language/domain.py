@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from san_bench.config.errors import cause_of
+from san_bench.image.decode import read_rgb
 from san_bench.language.generation import batches, decoding, scoring
 from san_bench.language.prompts import Collator
 from san_bench.models.adapt import PROJECTOR, TOWER
@@ -307,7 +307,7 @@ def _opened(question: Question, images: Images) -> Image.Image | None:
     if question.image is None:
         return None
     if isinstance(question.image, bytes):
-        return Image.open(io.BytesIO(question.image)).convert("RGB")
+        return read_rgb(question.image)
     return opened(images, question.image)
 
 

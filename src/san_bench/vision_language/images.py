@@ -15,6 +15,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from san_bench.datacheck.found import Problem
+from san_bench.image.decode import to_rgb, upright_size
 from san_bench.vision_language.records import Conversation, leaves_root
 from san_peft.errors import SanError
 
@@ -174,13 +175,13 @@ def problems_of_images(
 
 
 def read_image(root: str | Path, image: str) -> Image.Image:
-    """Reads an image as RGB.
+    """Reads an image as 8-bit RGB; see `san_bench.image.decode.to_rgb`.
 
     Raises:
         SanError: If its path is outside the folder, or it is missing or cannot be decoded.
     """
     with _open(root, image) as opened:
-        return opened.convert("RGB")
+        return to_rgb(opened)
 
 
 def read_size(root: str | Path, image: str) -> tuple[int, int]:
@@ -190,7 +191,7 @@ def read_size(root: str | Path, image: str) -> tuple[int, int]:
         SanError: If its path is outside the folder, or it is missing or not an image.
     """
     with _open(root, image) as opened:
-        return opened.size
+        return upright_size(opened)
 
 
 @contextmanager
@@ -245,7 +246,7 @@ def _look(root: Path, file: str, endings: dict[str, str], decode: bool) -> tuple
         return "good", ""
     try:
         with Image.open(path) as image:
-            image.load()
+            to_rgb(image)
             found = image.format or "no format"
     except Exception as error:  # any decoding error is a finding
         return "unreadable", str(error).replace(str(path), path.name)

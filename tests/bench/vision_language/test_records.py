@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from tests.bench.copies import write_picture
 from transformers.models.llava import LlavaImageProcessorPil
 
@@ -19,6 +19,7 @@ from san_bench.vision_language.images import (
     pad_to_square,
     preflight,
     read_image,
+    read_size,
 )
 from san_bench.vision_language.records import (
     Conversation,
@@ -272,3 +273,13 @@ def test_padding_is_that_of_transformers(size):
     ours = np.asarray(pad_to_square(image, mean_colour(mean)))
     theirs = LlavaImageProcessorPil().pad_to_square(np.asarray(image).transpose(2, 0, 1), mean_colour(mean))
     np.testing.assert_array_equal(ours.transpose(2, 0, 1), theirs)
+
+
+def test_images_are_decoded_as_those_of_classes_are(tmp_path):
+    """16-bit values are scaled, not clipped; the EXIF orientation is applied, to the size as well."""
+    Image.new("I;16", (2, 2), 257).save(tmp_path / "deep.png")
+    assert read_image(tmp_path, "deep.png").getpixel((0, 0)) == (1, 1, 1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert read_size(tmp_path, "turned.jpg") == read_image(tmp_path, "turned.jpg").size == (4, 6)
