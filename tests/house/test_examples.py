@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 RUN = [
-    pytest.param(path, marks=pytest.mark.slow) if path.stem in ("hosts", "llava", "serve") else path
+    pytest.param(path, marks=pytest.mark.slow) if path.stem in ("dpo", "grpo", "hosts", "llava", "serve") else path
     for path in EXAMPLES
 ]
 

@@ -59,7 +59,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Returns width and height of an image after `to_rgb`, without decoding it."""
-    return image.size[::-1] if _orientation(image) >= 5 else image.size
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:
