@@ -50,7 +50,8 @@ RUNNER: dict[str, set[str]] = {
     "cli_vqa": {"vision_language"},
     "cli_train": {"config", "models", "run"},
     "cli": {"cli_report", "cli_train", "cli_vqa", "config", "datacheck", "graph", "models", "run", "suites"},
-    "entry": {"cli"},
+    "quiet": set(),
+    "entry": {"cli", "quiet"},
     "__main__": {"entry"},
 }
 """What each folder of the runner may import from the others; the same table stands in CONTRIBUTING.md."""

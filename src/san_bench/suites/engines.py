@@ -31,7 +31,7 @@ from typing import Any, Protocol
 from san_bench.config.errors import explain
 from san_bench.config.strict import san_error
 
-PRELOAD = ["san_bench.run.train", "peft", "san_peft"]
+PRELOAD = ["san_bench.quiet", "san_bench.run.train", "peft", "san_peft"]
 """Modules that the fork server imports once for all processes."""
 
 PATIENCE = 30.0
