@@ -117,6 +117,7 @@ MEASURED = {
 """Entries of a result that are measured, or say how often a run was interrupted."""
 
 
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
