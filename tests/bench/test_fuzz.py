@@ -204,7 +204,7 @@ def test_names_in_a_suite_never_become_paths(place, name, tmp_path, monkeypatch)
 
 
 def recipe_cuts(count: int) -> list[bytes]:
-    return cuts(RECIPE.encode(), count, RECIPE.index("output:"))
+    return cuts(RECIPE.encode(), count, RECIPE.index("batch_size:"))  # the last key without a default value
 
 
 def test_recipes_that_are_cut_off_are_refused(tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def damage_results(results: Path, root: Path, count: int) -> None:
     for name in ("log.jsonl", "scales.safetensors"):
         content = (first / name).read_bytes()
         for part in cuts(content, count)[1:]:
-            if not part.endswith(b"}"):
+            if not part.rstrip().endswith(b"}"):
                 with holding(first / name, part):
                     refused(root, "plot", results, "--out", "plots")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from san_bench.config.strict import san_error
 
@@ -49,6 +49,10 @@ class ResultTable:
     notes: tuple[str, ...]
 
 
+MOST = 2**53
+"""Largest whole number of a row, and of JSON that other programs read exactly."""
+
+
 class _Result(BaseModel):
     """Schema of a result row; extra keys are allowed."""
 
@@ -57,13 +61,13 @@ class _Result(BaseModel):
     task: str
     backbone: str
     method: str
-    seed: int
+    seed: int = Field(ge=-MOST, le=MOST)
     split: str
     accuracy: float = Field(ge=0, le=1)
-    correct: int | None = Field(default=None, ge=0)
-    n_test: int = Field(ge=1)
-    trainable_parameters: int = Field(ge=0)
-    trainable_head: int = Field(ge=0)
+    correct: int | None = Field(default=None, ge=0, le=MOST)
+    n_test: int = Field(ge=1, le=MOST)
+    trainable_parameters: int = Field(ge=0, le=MOST)
+    trainable_head: int = Field(ge=0, le=MOST)
     recipe_fingerprint: str
     task_fingerprint: str
     finished: str
@@ -87,6 +91,12 @@ class _Result(BaseModel):
     peak_rss_mib: float | None = None
     energy_joules: float | None = None
     modes: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> _Result:
+        if self.correct is not None and self.correct > self.n_test:
+            raise ValueError(f"correct is {self.correct:,}, more than n_test, {self.n_test:,}")
+        return self
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
