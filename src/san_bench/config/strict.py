@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic.fields import FieldInfo
 
 from san_bench.config.errors import cause_of, shown
@@ -26,30 +26,44 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self._at_default(UNUSED)
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+    def _at_default(self, mark: Any) -> set[str]:
+        """Returns the keys of the fields that have a mark and their default value."""
+        fields = type(self).model_fields.items()
+        marked = [(name, field) for name, field in fields if field.json_schema_extra == mark]
+        return {field.alias or name for name, field in marked if getattr(self, name) == field.default}
+
     def canonical(self) -> dict[str, Any]:
         """Returns the values as JSON types, without those of `later` fields that have their default."""
-        data = self.model_dump(mode="json")
-        for name, field in type(self).model_fields.items():
-            key, value = field.alias or name, getattr(self, name)
-            if field.json_schema_extra == LATER and value == field.default:
-                data.pop(key, None)
-            elif key in data and isinstance(value, Strict):
-                data[key] = value.canonical()
-        return data
+        data, left_out = self.model_dump(mode="json"), self._at_default(LATER)
+        inner = {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items()}
+        return {
+            key: inner[key].canonical() if isinstance(inner.get(key), Strict) else value
+            for key, value in data.items()
+            if key not in left_out
+        }
 
 
 LATER: Any = {"later": True}
 """Mark of a field that earlier versions did not have."""
 
+UNUSED: Any = {"later": True, "unused": True}
+"""Mark of such a field that most recipes have no use for."""
 
-def later(default: Any, **options: Any) -> Any:
+
+def later(default: Any, unused: bool = False, **options: Any) -> Any:
     """Returns a field that earlier versions did not have: at its default, a recipe keeps its fingerprint.
 
     Args:
         default: Default value, with which a run is the same as before the field existed.
+        unused: Leaves the field out of the written recipe as well, while it has its default.
         options: Other options of pydantic's `Field`.
     """
-    return Field(default, json_schema_extra=LATER, **options)
+    return Field(default, json_schema_extra=UNUSED if unused else LATER, **options)
 
 
 Model = TypeVar("Model", bound=Strict)

@@ -8,12 +8,12 @@ Example:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from san_bench.config.recipe import Recipe, check_splits
-from san_bench.config.strict import Strict, suggest
+from san_bench.config.strict import Strict, later, suggest
 
 TASKS = ("digits", "folder", "datasets")
 """Tasks outside a suite."""
@@ -107,7 +107,7 @@ class ImageRecipe(Recipe):
 
     train_split: Literal["train800", "train800val200", "train", "trainval"] = "train"
     eval_split: Literal["val200", "val", "test"] = "test"
-    holdout: Holdout = Holdout()
+    holdout: Holdout = later(Holdout(), unused=True)
     input: Input = Input()
     augmentation: Augmentation = Augmentation()
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -129,14 +129,6 @@ class ImageRecipe(Recipe):
         if self.holdout != Holdout() and self.task.partition("/")[0] not in OWN:
             raise ValueError(f"holdout|{self.task} has fixed splits; leave holdout out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leaves out what has its default value, so that recipes from before it existed keep their fingerprints."""
-        found = dump(self)
-        if self.holdout == Holdout():
-            found.pop("holdout", None)
-        return found
 
     @model_validator(mode="after")
     def _scored_on_unseen_images(self) -> ImageRecipe:

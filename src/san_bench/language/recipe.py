@@ -13,10 +13,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from san_bench.config.recipe import Recipe, check_splits, check_weights
-from san_bench.config.strict import Strict, suggest
+from san_bench.config.strict import Strict, later, suggest
 
 TASKS = ("mini-language", "commonsense", "instructions")
 """Training tasks; the first two also have single tasks, such as `mini-language/easy`."""
@@ -41,12 +41,7 @@ class Text(Strict):
     cutoff: int = Field(1024, ge=2, le=2**24)
     pad: str = Field("auto", min_length=1)
     packing: bool = False
-    chat_template: str | None = Field(default=None, min_length=1)
-
-    @model_serializer(mode="wrap")
-    def _plain(self, handler: Any) -> dict[str, Any]:
-        """Leaves out the default, so that recipes from before this key keep their fingerprint."""
-        return {key: value for key, value in handler(self).items() if key != "chat_template" or value is not None}
+    chat_template: str | None = later(None, unused=True, min_length=1)
 
 
 class Source(Strict):
