@@ -22,7 +22,7 @@ from san_bench.image.decode import remark
 from san_bench.image.recipe import OWN
 from san_bench.image.splits import ArraySplit, FileSplit, Split, TableSplit
 from san_bench.image.survey import Decoded, Looks, encoded_reader, in_chunks, thread_count, unique_parts
-from san_bench.run.provenance import write_atomically
+from san_bench.run.provenance import file_sha256, write_atomically
 from san_peft.errors import SanError
 
 TOLERATED_OVERLAP = 0.01
@@ -184,8 +184,7 @@ def _find_repeated(found: Found, columns: dict[str, list[str | None]]) -> None:
 
 def _checksums(found: Found, columns: dict[str, list[str | None]], folder: Path) -> Iterator[tuple[str, str]]:
     for path in found.files:
-        with path.open("rb") as file:
-            yield path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()
+        yield path.relative_to(folder).as_posix(), file_sha256(path)
     for name, column in columns.items():
         split = found.splits[name]
         if isinstance(split, FileSplit):

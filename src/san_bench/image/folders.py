@@ -12,6 +12,7 @@ import numpy as np
 
 from san_bench.config.strict import counted, suggest
 from san_bench.datacheck.found import Found
+from san_bench.datacheck.hub import hub_tables
 from san_bench.datacheck.manifest import Manifest, find_folder, load_manifest
 from san_bench.datacheck.names import NAMES
 from san_bench.image.layouts import HOLDOUT, read_folders, standard
@@ -103,7 +104,7 @@ def _read_own(found: Found, kind: str, data: Path) -> None:
     elif kind == "folder":
         _read_any(found, data)
     elif not read_tables(found, data, LISTS):
-        _load_dataset(found, data.as_posix(), "contains no readable dataset")
+        _load_dataset(found, data.as_posix())
         found.folder = data
 
 
@@ -126,19 +127,13 @@ def _read_hub(found: Found, data: Path, needs_owner: bool) -> None:
     name = data.as_posix()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+" if needs_owner else r"[\w.-]+(/[\w.-]+)?", name):
         raise SanError(f"There is no folder {data}, and it is not a valid dataset name on the Hugging Face hub.")
-    _load_dataset(found, name, "is neither a local folder nor available on the Hugging Face hub")
+    _load_dataset(found, name)
 
 
-def _load_dataset(found: Found, name: str, else_: str) -> None:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        tables = datasets.load_dataset(name)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise SanError(f"{name} {else_}: {error}") from error
+def _load_dataset(found: Found, name: str) -> None:
+    tables = {NAMES.get(part.lower(), part): table for part, table in hub_tables(name).items()}
     found.folder, found.layout = None, "tables"
-    found.splits, found.names = table_splits({NAMES.get(str(n).lower(), str(n)): t for n, t in tables.items()})
+    found.splits, found.names = table_splits(tables)
     found.classes = len(found.names)
 
 

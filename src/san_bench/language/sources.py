@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from san_bench.datacheck.hub import hub_tables
 from san_bench.datacheck.names import NAMES, by_split
 from san_bench.language.records import SUFFIXES, Row, file_rows
 from san_peft.errors import SanError
@@ -46,7 +47,7 @@ def source_rows(
             f"There is no file or folder {source}, and it is not a valid dataset name on the Hugging Face hub."
         )
     return _named(
-        _table_rows(choose_split(_hub_tables(str(source), config, streaming), split, str(source)), columns), split
+        _table_rows(choose_split(hub_tables(str(source), config, streaming), split, str(source)), columns), split
     )
 
 
@@ -67,7 +68,7 @@ def splits_of(source: str | Path, config: str | None = None) -> tuple[str, ...]:
     elif kind == "folder":
         names = by_split(_files(path))
     else:
-        names = _hub_tables(str(source), config)
+        names = hub_tables(str(source), config)
     return tuple(NAMES.get(str(name).lower(), str(name)) for name in names)
 
 
@@ -129,23 +130,6 @@ def _saved_rows(folder: Path, split: str | None, columns: Sequence[str] | None) 
         return _table_rows(saved, columns)
     parts = {str(name): table for name, table in saved.items()}
     return _named(_table_rows(choose_split(parts, split, str(folder)), columns), split)
-
-
-def _hub_tables(name: str, config: str | None = None, streaming: bool = False) -> dict[str, Any]:
-    import datasets
-    import httpx
-    from datasets.exceptions import DatasetsError
-
-    options = {**({} if config is None else {"name": config}), **({"streaming": True} if streaming else {})}
-    try:
-        tables = datasets.load_dataset(name, **options)
-    except (DatasetsError, OSError, ValueError, httpx.HTTPError) as error:
-        raise SanError(
-            f"{name} is neither a local file or folder nor available on the Hugging Face hub: "
-            f"{str(error).rstrip('.')}. With a network, `hf download {name} --repo-type dataset --local-dir DIR` "
-            "downloads it; then use that folder."
-        ) from error
-    return {str(part): table for part, table in tables.items()}
 
 
 def _table_rows(table: Any, columns: Sequence[str] | None) -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,8 +19,8 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from san_bench.config.errors import Stopped
-from san_bench.run.folder import COMPLETE
-from san_bench.run.provenance import write_atomically
+from san_bench.run.folder import COMPLETE, step_of
+from san_bench.run.provenance import file_sha256, write_atomically
 
 STATE = "trainer_state.json"
 """File of a checkpoint in which transformers' Trainer names the best one so far."""
@@ -123,11 +122,6 @@ def seconds_of(checkpoint: Path) -> float:
     return _marker(checkpoint)[0]
 
 
-def step_of(checkpoint: Path) -> int:
-    """Returns the optimizer step of a checkpoint."""
-    return int(checkpoint.name.split("-")[-1])
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest checkpoint that is whole, and removes incomplete and damaged ones.
 
@@ -177,6 +171,5 @@ def _hashes(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != COMPLETE and not path.name.endswith(".tmp"):
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = file_sha256(path)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 from san_bench.config.recipe import Recipe, load_recipe
 from san_bench.config.strict import san_error
-from san_bench.run.provenance import write_atomically
+from san_bench.run.provenance import file_sha256, write_atomically
 
 RECIPE, RESULT, TRAINED = "recipe.yaml", "result.json", "trained.json"
 """Files of a run: its recipe, the result of a finished run, and what is known of a run between training and scoring."""
@@ -60,11 +59,12 @@ def export_facts(folder: Path) -> dict[str, Any]:
 
 def weights_sha256(folder: Path) -> dict[str, str]:
     """Returns the sha256 of each safetensors file in a folder, by file name."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the optimizer step of a checkpoint."""
+    return int(checkpoint.name.split("-")[-1])
 
 
 def check_free(folder: Path, recipe: Recipe) -> None:

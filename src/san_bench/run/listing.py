@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from san_bench.run.folder import COMPLETE, RECIPE, RESULT, step_of
+
 SKIPPED = {"adapter", "checkpoints", "plots"}
 """Subfolders of a run, which contain no runs."""
 
@@ -48,7 +50,7 @@ def list_runs(folder: Path) -> list[ListedRun]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    if (folder / "recipe.yaml").is_file():
+    if (folder / RECIPE).is_file():
         yield folder
     for inside in folder.iterdir():
         if inside.is_dir() and not inside.is_symlink() and inside.name not in SKIPPED and inside.name[:1] != ".":
@@ -56,17 +58,17 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 
 def _listed(folder: Path, error: str | None) -> ListedRun:
-    task, method = _identity(folder / "recipe.yaml")
-    if (folder / "result.json").exists():
+    task, method = _identity(folder / RECIPE)
+    if (folder / RESULT).exists():
         try:
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
             score = f"{result['accuracy']:.2%} of {result['n_test']:,} on {result['split']}"
             return ListedRun(folder, "finished", task, method, score)
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            error = f"result.json cannot be read: {problem}"
+            error = f"{RESULT} cannot be read: {problem}"
     if error is not None:
         return ListedRun(folder, "failed", task, method, error)
-    steps = [int(mark.parent.name.split("-")[-1]) for mark in folder.glob("checkpoints/checkpoint-*/complete")]
+    steps = [step_of(mark.parent) for mark in folder.glob(f"checkpoints/checkpoint-*/{COMPLETE}")]
     state = f"interrupted at step {max(steps)}" if steps else "no checkpoint"
     return ListedRun(folder, state, task, method, "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -45,6 +46,12 @@ class Energy:
             return [int(file.read_text(encoding="utf-8")) for file in self._files] or None
         except OSError:  # readable only by root on many machines
             return None
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -28,10 +28,10 @@ from san_bench.models.adapt import (
 from san_bench.models.checkpoint import checkpoint_of
 from san_bench.models.start import start_of
 from san_bench.models.weights import move_to_gpu
-from san_bench.run.checkpoints import last_checkpoint, step_of
+from san_bench.run.checkpoints import last_checkpoint
 from san_bench.run.domain import Domain, Findings, domain_of
 from san_bench.run.evaluate import trained_model
-from san_bench.run.folder import RESULT, TRAINED, check_free, claimed, weights_sha256
+from san_bench.run.folder import RESULT, TRAINED, check_free, claimed, step_of, weights_sha256
 from san_bench.run.model_card import write_card
 from san_bench.run.provenance import Energy, provenance, write_atomically, write_rows
 from san_bench.run.scales import CARRIERS, save_scales, scales_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,9 @@ from PIL import Image
 
 from san_bench.datacheck.found import Problem
 from san_bench.image.decode import to_rgb, upright_size
+from san_bench.image.survey import in_chunks, thread_count
 from san_bench.vision_language.records import Conversation, leaves_root
 from san_peft.errors import SanError
-
-CHUNK = 64
-"""Images per task of a worker thread."""
 
 ImageState = Literal["good", "outside", "missing", "unreadable", "mislabelled"]
 """State of an image; a mislabelled one is readable, but its suffix belongs to another format."""
@@ -143,10 +140,9 @@ def survey(
         State of each image, and the reason.
     """
     files = list(dict.fromkeys(files))
-    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     endings = Image.registered_extensions()
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda chunk: [_look(root, file, endings, decode) for file in chunk], chunks)
+    with ThreadPoolExecutor(thread_count(workers)) as pool:
+        found = pool.map(lambda chunk: [_look(root, files[i], endings, decode) for i in chunk], in_chunks(len(files)))
         return dict(zip(files, chain.from_iterable(found), strict=True))
 
 
