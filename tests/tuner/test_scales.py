@@ -27,6 +27,8 @@ from tests.tuner.passes import (
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+from san_bench.models.adapt import saved_activation_bytes
+
 # ---------------------------------------------------------------------- one function, wherever its scales act
 
 
@@ -67,7 +69,7 @@ def test_a_scale_near_zero_keeps_its_gradient(case):
 def test_a_scale_near_zero_costs_memory_in_its_layer_alone(case):
     """A layer keeps its input beside its output, so that no gradient is divided by the scale; the others do not."""
     model = adapted(**CASES[case]).train()
-    before = bytes_saved(model)
+    before = saved_activation_bytes(model, {"input_ids": IDS})
     layer = layers_of(model)["model.layers.0.self_attn.o_proj"]
     with torch.no_grad():
         if case == "own":
@@ -77,23 +79,8 @@ def test_a_scale_near_zero_costs_memory_in_its_layer_alone(case):
         else:
             layer.host.lora_A["default"].weight[0] = layer.get_base_layer().weight[1]
             layer.host.lora_B["default"].weight[1] = torch.tensor([-0.999 / layer.host.scaling["default"], 0.0])
-    more = bytes_saved(model) - before
+    more = saved_activation_bytes(model, {"input_ids": IDS}) - before
     assert 0 <= more <= 2 * IDS.numel() * layer.out_features * 8
-
-
-def bytes_saved(model: nn.Module) -> int:
-    """Counts the bytes of activations that a forward pass keeps for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-        output(model)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 # ---------------------------------------------------------------------- nothing is kept that could be stale

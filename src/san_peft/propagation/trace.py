@@ -68,7 +68,7 @@ def trace(model: nn.Module, example_inputs: Any = None, embeddings: Collection[s
     follow.memory.see(tensors_within(args, kwargs))
     reads: dict[str, Reads] = {}
     left_out: dict[str, str] = {}
-    with untouched(model), ExitStack() as stack:
+    with untouched(model, threads=1), ExitStack() as stack:  # threads slow down many small operations
         for name, module in layers.items():
             before, after = _hooks(follow, name, module, reads, left_out)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -13,18 +13,23 @@ REPACKS = "support_avx512bf16_for_cpu"
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and restores modes, buffers, random state and thread count at exit."""
+def untouched(model: nn.Module, threads: int | None = None) -> Iterator[None]:
+    """Puts a model into eval mode and restores modes, buffers, random state and thread count at exit.
+
+    Args:
+        model: The model.
+        threads: Number of threads; `None` keeps it.
+    """
     modules = list(model.modules())
     training = [module.training for module in modules]
     buffers = [dict(module._buffers) for module in modules]
     values = {b: b.clone() for held in buffers for b in held.values() if b is not None and not b.is_meta}
     repacking = [module for module in modules if getattr(module, REPACKS, False)]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    fastpath, threads = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
+    fastpath, before = torch.backends.mha.get_fastpath_enabled(), torch.get_num_threads()
     with torch.random.fork_rng(sorted(devices)):
         try:
-            torch.set_num_threads(1)  # threads slow down many small operations
+            torch.set_num_threads(before if threads is None else threads)
             torch.backends.mha.set_fastpath_enabled(False)
             for module in modules:
                 module.training = False
@@ -33,7 +38,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
             for module in repacking:
                 setattr(module, REPACKS, True)
             for module, state, held in zip(modules, training, buffers, strict=True):

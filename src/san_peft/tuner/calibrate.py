@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from san_peft.errors import AdapterError, SanError
 from san_peft.propagation.trace import arguments_of
+from san_peft.propagation.untouched import untouched
 from san_peft.tuner.first_pass import copied_call
 
 
@@ -105,7 +105,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], adapter_name: str, ru
     Raises:
         SanError: If a layer receives an input that is not finite. No moments are changed.
     """
-    sums = {fqn: torch.zeros(layer.in_features + 1, dtype=torch.float32) for fqn, layer in layers.items()}
+    sums = {fqn: torch.zeros(layer.in_features, dtype=torch.float32) for fqn, layer in layers.items()}
 
     def record(fqn: str, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach()
@@ -113,12 +113,11 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], adapter_name: str, ru
             return
         channels = module.channel_dim % x.dim()
         squares = x.float().square().sum([axis for axis in range(x.dim()) if axis != channels])
-        count = squares.new_tensor([x.numel() // x.shape[channels]])
-        sums[fqn] = sums[fqn].to(x.device) + torch.cat([squares, count])
+        sums[fqn] = sums[fqn].to(x.device) + squares
 
     handles = [layer.register_forward_pre_hook(partial(record, fqn), with_kwargs=True) for fqn, layer in layers.items()]
     try:
-        with in_eval_mode(model):
+        with untouched(model):
             run()
     finally:
         for handle in handles:
@@ -130,33 +129,17 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], adapter_name: str, ru
                 f"{fqn} receives inputs that are not finite, so decomposition='feature' cannot be calibrated."
             )
     for fqn, layer in layers.items():
-        squares = found[fqn][:-1]
+        squares = found[fqn]
         if bool(squares.any()):
             moments: Any = moments_of(layer, adapter_name)
             moments.copy_(squares / squares.mean())
 
 
 def _over_processes(totals: list[Tensor]) -> list[Tensor]:
-    """Sums over all processes of `torch.distributed`, in one exchange for each device."""
+    """Sums over all processes of `torch.distributed`, in one exchange."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return totals
-    found: list[Any] = [None] * len(totals)
     home = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     joined = torch.cat([total.to(home) for total in totals])
     torch.distributed.all_reduce(joined)
-    for place, part in enumerate(joined.split([total.numel() for total in totals])):
-        found[place] = part
-    return found
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts all modules into eval mode, and restores the mode of each."""
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
+    return list(joined.split([total.numel() for total in totals]))

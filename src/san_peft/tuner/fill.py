@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from san_peft.decomposition import floored, low_rank_scales
 from san_peft.functional import propagate, strengthen
 from san_peft.rounding import HALF
-from san_peft.scaling import NEAR_ZERO, SALT, Factor, plain_operations, undo_scale
+from san_peft.scaling import NEAR_ZERO, SALT, Factor, near_zero, plain_operations, undo_scale
 from san_peft.tuner.decompose import over_norm
 from san_peft.tuner.layout import ScaleLayout
 from san_peft.tuner.quantized import row_matrix
@@ -333,13 +332,9 @@ class Watch:
 
 def _near_zero(vector: Tensor, sizes: list[int]) -> list[bool]:
     """Returns which parts of a vector have an entry near zero; none off the CPU, to avoid a synchronisation."""
-    if vector.device.type != "cpu":
+    if not near_zero(vector):
         return [False] * len(sizes)
-    magnitudes = np.abs(vector.detach().numpy())
-    if magnitudes.min(initial=NEAR_ZERO) >= NEAR_ZERO:
-        return [False] * len(sizes)
-    starts = np.cumsum([0, *sizes[:-1]])
-    return (np.minimum.reduceat(magnitudes, starts) < NEAR_ZERO).tolist()
+    return [near_zero(part) for part in vector.detach().split(sizes)]
 
 
 class _Cut(torch.autograd.Function):

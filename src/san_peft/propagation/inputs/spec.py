@@ -127,7 +127,7 @@ class ModelSpec:
             The result, or `None` if it raised an exception, which is then in `error`.
         """
         with ExitStack() as stack:
-            stack.enter_context(untouched(self.model))
+            stack.enter_context(untouched(self.model, threads=1))
             stack.enter_context(torch.no_grad())
             if self.is_meta:  # as in `trace`: index tensors are real, weights are not
                 stack.enter_context(Follow(self.model, Norms(self.model, {}), {}))
