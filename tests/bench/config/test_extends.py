@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import yaml
+from tests.bench.config.refusals import message
 
 from san_bench.config.recipe import load_recipe
-from san_peft.errors import SanError
 
 SHORT = """
 task: folder
@@ -18,23 +18,6 @@ model: embedded
 method: {kind: san}
 optimizer: {lr: 0.01, epochs: 3, batch_size: 32}
 """
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(name, text):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
-def message(path, overrides=()):
-    with pytest.raises(SanError) as caught:
-        load_recipe(path, overrides)
-    return str(caught.value)
 
 
 def test_a_recipe_states_only_what_has_no_standard_value(write):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 from pydantic import ValidationError
+from tests.bench.config.refusals import message
 
 from san_bench.config.recipe import find, load_recipe, shipped
 from san_peft.errors import SanError
@@ -14,19 +15,8 @@ TEXT = shipped()["demo/san"].read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def file(tmp_path):
-    def write(text):
-        path = tmp_path / "mine.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
-def message(path, overrides=()):
-    with pytest.raises(SanError) as caught:
-        load_recipe(path, overrides)
-    return str(caught.value)
+def file(write):
+    return lambda text: write("mine.yaml", text)
 
 
 def line_of(text, start):

@@ -158,19 +158,25 @@ def test_a_run_that_a_signal_stopped_ends_as_one_that_was_not(tmp_path, monkeypa
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def broken(*_):
+    raise SanError("The image test/9.png is broken.")
+
+
+def train_without_scoring(recipe, monkeypatch) -> None:
+    """Trains a run whose scoring fails."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Images, "score", broken)
+        with pytest.raises(SanError, match=r"test/9\.png"):
+            train(recipe)
+
+
 def test_a_run_whose_scoring_failed_is_scored_again_not_trained_again(tmp_path, monkeypatch, capsys):
     recipe = short_recipe("san", tmp_path / "run", optimizer__epochs=1)
 
-    def fail(*_):
-        raise SanError("The image test/9.png is broken.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "score", fail)
-        with pytest.raises(SanError, match=r"test/9\.png"):
-            train(recipe)
+    train_without_scoring(recipe, monkeypatch)
     assert (tmp_path / "run" / "trained.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "train", fail)
+        patch.setattr(trainer._Trainer, "train", broken)
         train(recipe)
     assert not (tmp_path / "run" / "trained.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -181,13 +187,7 @@ def test_a_run_whose_scoring_failed_is_scored_again_not_trained_again(tmp_path, 
 def test_every_kind_of_method_is_scored_again_alike(name, tmp_path, monkeypatch):
     recipe = short_recipe(name, tmp_path / "run", optimizer__epochs=1)
 
-    def fail(*_):
-        raise SanError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "score", fail)
-        with pytest.raises(SanError, match="no"):
-            train(recipe)
+    train_without_scoring(recipe, monkeypatch)
     again, whole = train(recipe), train(short_recipe(name, tmp_path / "whole", optimizer__epochs=1))
     for key in ("predictions_sha256", "saved_activation_mib", "total_parameters", "trainable_parameters", "final_loss"):
         assert again[key] == whole[key], key
@@ -197,13 +197,7 @@ def test_every_kind_of_method_is_scored_again_alike(name, tmp_path, monkeypatch)
 def test_damaged_weights_of_an_unscored_run_are_trained_again(tmp_path, monkeypatch, capsys):
     recipe = short_recipe("linear", tmp_path / "run", optimizer__epochs=1)
 
-    def fail(*_):
-        raise SanError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "score", fail)
-        with pytest.raises(SanError, match="no"):
-            train(recipe)
+    train_without_scoring(recipe, monkeypatch)
     (file,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-5])
     assert train(recipe)["steps"] == 4
