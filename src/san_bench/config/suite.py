@@ -276,6 +276,10 @@ def _splits(task: str) -> tuple[dict[str, str], dict[str, str]]:
     return {"train_split": joined, "eval_split": "test"}, {"train_split": fit, "eval_split": val}
 
 
+OF_SUITE = ("extends", "task", "model", "method", "data", "protocol", "output")
+"""Keys of a recipe that a protocol cannot have."""
+
+
 @dataclass(frozen=True)
 class _Protocol:
     """Recipe settings that all runs share, and problems of the file."""
@@ -288,6 +292,7 @@ class _Protocol:
 def _protocol(suite: Suite, choice: Choice) -> _Protocol:
     name = choice.protocol or suite.protocol
     data, _, problems = read_yaml(find(name, "protocols"))
+    problems += [((key,), "a suite sets this; remove it from the protocol.") for key in OF_SUITE if key in data]
     data |= {"data": str(choice.data) if choice.data else None, "protocol": Path(name).stem, "output": "nowhere"}
     return _Protocol(name, data, problems)
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from tests.bench.config.refusals import message
 
 from san_bench.config.recipe import find, load_recipe, shipped
+from san_bench.config.suite import Choice, load_suite, plan
 from san_peft.errors import SanError
 
 NAMES = sorted(shipped())
@@ -317,3 +318,11 @@ def test_anchors_expand_to_a_bounded_size(tmp_path):
     (tmp_path / "many.yaml").write_text("".join(f"key{number}: 1\n" for number in range(200)))
     with pytest.raises(SanError, match=r"and \d{3} more problems"):
         load_recipe(tmp_path / "many.yaml")
+
+
+def test_a_recipe_is_no_protocol(file):
+    """Its task, model and method would be replaced by those of the suite without a word."""
+    with pytest.raises(SanError) as caught:
+        plan(load_suite("demo"), Choice(protocol=str(file(TEXT))))
+    said = str(caught.value)
+    assert [key for key in ("task", "model", "method", "output") if f": {key}: a suite sets this" not in said] == []
